@@ -1,0 +1,9 @@
+"""LoRA-One: start LoRA where an epoch of training would get to (arXiv 2502.01235)."""
+
+from . import errors
+from .api import init, load, merge, optimizer, save
+from .config import Config
+from .report import Report
+
+__version__ = "0.1.0"
+__all__ = ["Config", "Report", "errors", "init", "load", "merge", "optimizer", "save"]

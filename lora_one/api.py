@@ -1,0 +1,87 @@
+"""The public functions: they find the model's framework, and hand over."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from .backends import backend_of
+from .checkpoint import write_metadata
+from .config import Config
+from .initialization import initialize
+from .report import Report
+
+
+def init(
+    model: Any,
+    batches: Iterable[Any],
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+    config: Config | None = None,
+    backend: str | None = None,
+) -> tuple[Any, Report]:
+    """Start LoRA by LoRA-One: one gradient step along the best rank-r directions, the base weights untouched.
+
+    Source: Zhang, Liu and Chen, "LoRA-One" (ICML 2025, arXiv 2502.01235), the initialisation of Algorithm 1.
+
+    Args:
+        model: a torch.nn.Module: plain, of transformers, or a PeftModel with one active LoRA adapter. A plain model
+            gets LoRA attached, in place, by PEFT; the layers of a PeftModel are started again.
+        batches: a re-iterable collection of batches (a list, a DataLoader): the sketch reads it `config.passes` times.
+            A few dozen sequences are enough. Tensors are moved to the model's device.
+        loss_fn: (model, batch) -> mean loss, a scalar. Default: `model(**batch).loss`.
+        config: see `Config`. For a PeftModel rank, alpha, use_rslora, targets and dropout are the adapter's own.
+        backend: the framework's name, as a check; it is read off the model.
+
+    Returns:
+        The model with its LoRA layers, ready to train, and the report.
+
+    Raises:
+        BackendError, ConfigError, ModelError, BatchError, GradientError: see `lora_one.errors`. On any exception, the
+            caller's own included, the model is as it was: weights, train/eval mode, requires_grad, hooks.
+    """
+    config = Config() if config is None else config
+    module = backend_of(model, backend)
+    with module.attach(model, batches, loss_fn, config) as session:
+        report = initialize(session, config, module.ops.name)
+    return session.model, report
+
+
+def optimizer(model: Any, learning_rate: float = 2e-4, weight_decay: float = 0.0, **options: Any) -> Any:
+    """AdamW for a model with LoRA layers, optionally r x r preconditioned, of the framework's own kind.
+
+    Args:
+        model: what `init` or `load` returned, or any model with LoRA layers of the framework's own library.
+        learning_rate: of all parameters, unless a parameter group says otherwise.
+        weight_decay: decoupled.
+        options: of the backend, see `lora_one.backends.<name>.optimizer`.
+    """
+    return backend_of(model).optimizer(model, learning_rate=learning_rate, weight_decay=weight_decay, **options)
+
+
+def save(model: Any, path: str | Path, report: Report | None = None) -> None:
+    """Write the adapter as a folder that PEFT and vLLM open as is, with `lora_one.json` beside it.
+
+    Args:
+        path: made if it does not exist.
+        report: what `init` returned; kept in `lora_one.json`.
+    """
+    module = backend_of(model)
+    module.save(model, Path(path))
+    write_metadata(Path(path), module.ops.name, report)
+
+
+def load(model: Any, path: str | Path, trainable: bool = False) -> Any:
+    """Open an adapter folder (PEFT's format) on its base model, after checking that it belongs to it.
+
+    Args:
+        model: the base model the adapter was trained on, or one with a LoRA adapter of the same shape.
+        trainable: False freezes the adapter, as PEFT does; True is for going on training.
+
+    Raises:
+        CheckpointError: everything that is wrong, at once: files, names, ranks, shapes. Nothing was loaded.
+    """
+    return backend_of(model).load(model, Path(path), trainable)
+
+
+def merge(model: Any) -> Any:
+    """Add the adapter to the base weights, W + s B A, and take the LoRA layers out. Returns the plain model."""
+    return backend_of(model).merge(model)

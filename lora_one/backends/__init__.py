@@ -1,0 +1,53 @@
+"""Which frameworks there are, and which of them a model belongs to. Imports none of them until asked to."""
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+from lora_one.errors import BackendError
+
+# name -> (module, the packages whose classes announce it). NumPy has arrays only, so no model announces it.
+BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "numpy": ("lora_one.backends.numpy", ()),
+    "torch": ("lora_one.backends.torch", ("torch",)),
+}
+
+
+def load_backend(name: str) -> ModuleType:
+    """The backend's module, importing its framework.
+
+    Raises:
+        BackendError: no such backend, or its framework is not installed.
+    """
+    if name not in BACKENDS:
+        raise BackendError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    try:
+        return importlib.import_module(BACKENDS[name][0])
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.split(".")[0] == "lora_one":
+            raise
+        raise BackendError(
+            f"backend {name!r} needs the package {error.name!r}: pip install 'lora-one[{name}]'"
+        ) from error
+
+
+def backend_of(model: Any, backend: str | None = None) -> ModuleType:
+    """The backend of a model, read off the packages that its classes come from.
+
+    Args:
+        backend: the name the caller expects, checked against the model.
+
+    Raises:
+        BackendError: the model belongs to no backend, or not to the one named.
+    """
+    packages = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
+    found = [name for name, (_, roots) in BACKENDS.items() if packages.intersection(roots)]
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    if backend is not None and backend not in BACKENDS:
+        raise BackendError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if not found:
+        models = [name for name, (_, roots) in BACKENDS.items() if roots]
+        raise BackendError(f"model must be of one of the frameworks {', '.join(models)}, got {kind}")
+    if backend is not None and backend not in found:
+        raise BackendError(f"backend {backend!r} does not fit the model: {kind} belongs to {found[0]!r}")
+    return load_backend(found[0])

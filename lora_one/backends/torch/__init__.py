@@ -1,0 +1,11 @@
+"""PyTorch: arrays, models through PEFT's own LoRA layers, and the optimizer."""
+
+from .files import load, merge, save
+from .model import TorchSession
+from .model import TorchSession as attach
+from .ops import TorchOps
+from .optimizer import LoraOneAdamW, optimizer
+
+ops = TorchOps()
+
+__all__ = ["LoraOneAdamW", "TorchOps", "TorchSession", "attach", "load", "merge", "ops", "optimizer", "save"]

@@ -1,0 +1,147 @@
+"""LoRA on a PyTorch model, by PEFT's own layers: attaching, finding the layers, and taking it all back."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lora_one.backends.interface import Layer
+from lora_one.config import Config
+from lora_one.core.factors import Factors
+from lora_one.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Site:
+    """A LoRA layer of the model and the adapter in it that is meant."""
+
+    layer: Layer
+    module: LoraLayer
+    adapter: str
+
+    @property
+    def lora_A(self) -> nn.Linear:
+        return self.module.lora_A[self.adapter]
+
+    @property
+    def lora_B(self) -> nn.Linear:
+        return self.module.lora_B[self.adapter]
+
+    def factors(self) -> Factors:
+        """A copy of the pair."""
+        return Factors(self.lora_A.weight.detach().clone(), self.lora_B.weight.detach().clone())
+
+
+def attach_lora(model: nn.Module, config: Config) -> peft.PeftModel:
+    """A new PeftModel around a plain model, whose base modules stay the same objects. `Snapshot` takes it back."""
+    lora_config = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        use_rslora=config.use_rslora,
+        lora_dropout=config.dropout,
+        target_modules=config.targets if isinstance(config.targets, str) else list(config.targets),
+        task_type=_task_type(model),
+    )
+    # PEFT draws a random start, which is overwritten: the user's random stream should not notice.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT sets it itself, layer by layer
+        try:
+            return peft.get_peft_model(model, lora_config)
+        except NoMatchingPeftModuleError as error:
+            linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+            shown = ", ".join(linear[:8]) + (", ..." if len(linear) > 8 else "")
+            raise ModelError(
+                f"targets must match a linear layer of the model, got {config.targets!r}; its linear layers are: "
+                f"{shown or 'none'}"
+            ) from error
+
+
+def find_sites(model: peft.PeftModel) -> list[Site]:
+    """The LoRA layers of the one active adapter.
+
+    Raises:
+        ModelError: no LoRA, several active adapters, merged ones, or a kind of adapter whose start is another problem
+            (DoRA, embeddings, convolutions, a bias in lora_B).
+    """
+    if not isinstance(model.base_model, LoraModel):
+        raise ModelError(f"the adapter must be LoRA, got {type(model.base_model).__name__}")
+    adapters = model.active_adapters
+    if len(adapters) != 1:
+        raise ModelError(f"one active adapter is expected, got {adapters}: choose with model.set_adapter(name)")
+    adapter = adapters[0]
+    sites, problems = [], []
+    for path, module in model.base_model.model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if adapter in module.lora_embedding_A:
+            problems.append(f"{path}: LoRA on an embedding")
+        if adapter not in module.lora_A:
+            continue
+        if not isinstance(module.lora_A[adapter], nn.Linear):
+            problems.append(f"{path}: LoRA on a {type(module.get_base_layer()).__name__}")
+        elif adapter in module.lora_variant:
+            problems.append(f"{path}: {type(module.lora_variant[adapter]).__name__}")
+        elif module.lora_bias.get(adapter):
+            problems.append(f"{path}: lora_bias")
+        elif module.disable_adapters:
+            problems.append(f"{path}: disabled; call model.enable_adapter_layers() first")
+        elif module.merged:
+            problems.append(f"{path}: merged into the base weight; call model.unmerge_adapter() first")
+        else:
+            rank, scaling = module.r[adapter], module.scaling[adapter]
+            layer = Layer(path, module.out_features, module.in_features, rank, scaling)
+            sites.append(Site(layer, module, adapter))
+    if problems:
+        raise ModelError("LoRA-One starts plain LoRA on linear layers, got:\n  " + "\n  ".join(problems))
+    if not sites:
+        raise ModelError(f"the model must have LoRA layers of adapter {adapter!r}, got none")
+    return sites
+
+
+def check_adapter_fits(model: peft.PeftModel, config: Config) -> None:
+    """An adapter that is there keeps its own rank, alpha, ...; a `Config` that asks for others is an error.
+
+    Raises:
+        ModelError: a setting that is neither its default nor the adapter's.
+    """
+    default = Config()
+    lora_config: Any = model.peft_config[model.active_adapters[0]]
+    pairs = {
+        "rank": (config.rank, default.rank, lora_config.r),
+        "alpha": (config.alpha, default.alpha, lora_config.lora_alpha),
+        "use_rslora": (config.use_rslora, default.use_rslora, lora_config.use_rslora),
+        "dropout": (config.dropout, default.dropout, lora_config.lora_dropout),
+    }
+    wrong = [f"{name} {asked} (the adapter's: {has})" for name, (asked, usual, has) in pairs.items()
+             if asked not in (usual, has)]  # fmt: skip
+    if config.targets != default.targets:
+        wrong.append(f"targets {config.targets!r}")
+    if wrong:
+        raise ModelError(
+            "a PeftModel keeps its adapter's own settings, but the Config asks for "
+            f"{'; '.join(wrong)}: leave them out of the Config, or hand in the model without its adapter"
+        )
+
+
+def _task_type(model: nn.Module) -> peft.TaskType | None:
+    """PEFT's task of a transformers model, so that `generate` and a classifier's new head work as its users expect."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    name = type(model).__name__
+    for suffix, task in {
+        "ForSequenceClassification": peft.TaskType.SEQ_CLS,
+        "ForTokenClassification": peft.TaskType.TOKEN_CLS,
+        "ForQuestionAnswering": peft.TaskType.QUESTION_ANS,
+    }.items():
+        if name.endswith(suffix):
+            return task
+    if not model.can_generate():
+        return None
+    return peft.TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else peft.TaskType.CAUSAL_LM

@@ -1,0 +1,85 @@
+"""Adapters of PyTorch models on disk, written and read by PEFT after our own checks."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_one.checkpoint import AdapterFolder, check_folder, read_folder
+from lora_one.errors import CheckpointError, ModelError
+
+from .attach import find_sites
+from .snapshot import Snapshot
+
+
+def save(model: nn.Module, path: Path) -> None:
+    """See `lora_one.save`."""
+    _require_adapter(model, "save").save_pretrained(str(path))
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """See `lora_one.merge`."""
+    merged: Any = _require_adapter(model, "merge").base_model.merge_and_unload()
+    return merged
+
+
+def load(model: nn.Module, path: Path, trainable: bool) -> peft.PeftModel:
+    """See `lora_one.load`."""
+    folder = read_folder(path)
+    problems = check_folder(folder, _linear_layers(model))
+    if isinstance(model, peft.PeftModel) and not problems:
+        problems = _missing(model, folder)
+    if problems:
+        raise CheckpointError(f"the adapter in {path} does not fit the model", problems)
+    if isinstance(model, peft.PeftModel):
+        adapter = model.active_adapters[0]
+        peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(path), device="cpu"), adapter)
+        return model
+    found = Snapshot(model)
+    try:
+        with torch.random.fork_rng(devices=[]):  # PEFT draws a start before it reads the file
+            adapted = peft.PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
+        problems = _missing(adapted, folder)
+        if problems:
+            raise CheckpointError(f"the adapter in {path} does not fit the model", problems)
+    except BaseException:
+        found.restore()
+        raise
+    found.restore_modes(adapted)
+    return adapted
+
+
+def _require_adapter(model: nn.Module, verb: str) -> peft.PeftModel:
+    if not isinstance(model, peft.PeftModel):
+        raise ModelError(
+            f"{verb} needs a model with LoRA layers, as lora_one.init returns it, got {type(model).__name__}"
+        )
+    return model
+
+
+def _missing(model: peft.PeftModel, folder: AdapterFolder) -> list[str]:
+    """LoRA layers of the model that the folder does not have, or has with another rank or scale."""
+    problems = []
+    for site in find_sites(model):
+        name = site.layer.name
+        if name not in folder.lora_A:
+            problems.append(f"{name}: the model has LoRA here, the file has none")
+        elif site.layer.rank != folder.lora_A[name][0]:
+            problems.append(f"{name}: the model has rank {site.layer.rank}, the file {folder.lora_A[name][0]}")
+    return problems
+
+
+def _linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """name -> (out, in), names as in the base model."""
+    base: Any = model.base_model.model if isinstance(model, peft.PeftModel) else model
+    shapes = {}
+    for name, module in base.named_modules():
+        if isinstance(module, (nn.Linear, LoraLayer)):
+            shapes[name] = (int(module.out_features), int(module.in_features))
+        elif isinstance(module, Conv1D):
+            shapes[name] = (module.weight.shape[1], module.weight.shape[0])
+    return shapes

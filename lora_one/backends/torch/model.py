@@ -1,0 +1,225 @@
+"""A PyTorch model during `init`: probes in, LoRA's gradients out."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from lora_one.backends.interface import Layer, PassResult
+from lora_one.config import Config
+from lora_one.core.factors import Factors
+from lora_one.core.spectrum import Probe
+from lora_one.memory import process_peak
+
+from .attach import Site, attach_lora, check_adapter_fits, find_sites
+from .batches import LossFn, check_reiterable, default_loss, losses
+from .distributed import is_parallel, mean_over_processes, sum_over_processes
+from .ops import TorchOps
+from .precision import no_reduced_matmul
+from .snapshot import Snapshot
+from .tap import tap
+
+
+class TorchSession:
+    """See `lora_one.backends.interface.Session`."""
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None, config: Config):
+        self.ops = TorchOps()
+        self.model = model
+        self.layers: list[Layer] = []
+        self._sites: dict[str, Site] = {}
+        self._factors_found: dict[str, Factors] = {}
+        self._batches = batches
+        self._loss_fn = default_loss if loss_fn is None else loss_fn
+        self._config = config
+
+    def __enter__(self) -> "TorchSession":
+        config = self._config
+        passes = config.passes if config.gradient == "sketch" else 1
+        check_reiterable(self._batches, passes + (config.gamma == "auto"))
+        self._found = Snapshot(self.model)
+        self._context = ExitStack()
+        try:
+            self._attach()
+        except BaseException:
+            self._undo()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
+        if kind is not None:
+            self._undo()
+            return
+        self._context.close()
+        self._attached.restore_requires_grad()
+        self._found.restore_modes(self.model)
+
+    def _undo(self) -> None:
+        self._context.close()
+        self._found.restore()
+        for name, factors in self._factors_found.items():
+            self.assign(name, factors)
+
+    def _attach(self) -> None:
+        adapted = isinstance(self.model, peft.PeftModel)
+        if adapted:
+            check_adapter_fits(self.model, self._config)
+        else:
+            self.model = attach_lora(self.model, self._config)
+        sites = find_sites(self.model)
+        self._sites = {site.layer.name: site for site in sites}
+        self.layers = [site.layer for site in sites]
+        if adapted:
+            self._factors_found = {name: site.factors() for name, site in self._sites.items()}
+        self._attached = Snapshot(self.model)
+        self.model.requires_grad_(False)
+        _evaluation_mode(self.model)
+        self._context.enter_context(_no_cache(self.model))
+        self._context.enter_context(no_reduced_matmul())
+        self._context.enter_context(torch.enable_grad())
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def like(self, layer: str) -> Tensor:
+        weight = self._sites[layer].lora_A.weight
+        return torch.empty((), device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+
+    def sketch_pass(self, probes: Mapping[str, Probe]) -> tuple[PassResult, dict[str, Tensor | None]]:
+        with ExitStack() as stack:
+            wanted = {
+                name: stack.enter_context(_installed(self._sites[name], probe, self.like(name)))
+                for name, probe in probes.items()
+            }
+            result = self._run(lambda loss, last: loss.backward())
+        gradients: dict[str, Tensor | None] = {}
+        for name, factor in wanted.items():
+            if is_parallel() and factor.grad is None:
+                factor.grad = torch.zeros_like(factor)
+            gradients[name] = None if factor.grad is None else sum_over_processes(factor.grad) / result.batches
+        return result, gradients
+
+    def exact_pass(self, consume: Callable[[str, Tensor], None]) -> PassResult:
+        sums: dict[str, Tensor] = {}
+        calls: Counter[str] = Counter()  # of a layer, in this batch's forward pass; a shared layer has several
+        last_of = _Position()
+
+        def sink(name: str, gradient: Tensor) -> None:
+            sums[name] = sums[name] + gradient if name in sums else gradient
+            calls[name] -= 1
+            # In the last batch a layer's sum is whole before the backward pass goes on below it: free it here, so that
+            # with one batch never more than one full gradient exists. (Under checkpointing `calls` counts twice, and
+            # the sums are consumed at the end.)
+            if last_of.batch and calls[name] == 0 and not is_parallel():
+                consume(name, sums.pop(name) / last_of.count)
+
+        def backward(loss: Tensor, last: bool) -> None:
+            last_of.batch, last_of.count = last, last_of.count + 1
+            loss.backward()
+            calls.clear()
+
+        with ExitStack() as stack:
+            for name, site in self._sites.items():
+                stack.enter_context(_disabled(site))
+                handle = tap(
+                    site.module.get_base_layer(),
+                    sink=partial(sink, name),
+                    on_call=partial(calls.update, [name]),
+                )
+                stack.callback(handle.remove)
+            result = self._run(backward)
+        for name, site in self._sites.items():
+            if is_parallel() and name not in sums:
+                layer = site.layer
+                sums[name] = self.like(name).new_zeros(layer.out_features, layer.in_features)
+            if name in sums:
+                consume(name, sum_over_processes(sums.pop(name)) / result.batches)
+        return result
+
+    def mean_loss(self) -> PassResult:
+        with torch.no_grad():
+            return self._run(backward=None)
+
+    def _run(self, backward: Callable[[Tensor, bool], None] | None) -> PassResult:
+        total, count = 0.0, 0
+        for loss, value, last in losses(self.model, self._batches, self._loss_fn, backward is not None):
+            if backward is not None:
+                backward(loss, last)
+            total, count = total + value, count + 1
+        return PassResult(*mean_over_processes(total, count, self._device))
+
+    def assign(self, layer: str, factors: Factors) -> None:
+        site = self._sites[layer]
+        with torch.no_grad():
+            site.lora_A.weight.copy_(factors.lora_A)
+            site.lora_B.weight.copy_(factors.lora_B)
+
+    def peak_memory(self) -> int | None:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return process_peak()
+
+
+class _Position:
+    """Where an exact pass is: batches so far, and whether this one is the last."""
+
+    batch = False
+    count = 0
+
+
+@contextmanager
+def _installed(site: Site, probe: Probe, like: Tensor) -> Iterator[nn.Parameter]:
+    """Put a probe into a LoRA layer for a while; yields the zero factor, whose gradient is wanted."""
+    layer, adapter = site.module, site.adapter
+    before = site.lora_A.weight, site.lora_B.weight, layer.scaling[adapter]
+    if probe.lora_A is not None:
+        given, zero = probe.lora_A, like.new_zeros(site.layer.out_features, probe.lora_A.shape[0])
+    else:
+        assert probe.lora_B is not None
+        given, zero = probe.lora_B, like.new_zeros(probe.lora_B.shape[1], site.layer.in_features)
+    frozen, wanted = nn.Parameter(given, requires_grad=False), nn.Parameter(zero)
+    site.lora_A.weight, site.lora_B.weight = (frozen, wanted) if probe.lora_A is not None else (wanted, frozen)
+    layer.scaling[adapter] = 1.0
+    try:
+        yield wanted
+    finally:
+        site.lora_A.weight, site.lora_B.weight, layer.scaling[adapter] = before
+
+
+@contextmanager
+def _disabled(site: Site) -> Iterator[None]:
+    """The layer computes W x alone for a while."""
+    site.module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        site.module.enable_adapters(True)
+        site.module.requires_grad_(False)
+
+
+@contextmanager
+def _no_cache(model: nn.Module) -> Iterator[None]:
+    """No key-value cache while gradients are wanted: it would only take memory, and checkpointing warns about it."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "use_cache"):
+        yield
+        return
+    before, config.use_cache = config.use_cache, False
+    try:
+        yield
+    finally:
+        config.use_cache = before
+
+
+def _evaluation_mode(model: nn.Module) -> None:
+    """Dropout off. Layers that checkpoint their activations do so only while `training`, so they alone keep it."""
+    for module in model.modules():
+        module.training = module.training and getattr(module, "gradient_checkpointing", False) is True

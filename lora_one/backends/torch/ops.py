@@ -1,0 +1,80 @@
+"""`Ops` on PyTorch tensors, on whatever device they are."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .precision import full_precision
+
+
+class TorchOps:
+    """See `lora_one.core.ops.Ops`."""
+
+    name = "torch"
+
+    def asarray(self, x: np.ndarray, like: Tensor) -> Tensor:
+        return torch.as_tensor(x).to(device=like.device, dtype=like.dtype)
+
+    def to_numpy(self, x: Tensor) -> np.ndarray:
+        x = x.detach().cpu()
+        return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy().copy()
+
+    def astype(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype)
+
+    def at_least_float32(self, x: Tensor) -> Tensor:
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def eps(self, x: Tensor) -> float:
+        return torch.finfo(x.dtype).eps
+
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        with full_precision(a.device):
+            return a @ b
+
+    def matrix_transpose(self, x: Tensor) -> Tensor:
+        return x.mT
+
+    def qr(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with full_precision(x.device):
+            q, r = torch.linalg.qr(x, mode="reduced")
+            return q, r
+
+    def svd(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with full_precision(x.device):
+            u, s, vt = torch.linalg.svd(x, full_matrices=False)
+            return u, s, vt
+
+    def cholesky_solve(self, gram: Tensor, rhs: Tensor) -> Tensor:
+        with full_precision(gram.device):
+            lower, info = torch.linalg.cholesky_ex(gram)
+            rhs = rhs.expand(*gram.shape[:-2], *rhs.shape[-2:]) if rhs.ndim < gram.ndim else rhs
+            solution = torch.cholesky_solve(rhs, lower)
+        # cholesky_ex does not raise, which would cost a synchronisation; it leaves a partial factor behind.
+        return torch.where((info == 0)[..., None, None], solution, torch.nan)
+
+    def eye(self, n: int, like: Tensor) -> Tensor:
+        return torch.eye(n, device=like.device, dtype=like.dtype)
+
+    def zeros(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        return torch.zeros(shape, device=like.device, dtype=like.dtype)
+
+    def sqrt(self, x: Tensor) -> Tensor:
+        return x.sqrt()
+
+    def sum(self, x: Tensor, axis: int | None = None, keepdims: bool = False) -> Tensor:
+        return x.sum() if axis is None else x.sum(dim=axis, keepdim=keepdims)
+
+    def max(self, x: Tensor, axis: int | None = None, keepdims: bool = False) -> Tensor:
+        return x.max() if axis is None else x.amax(dim=axis, keepdim=keepdims)
+
+    def isfinite(self, x: Tensor) -> Tensor:
+        return x.isfinite()
+
+    def concat(self, xs: Sequence[Tensor], axis: int = 0) -> Tensor:
+        return torch.cat(list(xs), dim=axis)
+
+    def stack(self, xs: Sequence[Tensor], axis: int = 0) -> Tensor:
+        return torch.stack(list(xs), dim=axis)

@@ -1,0 +1,25 @@
+"""Full float32 in a block of code, whatever the user's global flags and autocast say."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def no_reduced_matmul() -> Iterator[None]:
+    """No TF32 and no bfloat16 passes inside float32 matmuls; the flags are as they were afterwards."""
+    cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = cuda.fp32_precision, mkldnn.fp32_precision
+    cuda.fp32_precision = mkldnn.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        cuda.fp32_precision, mkldnn.fp32_precision = before
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """The same, and no autocast."""
+    with no_reduced_matmul(), torch.autocast(device.type, enabled=False):
+        yield

@@ -1,0 +1,136 @@
+"""Adapters on disk, in PEFT's format: what a folder holds, and whether it belongs to a model.
+
+A folder has `adapter_config.json`, `adapter_model.safetensors`, and, if lora-one wrote it, `lora_one.json`.
+"""
+
+import importlib.metadata
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from .errors import CheckpointError
+from .report import Report
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+METADATA = "lora_one.json"
+
+_KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
+_PACKAGES = ("lora-one", "numpy", "safetensors", "torch", "peft", "transformers")
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """What an adapter folder says of itself, without its numbers."""
+
+    path: Path
+    config: dict[str, Any]
+    lora_A: dict[str, tuple[int, ...]]  # layer -> shape, (r, in)
+    lora_B: dict[str, tuple[int, ...]]  # layer -> shape, (out, r)
+    others: list[str]  # keys that are not LoRA factors
+
+    def rank(self, layer: str) -> int:
+        """The rank that the configuration gives a layer: `r`, or what `rank_pattern` says (PEFT's meaning)."""
+        for pattern, rank in (self.config.get("rank_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+                return rank
+        return self.config["r"]
+
+
+def read_folder(path: Path) -> AdapterFolder:
+    """Read an adapter folder's configuration and shapes.
+
+    Raises:
+        CheckpointError: a file that is missing or cannot be read, or an adapter that is not LoRA.
+    """
+    missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{path} is not an adapter folder", [f"{name}: not found" for name in missing])
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path / CONFIG} is not JSON: {error}") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA" or not isinstance(config.get("r"), int):
+        raise CheckpointError(f'{path / CONFIG}: "peft_type" must be "LORA" with an integer "r", got {kind!r}')
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {"A": {}, "B": {}}
+    others = []
+    try:
+        with safe_open(path / WEIGHTS, framework="numpy") as file:
+            for key in file.keys():  # noqa: SIM118  (not a mapping)
+                match = _KEY.fullmatch(key)
+                if match is None:
+                    others.append(key)
+                else:
+                    shapes[match["factor"]][match["layer"]] = tuple(file.get_slice(key).get_shape())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path / WEIGHTS} cannot be read: {error}") from error
+    return AdapterFolder(path, config, shapes["A"], shapes["B"], others)
+
+
+def check_folder(folder: AdapterFolder, linear: Mapping[str, tuple[int, int]]) -> list[str]:
+    """All that keeps an adapter from belonging to a model.
+
+    Args:
+        linear: the model's linear layers: name -> (out, in).
+
+    Returns:
+        One sentence a problem; empty if there is none.
+    """
+    problems = []
+    if not folder.lora_A and not folder.lora_B:
+        problems.append(f"{WEIGHTS}: no LoRA factors in it")
+    for layer in sorted(folder.lora_A.keys() ^ folder.lora_B.keys()):
+        problems.append(f"{layer}: lora_{'B' if layer in folder.lora_A else 'A'} is missing")
+    for layer in sorted(folder.lora_A.keys() | folder.lora_B.keys()):
+        if layer not in linear:
+            problems.append(f"{layer}: the model has no such linear layer")
+            continue
+        out_features, in_features = linear[layer]
+        rank = folder.rank(layer)
+        for name, shapes, expected in (
+            ("lora_A", folder.lora_A, (rank, in_features)),
+            ("lora_B", folder.lora_B, (out_features, rank)),
+        ):
+            if layer in shapes and shapes[layer] != expected:
+                problems.append(f"{layer}: {name} must be {expected}, got {shapes[layer]}")
+    kept = tuple(folder.config.get("modules_to_save") or ())
+    for key in folder.others:
+        if not any(f".{name}." in f".{key}." for name in kept):
+            problems.append(f"{key}: neither lora_A nor lora_B of a linear layer, nor in modules_to_save")
+    return problems
+
+
+def write_metadata(path: Path, backend: str, report: Report | None) -> None:
+    """Write `lora_one.json`: the report with its configuration, and the versions of what made the adapter."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    metadata = {"backend": backend, "versions": versions, "report": None if report is None else report.to_dict()}
+    (path / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+
+
+def read_report(path: Path) -> Report:
+    """The report kept in an adapter folder.
+
+    Raises:
+        CheckpointError: lora-one did not write the folder, or wrote it without a report.
+    """
+    file = path / METADATA
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no {METADATA}: lora-one did not write it")
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))["report"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error!r}") from error
+    if report is None:
+        raise CheckpointError(f"{path} was saved without a report: pass it to lora_one.save(model, path, report)")
+    return Report.from_dict(report)

@@ -1,0 +1,113 @@
+"""What an initialisation is asked to do."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+DEFAULT_GAMMA = 128.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How `lora_one.init` attaches LoRA and starts it. Validated on construction; defaults are the paper's LLM runs'.
+
+    Attributes:
+        rank: r of each pair.
+        alpha: the product B A is scaled by alpha / sqrt(rank), or alpha / rank without rsLoRA.
+        use_rslora: see `alpha` (arXiv 2312.03732).
+        scale: "normalized" starts at one gradient step of spectral norm scaling / gamma, whatever the gradient's scale;
+            "gradient" at B A = -eta G_r, the form of the paper's theory.
+        gamma: the larger, the smaller the step of the normalized scale. "auto" starts from 128 and raises it while the
+            initialised model's loss on the init batches is above the base model's.
+        eta: the step size of scale="gradient".
+        targets: "all-linear" (every linear layer but the output layer), a sequence of module names, or a regular
+            expression that the whole module path must match: PEFT's meaning.
+        gradient: "sketch" never forms a gradient of a weight; "exact" does, layer by layer where it can.
+        passes: backward passes over the batches for the sketch, >= 2.
+        oversample: columns that the sketch probes beyond `rank`.
+        seed: of the sketch's test matrices.
+        dropout: of the LoRA layers, while training.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    use_rslora: bool = True
+    scale: Literal["normalized", "gradient"] = "normalized"
+    gamma: float | Literal["auto"] = DEFAULT_GAMMA
+    eta: float = 1.0
+    targets: str | Sequence[str] = "all-linear"
+    gradient: Literal["sketch", "exact"] = "sketch"
+    passes: int = 4
+    oversample: int = 16
+    seed: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.targets, str):
+            object.__setattr__(self, "targets", tuple(self.targets))
+        _check_integer("rank", self.rank, least=1)
+        _check_integer("passes", self.passes, least=2)
+        _check_integer("oversample", self.oversample, least=0)
+        _check_integer("seed", self.seed)
+        _check_positive("alpha", self.alpha)
+        _check_positive("eta", self.eta)
+        _check_choice("scale", self.scale, ("normalized", "gradient"))
+        _check_choice("gradient", self.gradient, ("sketch", "exact"))
+        if self.gamma != "auto":
+            _check_positive("gamma", self.gamma, otherwise=' or "auto"')
+        if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        if not self.targets or not all(isinstance(target, str) and target for target in self.targets):
+            raise ConfigError(
+                f'targets must be "all-linear", a regular expression or module names, got {self.targets!r}'
+            )
+        if isinstance(self.targets, str):
+            try:
+                re.compile(self.targets)
+            except re.error as error:
+                raise ConfigError(f"targets must be a regular expression, got {self.targets!r}: {error}") from error
+
+    @property
+    def scaling(self) -> float:
+        """The factor s in W x + s B A x."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @property
+    def first_gamma(self) -> float:
+        """The gamma to start from."""
+        return DEFAULT_GAMMA if self.gamma == "auto" else float(self.gamma)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as written to `lora_one.json`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """The inverse of `to_dict`. Unknown keys are an error."""
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            known = ", ".join(field.name for field in dataclasses.fields(cls))
+            raise ConfigError(f"unknown settings {', '.join(unknown)}; known are {known}")
+        return cls(**values)
+
+
+def _check_integer(name: str, value: Any, least: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+        bound = "" if least is None else f" >= {least}"
+        raise ConfigError(f"{name} must be an integer{bound}, got {value!r}")
+
+
+def _check_positive(name: str, value: Any, otherwise: str = "") -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{name} must be a number > 0{otherwise}, got {value!r}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -1,0 +1,71 @@
+"""r x r preconditioning of a LoRA pair's gradients (LoRA-One, arXiv 2502.01235, Algorithm 1; Zhang and Pilanci 2024,
+arXiv 2402.02347).
+
+    gA <- (B^T B + reg I)^-1 gA        gB <- gB (A A^T + reg I)^-1
+
+both from the old A and B. All functions take leading batch axes, so that the pairs of many layers go at once.
+"""
+
+from typing import Literal
+
+from .factors import Factors
+from .ops import Array, Ops
+
+Damping = Literal["absolute", "relative"]
+
+
+def grams(ops: Ops, pair: Factors) -> tuple[Array, Array]:
+    """(B^T B, A A^T), each (..., r, r), in float32 or wider. The first preconditions gA, the second gB."""
+    a, b = ops.at_least_float32(pair.lora_A), ops.at_least_float32(pair.lora_B)
+    return ops.matmul(ops.matrix_transpose(b), b), ops.matmul(a, ops.matrix_transpose(a))
+
+
+def damped_inverse(ops: Ops, gram: Array, reg: float, damping: Damping = "absolute") -> Array:
+    """(gram + reg I)^-1 of symmetric positive semidefinite matrices, by Cholesky.
+
+    Args:
+        gram: (..., r, r), float32 or wider.
+        reg: what is added to the diagonal: as it is (`absolute`, the paper's form), or times the mean eigenvalue
+            trace / r of each matrix (`relative`), which makes it independent of the factors' scale.
+
+    Returns:
+        (..., r, r). NaN where gram is not finite.
+    """
+    r = gram.shape[-1]
+    identity = ops.eye(r, like=gram)
+    trace = ops.sum(ops.sum(gram * identity, axis=-1), axis=-1)[..., None, None]  # (..., 1, 1)
+    added = reg * trace / r if damping == "relative" else reg
+    # Departure from the paper: never less than the rounding error of the Gram itself, or a rank-deficient factor of
+    # norm >> 1 would have no Cholesky factor. A well-conditioned matrix does not feel it; in float64 nothing does.
+    # The last term keeps an all-zero Gram under relative damping invertible; it is far below any other reg.
+    floor = 8.0 * ops.eps(gram) * trace + 1e-30
+    damped = gram + (added + floor) * identity
+    return ops.cholesky_solve(damped, identity)
+
+
+def precondition(
+    ops: Ops, pair: Factors, gradient: Factors, reg: float = 1e-6, damping: Damping = "absolute"
+) -> Factors:
+    """The preconditioned gradients of a pair, in float32 or wider, in the layout of `Factors`.
+
+    Args:
+        pair: lora_A (..., r, in), lora_B (..., out, r).
+        gradient: their gradients, same shapes.
+    """
+    gram_b, gram_a = grams(ops, pair)
+    return apply_inverses(
+        ops, gradient, damped_inverse(ops, gram_b, reg, damping), damped_inverse(ops, gram_a, reg, damping)
+    )
+
+
+def apply_inverses(ops: Ops, gradient: Factors, inverse_b: Array, inverse_a: Array) -> Factors:
+    """(inverse_b gA, gB inverse_a): the second half of `precondition`, for callers that batch the inverses.
+
+    Args:
+        inverse_b: (B^T B + reg I)^-1, (..., r, r).
+        inverse_a: (A A^T + reg I)^-1, (..., r, r).
+    """
+    return Factors(
+        ops.matmul(inverse_b, ops.at_least_float32(gradient.lora_A)),  # (..., r, in)
+        ops.matmul(ops.at_least_float32(gradient.lora_B), inverse_a),  # (..., out, r)
+    )

@@ -1,0 +1,261 @@
+"""Gradient -> truncated SVD: exactly, or by a sketch that LoRA's own gradients supply.
+
+The sketch rests on two identities. Give a layer y = W x + B A x factors whose product is zero, so that the model still
+computes the same function, and let G = dL/dW, (out, in). Then
+
+    A = V^T, B = 0    the gradient of B is G V
+    A = 0,   B = Q    the gradient of A is Q^T G
+
+which are the two products that a randomised SVD needs (Halko, Martinsson and Tropp 2011, arXiv 0909.4061). No gradient
+of W is ever formed, so W may be quantised, sharded or offloaded.
+
+Here it is a small state machine, one state a layer. A backend installs what `probe` names, runs a backward pass, and
+hands the gradient to `advance`; from two passes on, `finish` may be called at any time:
+
+    state = start(ops, omega, out_features)
+    for _ in range(passes):
+        state = advance(ops, state, gradient_of(probe(state)))
+    spectrum = finish(ops, state, rank)
+
+Every pass probes only directions that no earlier pass has seen, so the bases of all passes together span a block Krylov
+space (Musco and Musco 2015, arXiv 1504.05477), in the numerically stable form: block Golub-Kahan bidiagonalisation with
+full reorthogonalisation.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+from .ops import Array, Ops
+
+
+class Spectrum(NamedTuple):
+    """The leading singular triplets of the descent direction: -G ~ u diag(s) vt, and what they leave out.
+
+    Of each pair u_i, v_i the sign is such that the entry of u_i that is largest in magnitude is positive.
+    """
+
+    u: Array  # (out, r)
+    s: Array  # (r,), descending
+    vt: Array  # (r, in)
+    norm: Array  # (), ||G||_F: exact, or an estimate that errs a little on the large side
+    norm_error: Array  # (), standard error of `norm`; 0 where it is exact
+    unseen: Array  # (), estimate of the norm of the part of G outside the sketched subspace; 0 where all of G was seen
+
+
+class Probe(NamedTuple):
+    """LoRA factors to install, at scale 1, for one pass. Exactly one is given.
+
+    The other is zero, and its gradient is what `advance` asks for.
+    """
+
+    lora_A: Array | None  # (k, in)
+    lora_B: Array | None  # (out, k)
+
+
+class SketchState(NamedTuple):
+    """All that the passes so far have learnt about G. Blocks are (., d), d <= k, and orthonormal taken together."""
+
+    block: Array  # what the next pass probes: (in, k) before odd passes, (out, k) before even ones
+    right: tuple[Array, ...]  # blocks V_j, (in, d)
+    g_right: tuple[Array, ...]  # G V_j, (out, d)
+    left: tuple[Array, ...]  # blocks Q_j, (out, d)
+    left_g: tuple[Array, ...]  # Q_j^T G, (d, in)
+    mixing: Array  # (k, k): omega = right[0] @ mixing
+    scale: Array  # (), the unit of the next two
+    residual: Array  # (), estimate of ||(I - Q_1 Q_1^T) G||_F^2
+    residual_variance: Array  # (), of that estimate
+
+    @property
+    def passes(self) -> int:
+        """How many gradients the state has taken in."""
+        return len(self.right) + len(self.left)
+
+
+def draw_omega(seed: int, layer: str, in_features: int, columns: int) -> np.ndarray:
+    """The Gaussian test matrix of a layer, (in, k), float64: the same on every framework, machine and layer order.
+
+    NumPy's Philox, keyed by a hash of (seed, layer), so that no layer's draw depends on which others there are.
+    """
+    key = hashlib.blake2b(f"{seed}/{layer}".encode(), digest_size=16).digest()
+    generator = np.random.Generator(np.random.Philox(key=np.frombuffer(key, dtype=np.uint64)))
+    return generator.standard_normal((in_features, columns))
+
+
+def exact_spectrum(ops: Ops, gradient: Array, rank: int) -> Spectrum:
+    """The `rank` leading singular triplets of -G by a dense SVD.
+
+    Args:
+        gradient: G = dL/dW, (out, in), float32 or wider.
+        rank: r <= min(out, in).
+    """
+    u, s, vt = _thin_svd(ops, gradient)
+    zero = ops.zeros((), like=gradient)
+    return _descent(ops, u, s, vt, rank, norm=_norm(ops, s), norm_error=zero, unseen=zero)
+
+
+def start(ops: Ops, omega: Array, out_features: int) -> SketchState:
+    """The state before the first pass.
+
+    Args:
+        omega: Gaussian test matrix, (in, k), float32 or wider, k <= min(out, in): see `draw_omega`.
+        out_features: rows of G.
+    """
+    in_features, k = omega.shape
+    if k > min(in_features, out_features):
+        raise ValueError(f"sketch width must be <= min(out, in) = {min(in_features, out_features)}, got {k}")
+    # Probing with orthonormal columns instead of omega itself changes no subspace, and the products can then be
+    # projected on as they are when the passes stop after an odd one.
+    v, mixing = ops.qr(omega)  # (in, k), (k, k)
+    zero = ops.zeros((), like=omega)
+    return SketchState(v, (), (), (), (), mixing, zero, zero, zero)
+
+
+def probe(ops: Ops, state: SketchState) -> Probe:
+    """The factors whose gradient `advance` wants next."""
+    if state.passes % 2 == 0:
+        return Probe(lora_A=ops.matrix_transpose(state.block), lora_B=None)
+    return Probe(lora_A=None, lora_B=state.block)
+
+
+def advance(ops: Ops, state: SketchState, gradient: Array) -> SketchState:
+    """The state after a pass.
+
+    Args:
+        gradient: with respect to the factor that `probe` left out: lora_B's, (out, k), after a pass with lora_A given;
+            lora_A's, (k, in), after one with lora_B. In the dtype of the state.
+    """
+    if state.passes % 2 == 0:
+        if state.passes == 0:
+            state = _estimate_residual(ops, state, gradient)
+        d = min(state.block.shape[1], state.block.shape[0] - _columns(state.right))
+        y = gradient[:, :d]  # (out, d) = G V
+        right, g_right = (*state.right, state.block[:, :d]), (*state.g_right, y)
+        return state._replace(right=right, g_right=g_right, block=_new_directions(ops, y, state.left, state.block))
+    d = min(state.block.shape[1], state.block.shape[0] - _columns(state.left))
+    z = gradient[:d, :]  # (d, in) = Q^T G
+    left, left_g = (*state.left, state.block[:, :d]), (*state.left_g, z)
+    block = _new_directions(ops, ops.matrix_transpose(z), state.right, state.block)
+    return state._replace(left=left, left_g=left_g, block=block)
+
+
+def finish(ops: Ops, state: SketchState, rank: int) -> Spectrum:
+    """The leading triplets of -G projected on all directions probed so far (block Krylov), after >= 2 passes."""
+    if state.passes < 2:
+        raise ValueError(f"a sketch needs at least 2 passes, got {state.passes}")
+    if state.passes % 2 == 0:  # G ~ Q (Q^T G)
+        u, s, vt = _thin_svd(ops, ops.concat(state.left_g, axis=0))
+        u = ops.matmul(ops.concat(state.left, axis=1), u)  # (out, K)
+    else:  # G ~ (G V) V^T
+        u, s, vt = _thin_svd(ops, ops.concat(state.g_right, axis=1))
+        vt = ops.matmul(vt, ops.matrix_transpose(ops.concat(state.right, axis=1)))  # (K, in)
+    if rank > s.shape[0]:
+        raise ValueError(f"rank must be <= {s.shape[0]}, the directions probed, got {rank}")
+
+    # ||G||_F^2 = ||Q_1^T G||_F^2 + residual: the first term is known, and the second was estimated from probes that are
+    # independent of the basis it refers to. What later passes found is part of that residual.
+    scale = _or_one(ops, state.scale)
+    seen = _square_sum(ops, s / scale)
+    complete = _columns(state.left) == state.left[0].shape[0] or _columns(state.right) == state.right[0].shape[0]
+    if complete:
+        zero = ops.zeros((), like=s)
+        return _descent(ops, u, s, vt, rank, norm=_norm(ops, s), norm_error=zero, unseen=zero)
+    first = _square_sum(ops, state.left_g[0] / scale)
+    unseen = _at_least_zero(ops, first + state.residual - seen)
+    norm = ops.sqrt(seen + unseen)
+    error = ops.sqrt(state.residual_variance) / (2.0 * _or_one(ops, norm))  # d sqrt(x) = dx / (2 sqrt(x))
+    return _descent(
+        ops,
+        u,
+        s,
+        vt,
+        rank,
+        norm=norm * state.scale,
+        norm_error=error * state.scale,
+        unseen=ops.sqrt(unseen) * state.scale,
+    )
+
+
+def _new_directions(ops: Ops, x: Array, known: tuple[Array, ...], block: Array) -> Array:
+    """An orthonormal basis of range(x) minus range(known), (rows, k): zero columns where the space is exhausted."""
+    rows, k = x.shape[0], block.shape[1]
+    d = min(x.shape[1], rows - _columns(known))
+    if d == 0:
+        return ops.zeros((rows, k), like=x)
+    q, _ = ops.qr(_project_out(ops, x[:, :d], known))
+    if (
+        known
+    ):  # Where x is all but inside `known`, the first q is rounding noise. Twice is enough (Kahan; Parlett 1980).
+        q, _ = ops.qr(_project_out(ops, q, known))
+    return q if d == k else ops.concat([q, ops.zeros((rows, k - d), like=x)], axis=1)
+
+
+def _project_out(ops: Ops, x: Array, known: tuple[Array, ...]) -> Array:
+    for q in known:
+        x = x - ops.matmul(q, ops.matmul(ops.matrix_transpose(q), x))
+    return x
+
+
+def _estimate_residual(ops: Ops, state: SketchState, g_right: Array) -> SketchState:
+    """What range(G omega) misses of G, by leaving one column out (Epperly and Tropp 2024, arXiv 2207.06342, sec. 2.3).
+
+    Column j of omega is independent of the range of all other columns, so the squared distance of G omega_j from that
+    range is an unbiased estimate of what a sketch of k - 1 columns misses: slightly too large for one of k.
+    """
+    y = ops.matmul(g_right, state.mixing)  # (out, k) = G omega
+    scale = ops.max(abs(y))
+    y = y / _or_one(ops, scale)  # squares must neither overflow nor underflow
+    k = y.shape[1]
+    gram = ops.matmul(ops.matrix_transpose(y), y)  # (k, k)
+    identity = ops.eye(k, like=y)
+    floor = 4.0 * ops.eps(y) * ops.sum(gram * identity) + ops.eps(y)  # keeps the Gram positive definite, also for y = 0
+    inverse = ops.cholesky_solve(gram + floor * identity, identity)
+    distance = 1.0 / ops.sum(inverse * identity, axis=0)  # (k,), squared
+    mean = ops.sum(distance) / k
+    variance = _square_sum(ops, distance - mean) / (k * max(k - 1, 1))
+    return state._replace(scale=scale, residual=mean, residual_variance=variance)
+
+
+def _thin_svd(ops: Ops, x: Array) -> tuple[Array, Array, Array]:
+    """Thin SVD through QR, so that a framework only ever decomposes a square of the shorter side."""
+    rows, columns = x.shape
+    if rows < columns:
+        u, s, vt = _thin_svd(ops, ops.matrix_transpose(x))
+        return ops.matrix_transpose(vt), s, ops.matrix_transpose(u)
+    if rows == columns:
+        return ops.svd(x)
+    q, r = ops.qr(x)
+    u, s, vt = ops.svd(r)
+    return ops.matmul(q, u), s, vt
+
+
+def _descent(ops: Ops, u: Array, s: Array, vt: Array, rank: int, **norms: Array) -> Spectrum:
+    """The SVD of -G from that of G, truncated, with the sign convention of `Spectrum`."""
+    u, s, vt = u[:, :rank], s[:rank], vt[:rank, :]
+    positive = ops.astype(ops.max(u, axis=0) >= ops.max(-u, axis=0), u.dtype)  # (r,), 1 or 0
+    sign = 2.0 * positive - 1.0
+    return Spectrum(u * sign, s, -vt * sign[:, None], **norms)
+
+
+def _columns(blocks: tuple[Array, ...]) -> int:
+    return sum(block.shape[1] for block in blocks)
+
+
+def _square_sum(ops: Ops, x: Array) -> Array:
+    return ops.sum(x * x)
+
+
+def _norm(ops: Ops, s: Array) -> Array:
+    """The 2-norm of s, (p,), without squaring numbers that are too small or too large for it."""
+    scale = ops.max(s)
+    return scale * ops.sqrt(_square_sum(ops, s / _or_one(ops, scale)))
+
+
+def _or_one(ops: Ops, x: Array) -> Array:
+    """x >= 0, with 1 where it is 0: a divisor."""
+    return x + ops.astype(x == 0, x.dtype)
+
+
+def _at_least_zero(ops: Ops, x: Array) -> Array:
+    return (x + abs(x)) / 2.0

@@ -1,0 +1,165 @@
+"""What an initialisation did: plain data that prints as a table, saves as JSON, and plots."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .config import Config
+from .core.spectrum import Spectrum
+from .errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer's start.
+
+    Attributes:
+        name: path of the module.
+        out_features, in_features, rank: shape of the weight, r of the pair.
+        singular_values: the r leading ones of the gradient, descending.
+        gradient_norm: ||G||_F, exact or estimated.
+        gradient_norm_error: standard error of that estimate; 0 where it is exact.
+        energy: share of ||G||_F^2 that the r directions hold, by that estimate.
+        share_of_best: lower estimate of that energy over the energy of the best r directions; 1 where G was formed.
+        start: "spectral", or "plain" where the gradient was zero and the layer got plain LoRA's start.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int
+    singular_values: list[float]
+    gradient_norm: float
+    gradient_norm_error: float
+    energy: float
+    share_of_best: float
+    start: str = "spectral"
+
+
+@dataclass(frozen=True)
+class GammaTrial:
+    """One value that gamma="auto" tried, and the loss of the initialised model on the init batches."""
+
+    gamma: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `lora_one.init` did.
+
+    Attributes:
+        backend: "torch", ...
+        config: what was asked for.
+        passes: backward passes over the batches.
+        batches: batches in a pass.
+        base_loss: mean loss of the base model on the init batches.
+        gamma: the one used; None with scale="gradient".
+        gamma_trials: what gamma="auto" tried, in order; the last is the one used.
+        seconds: wall time of the whole call.
+        peak_memory: bytes: the device allocator's peak during the call, or on a CPU the process's so far.
+        layers: one entry a layer, in the model's order.
+    """
+
+    backend: str
+    config: Config
+    passes: int
+    batches: int
+    base_loss: float
+    gamma: float | None
+    gamma_trials: list[GammaTrial]
+    seconds: float
+    peak_memory: int | None
+    layers: list[LayerReport]
+
+    @property
+    def plain_layers(self) -> list[str]:
+        """Layers whose gradient was zero."""
+        return [layer.name for layer in self.layers if layer.start == "plain"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Report":
+        """The inverse of `to_dict`."""
+        try:
+            layers = [LayerReport(**layer) for layer in values["layers"]]
+            trials = [GammaTrial(**trial) for trial in values["gamma_trials"]]
+            config = Config.from_dict(values["config"])
+            return cls(**{**values, "config": config, "layers": layers, "gamma_trials": trials})
+        except (KeyError, TypeError, ConfigError) as error:
+            raise CheckpointError(f"not a report of lora-one: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the layers' spectra and energies as an image; needs matplotlib."""
+        from .plots import plot_report
+
+        plot_report(self, path)
+
+    def summary(self) -> str:
+        """Two lines: what was done, and how much of the gradient it holds."""
+        gamma = "" if self.gamma is None else f", gamma {self.gamma:g}"
+        memory = "" if self.peak_memory is None else f", peak memory {self.peak_memory / 2**20:.0f} MiB"
+        head = (
+            f"LoRA-One ({self.backend}, {self.config.gradient}): {len(self.layers)} layers, {self.passes} passes over "
+            f"{self.batches} batches in {self.seconds:.1f} s{memory}{gamma}; base loss {self.base_loss:.4f}"
+        )
+        spectral = [layer for layer in self.layers if layer.start == "spectral"]
+        if not spectral:
+            return head
+        energy = np.array([layer.energy for layer in spectral])
+        share = np.array([layer.share_of_best for layer in spectral])
+        return (
+            f"{head}\nenergy of the gradient in the factors: median {np.median(energy):.3f}, least {energy.min():.3f}; "
+            f"of the best possible at this rank: at least {share.min():.3f} in the worst layer"
+        )
+
+    def __str__(self) -> str:
+        width = max([5, *(len(layer.name) for layer in self.layers)])
+        columns = f"{'shape':>13}  {'r':>3}  {'|G|':>9}  {'s_1':>9}  {'s_r/s_1':>7}  {'energy':>6}  of best"
+        header = f"{'layer':<{width}}  {columns}"
+        lines = [self.summary(), "", header]
+        for layer in self.layers:
+            shape = f"{layer.out_features} x {layer.in_features}"
+            row = f"{layer.name:<{width}}  {shape:>13}  {layer.rank:>3}  "
+            if layer.start == "plain":
+                lines.append(row + "zero gradient: plain LoRA start")
+                continue
+            first, last = layer.singular_values[0], layer.singular_values[-1]
+            lines.append(
+                f"{row}{layer.gradient_norm:>9.2e}  {first:>9.2e}  {last / first:>7.3f}  {layer.energy:>6.3f}  "
+                f">={layer.share_of_best:.3f}"
+            )
+        return "\n".join(lines)
+
+
+def layer_report(name: str, shape: tuple[int, int], rank: int, spectrum: Spectrum | None) -> LayerReport:
+    """The entry of a layer, from its spectrum as NumPy arrays; None where the gradient was zero."""
+    if spectrum is None:
+        return LayerReport(name, *shape, rank, [0.0] * rank, 0.0, 0.0, 0.0, 0.0, start="plain")
+    s = np.asarray(spectrum.s, dtype=np.float64)
+    norm, error, unseen = (float(x) for x in (spectrum.norm, spectrum.norm_error, spectrum.unseen))
+    captured = np.sum((s / s[0]) ** 2)
+    # Whatever r directions are best, they hold at most what ours hold and all that no pass has seen.
+    best = captured + (unseen / s[0]) ** 2
+    return LayerReport(
+        name=name,
+        out_features=shape[0],
+        in_features=shape[1],
+        rank=rank,
+        singular_values=s.tolist(),
+        gradient_norm=norm,
+        gradient_norm_error=error,
+        energy=float(min(1.0, captured / (norm / s[0]) ** 2)),
+        share_of_best=float(captured / best),
+    )

@@ -1,0 +1,60 @@
+import math
+
+import numpy as np
+import pytest
+
+from lora_one.core.factors import gradient_factors, normalized_factors, plain_factors
+from lora_one.core.spectrum import draw_omega, exact_spectrum
+from tests.arrays import ARRAYS, Arrays, best_rank, spectrum_matrix
+
+
+@pytest.fixture(params=ARRAYS)
+def arrays(request):
+    return Arrays(*request.param)
+
+
+G = spectrum_matrix(30, 20, 3.0 / np.arange(1, 21))
+
+
+@pytest.mark.parametrize("gamma", [1.0, 128.0])
+def test_normalized_product_is_one_step_of_spectral_norm_one_over_gamma(arrays, gamma):
+    factors = normalized_factors(arrays.ops, exact_spectrum(arrays.ops, arrays.of(G), 4), gamma)
+    product = arrays.numpy(factors.lora_B) @ arrays.numpy(factors.lora_A)
+    arrays.assert_close(product, -best_rank(G, 4) / np.linalg.norm(G, 2) / gamma)
+
+
+def test_factors_are_balanced_and_hold_the_square_roots_of_the_singular_values(arrays):
+    """A A^T = B^T B = diag(S_i / S_1) / gamma: sqrt(S / S_1) as in the authors' code, not S as in their README."""
+    factors = normalized_factors(arrays.ops, exact_spectrum(arrays.ops, arrays.of(G), 4), 128.0)
+    a, b = arrays.numpy(factors.lora_A), arrays.numpy(factors.lora_B)
+    expected = np.diag(1.0 / np.arange(1, 5)) / 128
+    arrays.assert_close(a @ a.T, expected)
+    arrays.assert_close(b.T @ b, expected)
+
+
+def test_normalized_start_does_not_depend_on_the_gradients_scale(arrays):
+    one = normalized_factors(arrays.ops, exact_spectrum(arrays.ops, arrays.of(G), 4), 128.0)
+    other = normalized_factors(arrays.ops, exact_spectrum(arrays.ops, arrays.of(G * 1e-12), 4), 128.0)
+    arrays.assert_close(
+        arrays.numpy(other.lora_B) @ arrays.numpy(other.lora_A), arrays.numpy(one.lora_B) @ arrays.numpy(one.lora_A)
+    )
+
+
+def test_gradient_scale_is_a_step_of_gradient_descent(arrays):
+    factors = gradient_factors(arrays.ops, exact_spectrum(arrays.ops, arrays.of(G), 4), eta=0.3)
+    arrays.assert_close(arrays.numpy(factors.lora_B) @ arrays.numpy(factors.lora_A), -0.3 * best_rank(G, 4))
+
+
+def test_full_rank_takes_the_whole_gradient(arrays):
+    factors = gradient_factors(arrays.ops, exact_spectrum(arrays.ops, arrays.of(G), 20), eta=1.0)
+    arrays.assert_close(arrays.numpy(factors.lora_B) @ arrays.numpy(factors.lora_A), -G)
+
+
+def test_plain_start_has_the_variance_of_kaiming_uniform_and_a_zero_b(arrays):
+    omega = draw_omega(0, "layer", 400, 12)
+    factors = plain_factors(arrays.ops, arrays.of(omega), 8, 60)
+    a = arrays.numpy(factors.lora_A)
+    arrays.assert_close(a, omega[:, :8].T / math.sqrt(3 * 400))
+    assert a.std() == pytest.approx(1 / math.sqrt(3 * 400), rel=0.05)
+    assert arrays.numpy(factors.lora_B).shape == (60, 8)
+    assert not arrays.numpy(factors.lora_B).any()

@@ -1,0 +1,197 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from lora_one.core.spectrum import SketchState, advance, draw_omega, exact_spectrum, finish, probe, start
+from tests.arrays import ARRAYS, Arrays, best_rank, spectrum_matrix
+
+SHAPES = [(40, 40), (60, 24), (24, 60), (9, 9)]
+PASSES = [2, 3, 4, 5, 6, 7]
+
+
+@pytest.fixture(params=ARRAYS)
+def arrays(request):
+    return Arrays(*request.param)
+
+
+def run_passes(arrays: Arrays, g: np.ndarray, width: int, passes: int, seed: int = 0) -> SketchState:
+    """What a backend does, with a matrix in the place of the model."""
+    ops, gradient = arrays.ops, arrays.of(g)
+    state = start(ops, arrays.of(draw_omega(seed, "layer", g.shape[1], width)), g.shape[0])
+    for _ in range(passes):
+        lora_A, lora_B = probe(ops, state)
+        if lora_A is not None:
+            wanted = ops.matmul(gradient, ops.matrix_transpose(lora_A))
+        else:
+            wanted = ops.matmul(ops.matrix_transpose(lora_B), gradient)
+        state = advance(ops, state, wanted)
+    return state
+
+
+def descent(arrays: Arrays, spectrum) -> np.ndarray:
+    u, s, vt = (arrays.numpy(x) for x in spectrum[:3])
+    return (u * s) @ vt
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_exact_is_the_truncated_svd_of_minus_g(arrays, shape):
+    g = spectrum_matrix(*shape, 0.7 ** np.arange(min(shape)))
+    spectrum = exact_spectrum(arrays.ops, arrays.of(g), 5)
+    arrays.assert_close(descent(arrays, spectrum), -best_rank(g, 5))
+    arrays.assert_close(spectrum.s, np.linalg.svd(g, compute_uv=False)[:5])
+    arrays.assert_close(spectrum.norm, np.asarray(np.linalg.norm(g)))
+    assert arrays.numpy(spectrum.norm_error) == 0
+    assert arrays.numpy(spectrum.unseen) == 0
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sketch_of_a_low_rank_gradient_is_exact(arrays, shape, passes):
+    """rank(G) <= k: every number of passes must give all of G, also where there is nothing left to probe."""
+    g = spectrum_matrix(*shape, np.array([4.0, 2.0, 1.0]))
+    spectrum = finish(arrays.ops, run_passes(arrays, g, 8, passes), 3)
+    arrays.assert_close(descent(arrays, spectrum), -g, factor=3)
+    arrays.assert_close(spectrum.norm, np.asarray(np.linalg.norm(g)), factor=3)
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sketch_is_the_projection_on_the_block_krylov_space(arrays, shape, passes):
+    """Against the definition: G projected on the span of G W, (G G^T) G W, ... (or of W, (G^T G) W, ... after odd)."""
+    width, rank = 6, 4
+    g = spectrum_matrix(*shape, 1.0 / np.arange(1, min(shape) + 1))
+    omega = draw_omega(0, "layer", shape[1], width)
+    if passes % 2 == 0:
+        blocks = [g @ omega]
+        for _ in range(passes // 2 - 1):
+            blocks.append(g @ (g.T @ blocks[-1]))
+        basis, _ = np.linalg.qr(np.concatenate([b / np.linalg.norm(b, axis=0) for b in blocks], axis=1))
+        expected = basis @ (basis.T @ g)
+    else:
+        blocks = [omega]
+        for _ in range(passes // 2):
+            blocks.append(g.T @ (g @ blocks[-1]))
+        basis, _ = np.linalg.qr(np.concatenate([b / np.linalg.norm(b, axis=0) for b in blocks], axis=1))
+        expected = (g @ basis) @ basis.T
+    spectrum = finish(arrays.ops, run_passes(arrays, g, width, passes), rank)
+    # The naive Krylov basis loses digits to its own condition number, even in float64.
+    np.testing.assert_allclose(descent(arrays, spectrum), -best_rank(expected, rank), atol=3e-5)
+
+
+def test_more_passes_capture_more_and_the_best_is_the_limit(arrays):
+    g = spectrum_matrix(80, 60, 1.0 / np.sqrt(np.arange(1, 61)))
+    best = np.sum(np.linalg.svd(g, compute_uv=False)[:4] ** 2)
+    shares = [np.sum(arrays.numpy(finish(arrays.ops, run_passes(arrays, g, 8, p), 4).s) ** 2) / best for p in PASSES]
+    assert all(later >= earlier - 1e-6 for earlier, later in itertools.pairwise(shares))
+    assert shares[0] < 0.95
+    assert 0.998 < shares[-1] <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("passes", [2, 3, 4])
+def test_when_all_directions_are_probed_the_sketch_is_exact_and_says_so(arrays, passes):
+    g = spectrum_matrix(12, 7, 1.0 / np.arange(1, 8))
+    spectrum = finish(arrays.ops, run_passes(arrays, g, 7, passes), 3)
+    arrays.assert_close(descent(arrays, spectrum), -best_rank(g, 3))
+    assert arrays.numpy(spectrum.norm_error) == 0
+    assert arrays.numpy(spectrum.unseen) == 0
+    arrays.assert_close(spectrum.norm, np.asarray(np.linalg.norm(g)))
+
+
+def test_leave_one_out_estimates_what_one_column_fewer_would_miss():
+    """The mean over many draws is the mean of the truth, and the stated variance is the estimates' own."""
+    arrays = Arrays("numpy", "float64")
+    g = spectrum_matrix(60, 50, 1.0 / np.arange(1, 51) ** 0.7)
+    estimates, variances, truth = [], [], []
+    for seed in range(400):
+        state = run_passes(arrays, g, 10, 1, seed)
+        estimates.append(state.residual * state.scale**2)
+        variances.append(state.residual_variance * state.scale**4)
+        q, _ = np.linalg.qr(g @ draw_omega(seed, "layer", 50, 10)[:, :9])
+        truth.append(np.linalg.norm(g - q @ (q.T @ g)) ** 2)
+    assert np.mean(estimates) == pytest.approx(np.mean(truth), rel=0.02)
+    assert np.mean(variances) == pytest.approx(np.var(estimates), rel=0.25)
+
+
+@pytest.mark.parametrize("passes", [2, 3, 4])
+def test_norm_and_unseen_are_estimated_a_little_large_and_within_their_error(passes):
+    arrays = Arrays("numpy", "float64")
+    g = spectrum_matrix(60, 50, 1.0 / np.arange(1, 51) ** 0.7)
+    truth = np.linalg.norm(g)
+    norms, errors, unseen, missed = [], [], [], []
+    for seed in range(200):
+        state = run_passes(arrays, g, 10, passes, seed)
+        spectrum = finish(arrays.ops, state, 4)
+        norms.append(spectrum.norm)
+        errors.append(spectrum.norm_error)
+        unseen.append(spectrum.unseen)
+        everything = finish(arrays.ops, state, min(sum(q.shape[1] for q in state.left), 10 * (passes // 2)))
+        missed.append(np.sqrt(max(0.0, truth**2 - np.sum(everything.s**2))))
+    assert 1.0 < np.mean(norms) / truth < 1.04
+    assert np.std(norms) == pytest.approx(np.mean(errors), rel=0.3)
+    assert 0.95 < np.mean(unseen) / np.mean(missed) < 1.25
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+@pytest.mark.parametrize("passes", [2, 3, 4])
+def test_any_scale_of_the_gradient(arrays, scale, passes):
+    g = spectrum_matrix(30, 20, 1.0 / np.arange(1, 21))
+    plain = finish(arrays.ops, run_passes(arrays, g, 8, passes), 4)
+    scaled = finish(arrays.ops, run_passes(arrays, g * scale, 8, passes), 4)
+    arrays.assert_close(descent(arrays, scaled) / scale, descent(arrays, plain))
+    arrays.assert_close(arrays.numpy(scaled.norm) / scale, arrays.numpy(plain.norm))
+    arrays.assert_close(arrays.numpy(scaled.unseen) / scale, arrays.numpy(plain.unseen), factor=10)
+
+
+@pytest.mark.parametrize("passes", [2, 3, 4])
+def test_a_zero_gradient_has_zero_singular_values_and_norm(arrays, passes):
+    spectrum = finish(arrays.ops, run_passes(arrays, np.zeros((12, 10)), 6, passes), 3)
+    assert not arrays.numpy(spectrum.s).any()
+    assert arrays.numpy(spectrum.norm) == 0
+    assert arrays.numpy(spectrum.unseen) == 0
+    assert np.isfinite(arrays.numpy(spectrum.u)).all()
+    assert np.isfinite(arrays.numpy(spectrum.vt)).all()
+
+
+def test_signs_make_the_largest_entry_of_each_left_vector_positive(arrays):
+    g = spectrum_matrix(30, 20, 1.0 / np.arange(1, 21))
+    for spectrum in (
+        exact_spectrum(arrays.ops, arrays.of(g), 6),
+        finish(arrays.ops, run_passes(arrays, g, 12, 5), 6),
+    ):
+        u = arrays.numpy(spectrum.u)
+        assert (u[np.abs(u).argmax(axis=0), np.arange(6)] > 0).all()
+
+
+def test_orthogonal_maps_commute_with_exact_svd(arrays):
+    g = spectrum_matrix(30, 20, 0.6 ** np.arange(20))
+    rng = np.random.default_rng(1)
+    p, _ = np.linalg.qr(rng.standard_normal((30, 30)))
+    q, _ = np.linalg.qr(rng.standard_normal((20, 20)))
+    plain = descent(arrays, exact_spectrum(arrays.ops, arrays.of(g), 5))
+    mapped = descent(arrays, exact_spectrum(arrays.ops, arrays.of(p @ g @ q.T), 5))
+    arrays.assert_close(mapped, p @ plain @ q.T)
+
+
+def test_omega_depends_on_seed_and_layer_and_on_nothing_else():
+    omega = draw_omega(3, "model.layers.0.q_proj", 50, 7)
+    assert omega.shape == (50, 7)
+    assert omega.dtype == np.float64
+    np.testing.assert_array_equal(omega, draw_omega(3, "model.layers.0.q_proj", 50, 7))
+    # A literal, so that no later version of this file or of NumPy may change what a seed means.
+    np.testing.assert_allclose(omega[0, :3], OMEGA_HEAD, rtol=1e-12)
+    for other in (draw_omega(4, "model.layers.0.q_proj", 50, 7), draw_omega(3, "model.layers.1.q_proj", 50, 7)):
+        assert abs(np.corrcoef(omega.ravel(), other.ravel())[0, 1]) < 0.2
+
+
+OMEGA_HEAD = [0.33048847543124665, 0.49713719448392574, 1.3655681364181893]
+
+
+def test_misuse_is_an_error():
+    arrays = Arrays("numpy", "float64")
+    with pytest.raises(ValueError, match="width must be <= min"):
+        start(arrays.ops, np.zeros((10, 6)), 5)
+    with pytest.raises(ValueError, match="at least 2 passes, got 1"):
+        finish(arrays.ops, run_passes(arrays, np.eye(8), 4, 1), 2)
+    with pytest.raises(ValueError, match="rank must be <= 4"):
+        finish(arrays.ops, run_passes(arrays, np.eye(8), 4, 2), 5)
