@@ -64,6 +64,10 @@ def test_finetune_from_a_file_with_an_option_over_it_on_ones_own_data(tmp_path):
     assert config == lora_one.Config(rank=3, gamma="auto", targets=["q_proj", "v_proj"], gradient="exact")
 
 
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
 def test_plain_start_is_loras_own(tmp_path):
     text = run("finetune", "--steps", "1", "--plain", "--lr", "1e-9", "--out", str(tmp_path), *SMALL)
     assert "LoRA-One start" not in text
