@@ -157,3 +157,10 @@ def test_a_gamma_that_is_no_number():
     result = runner.invoke(cli.app, ["finetune", "--gamma", "big"])
     assert result.exit_code == 2
     assert "must be a number" in " ".join(result.output.split())
+
+
+def test_warnings_of_the_start_reach_the_terminal(tmp_path):
+    """With gamma="auto" and a start that only makes things worse the person is told, in one line."""
+    arguments = ["init", "--out", str(tmp_path), "--alpha", "1e12", "--gamma", "auto", *SMALL]
+    text = " ".join(run(*arguments).split())
+    assert 'warning: gamma="auto": the loss on the init batches stays above the base' in text
