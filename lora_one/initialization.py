@@ -142,6 +142,8 @@ def _exact(session: Session) -> _Spectra:
     def decompose(name: str, gradient: Array) -> None:
         _check_finite(session.ops, name, gradient, "of the weight")
         spectra[name] = exact_spectrum(session.ops, gradient, ranks[name])
+        for part in spectra[name]:  # reading makes a lazy framework compute it here, and let go of the gradient
+            session.ops.to_numpy(part)
 
     result = session.exact_pass(decompose)
     return _Spectra(result, 1, spectra)

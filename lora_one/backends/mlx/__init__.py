@@ -1,7 +1,10 @@
 """MLX: arrays, models through mlx-lm's own LoRA layers, and the optimizer."""
 
+from .attach import last_layers
+from .model import MlxSession
+from .model import MlxSession as attach
 from .ops import MlxOps
 
 ops = MlxOps()
 
-__all__ = ["MlxOps", "ops"]
+__all__ = ["MlxOps", "MlxSession", "attach", "last_layers", "ops"]
