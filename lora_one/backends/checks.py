@@ -13,7 +13,8 @@ def check_reiterable(batches: Iterable[Any], passes: int) -> None:
         raise BatchError(f"batches must be iterable, got {type(batches).__name__}")
     if passes > 1 and isinstance(batches, Iterator):
         raise BatchError(
-            f"batches are read {passes} times, got a {type(batches).__name__} that can be read once: pass a list(...) of it"
+            f"batches are read {passes} times, got a {type(batches).__name__} that can be read once: "
+            "pass a list(...) of it"
         )
 
 

@@ -182,8 +182,8 @@ def test_targets_as_names_regex_and_last_layers():
     batches = token_batches(count=1)
 
     def targeted(targets):
-        return [layer.name for layer in lora_one.init(
-            tiny_llama(), batches, config=lora_one.Config(rank=2, gradient="exact", targets=targets))[1].layers]  # fmt: skip
+        config = lora_one.Config(rank=2, gradient="exact", targets=targets)
+        return [layer.name for layer in lora_one.init(tiny_llama(), batches, config=config)[1].layers]
 
     assert targeted("all-linear") == [
         f"model.layers.{i}.{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}" for i in range(2) for name in LINEAR
