@@ -82,6 +82,10 @@ def load(model: Any, path: str | Path, trainable: bool = False) -> Any:
     return backend_of(model).load(model, Path(path), trainable)
 
 
-def merge(model: Any) -> Any:
-    """Add the adapter to the base weights, W + s B A, and take the LoRA layers out. Returns the plain model."""
-    return backend_of(model).merge(model)
+def merge(model: Any, **options: Any) -> Any:
+    """Add the adapter to the base weights, W + s B A, and take the LoRA layers out. Returns the plain model.
+
+    Args:
+        options: of the backend: MLX has `dequantize=True`, for quantised weights to become float ones.
+    """
+    return backend_of(model).merge(model, **options)

@@ -5,6 +5,7 @@ A folder has `adapter_config.json`, `adapter_model.safetensors`, and, if lora-on
 
 import importlib.metadata
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ WEIGHTS = "adapter_model.safetensors"
 METADATA = "lora_one.json"
 
 _KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
-_PACKAGES = ("lora-one", "numpy", "safetensors", "torch", "peft", "transformers")
+_PACKAGES = ("lora-one", "numpy", "safetensors", "torch", "peft", "transformers", "mlx", "mlx-lm")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,16 @@ class AdapterFolder:
             if re.fullmatch(rf"(.*\.)?({pattern})", layer):
                 return rank
         return self.config["r"]
+
+    def scaling(self, layer: str) -> float:
+        """The factor s in W x + s B A x that the configuration gives a layer: `lora_alpha`, or `alpha_pattern`'s."""
+        alpha = self.config.get("lora_alpha", self.config["r"])
+        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+                alpha = value
+                break
+        rank = self.rank(layer)
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
 def read_folder(path: Path) -> AdapterFolder:

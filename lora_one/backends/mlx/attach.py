@@ -1,6 +1,7 @@
 """LoRA on an MLX model, by mlx-lm's own layers: choosing targets, attaching, and finding the layers."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,18 +45,25 @@ def attach_lora(model: nn.Module, config: Config) -> None:
     """Freeze a plain model and put LoRA on its targets, in place. `Snapshot` takes it back."""
     targets = find_targets(model, config.targets)
     model.freeze()
-    state = mx.random.state[0]  # mlx-lm draws a random start, which is overwritten: the user's stream should not notice
+    for place in targets:
+        attach_layer(place, config.rank, config.scaling, config.dropout)
+
+
+def attach_layer(place: Place, rank: int, scale: float, dropout: float) -> LoraModule:
+    """Put mlx-lm's LoRA layer in the place of a linear one. Its random start is meant to be overwritten."""
+    kind: Any = LoRASwitchLinear if isinstance(place.module, SWITCH) else LoRALinear
+    random: Any = mx.random.state
+    state = np.array(random[0])  # the user's random stream should not notice
     try:
-        for place in targets:
-            kind = LoRASwitchLinear if isinstance(place.module, SWITCH) else LoRALinear
-            adapted = kind.from_base(place.module, r=config.rank, scale=config.scaling, dropout=config.dropout)
-            place.container[place.key] = adapted
+        module: LoraModule = kind.from_base(place.module, r=rank, scale=scale, dropout=dropout)
     finally:
-        high, low = (int(word) for word in np.array(state))
+        high, low = (int(word) for word in state)
         mx.random.seed(high << 32 | low)
+    place.container[place.key] = module
+    return module
 
 
-def find_targets(model: nn.Module, targets: str | tuple[str, ...] | list[str]) -> list[Place]:
+def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Place]:
     """The linear layers that `Config.targets` means.
 
     "all-linear" is what mlx-lm converts unless told otherwise: the linear layers inside `model.layers`, router
@@ -168,7 +176,7 @@ def _inside_layers(model: nn.Module, linear: list[Place]) -> list[Place]:
     return [place for place in linear if id(place.module) in inside]
 
 
-def _matches(path: str, targets: str | tuple[str, ...] | list[str]) -> bool:
+def _matches(path: str, targets: str | Sequence[str]) -> bool:
     if isinstance(targets, str):
         return re.fullmatch(targets, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in targets)

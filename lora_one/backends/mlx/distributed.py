@@ -1,6 +1,7 @@
 """Sums over the processes of a run under `mlx.launch`, so that all of them compute the same start."""
 
 import mlx.core as mx
+import numpy as np
 
 
 def is_parallel() -> bool:
@@ -18,5 +19,5 @@ def mean_over_processes(total: float, count: int) -> tuple[float, int]:
     if not is_parallel():
         return total / count, count
     # float32 is what MLX sums everywhere; counts below 2^24 are exact in it.
-    both = mx.distributed.all_sum(mx.array([total, float(count)]), stream=mx.cpu)
-    return float(both[0].item()) / float(both[1].item()), int(both[1].item())
+    both = np.array(mx.distributed.all_sum(mx.array([total, float(count)]), stream=mx.cpu))
+    return float(both[0] / both[1]), int(both[1])

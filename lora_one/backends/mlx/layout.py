@@ -1,16 +1,17 @@
 """mlx-lm's layout of LoRA factors and ours. The only file that knows that mlx-lm's are transposed, or stacked."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+from mlx_lm.tuner.lora import LoRASwitchLinear
 
 from lora_one.core.factors import Factors
 
 # LoRALinear:        lora_a (in, r), lora_b (r, out)
 # LoRASwitchLinear:  lora_a (experts, r, in), lora_b (experts, out, r)
-LoraModule = LoRALinear | LoRASwitchLinear
+LoraModule = Any  # one of the two: mlx types no attribute of a module
 
 
 def is_switch(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from lora_one.backends.checks import check_finite_loss, check_reiterable, with_last
 from lora_one.backends.interface import Layer, PassResult
@@ -136,7 +137,7 @@ class MlxSession:
                 loss, gradients = mx.value_and_grad(loss_of)(values, to_mlx(batch), count)
                 sums = {path: sums[path] + gradients[path] for path in values} if sums else gradients
                 (evaluate_last if last else mx.eval)(loss, sums)
-                total += check_finite_loss(loss.item(), count)
+                total += check_finite_loss(float(np.array(loss)), count)
         finally:
             for path, value in values.items():
                 modules[path][name] = value
@@ -148,7 +149,7 @@ class MlxSession:
         for batch, _ in with_last(self._batches):
             count += 1
             loss = check_scalar(self._loss_fn(self.model, to_mlx(batch)), count)
-            total += check_finite_loss(loss.item(), count)
+            total += check_finite_loss(float(np.array(loss)), count)
         return PassResult(*mean_over_processes(total, count))
 
     def assign(self, layer: str, factors: Factors) -> None:
@@ -169,13 +170,15 @@ def _installed(site: Site, probes: list[Probe]) -> Iterator[None]:
     """Put probes, one a pair, into a LoRA layer for a while, at scale 1; the other factor is zero."""
     module = site.module
     before = module.lora_a, module.lora_b, module.scale
-    given = [probe.lora_B if probe.lora_A is None else probe.lora_A for probe in probes]
-    zeros = []
+    given: list[mx.array] = []
+    zeros: list[mx.array] = []
     for probe, layer in zip(probes, site.layers, strict=True):
         if probe.lora_A is not None:
+            given.append(probe.lora_A)
             zeros.append(mx.zeros((layer.out_features, probe.lora_A.shape[0]), dtype=probe.lora_A.dtype))
         else:
             assert probe.lora_B is not None
+            given.append(probe.lora_B)
             zeros.append(mx.zeros((probe.lora_B.shape[1], layer.in_features), dtype=probe.lora_B.dtype))
     both = write_factor(module, given), write_factor(module, zeros)
     module.lora_a, module.lora_b = both if probes[0].lora_A is not None else both[::-1]

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import AdamW
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from lora_one.core.factors import Factors
 from lora_one.core.precondition import Damping, apply_inverses, damped_inverse, grams
@@ -16,6 +16,7 @@ from lora_one.errors import ConfigError, ModelError
 
 from .attach import find_sites
 from .ops import MlxOps
+from .tree import flat
 
 _OPS = MlxOps()
 
@@ -68,8 +69,8 @@ class LoraOneAdamW(AdamW):
         return (wide * (1.0 - rate * self.weight_decay) - rate * direction).astype(parameter.dtype)
 
     def _preconditioned(self, gradients: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
-        flat: dict[str, mx.array] = dict(tree_flatten(gradients))
-        factors = {path: _factors(_child(parameters, path)) for path in self.pairs if f"{path}.lora_a" in flat}
+        arrays = flat(gradients)
+        factors = {path: _factors(_child(parameters, path)) for path in self.pairs if f"{path}.lora_a" in arrays}
         by_rank: dict[int, list[str]] = defaultdict(list)
         for path, pair in factors.items():
             by_rank[pair.lora_A.shape[-2]].append(path)
@@ -86,10 +87,10 @@ class LoraOneAdamW(AdamW):
                     inverses[at + k * count : at + (k + 1) * count].reshape(*leading, rank, rank) for k in (0, 1)
                 )
                 at += 2 * count
-                gradient = _factors({name: flat[f"{path}.{name}"] for name in ("lora_a", "lora_b")})
+                gradient = _factors({name: arrays[f"{path}.{name}"] for name in ("lora_a", "lora_b")})
                 direction = apply_inverses(_OPS, gradient, inverse_b, inverse_a)
-                flat[f"{path}.lora_a"], flat[f"{path}.lora_b"] = _mlx_lm(direction)
-        tree: dict[str, Any] = tree_unflatten(list(flat.items()))
+                arrays[f"{path}.lora_a"], arrays[f"{path}.lora_b"] = _mlx_lm(direction)
+        tree: dict[str, Any] = tree_unflatten(list(arrays.items()))
         return tree
 
 
@@ -148,7 +149,7 @@ def optimizer(
     if damping not in ("absolute", "relative"):
         raise ConfigError(f'damping must be "absolute" or "relative", got {damping!r}')
     trainable = model.trainable_parameters()
-    names = {name for name, _ in tree_flatten(trainable)}
+    names = set(flat(trainable))
     if not names:
         raise ModelError(
             "the model must have trainable parameters, got none: was the adapter loaded with trainable=True?"

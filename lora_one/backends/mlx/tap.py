@@ -17,11 +17,12 @@ class Tap(nn.Module):
 
     def __init__(self, layer: LoraModule):
         super().__init__()
-        self.linear = layer.linear
+        self.linear: Any = layer.linear
         self.gradient = _unread((layer.lora_b.shape[1], layer.lora_a.shape[0]), layer)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return _dense(self.linear(x), mx.stop_gradient(x), self.gradient)
+        y: Any = _dense(self.linear(x), mx.stop_gradient(x), self.gradient)
+        return y
 
 
 class SwitchTap(nn.Module):
@@ -29,13 +30,14 @@ class SwitchTap(nn.Module):
 
     def __init__(self, layer: LoraModule):
         super().__init__()
-        self.linear = layer.linear
+        self.linear: Any = layer.linear
         self.gradient = _unread((layer.num_experts, layer.lora_b.shape[1], layer.lora_a.shape[2]), layer)
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        y = self.linear(x, indices, sorted_indices=sorted_indices)
         tapped = _switch_sorted if sorted_indices else _switch
-        return tapped(y, mx.stop_gradient(x), indices, self.gradient)
+        y: Any = self.linear(x, indices, sorted_indices=sorted_indices)
+        y = tapped(y, mx.stop_gradient(x), indices, self.gradient)
+        return y
 
 
 def tap(layer: LoraModule) -> Tap | SwitchTap:

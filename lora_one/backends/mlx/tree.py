@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 
 class Place(NamedTuple):
@@ -32,6 +34,11 @@ def places(model: nn.Module) -> Iterator[Place]:
                 yield from walk(child, path)
 
     yield from walk(model, "")
+
+
+def flat(tree: Any) -> dict[str, mx.array]:
+    """The arrays of a tree by their dotted names."""
+    return dict(tree_flatten(tree))
 
 
 class Snapshot:
