@@ -1,5 +1,6 @@
 """MLX: arrays, models through mlx-lm's own LoRA layers, and the optimizer."""
 
+from .attach import attach_lora as attach_plain
 from .attach import last_layers
 from .files import load, merge, save
 from .model import MlxSession
@@ -15,6 +16,7 @@ __all__ = [
     "MlxOps",
     "MlxSession",
     "attach",
+    "attach_plain",
     "last_layers",
     "load",
     "load_pretrained",

@@ -1,7 +1,8 @@
 """LoRA on an MLX model, by mlx-lm's own layers: choosing targets, attaching, and finding the layers."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,26 +42,32 @@ class Site:
         return self.place.module
 
 
-def attach_lora(model: nn.Module, config: Config) -> None:
-    """Freeze a plain model and put LoRA on its targets, in place. `Snapshot` takes it back."""
+def attach_lora(model: nn.Module, config: Config) -> nn.Module:
+    """Freeze a plain model and put LoRA on its targets, in place, with its usual start. `Snapshot` takes it back."""
     targets = find_targets(model, config.targets)
     model.freeze()
     for place in targets:
         attach_layer(place, config.rank, config.scaling, config.dropout)
+    return model
 
 
 def attach_layer(place: Place, rank: int, scale: float, dropout: float) -> LoraModule:
-    """Put mlx-lm's LoRA layer in the place of a linear one. Its random start is meant to be overwritten."""
+    """Put mlx-lm's LoRA layer in the place of a linear one."""
     kind: Any = LoRASwitchLinear if isinstance(place.module, SWITCH) else LoRALinear
-    random: Any = mx.random.state
-    state = np.array(random[0])  # the user's random stream should not notice
-    try:
-        module: LoraModule = kind.from_base(place.module, r=rank, scale=scale, dropout=dropout)
-    finally:
-        high, low = (int(word) for word in state)
-        mx.random.seed(high << 32 | low)
+    module: LoraModule = kind.from_base(place.module, r=rank, scale=scale, dropout=dropout)
     place.container[place.key] = module
     return module
+
+
+@contextmanager
+def random_stream_kept() -> Iterator[None]:
+    """mlx-lm's layers draw a random start. Where it is overwritten, the user's random stream should not notice."""
+    random: Any = mx.random.state
+    high, low = (int(word) for word in np.array(random[0]))
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)
 
 
 def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Place]:

@@ -9,7 +9,7 @@ from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
 from lora_one.errors import CheckpointError, ModelError
 
-from .attach import DENSE, SWITCH, Site, attach_layer, find_sites
+from .attach import DENSE, SWITCH, Site, attach_layer, find_sites, random_stream_kept
 from .folder import Adapter, Pairs, Shapes, read_adapter, write_folder
 from .layout import is_switch, read_pairs, write_pairs
 from .tree import Snapshot, flat, places
@@ -55,7 +55,8 @@ def load(model: nn.Module, path: Path, trainable: bool) -> nn.Module:
         return model
     found = Snapshot(model)
     try:
-        _attach(model, adapter, trainable)
+        with random_stream_kept():
+            _attach(model, adapter, trainable)
     except BaseException:
         found.restore()
         raise

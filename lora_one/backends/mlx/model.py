@@ -14,7 +14,7 @@ from lora_one.config import Config
 from lora_one.core.factors import Factors
 from lora_one.core.spectrum import Probe
 
-from .attach import Site, attach_lora, check_adapter_fits, find_sites
+from .attach import Site, attach_lora, check_adapter_fits, find_sites, random_stream_kept
 from .batches import LossFn, check_scalar, default_loss, to_mlx
 from .distributed import mean_over_processes, sum_over_processes
 from .layout import read_factor, read_pairs, write_factor, write_pairs
@@ -68,7 +68,8 @@ class MlxSession:
         if sites:
             check_adapter_fits(sites, self._config)
         else:
-            attach_lora(self.model, self._config)
+            with random_stream_kept():
+                attach_lora(self.model, self._config)
             sites = find_sites(self.model)
         self._sites = {site.path: site for site in sites}
         self.layers = [layer for site in sites for layer in site.layers]
