@@ -108,7 +108,9 @@ def _cell(rows: list[dict[str, Any]]) -> str:
         return ""
     scores = [100 * row["exact_match"] for row in rows]
     spread = f"±{statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-    return f"{statistics.mean(scores):.1f}{spread} ({len(rows)}) {statistics.mean(r['loss_first_20'] for r in rows):.2f}"
+    return (
+        f"{statistics.mean(scores):.1f}{spread} ({len(rows)}) {statistics.mean(r['loss_first_20'] for r in rows):.2f}"
+    )
 
 
 def main() -> None:

@@ -1,8 +1,12 @@
 """What a fine-tuning run looks like in a terminal."""
 
+import itertools
+import os
 import time
+import warnings
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -91,7 +95,8 @@ class Terminal:
 
 def report_table(report: Report) -> Table:
     """The layers of an initialisation."""
-    table = Table(title="LoRA-One start", title_justify="left")
+    prefix = _common_prefix([layer.name for layer in report.layers])
+    table = Table(title=f"LoRA-One start, layers of {prefix or 'the model'}", title_justify="left", box=SIMPLE_HEAD)
     for name, justify in (
         ("layer", "left"),
         ("shape", "right"),
@@ -105,10 +110,10 @@ def report_table(report: Report) -> Table:
     for layer in report.layers:
         shape = f"{layer.out_features} x {layer.in_features}"
         if layer.start == "plain":
-            table.add_row(escape(layer.name), shape, str(layer.rank), "0", "", "plain LoRA", "")
+            table.add_row(escape(layer.name[len(prefix) :]), shape, str(layer.rank), "0", "", "plain LoRA", "")
             continue
         table.add_row(
-            escape(layer.name),
+            escape(layer.name[len(prefix) :]),
             shape,
             str(layer.rank),
             f"{layer.gradient_norm:.2e}",
@@ -121,17 +126,19 @@ def report_table(report: Report) -> Table:
 
 def inspection_table(found: Inspection) -> Table:
     """The layers of an adapter on disk."""
-    table = Table(title=escape(str(found.path)), title_justify="left")
-    for name in ("layer", "shape", "r", "|s B A|", "S_1", "S_r/S_1", "stable rank", "energy at the start", "moved"):
+    prefix = _common_prefix([layer.name for layer in found.layers])
+    table = Table(
+        title=f"{escape(str(found.path))}, layers of {prefix or 'the model'}", title_justify="left", box=SIMPLE_HEAD
+    )
+    for name in ("layer", "shape", "r", "|s B A|", "S_r/S_1", "stable rank", "start energy", "grown"):
         table.add_column(name, justify="left" if name == "layer" else "right")
     for layer in found.layers:
         start = layer.start
         table.add_row(
-            escape(layer.name),
+            escape(layer.name[len(prefix) :]),
             f"{layer.out_features} x {layer.in_features}",
             str(layer.rank),
             f"{layer.norm:.3g}",
-            f"{layer.singular_values[0]:.3g}",
             f"{layer.singular_values[-1] / (layer.singular_values[0] or 1.0):.3f}",
             f"{layer.stable_rank:.2f}",
             "" if start is None else f"{start.energy:.3f}",
@@ -140,11 +147,15 @@ def inspection_table(found: Inspection) -> Table:
     return table
 
 
+def _common_prefix(names: list[str]) -> str:
+    """What all names begin with, up to a dot: in a table it would only take room."""
+    parts = [name.split(".")[:-1] for name in names]
+    shared = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
+    return "".join(f"{level[0]}." for level in shared)
+
+
 def _quiet_libraries() -> None:
     """Progress bars and advice of the libraries underneath would tear the picture."""
-    import os
-    import warnings
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

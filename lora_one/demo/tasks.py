@@ -115,7 +115,8 @@ def write(folder: Path, train: int = 2048, test: int = 256, seed: int = 0) -> No
     for name, task in FINETUNE.items():
         into = folder if name == "main" else folder / name
         into.mkdir(parents=True, exist_ok=True)
-        for split, count in (("train", train), ("test", test)):
+        sizes: list[tuple[Split, int]] = [("train", train), ("test", test)]
+        for split, count in sizes:
             lines = [json.dumps(item) + "\n" for item in task.items(split, count, seed)]
             (into / f"{split}.jsonl").write_text("".join(lines))
 
