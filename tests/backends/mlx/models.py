@@ -128,6 +128,11 @@ def contents(model: nn.Module) -> dict[str, np.ndarray]:
     return {name: np.array(mx.view(mx.contiguous(x.reshape(-1)), mx.uint8)) for name, x in arrays}
 
 
+def flat_factors(model: nn.Module) -> dict[str, mx.array]:
+    """lora_a and lora_b of every layer by mlx-lm's names."""
+    return {name: x for name, x in tree_flatten(model.parameters()) if name.endswith(("lora_a", "lora_b"))}
+
+
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """path -> module."""
     return {place.path: place.module for place in places(model)}
