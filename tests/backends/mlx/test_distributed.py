@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
-from tests.backends.mlx import distributed_worker  # noqa: E402
-from tests.backends.mlx.models import token_batches  # noqa: E402
+from tests.backends.mlx import distributed_worker
+from tests.backends.mlx.models import token_batches
 
 ROOT = Path(__file__).parents[3]
 
