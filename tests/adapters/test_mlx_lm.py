@@ -64,7 +64,7 @@ def adapter(folder) -> dict[str, np.ndarray]:
 
 def test_script_trains_and_saves_an_adapter_that_opens_again(tmp_path, command, capsys):
     out = tmp_path / "adapter"
-    arguments = ["--steps", "12", "--dtype", "float32", "--batch-size", "16", "--mask-prompt", "--out", out]
+    arguments = ["--steps", "4", "--dtype", "float32", "--batch-size", "4", "--mask-prompt", "--out", out]
     command(lambda: runpy.run_path(str(SCRIPT), run_name="__main__"), *arguments)
     assert f"adapter: {out}" in capsys.readouterr().out
     report = read_report(out)

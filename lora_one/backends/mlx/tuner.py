@@ -156,10 +156,10 @@ def _schedule(recipe: Recipe) -> LearningRate:
     """Linear, up for `warmup` steps and down to zero, as transformers' default has it."""
     steps = recipe.steps
     warmup = min(recipe.warmup, steps)
-    down: LearningRate = optimizers.linear_schedule(recipe.learning_rate, 0.0, max(1, steps - warmup))
+    down: Any = optimizers.linear_schedule(recipe.learning_rate, 0.0, max(1, steps - warmup))
     if warmup == 0:
         return down
-    up: LearningRate = optimizers.linear_schedule(0.0, recipe.learning_rate, warmup)
+    up: Any = optimizers.linear_schedule(0.0, recipe.learning_rate, warmup)
     return optimizers.join_schedules([up, down], [warmup])
 
 
