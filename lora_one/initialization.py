@@ -116,7 +116,7 @@ def _sketch(session: Session, config: Config) -> _Spectra:
     for number in range(1, config.passes + 1):
         result, gradients = session.sketch_pass({name: probe(ops, state) for name, state in states.items()})
         for name in list(states):
-            gradient = gradients[name]
+            gradient = gradients.pop(name)
             if gradient is None:
                 del states[name]
                 continue

@@ -19,7 +19,7 @@ from .batches import LossFn, check_scalar, default_loss, to_mlx
 from .distributed import mean_over_processes, sum_over_processes
 from .layout import read_factor, read_pairs, write_factor, write_pairs
 from .ops import MlxOps
-from .tap import tap
+from .tap import tap, zeros_without_memory
 from .tree import Snapshot
 
 Arrays = dict[str, mx.array]  # by site
@@ -44,23 +44,33 @@ class MlxSession:
         passes = config.passes if config.gradient == "sketch" else 1
         check_reiterable(self._batches, passes + (config.gamma == "auto"))
         self._found = Snapshot(self.model)
+        # The model runs where its user lets it; what `core` computes with the gradients runs on the CPU, where the
+        # decompositions are and where float32 products are float32, and not TF32 as on some GPUs.
+        self._device = mx.default_device()
+        self._context = ExitStack()
+        self._context.enter_context(mx.stream(mx.cpu))
         try:
             self._attach()
         except BaseException:
-            self._found.restore()
+            self._undo()
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
-        if kind is None:
-            try:
-                self._write()
-                self._attached.restore_frozen()
-                self._found.restore_modes(self.model)
-                return
-            except BaseException:
-                self._found.restore()
-                raise
+        if kind is not None:
+            self._undo()
+            return
+        try:
+            self._write()
+        except BaseException:
+            self._undo()
+            raise
+        self._context.close()
+        self._attached.restore_frozen()
+        self._found.restore_modes(self.model)
+
+    def _undo(self) -> None:
+        self._context.close()
         self._found.restore()
 
     def _attach(self) -> None:
@@ -135,8 +145,10 @@ class MlxSession:
         try:
             for batch, last in with_last(self._batches):
                 count += 1
-                loss, gradients = mx.value_and_grad(loss_of)(values, to_mlx(batch), count)
+                with mx.stream(self._device):
+                    loss, gradients = mx.value_and_grad(loss_of)(values, to_mlx(batch), count)
                 sums = {path: sums[path] + gradients[path] for path in values} if sums else gradients
+                del gradients  # or the sums could not take their place in memory
                 (evaluate_last if last else mx.eval)(loss, sums)
                 total += check_finite_loss(float(np.array(loss)), count)
         finally:
@@ -149,7 +161,8 @@ class MlxSession:
         total, count = 0.0, 0
         for batch, _ in with_last(self._batches):
             count += 1
-            loss = check_scalar(self._loss_fn(self.model, to_mlx(batch)), count)
+            with mx.stream(self._device):
+                loss = check_scalar(self._loss_fn(self.model, to_mlx(batch)), count)
             total += check_finite_loss(float(np.array(loss)), count)
         return PassResult(*mean_over_processes(total, count))
 
@@ -176,11 +189,11 @@ def _installed(site: Site, probes: list[Probe]) -> Iterator[None]:
     for probe, layer in zip(probes, site.layers, strict=True):
         if probe.lora_A is not None:
             given.append(probe.lora_A)
-            zeros.append(mx.zeros((layer.out_features, probe.lora_A.shape[0]), dtype=probe.lora_A.dtype))
+            zeros.append(zeros_without_memory((layer.out_features, probe.lora_A.shape[0]), probe.lora_A.dtype))
         else:
             assert probe.lora_B is not None
             given.append(probe.lora_B)
-            zeros.append(mx.zeros((probe.lora_B.shape[1], layer.in_features), dtype=probe.lora_B.dtype))
+            zeros.append(zeros_without_memory((probe.lora_B.shape[1], layer.in_features), probe.lora_B.dtype))
     both = write_factor(module, given), write_factor(module, zeros)
     module.lora_a, module.lora_b = both if probes[0].lora_A is not None else both[::-1]
     module.scale = 1.0

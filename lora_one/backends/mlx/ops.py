@@ -1,7 +1,8 @@
 """`Ops` on MLX arrays. Decompositions run on the CPU stream, where MLX has them; memory is shared, nothing is copied.
 
-float64 exists on MLX's CPU device only. A GPU build of MLX multiplies float32 matrices in TF32 where the chip has it,
-unless MLX_ENABLE_TF32=0 is set before the process starts: there is no switch a call.
+float64 exists on MLX's CPU device only. On GPUs with matrix units MLX multiplies float32 in TF32, and has no switch a
+call (only MLX_ENABLE_TF32=0 for the process, https://github.com/ml-explore/mlx/issues/3860): callers that need float32
+put the CPU stream around their calls, as `init` does.
 """
 
 from collections.abc import Sequence

@@ -45,10 +45,14 @@ def tap(layer: LoraModule) -> Tap | SwitchTap:
     return SwitchTap(layer) if is_switch(layer) else Tap(layer)
 
 
-def _unread(shape: tuple[int, ...], layer: LoraModule) -> mx.array:
-    """A zero of the shape given that takes no memory, in the dtype that G is wanted in."""
-    dtype = mx.float64 if layer.lora_a.dtype == mx.float64 else mx.float32
+def zeros_without_memory(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """A single zero, broadcast."""
     return mx.broadcast_to(mx.zeros((), dtype=dtype), shape)
+
+
+def _unread(shape: tuple[int, ...], layer: LoraModule) -> mx.array:
+    """Zeros for a parameter that is never read, in the dtype that G is wanted in."""
+    return zeros_without_memory(shape, mx.float64 if layer.lora_a.dtype == mx.float64 else mx.float32)
 
 
 @mx.custom_function
