@@ -16,7 +16,7 @@ from mlx_lm.tuner.trainer import default_loss, grad_checkpoint  # noqa: E402
 from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
 
 import lora_one  # noqa: E402
-from lora_one.backends.mlx import last_layers  # noqa: E402
+from lora_one.backends.mlx import MlxOps, last_layers  # noqa: E402
 from lora_one.initialization import ZeroGradientWarning  # noqa: E402
 from tests.backends.mlx.models import (  # noqa: E402
     LINEAR,
@@ -329,6 +329,15 @@ def test_after_an_error_the_model_is_as_it_was(case, adapted):
         np.testing.assert_array_equal(after[name], value)
     if adapted:
         assert model.layers[0].self_attn.q_proj.scale == 5.0
+
+
+def test_a_failed_cholesky_is_an_error_that_names_the_layer(monkeypatch):
+    monkeypatch.setattr(MlxOps, "cholesky_solve", lambda self, gram, rhs: mx.full(rhs.shape, float("nan")))
+    model = tiny_llama()
+    before = contents(model)
+    with pytest.raises(errors.GradientError, match=r"layer 'model.layers.0.self_attn.q_proj': .* its SVD is not"):
+        lora_one.init(model, token_batches())
+    assert contents(model).keys() == before.keys()
 
 
 def test_dora_and_embeddings_are_an_error():
