@@ -117,3 +117,33 @@ def test_stock_mlx_lm_generate_uses_our_folder(command, capsys, start):
     expected = generate(lora_one.load(model, start), tokenizer, prompt, max_tokens=12).strip()
     assert stock("--adapter-path", start) == expected
     assert stock() != expected
+
+
+def test_a_4_bit_folder_of_mlx_lm_goes_through_the_command(tmp_path, data, command, capsys):
+    """mlx_lm.convert -q, lora-one finetune on mlx-lm's data layout, mlx_lm.generate."""
+    from typer.testing import CliRunner
+
+    from lora_one.cli import app
+
+    command(
+        sys.modules["mlx_lm.convert"].main,
+        *("--hf-path", demo.MODEL, "--mlx-path", tmp_path / "4bit", "-q", "--q-group-size", 64),
+    )
+    out = tmp_path / "out"
+    arguments = ["--model", str(tmp_path / "4bit"), "--data", str(data), "--out", str(out)]
+    small = ["--steps", "2", "--rank", "4", "--gamma", "4", "--passes", "2", "--init-batches", "1", "--batch-size", "4"]
+    done = CliRunner(env={"TERM": "dumb"}).invoke(
+        app, ["finetune", "--backend", "mlx", *arguments, *small], catch_exceptions=False
+    )
+    assert done.exit_code == 0, done.output
+    assert f"mlx_lm.generate --model DIR --adapter-path {out}" in done.output.replace("\n", "")
+    model, tokenizer = load_pretrained(tmp_path / "4bit")
+    assert "scales" in model.layers[0].self_attn.q_proj
+    expected = generate(lora_one.load(model, out), tokenizer, "sort:krkt=", max_tokens=8).strip()
+    capsys.readouterr()
+    command(
+        sys.modules["mlx_lm.generate"].main,
+        *("--model", tmp_path / "4bit", "--adapter-path", out, "--prompt", "sort:krkt=", "--ignore-chat-template"),
+        *("--max-tokens", 8, "--temp", 0, "--verbose", "False"),
+    )
+    assert capsys.readouterr().out.strip() == expected
