@@ -139,9 +139,8 @@ def _read_peft(path: Path, model: Shapes) -> Adapter:
     problems = check_folder(folder, dense)
     if folder.config.get("use_dora"):
         problems.append("use_dora: DoRA is another adapter than plain LoRA")
-    problems += [
-        f"{key}: modules_to_save has no place in an MLX model" for key in folder.others if key not in "".join(problems)
-    ]
+    if folder.config.get("modules_to_save"):
+        problems.append("modules_to_save: layers that were trained whole have no place beside LoRA on MLX")
     if problems:
         raise CheckpointError(f"the adapter in {path} does not fit the model", problems)
     arrays = _load(path / WEIGHTS)

@@ -16,7 +16,7 @@ VOCABULARY = 96
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
 
 # What a base weight may be quantised to: mode, group size, bits.
-QUANTIZED = [("affine", 32, 4), ("affine", 64, 4), ("affine", 64, 8), ("mxfp4", 32, 4)]
+QUANTIZED = [("affine", 32, 4), ("affine", 64, 4), ("affine", 64, 8), ("mxfp4", 32, 4), ("nvfp4", 16, 4)]
 
 
 def tiny_llama(seed: int = 0, layers: int = 2, **changes: Any) -> nn.Module:
