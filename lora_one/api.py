@@ -25,7 +25,8 @@ def init(
 
     Args:
         model: a torch.nn.Module: plain, of transformers, or a PeftModel with one active LoRA adapter. A plain model
-            gets LoRA attached, in place, by PEFT; the layers of a PeftModel are started again.
+            gets LoRA attached, in place, by PEFT; the layers of a PeftModel are started again. Or an
+            mlx.nn.Module, with mlx-lm's LoRA layers in the same way; its batches and its default loss are mlx-lm's.
         batches: a re-iterable collection of batches (a list, a DataLoader): the sketch reads it `config.passes` times.
             A few dozen sequences are enough. Tensors are moved to the model's device.
         loss_fn: (model, batch) -> mean loss, a scalar. Default: `model(**batch).loss`.
