@@ -42,6 +42,10 @@ def _anchor(backend: str, dtype: str) -> Any:
         import torch
 
         return torch.zeros((), dtype=getattr(torch, dtype))
+    if backend == "jax":
+        import jax.numpy as jnp
+
+        return jnp.zeros((), dtype=dtype)  # float64 needs x64: tests/conftest.py turns it on, test by test
     return np.zeros((), dtype=dtype)
 
 
@@ -50,6 +54,8 @@ ARRAYS = [
     pytest.param(("numpy", "float32"), id="numpy-float32"),
     pytest.param(("torch", "float64"), id="torch-float64"),
     pytest.param(("torch", "float32"), id="torch-float32"),
+    pytest.param(("jax", "float64"), id="jax-float64"),
+    pytest.param(("jax", "float32"), id="jax-float32"),
 ]
 
 

@@ -4,3 +4,21 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _x64(request):
+    """x64 for the tests that run on JAX in float64, and only while they run.
+
+    JAX has one switch for a process, off by default. Left on, it would hide what users without it get: silent float32.
+    """
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is None or ("jax", "float64") not in callspec.params.values():
+        yield
+        return
+    import jax
+
+    with jax.enable_x64(True):
+        yield

@@ -10,6 +10,7 @@ from lora_one.errors import BackendError
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "numpy": ("lora_one.backends.numpy", ()),
     "torch": ("lora_one.backends.torch", ("torch",)),
+    "jax": ("lora_one.backends.jax", ("flax",)),
 }
 
 

@@ -1,0 +1,7 @@
+"""JAX: arrays, Flax models, and the optimizer."""
+
+from .ops import JaxOps
+
+ops = JaxOps()
+
+__all__ = ["JaxOps", "ops"]
