@@ -1,10 +1,22 @@
 """JAX: arrays, Flax models, and the optimizer."""
 
+from .files import merge
 from .layers import register_layer
 from .model import JaxSession
 from .model import JaxSession as attach
 from .ops import JaxOps
+from .optimizer import lora_adamw, optimizer, scale_by_lora_preconditioner
 
 ops = JaxOps()
 
-__all__ = ["JaxOps", "JaxSession", "attach", "ops", "register_layer"]
+__all__ = [
+    "JaxOps",
+    "JaxSession",
+    "attach",
+    "lora_adamw",
+    "merge",
+    "ops",
+    "optimizer",
+    "register_layer",
+    "scale_by_lora_preconditioner",
+]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from lora_one.backends.interface import Layer, PassResult
 from lora_one.config import Config
@@ -17,11 +17,12 @@ from lora_one.core.spectrum import Probe
 from lora_one.errors import BatchError, ModelError
 from lora_one.memory import process_peak
 
+from .adopt import find_adapters
 from .batches import check_reiterable
 from .nnx import NnxBinding
 from .ops import JaxOps
 from .oracle import Oracle
-from .sites import Binding, Leaves, Site
+from .sites import Binding, Leaves, Site, replicated
 
 LossFn = Callable[[Any, Any], Any]
 
@@ -47,7 +48,8 @@ class JaxSession:
         self._sites = self._binding.sites
         self.oracle = Oracle(self._binding, self._loss_fn)
         self._context = ExitStack()
-        mesh = next((site.sharding.mesh for site in self._sites.values() if site.sharding is not None), None)
+        meshes = (s.sharding.mesh for s in self._sites.values() if isinstance(s.sharding, NamedSharding))
+        mesh = next(meshes, None)
         if mesh is not None and jax.sharding.get_abstract_mesh().empty:
             self._context.enter_context(jax.set_mesh(mesh))
         self._of: dict[str, tuple[Site, int]] = {}
@@ -69,9 +71,8 @@ class JaxSession:
     def like(self, layer: str) -> Array:
         site, _ = self._of[layer]
         one = jnp.zeros((), jnp.promote_types(site.dtype, jnp.float32))
-        if site.sharding is None:
-            return one
-        return jax.device_put(one, NamedSharding(site.sharding.mesh, PartitionSpec()))
+        everywhere = replicated(site.sharding)
+        return one if everywhere is None else jax.device_put(one, everywhere)
 
     def sketch_pass(self, probes: Mapping[str, Probe]) -> tuple[PassResult, dict[str, Array | None]]:
         given = {name: self._installed(site, probes) for name, site in self._sites.items()}
@@ -185,3 +186,18 @@ def bind(model: Any, config: Config) -> Binding:
     if isinstance(model, nnx.Module):
         return NnxBinding(model, config)
     raise ModelError(f"a JAX model must be a flax.nnx.Module, got {type(model).__name__}")
+
+
+def stacks_of(model: Any) -> dict[tuple[str, ...], int]:
+    """Path of each LoRA pair, up to `..._lora`, in the tree of its factors -> axes that count matrices.
+
+    Raises:
+        ModelError: no LoRA in the model.
+    """
+    if isinstance(model, nnx.Module):
+        found = {tuple(map(str, f.a_path)): f.site.layout for f in find_adapters(model, Config())}
+    else:
+        found = {}
+    if not found:
+        raise ModelError(f"the model must have LoRA layers, got none in {type(model).__name__}")
+    return {(*path[:-1], path[-1].removesuffix("_a")): len(layout.stack) for path, layout in found.items()}

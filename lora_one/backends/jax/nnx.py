@@ -86,7 +86,8 @@ class NnxBinding:
 
         def rebuild(frozen: Any, factors: dict[str, Leaves]) -> nnx.Module:
             flat = [(path, v.replace(factors[keys[path][0]][keys[path][1]])) for path, v in variables.items()]
-            return nnx.merge(graphdef, nnx.from_flat_state(flat), frozen)
+            # nnx refuses variables made at an outer trace level, as jit arguments are under grad: make them anew.
+            return nnx.merge(graphdef, *jax.tree.map(lambda x: x, (nnx.from_flat_state(flat), frozen)))
 
         self._rebuild = rebuild
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 class JaxOps:
@@ -17,8 +18,10 @@ class JaxOps:
     def asarray(self, x: np.ndarray, like: Array) -> Array:
         # NumPy narrows first: under x64 a float64 array would promote what it meets, without it warn.
         narrow = np.asarray(x).astype(like.dtype)
-        # A device array goes where `like` is; a tracer has no place of its own.
-        return jnp.asarray(narrow) if isinstance(like, jax.core.Tracer) else jax.device_put(narrow, _placement(like))
+        # A tracer has no place of its own, and what lies on the default device by default should go on doing so.
+        if isinstance(like, jax.core.Tracer) or not like.committed:
+            return jnp.asarray(narrow)
+        return jax.device_put(narrow, _placement(like))
 
     def to_numpy(self, x: Array) -> np.ndarray:
         host = np.array(x)
@@ -34,7 +37,7 @@ class JaxOps:
         return float(jnp.finfo(x.dtype).eps)
 
     def matmul(self, a: Array, b: Array) -> Array:
-        return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+        return jnp.matmul(a, b, precision=lax.Precision.HIGHEST, out_sharding=_product_sharding(a, b))
 
     def matrix_transpose(self, x: Array) -> Array:
         return jnp.matrix_transpose(x)
@@ -82,12 +85,24 @@ class JaxOps:
         return jnp.stack(list(xs), axis=axis)
 
 
+def _product_sharding(a: Array, b: Array) -> Any:
+    """On a mesh with Explicit axes a product must say where it goes if it sums over a sharded axis; None elsewhere."""
+    shardings = [getattr(jax.typeof(x), "sharding", None) for x in (a, b)]
+    mesh = next((s.mesh for s in shardings if s is not None and AxisType.Explicit in (s.mesh.axis_types or ())), None)
+    if mesh is None:
+        return None
+    left, right = ((*s.spec, *[None] * (x.ndim - len(s.spec))) for s, x in zip(shardings, (a, b), strict=True))
+    batch = max(left[:-2], right[:-2], key=len)
+    column = right[-1] if right[-1] != left[-2] else None
+    return NamedSharding(mesh, PartitionSpec(*batch, left[-2], column))
+
+
 _NARROW = ("bfloat16", "float16")
 
 
 def _placement(like: Array) -> Any:
     """Where an array of another shape goes to be with `like`: its device, or its whole mesh, replicated."""
     sharding = like.sharding
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec())
     return sharding

@@ -25,7 +25,7 @@ class Oracle:
 
     def __init__(self, binding: Binding, loss_fn: Callable[[Any, Any], Any]):
         self._binding = binding
-        self.traces = 0  # compilations of the function with gradients
+        self.traces = 0  # of the function with gradients: one for each shape of batch
         self._batch = 0  # the number of the batch at hand, for errors raised while tracing
 
         def loss(factors: dict[str, Leaves], frozen: Any, arrays: list[Any], rest: Any) -> jax.Array:
@@ -39,7 +39,13 @@ class Oracle:
             return value, jax.tree.map(jnp.add, total, gradients)
 
         self._loss = jax.jit(loss, static_argnums=3)
-        self._step = jax.jit(step, static_argnums=4, donate_argnums=0)
+        # The sums stay where they are, or the next batch would find other shardings and compile again.
+        where = {name: site.shardings() for name, site in binding.sites.items()}
+        self._step = jax.jit(step, static_argnums=4, donate_argnums=0, out_shardings=(None, where))
+
+    def compilations(self) -> int:
+        """Programs that XLA has made of the function with gradients."""
+        return self._step._cache_size()
 
     def gradients(self, batches: Iterable[Any], factors: dict[str, Leaves]) -> tuple[float, int, Gradients]:
         """(mean loss, batches, mean gradients of the factors).
@@ -47,7 +53,7 @@ class Oracle:
         Raises:
             BatchError, GradientError: no batches, or a loss that no gradient can be had from.
         """
-        total = jax.tree.map(jnp.zeros_like, factors)
+        total = jax.tree.map(_zeros, factors)
 
         def run(arrays: list[Any], rest: Any) -> Any:
             nonlocal total
@@ -76,3 +82,7 @@ class Oracle:
         if not self._batch:
             raise BatchError("batches must hold at least one batch, got none")
         return total / self._batch, self._batch
+
+
+def _zeros(x: jax.Array) -> jax.Array:
+    return jnp.zeros_like(x, device=x.sharding if x.committed else None)

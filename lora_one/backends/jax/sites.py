@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from lora_one.backends.interface import Layer
 from lora_one.core.factors import Factors
@@ -16,10 +16,10 @@ from .layout import Layout
 
 
 class Leaves(NamedTuple):
-    """The two factor arrays of a site, in Flax's orientation."""
+    """The two factor arrays of a site, in Flax's orientation, or something about each of them."""
 
-    a: Array  # (stack..., in..., r)
-    b: Array  # (stack..., r, out...)
+    a: Any  # (stack..., in..., r)
+    b: Any  # (stack..., r, out...)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Site:
         native: what the layer itself multiplies x a b by; the rest of `scaling` is folded into lora_b.
         width: columns that a probe of this layer must have, where the layer fixes them; None if any number goes.
         dtype: of the factors.
-        sharding: of the kernel, with an entry an axis; None on one device.
+        sharding: of the kernel, see `kernel_sharding`.
         stored: the factors in the shapes that the layer keeps them in, where these are not those of `Layout`.
     """
 
@@ -45,7 +45,7 @@ class Site:
     native: float
     width: int | None
     dtype: Any
-    sharding: NamedSharding | None
+    sharding: Sharding | None
     stored: Callable[[Leaves], Leaves] | None = None
 
     def layers(self) -> list[Layer]:
@@ -54,24 +54,25 @@ class Site:
         names = [f"{self.name}.{i}" for i in range(n)] if layout.stack else [self.name]
         return [Layer(name, layout.out_features, layout.in_features, self.rank, self.scaling) for name in names]
 
+    def shardings(self) -> Leaves:
+        """Where the factors belong: lora_a with the kernel's input axes, lora_b with its output axes. Or None, None."""
+        if not isinstance(self.sharding, NamedSharding):
+            return Leaves(self.sharding, self.sharding)
+        mesh, spec = self.sharding.mesh, tuple(self.sharding.spec)
+        return Leaves(
+            NamedSharding(mesh, PartitionSpec(*self.layout.a_spec(spec))),
+            NamedSharding(mesh, PartitionSpec(*self.layout.b_spec(spec))),
+        )
+
     def place(self, leaves: Leaves) -> Leaves:
-        """The factors on the kernel's mesh: lora_a takes its input axes' sharding, lora_b its output axes'."""
-        if self.sharding is None:
-            placed = leaves
-        else:
-            mesh, spec = self.sharding.mesh, tuple(self.sharding.spec)
-            placed = Leaves(
-                jax.device_put(leaves.a, NamedSharding(mesh, PartitionSpec(*self.layout.a_spec(spec)))),
-                jax.device_put(leaves.b, NamedSharding(mesh, PartitionSpec(*self.layout.b_spec(spec)))),
-            )
+        """The factors where they belong, in the shapes that the layer keeps them in."""
+        placed = Leaves(*(_put(x, where) for x, where in zip(leaves, self.shardings(), strict=True)))
         return placed if self.stored is None else self.stored(placed)
 
     def whole(self, leaves: Leaves) -> Leaves:
         """The factors, or their gradients, in full on each device: they are thin, and QR needs whole columns."""
-        if self.sharding is None:
-            return leaves
-        everywhere = NamedSharding(self.sharding.mesh, PartitionSpec())
-        return Leaves(*(jax.device_put(x, everywhere) for x in leaves))
+        everywhere = replicated(self.sharding)
+        return Leaves(*(_put(x, everywhere) for x in leaves))
 
     def trained(self, pairs: list[Factors]) -> Leaves:
         """The arrays to train, from one pair of the spec a matrix."""
@@ -116,13 +117,26 @@ class Binding(Protocol):
         ...
 
 
-def kernel_sharding(kernel: Any) -> NamedSharding | None:
-    """The sharding of an array over a mesh of several devices, with one entry an axis; None for one device."""
-    sharding = getattr(kernel, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+def kernel_sharding(kernel: Any) -> Sharding | None:
+    """Where an array was put, with one entry an axis if that is a mesh; None where JAX's default device is meant.
+
+    None matters: arrays put on a device by name and arrays that are there by default compile differently.
+    """
+    if not getattr(kernel, "committed", False):
         return None
-    spec = (*sharding.spec, *[None] * (kernel.ndim - len(sharding.spec)))
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    if not isinstance(kernel.sharding, NamedSharding):
+        return kernel.sharding
+    spec = (*kernel.sharding.spec, *[None] * (kernel.ndim - len(kernel.sharding.spec)))
+    return NamedSharding(kernel.sharding.mesh, PartitionSpec(*spec))
+
+
+def replicated(sharding: Sharding | None) -> Sharding | None:
+    """A whole copy on each device of a sharding."""
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
+
+
+def _put(x: Array, where: Sharding | None) -> Array:
+    return x if where is None else jax.device_put(x, where)
 
 
 def factor_dtype(kernel: Any) -> Any:
