@@ -5,14 +5,17 @@ A folder has `adapter_config.json`, `adapter_model.safetensors`, and, if lora-on
 
 import importlib.metadata
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import numpy as np
+from safetensors import SafetensorError, deserialize, safe_open
 
+from .core.factors import Factors
 from .errors import CheckpointError
 from .report import Report
 
@@ -40,6 +43,16 @@ class AdapterFolder:
             if re.fullmatch(rf"(.*\.)?({pattern})", layer):
                 return rank
         return self.config["r"]
+
+    def scaling(self, layer: str) -> float:
+        """The factor s of a layer: alpha / sqrt(rank) or alpha / rank, with `alpha_pattern` (PEFT's meaning)."""
+        alpha = self.config.get("lora_alpha", 8)
+        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+                alpha = value
+                break
+        rank = self.rank(layer)
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
 def read_folder(path: Path) -> AdapterFolder:
@@ -71,6 +84,34 @@ def read_folder(path: Path) -> AdapterFolder:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path / WEIGHTS} cannot be read: {error}") from error
     return AdapterFolder(path, config, shapes["A"], shapes["B"], others)
+
+
+def read_factors(folder: AdapterFolder) -> dict[str, Factors]:
+    """The pairs of an adapter as float32 arrays, whatever they are stored in: layer -> lora_A (r, in), lora_B (out, r).
+
+    Raises:
+        CheckpointError: a factor without its partner, or a dtype that is not floating.
+    """
+    alone = sorted(folder.lora_A.keys() ^ folder.lora_B.keys())
+    if alone:
+        raise CheckpointError(f"{folder.path / WEIGHTS}: lora_A or lora_B is missing", alone)
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for key, tensor in deserialize((folder.path / WEIGHTS).read_bytes()):
+        match = _KEY.fullmatch(key)
+        if match is not None:
+            found.setdefault(match["layer"], {})[match["factor"]] = _float32(key, tensor)
+    return {layer: Factors(found[layer]["A"], found[layer]["B"]) for layer in folder.lora_A}
+
+
+def _float32(key: str, tensor: Mapping[str, Any]) -> np.ndarray:
+    kind, data = tensor["dtype"], tensor["data"]
+    if kind == "BF16":  # NumPy has no bfloat16: it is the upper half of a float32
+        array = (np.frombuffer(data, dtype="<u2").astype("<u4") << 16).view("<f4")
+    elif kind in ("F16", "F32", "F64"):
+        array = np.frombuffer(data, dtype={"F16": "<f2", "F32": "<f4", "F64": "<f8"}[kind])
+    else:
+        raise CheckpointError(f"{key} must be floating, got {kind}")
+    return array.astype(np.float32).reshape(tensor["shape"])
 
 
 def check_folder(folder: AdapterFolder, linear: Mapping[str, tuple[int, int]]) -> list[str]:

@@ -24,7 +24,10 @@ class LayerReport:
         gradient_norm: ||G||_F, exact or estimated.
         gradient_norm_error: standard error of that estimate; 0 where it is exact.
         energy: share of ||G||_F^2 that the r directions hold, by that estimate.
-        share_of_best: lower estimate of that energy over the energy of the best r directions; 1 where G was formed.
+        share_of_best: that energy over the energy of the best r directions: 1 where G was formed, otherwise an estimate
+            from how fast the passes converge.
+        share_at_least: a lower bound on it from the energy that no pass has seen; it holds up to the error of
+            `gradient_norm`, and is far too low where the unseen energy is spread over many directions.
         start: "spectral", or "plain" where the gradient was zero and the layer got plain LoRA's start.
     """
 
@@ -37,6 +40,7 @@ class LayerReport:
     gradient_norm_error: float
     energy: float
     share_of_best: float
+    share_at_least: float
     start: str = "spectral"
 
 
@@ -121,7 +125,7 @@ class Report:
         share = np.array([layer.share_of_best for layer in spectral])
         return (
             f"{head}\nenergy of the gradient in the factors: median {np.median(energy):.3f}, least {energy.min():.3f}; "
-            f"of the best possible at this rank: at least {share.min():.3f} in the worst layer"
+            f"of the best possible at this rank: {share.min():.3f} in the worst layer"
         )
 
     def __str__(self) -> str:
@@ -138,7 +142,7 @@ class Report:
             first, last = layer.singular_values[0], layer.singular_values[-1]
             lines.append(
                 f"{row}{layer.gradient_norm:>9.2e}  {first:>9.2e}  {last / first:>7.3f}  {layer.energy:>6.3f}  "
-                f">={layer.share_of_best:.3f}"
+                f"{layer.share_of_best:>7.3f}"
             )
         return "\n".join(lines)
 
@@ -146,12 +150,10 @@ class Report:
 def layer_report(name: str, shape: tuple[int, int], rank: int, spectrum: Spectrum | None) -> LayerReport:
     """The entry of a layer, from its spectrum as NumPy arrays; None where the gradient was zero."""
     if spectrum is None:
-        return LayerReport(name, *shape, rank, [0.0] * rank, 0.0, 0.0, 0.0, 0.0, start="plain")
+        return LayerReport(name, *shape, rank, [0.0] * rank, 0.0, 0.0, 0.0, 0.0, 0.0, start="plain")
     s = np.asarray(spectrum.s, dtype=np.float64)
-    norm, error, unseen = (float(x) for x in (spectrum.norm, spectrum.norm_error, spectrum.unseen))
+    norm, error, unseen, best_norm = (float(x) for x in spectrum[3:])
     captured = np.sum((s / s[0]) ** 2)
-    # Whatever r directions are best, they hold at most what ours hold and all that no pass has seen.
-    best = captured + (unseen / s[0]) ** 2
     return LayerReport(
         name=name,
         out_features=shape[0],
@@ -161,5 +163,7 @@ def layer_report(name: str, shape: tuple[int, int], rank: int, spectrum: Spectru
         gradient_norm=norm,
         gradient_norm_error=error,
         energy=float(min(1.0, captured / (norm / s[0]) ** 2)),
-        share_of_best=float(captured / best),
+        share_of_best=float(min(1.0, captured / (best_norm / s[0]) ** 2)),
+        # Whatever r directions are best, they hold at most what ours hold and all that no pass has seen.
+        share_at_least=float(captured / (captured + (unseen / s[0]) ** 2)),
     )

@@ -1,11 +1,13 @@
 """The seam between the algorithm and a framework's models: what a backend supplies to `lora_one.init`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from lora_one.core.factors import Factors
 from lora_one.core.ops import Array, Ops
 from lora_one.core.spectrum import Probe
+from lora_one.data import TokenSequence
+from lora_one.recipe import Recipe
 
 
 class Layer(NamedTuple):
@@ -69,4 +71,34 @@ class Session(Protocol):
 
     def peak_memory(self) -> int | None:
         """Bytes: the device allocator's peak during this session, or the process's so far. None if unknown."""
+        ...
+
+
+class Tuner(Protocol):
+    """A causal language model and its tokenizer, from a local folder in Hugging Face's format: what the command uses.
+
+    A backend that offers it has a module `tuner` with `open_tuner(folder: Path, dtype: str, device: str | None)`, and
+    `attach_plain(model, config)`, which attaches LoRA with its usual start, for comparison.
+    """
+
+    model: Any
+    tokenizer: Any  # Hugging Face's, or one that passes `encode`, `decode` and `apply_chat_template` on to it
+
+    def batches(self, sequences: Sequence[TokenSequence], batch_size: int) -> list[Any]:
+        """Padded batches, in order, for `init` with `loss_fn`."""
+        ...
+
+    def loss_fn(self, model: Any, batch: Any) -> Any:
+        """Mean cross-entropy over the tokens after the prompts."""
+        ...
+
+    def train(self, sequences: Sequence[TokenSequence], recipe: Recipe, on_step: Callable[[int, float], None]) -> None:
+        """Train the model's LoRA factors for `recipe.steps` steps; `on_step(step, loss)` after each.
+
+        A step's batch is a draw from a seeded permutation of the sequences, epoch after epoch.
+        """
+        ...
+
+    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy continuations of the prompts, up to and without the end-of-sequence token."""
         ...

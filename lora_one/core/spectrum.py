@@ -42,6 +42,7 @@ class Spectrum(NamedTuple):
     norm: Array  # (), ||G||_F: exact, or an estimate that errs a little on the large side
     norm_error: Array  # (), standard error of `norm`; 0 where it is exact
     unseen: Array  # (), estimate of the norm of the part of G outside the sketched subspace; 0 where all of G was seen
+    best_norm: Array  # (), ||G_r||_F of the best rank-r part: exact, or extrapolated from the passes' convergence
 
 
 class Probe(NamedTuple):
@@ -90,9 +91,7 @@ def exact_spectrum(ops: Ops, gradient: Array, rank: int) -> Spectrum:
         gradient: G = dL/dW, (out, in), float32 or wider.
         rank: r <= min(out, in).
     """
-    u, s, vt = _thin_svd(ops, gradient)
-    zero = ops.zeros((), like=gradient)
-    return _descent(ops, u, s, vt, rank, norm=_norm(ops, s), norm_error=zero, unseen=zero)
+    return _descent_seen_whole(ops, *_thin_svd(ops, gradient), rank)
 
 
 def start(ops: Ops, omega: Array, out_features: int) -> SketchState:
@@ -144,27 +143,27 @@ def finish(ops: Ops, state: SketchState, rank: int) -> Spectrum:
     """The leading triplets of -G projected on all directions probed so far (block Krylov), after >= 2 passes."""
     if state.passes < 2:
         raise ValueError(f"a sketch needs at least 2 passes, got {state.passes}")
+    projected = _projected(ops, state, state.passes)
+    u, s, vt = _thin_svd(ops, projected)
     if state.passes % 2 == 0:  # G ~ Q (Q^T G)
-        u, s, vt = _thin_svd(ops, ops.concat(state.left_g, axis=0))
         u = ops.matmul(ops.concat(state.left, axis=1), u)  # (out, K)
     else:  # G ~ (G V) V^T
-        u, s, vt = _thin_svd(ops, ops.concat(state.g_right, axis=1))
         vt = ops.matmul(vt, ops.matrix_transpose(ops.concat(state.right, axis=1)))  # (K, in)
     if rank > s.shape[0]:
         raise ValueError(f"rank must be <= {s.shape[0]}, the directions probed, got {rank}")
+    if _columns(state.left) == state.left[0].shape[0] or _columns(state.right) == state.right[0].shape[0]:
+        return _descent_seen_whole(ops, u, s, vt, rank)
 
     # ||G||_F^2 = ||Q_1^T G||_F^2 + residual: the first term is known, and the second was estimated from probes that are
     # independent of the basis it refers to. What later passes found is part of that residual.
     scale = _or_one(ops, state.scale)
     seen = _square_sum(ops, s / scale)
-    complete = _columns(state.left) == state.left[0].shape[0] or _columns(state.right) == state.right[0].shape[0]
-    if complete:
-        zero = ops.zeros((), like=s)
-        return _descent(ops, u, s, vt, rank, norm=_norm(ops, s), norm_error=zero, unseen=zero)
     first = _square_sum(ops, state.left_g[0] / scale)
     unseen = _at_least_zero(ops, first + state.residual - seen)
     norm = ops.sqrt(seen + unseen)
     error = ops.sqrt(state.residual_variance) / (2.0 * _or_one(ops, norm))  # d sqrt(x) = dx / (2 sqrt(x))
+    captured = _square_sum(ops, s[:rank] / scale)
+    to_come = _energy_to_come(ops, state, rank, captured, unseen)
     return _descent(
         ops,
         u,
@@ -174,7 +173,37 @@ def finish(ops: Ops, state: SketchState, rank: int) -> Spectrum:
         norm=norm * state.scale,
         norm_error=error * state.scale,
         unseen=ops.sqrt(unseen) * state.scale,
+        best_norm=ops.sqrt(captured + to_come) * state.scale,
     )
+
+
+def _projected(ops: Ops, state: SketchState, passes: int) -> Array:
+    """G in the basis that the first `passes` passes ended with: Q^T G, (K, in), or G V, (out, K)."""
+    if passes % 2 == 0:
+        return ops.concat(state.left_g[: passes // 2], axis=0)
+    return ops.concat(state.g_right[: passes // 2 + 1], axis=1)
+
+
+def _energy_to_come(ops: Ops, state: SketchState, rank: int, captured: Array, unseen: Array) -> Array:
+    """What more passes would still add to the energy of the r leading directions, (), in units of scale^2.
+
+    Each pass adds a roughly constant fraction of what the one before it added, so that the rest is a geometric series.
+    It cannot be more than all that is unseen, which is what remains to be said after two passes.
+    """
+    if state.passes < 3:
+        return unseen
+    scale = _or_one(ops, state.scale)
+    energies = [captured]
+    for passes in (state.passes - 1, state.passes - 2):
+        if passes < 2:
+            energies.append(ops.zeros((), like=captured))
+            continue
+        _, s, _ = _thin_svd(ops, _projected(ops, state, passes))
+        energies.append(_square_sum(ops, s[:rank] / scale))
+    last = _at_least_zero(ops, energies[0] - energies[1])
+    before = _at_least_zero(ops, energies[1] - energies[2])
+    ratio = _smaller(last / _or_one(ops, before), 0.9 + 0.0 * last)
+    return _smaller(last * ratio / (1.0 - ratio), unseen)
 
 
 def _new_directions(ops: Ops, x: Array, known: tuple[Array, ...], block: Array) -> Array:
@@ -230,6 +259,14 @@ def _thin_svd(ops: Ops, x: Array) -> tuple[Array, Array, Array]:
     return ops.matmul(q, u), s, vt
 
 
+def _descent_seen_whole(ops: Ops, u: Array, s: Array, vt: Array, rank: int) -> Spectrum:
+    """`_descent` where u, s, vt hold all of G, so that its norms are known."""
+    zero = ops.zeros((), like=s)
+    return _descent(
+        ops, u, s, vt, rank, norm=_norm(ops, s), norm_error=zero, unseen=zero, best_norm=_norm(ops, s[:rank])
+    )
+
+
 def _descent(ops: Ops, u: Array, s: Array, vt: Array, rank: int, **norms: Array) -> Spectrum:
     """The SVD of -G from that of G, truncated, with the sign convention of `Spectrum`."""
     u, s, vt = u[:, :rank], s[:rank], vt[:rank, :]
@@ -259,3 +296,7 @@ def _or_one(ops: Ops, x: Array) -> Array:
 
 def _at_least_zero(ops: Ops, x: Array) -> Array:
     return (x + abs(x)) / 2.0
+
+
+def _smaller(x: Array, y: Array) -> Array:
+    return (x + y - abs(x - y)) / 2.0

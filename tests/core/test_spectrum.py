@@ -88,6 +88,22 @@ def test_more_passes_capture_more_and_the_best_is_the_limit(arrays):
     assert 0.998 < shares[-1] <= 1 + 1e-6
 
 
+@pytest.mark.parametrize("passes", PASSES)
+def test_best_norm_is_told_from_the_convergence_of_the_passes(passes):
+    """The energy of the best r directions, estimated without G: too large after 2 and 3 passes, close from 4."""
+    arrays = Arrays("numpy", "float64")
+    g = spectrum_matrix(80, 60, 1.0 / np.sqrt(np.arange(1, 61)))
+    best = np.sum(np.linalg.svd(g, compute_uv=False)[:4] ** 2)
+    told = []
+    for seed in range(40):
+        spectrum = finish(arrays.ops, run_passes(arrays, g, 8, passes, seed), 4)
+        told.append(spectrum.best_norm**2 / best)
+    if passes <= 3:
+        assert min(told) > 1.0
+    else:
+        assert np.mean(np.abs(np.array(told) - 1)) < 0.01
+
+
 @pytest.mark.parametrize("passes", [2, 3, 4])
 def test_when_all_directions_are_probed_the_sketch_is_exact_and_says_so(arrays, passes):
     g = spectrum_matrix(12, 7, 1.0 / np.arange(1, 8))

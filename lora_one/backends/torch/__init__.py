@@ -1,5 +1,6 @@
 """PyTorch: arrays, models through PEFT's own LoRA layers, and the optimizer."""
 
+from .attach import attach_lora as attach_plain
 from .files import load, merge, save
 from .model import TorchSession
 from .model import TorchSession as attach
@@ -8,4 +9,15 @@ from .optimizer import LoraOneAdamW, optimizer
 
 ops = TorchOps()
 
-__all__ = ["LoraOneAdamW", "TorchOps", "TorchSession", "attach", "load", "merge", "ops", "optimizer", "save"]
+__all__ = [
+    "LoraOneAdamW",
+    "TorchOps",
+    "TorchSession",
+    "attach",
+    "attach_plain",
+    "load",
+    "merge",
+    "ops",
+    "optimizer",
+    "save",
+]

@@ -61,6 +61,11 @@ def attach_lora(model: nn.Module, config: Config) -> peft.PeftModel:
                 f"targets must match a linear layer of the model, got {config.targets!r}; its linear layers are: "
                 f"{shown or 'none'}"
             ) from error
+        except ValueError as error:
+            if "is not supported" not in str(error):
+                raise
+            reason = str(error).split(". Currently")[0]
+            raise ModelError(f"targets must be linear layers, got {config.targets!r}: {reason}") from error
 
 
 def find_sites(model: peft.PeftModel) -> list[Site]:
@@ -70,8 +75,7 @@ def find_sites(model: peft.PeftModel) -> list[Site]:
         ModelError: no LoRA, several active adapters, merged ones, or a kind of adapter whose start is another problem
             (DoRA, embeddings, convolutions, a bias in lora_B).
     """
-    if not isinstance(model.base_model, LoraModel):
-        raise ModelError(f"the adapter must be LoRA, got {type(model.base_model).__name__}")
+    _require_lora(model)
     adapters = model.active_adapters
     if len(adapters) != 1:
         raise ModelError(f"one active adapter is expected, got {adapters}: choose with model.set_adapter(name)")
@@ -111,6 +115,7 @@ def check_adapter_fits(model: peft.PeftModel, config: Config) -> None:
     Raises:
         ModelError: a setting that is neither its default nor the adapter's.
     """
+    _require_lora(model)
     default = Config()
     lora_config: Any = model.peft_config[model.active_adapters[0]]
     pairs = {
@@ -128,6 +133,11 @@ def check_adapter_fits(model: peft.PeftModel, config: Config) -> None:
             "a PeftModel keeps its adapter's own settings, but the Config asks for "
             f"{'; '.join(wrong)}: leave them out of the Config, or hand in the model without its adapter"
         )
+
+
+def _require_lora(model: peft.PeftModel) -> None:
+    if not isinstance(model.base_model, LoraModel):
+        raise ModelError(f"the adapter must be LoRA, got {type(model.base_model).__name__}")
 
 
 def _task_type(model: nn.Module) -> peft.TaskType | None:

@@ -28,7 +28,7 @@ class LoraOneAdamW(torch.optim.AdamW):
     """torch.optim.AdamW that preconditions the gradients of LoRA pairs first (arXiv 2502.01235, Algorithm 1).
 
     gA <- (B^T B + reg I)^-1 gA and gB <- gB (A A^T + reg I)^-1, in float32 or wider, from the current A and B; all
-    other parameters follow plain AdamW. After `step` the `.grad` of every parameter is what the backward pass left there.
+    other parameters follow plain AdamW. `step` leaves every `.grad` as the backward pass made it.
 
     Args:
         params: parameters or groups, as for torch.optim.AdamW.
@@ -145,9 +145,7 @@ def optimizer(
         raise ConfigError(f'damping must be "absolute" or "relative", got {damping!r}')
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
-        raise ModelError(
-            "the model must have trainable parameters, got none: was the adapter loaded with trainable=True?"
-        )
+        raise ModelError("the model must have trainable parameters, got none: load the adapter with trainable=True")
     pairs = lora_pairs(model)
     if precondition and not pairs:
         raise ModelError("precondition=True needs trainable LoRA layers of PEFT, got none")

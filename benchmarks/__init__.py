@@ -1,0 +1,1 @@
+"""Measurements that anybody can rerun. Each writes its raw numbers to benchmarks/results/."""

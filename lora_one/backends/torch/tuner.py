@@ -1,0 +1,132 @@
+"""Fine-tuning a causal language model from a local Hugging Face folder, by transformers' own Trainer."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from lora_one.data import TokenSequence
+from lora_one.errors import ModelError
+from lora_one.recipe import Recipe
+
+from .batches import default_loss
+from .optimizer import optimizer
+
+IGNORED = -100  # transformers' label of a token that is not part of the loss
+
+
+def open_tuner(folder: Path, dtype: str, device: str | None) -> "TorchTuner":
+    """See `lora_one.backends.interface.Tuner`.
+
+    Raises:
+        ModelError: the folder holds no causal language model that transformers can load.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} must hold a causal language model and its tokenizer: {error}") from error
+    return TorchTuner(model if device is None else model.to(device), tokenizer)
+
+
+class TorchTuner:
+    """See `lora_one.backends.interface.Tuner`."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any):
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self._pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def batches(self, sequences: Sequence[TokenSequence], batch_size: int) -> list[dict[str, Tensor]]:
+        return [self._collate(sequences[i : i + batch_size]) for i in range(0, len(sequences), batch_size)]
+
+    def loss_fn(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return default_loss(model, batch)
+
+    def train(self, sequences: Sequence[TokenSequence], recipe: Recipe, on_step: Callable[[int, float], None]) -> None:
+        arguments = TrainingArguments(
+            output_dir=str(Path(recipe.out)),
+            max_steps=recipe.steps,
+            per_device_train_batch_size=recipe.batch_size,
+            warmup_steps=recipe.warmup,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            seed=recipe.seed,
+            use_cpu=next(self.model.parameters()).device.type == "cpu",
+        )
+        adamw = optimizer(
+            self.model,
+            learning_rate=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            precondition=recipe.precondition,
+            reg=recipe.reg,
+            damping=recipe.damping,  # type: ignore[arg-type]
+        )
+        trainer = Trainer(
+            self.model,
+            arguments,
+            data_collator=self._collate,
+            train_dataset=list(sequences),
+            optimizers=(adamw, None),
+            callbacks=[_OnStep(on_step)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+        self.model.eval()
+        end = self.tokenizer.eos_token_id
+        found: list[list[int]] = []
+        for start in range(0, len(prompts), 128):
+            part = prompts[start : start + 128]
+            width = max(map(len, part))
+            # Padded on the left, so that all prompts end where their continuations begin.
+            tokens = torch.tensor([[self._pad] * (width - len(p)) + p for p in part])
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
+            output = self.model.generate(
+                input_ids=tokens.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=self._pad,
+                eos_token_id=end,
+            )
+            for row in output[:, width:].tolist():
+                found.append(row[: row.index(end)] if end in row else row)
+        return found
+
+    def _collate(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
+        width = max(len(sequence.tokens) for sequence in sequences)
+        tokens = torch.full((len(sequences), width), self._pad)
+        labels = torch.full_like(tokens, IGNORED)
+        mask = torch.zeros_like(tokens)
+        for row, sequence in enumerate(sequences):
+            length = len(sequence.tokens)
+            tokens[row, :length] = torch.tensor(sequence.tokens)
+            mask[row, :length] = 1
+            labels[row, sequence.prompt_length : length] = tokens[row, sequence.prompt_length : length]
+        return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+
+
+class _OnStep(TrainerCallback):
+    def __init__(self, on_step: Callable[[int, float], None]):
+        self._on_step = on_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self._on_step(state.global_step, float(logs["loss"]))

@@ -1,0 +1,147 @@
+"""The `lora-one` command."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from .errors import LoraOneError
+
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as error:
+    sys.exit(f"the lora-one command needs the package {error.name!r}: pip install 'lora-one[cli]'")
+
+from .recipe import Recipe, make_recipe, read_recipe
+
+app = typer.Typer(help="LoRA-One: start LoRA where an epoch of training would get to.", no_args_is_help=True)
+console = Console(highlight=False)
+
+# The options of a recipe. None means "not given", so that a configuration file's value, or the default, holds.
+ModelOption = Annotated[str | None, typer.Option("--model", help="Folder of a causal language model.")]
+DataOption = Annotated[str | None, typer.Option("--data", help="JSON Lines: prompt and completion, or messages.")]
+TestOption = Annotated[str | None, typer.Option("--test", help="Held-out JSON Lines: exact match before and after.")]
+BackendOption = Annotated[str | None, typer.Option("--backend", help="torch, ...")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Of the base weights: float32, bfloat16, float16.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cuda, cpu, ...")]
+RankOption = Annotated[int | None, typer.Option("--rank", "-r")]
+AlphaOption = Annotated[float | None, typer.Option("--alpha")]
+GammaOption = Annotated[str | None, typer.Option("--gamma", help='A number, or "auto".')]
+TargetsOption = Annotated[str | None, typer.Option("--targets", help='"all-linear", names with commas, or a regex.')]
+GradientOption = Annotated[str | None, typer.Option("--gradient", help="sketch or exact.")]
+PassesOption = Annotated[int | None, typer.Option("--passes", help="Backward passes of the sketch.")]
+InitBatchesOption = Annotated[int | None, typer.Option("--init-batches", help="Batches that the start reads.")]
+BatchSizeOption = Annotated[int | None, typer.Option("--batch-size")]
+SeedOption = Annotated[int | None, typer.Option("--seed")]
+OutOption = Annotated[str | None, typer.Option("--out", help="Folder for the adapter.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML or TOML with any of these settings.")]
+
+
+@app.command()
+def finetune(
+    model: ModelOption = None,
+    data: DataOption = None,
+    test: TestOption = None,
+    backend: BackendOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    rank: RankOption = None,
+    alpha: AlphaOption = None,
+    gamma: GammaOption = None,
+    targets: TargetsOption = None,
+    gradient: GradientOption = None,
+    passes: PassesOption = None,
+    init_batches: InitBatchesOption = None,
+    steps: Annotated[int | None, typer.Option("--steps")] = None,
+    batch_size: BatchSizeOption = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr")] = None,
+    precondition: Annotated[bool | None, typer.Option("--precondition/--no-precondition")] = None,
+    plain: Annotated[bool | None, typer.Option("--plain", help="LoRA's usual start, for comparison.")] = None,
+    seed: SeedOption = None,
+    out: OutOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Fine-tune a model with LoRA-One. Without arguments: the embedded model on the embedded task."""
+    from .finetune import finetune as run
+    from .terminal import Terminal
+
+    recipe = _recipe(config, locals())
+    with Terminal(console, recipe) as terminal:
+        outcome = run(recipe, terminal)
+    terminal.finish(outcome)
+
+
+@app.command()
+def init(
+    model: ModelOption = None,
+    data: DataOption = None,
+    backend: BackendOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    rank: RankOption = None,
+    alpha: AlphaOption = None,
+    gamma: GammaOption = None,
+    targets: TargetsOption = None,
+    gradient: GradientOption = None,
+    passes: PassesOption = None,
+    init_batches: InitBatchesOption = None,
+    batch_size: BatchSizeOption = None,
+    seed: SeedOption = None,
+    out: OutOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Start LoRA and save the adapter, for a trainer of your own."""
+    from .finetune import initialize_only
+    from .terminal import Terminal
+
+    recipe = _recipe(config, locals())
+    with Terminal(console, recipe) as terminal:
+        outcome = initialize_only(recipe, terminal)
+    terminal.finish(outcome)
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="An adapter folder, of lora-one or of PEFT.")],
+    plot: Annotated[Path | None, typer.Option(help="Where the picture goes; default: ADAPTER/spectra.png.")] = None,
+) -> None:
+    """Show an adapter's spectra and energy, as a table and as a picture."""
+    from .inspection import inspect_adapter
+    from .plots import plot_inspection
+    from .terminal import inspection_table
+
+    found = inspect_adapter(adapter)
+    console.print(inspection_table(found))
+    picture = plot or adapter / "spectra.png"
+    plot_inspection(found, picture)
+    console.print(f"Picture: {picture}")
+
+
+def _recipe(config: Path | None, arguments: dict[str, Any]) -> Recipe:
+    """The file's settings, with what was given on the command line over them."""
+    names = {name for name in arguments if name != "config" and not name[0].isupper()}
+    given = {name: arguments[name] for name in names if name in arguments and arguments[name] is not None}
+    given = {name: value for name, value in given.items() if isinstance(value, (str, int, float, bool))}
+    if "gamma" in given and given["gamma"] != "auto":
+        try:
+            given["gamma"] = float(given["gamma"])
+        except ValueError:
+            raise typer.BadParameter(f'--gamma must be a number or "auto", got {given["gamma"]!r}') from None
+    if "," in given.get("targets", "") and not any(c in given["targets"] for c in "()[]{}*+?|\\"):
+        given["targets"] = [name.strip() for name in given["targets"].split(",")]
+    return make_recipe({**(read_recipe(config) if config else {}), **given})
+
+
+def main() -> None:
+    """Run the command; what lora-one raises on purpose is a message, not a traceback."""
+    try:
+        app()
+    except LoraOneError as error:
+        console.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
+        sys.exit(1)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

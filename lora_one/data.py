@@ -1,0 +1,132 @@
+"""Fine-tuning data: JSON Lines files of prompt and completion, or of chat messages, as token sequences."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One line of a data file: a prompt and its completion, or a conversation that ends with the assistant.
+
+    Attributes:
+        where: file and line, for error messages.
+    """
+
+    prompt: str | Messages
+    completion: str
+    where: str
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """An example in tokens. The loss is on what comes after the prompt.
+
+    Attributes:
+        tokens: prompt, completion and end of sequence.
+        prompt_length: how many of them are the prompt.
+    """
+
+    tokens: list[int]
+    prompt_length: int
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """Read a JSON Lines file.
+
+    Each line is an object with "prompt" and "completion" (strings), or with "messages" (a list of {"role", "content"}
+    whose last is the assistant's). Blank lines are skipped.
+
+    Raises:
+        DataError: the first line that is neither, with its number and the reason; or a file with no examples.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    examples = [
+        _example(line, f"{path.name}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()
+    ]
+    if not examples:
+        raise DataError(f"{path} must hold at least one example, got none")
+    return examples
+
+
+def _example(line: str, where: str) -> Example:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: must be an object, got {type(row).__name__}")
+    if "messages" in row:
+        return _conversation(row["messages"], where)
+    missing = [key for key in ("prompt", "completion") if key not in row]
+    if missing:
+        keys = ", ".join(map(repr, row)) or "no keys"
+        raise DataError(f"{where}: must have 'prompt' and 'completion', or 'messages'; got {keys}")
+    for key in ("prompt", "completion"):
+        if not isinstance(row[key], str):
+            raise DataError(f"{where}: {key!r} must be a string, got {type(row[key]).__name__}")
+    if not row["completion"]:
+        raise DataError(f"{where}: 'completion' is empty: there is nothing to learn")
+    return Example(row["prompt"], row["completion"], where)
+
+
+def _conversation(messages: Any, where: str) -> Example:
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise DataError(f"{where}: 'messages' must be a list of at least two, got {messages!r:.60}")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise DataError(f"{where}: a message must have the strings 'role' and 'content', got {message!r:.60}")
+    if messages[-1]["role"] != "assistant":
+        raise DataError(f"{where}: the last message must be the assistant's, got {messages[-1]['role']!r}")
+    return Example(messages[:-1], messages[-1]["content"], where)
+
+
+def encode(tokenizer: Any, example: Example) -> TokenSequence:
+    """An example in the tokens of a Hugging Face tokenizer.
+
+    A prompt is followed by its completion and the end-of-sequence token; a conversation goes through the tokenizer's
+    chat template.
+
+    Raises:
+        DataError: a conversation, and the tokenizer has no chat template, or one that rewrites the prompt.
+    """
+    prompt = encode_prompt(tokenizer, example)
+    if isinstance(example.prompt, str):
+        completion = tokenizer.encode(example.completion, add_special_tokens=False)
+        return TokenSequence([*prompt, *completion, tokenizer.eos_token_id], len(prompt))
+    messages = [*example.prompt, {"role": "assistant", "content": example.completion}]
+    tokens = _template(tokenizer, messages, add_generation_prompt=False)
+    if tokens[: len(prompt)] != prompt:
+        raise DataError(
+            f"{example.where}: the tokenizer's chat template must render a conversation as the prompt followed by the "
+            "answer, but it changes the prompt once the answer is there: use prompt/completion lines instead"
+        )
+    return TokenSequence(tokens, len(prompt))
+
+
+def encode_prompt(tokenizer: Any, example: Example) -> list[int]:
+    """The tokens of the prompt alone, ready for the completion to be generated."""
+    if not isinstance(example.prompt, str):
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(f"{example.where}: 'messages' need a tokenizer with a chat template, and this one has none")
+        return _template(tokenizer, example.prompt, add_generation_prompt=True)
+    tokens = list(tokenizer.encode(example.prompt))
+    # Some tokenizers close every text with an end-of-sequence token; the completion is still to come.
+    return tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_token_id else tokens
+
+
+def _template(tokenizer: Any, messages: Messages, add_generation_prompt: bool) -> list[int]:
+    return list(
+        tokenizer.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
+        )
+    )

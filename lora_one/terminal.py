@@ -1,0 +1,168 @@
+"""What a fine-tuning run looks like in a terminal."""
+
+import itertools
+import os
+import time
+import warnings
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .finetune import Outcome
+from .inspection import Inspection
+from .recipe import Recipe
+from .report import Report
+
+SMOOTHING = 10  # steps that the loss shown is a mean of
+
+
+class Terminal:
+    """Tells a person how far the job is: see `lora_one.finetune.Progress`."""
+
+    def __init__(self, console: Console, recipe: Recipe):
+        self._console = console
+        self._recipe = recipe
+        self._losses: list[float] = []
+        self._began = time.perf_counter()
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> "Terminal":
+        _quiet_libraries()
+        self._console.print(
+            f"[bold]lora-one[/]  model {escape(self._recipe.model or 'embedded tiny Llama')}, "
+            f"data {escape(self._recipe.data or 'embedded task: sort letters')}"
+        )
+        self._bars.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._bars.__exit__(*exception)
+
+    def say(self, text: str) -> None:
+        """A step of the job begins."""
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+        total = self._recipe.steps if text == "Training" else None
+        self._task = self._bars.add_task(text, total=total, note="")
+
+    def report(self, report: Report) -> None:
+        """The initialisation is done."""
+        self._bars.print(report_table(report))
+        self._bars.print(escape(report.summary()))
+
+    def step(self, step: int, loss: float) -> None:
+        """A training step is done."""
+        self._losses.append(loss)
+        recent = self._losses[-SMOOTHING:]
+        mean = sum(recent) / len(recent)
+        self._bars.update(self._task, completed=step, note=f"loss {mean:.3f}")
+        if step == 1 or step % max(1, self._recipe.steps // 10) == 0:
+            self._bars.print(f"  step {step:>5}  loss {mean:.4f}")
+
+    def score(self, when: str, exact_match: float, count: int) -> None:
+        """The test items were answered."""
+        self._bars.print(f"Exact match {when} training: [bold]{exact_match:.1%}[/] of {count} held-out items")
+
+    def finish(self, outcome: Outcome) -> None:
+        """The last lines: what came out, and what to do next."""
+        seconds = time.perf_counter() - self._began
+        out = escape(str(outcome.out))
+        if outcome.before is not None and outcome.after is not None:
+            self._console.print(
+                f"[bold green]Exact match {outcome.before:.1%} -> {outcome.after:.1%}[/] in {seconds:.0f} s, all told"
+            )
+        self._console.print(f"Adapter: [bold]{out}[/] (opens in PEFT and vLLM)")
+        self._console.print("Next:")
+        self._console.print(f"  lora-one inspect {out}")
+        self._console.print(f'  python: model = peft.PeftModel.from_pretrained(base_model, "{out}")', highlight=False)
+        if self._recipe.model is None:
+            self._console.print("  lora-one finetune --model DIR --data FILE.jsonl   # your own")
+
+
+def report_table(report: Report) -> Table:
+    """The layers of an initialisation."""
+    prefix = _common_prefix([layer.name for layer in report.layers])
+    table = Table(title=f"LoRA-One start, layers of {prefix or 'the model'}", title_justify="left", box=SIMPLE_HEAD)
+    for name, justify in (
+        ("layer", "left"),
+        ("shape", "right"),
+        ("r", "right"),
+        ("|G|", "right"),
+        ("S_r/S_1", "right"),
+        ("energy", "right"),
+        ("of best", "right"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for layer in report.layers:
+        shape = f"{layer.out_features} x {layer.in_features}"
+        if layer.start == "plain":
+            table.add_row(escape(layer.name[len(prefix) :]), shape, str(layer.rank), "0", "", "plain LoRA", "")
+            continue
+        table.add_row(
+            escape(layer.name[len(prefix) :]),
+            shape,
+            str(layer.rank),
+            f"{layer.gradient_norm:.2e}",
+            f"{layer.singular_values[-1] / layer.singular_values[0]:.3f}",
+            f"{layer.energy:.3f}",
+            f"{layer.share_of_best:.3f}",
+        )
+    return table
+
+
+def inspection_table(found: Inspection) -> Table:
+    """The layers of an adapter on disk."""
+    prefix = _common_prefix([layer.name for layer in found.layers])
+    table = Table(
+        title=f"{escape(str(found.path))}, layers of {prefix or 'the model'}", title_justify="left", box=SIMPLE_HEAD
+    )
+    for name in ("layer", "shape", "r", "|s B A|", "S_r/S_1", "stable rank", "start energy", "grown"):
+        table.add_column(name, justify="left" if name == "layer" else "right")
+    for layer in found.layers:
+        start = layer.start
+        table.add_row(
+            escape(layer.name[len(prefix) :]),
+            f"{layer.out_features} x {layer.in_features}",
+            str(layer.rank),
+            f"{layer.norm:.3g}",
+            f"{layer.singular_values[-1] / (layer.singular_values[0] or 1.0):.3f}",
+            f"{layer.stable_rank:.2f}",
+            "" if start is None else f"{start.energy:.3f}",
+            "" if layer.growth is None else f"{layer.growth:.1f}x",
+        )
+    return table
+
+
+def _common_prefix(names: list[str]) -> str:
+    """What all names begin with, up to a dot: in a table it would only take room."""
+    parts = [name.split(".")[:-1] for name in names]
+    shared = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
+    return "".join(f"{level[0]}." for level in shared)
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and advice of the libraries underneath would tear the picture."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        return
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

@@ -1,0 +1,54 @@
+"""A real spectrum: the pretrained MiniLM encoder on real text."""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+
+import lora_one
+from benchmarks.energy import exact_gradients, factors_of
+from benchmarks.minilm import contrastive_loss, docstring_pairs, load_minilm, pair_batches
+from lora_one.core.alignment import captured_energy
+from tests.arrays import best_rank
+
+NUMPY = lora_one.backends.load_backend("numpy").ops
+RANK = 8
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    model, tokenizer = load_minilm()
+    batches = pair_batches(tokenizer, docstring_pairs(24), 12)
+    return model, batches, exact_gradients(model, batches)
+
+
+def start(encoder, config):
+    model, batches, _ = encoder
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the pooler is no part of the loss
+        return lora_one.init(copy.deepcopy(model), batches, contrastive_loss, config)
+
+
+def test_default_sketch_holds_99_percent_of_the_best_energy_in_every_layer(encoder):
+    model, report = start(encoder, lora_one.Config())
+    told = {layer.name: layer.share_of_best for layer in report.layers}
+    assert len(encoder[2]) == 36
+    for name, g in encoder[2].items():
+        best = np.sum(np.linalg.svd(g, compute_uv=False)[:RANK] ** 2)
+        share = captured_energy(NUMPY, g, factors_of(model, name)) * np.sum(g**2) / best
+        assert share >= 0.99, name
+        assert told[name] == pytest.approx(share, abs=0.03), name
+    assert report.plain_layers == ["pooler.dense"]
+
+
+def test_exact_start_is_lapacks(encoder):
+    model, _ = start(encoder, lora_one.Config(gradient="exact"))
+    for name, g in encoder[2].items():
+        pair = factors_of(model, name)
+        expected = -best_rank(g, RANK) / np.linalg.norm(g, 2) / 128
+        # Wedin: what rounding does to a truncated SVD grows with S_r / (S_r - S_{r+1}); these gaps are real ones.
+        s = np.linalg.svd(g, compute_uv=False)
+        condition = max(1.0, 0.1 * s[RANK - 1] / (s[RANK - 1] - s[RANK]))
+        error = np.linalg.norm(pair.lora_B @ pair.lora_A - expected)
+        assert error <= 1e-5 * condition * np.linalg.norm(expected), name

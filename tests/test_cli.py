@@ -1,0 +1,159 @@
+"""The command, in process, on the embedded model with few steps."""
+
+import json
+import sys
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import lora_one
+from lora_one import cli, demo
+from lora_one.checkpoint import read_report
+from lora_one.core.factors import Factors
+from lora_one.inspection import inspect_adapter, product_spectrum
+
+runner = CliRunner(env={"COLUMNS": "100", "TERM": "dumb"})
+SMALL = ["--init-batches", "1", "--batch-size", "8", "--passes", "2"]
+
+
+def run(*arguments: str) -> str:
+    result = runner.invoke(cli.app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_finetune_on_the_embedded_task_tells_the_whole_story(tmp_path):
+    out = tmp_path / "adapter"
+    text = run("finetune", "--steps", "10", "--out", str(out), "--rank", "4", *SMALL)
+    assert "Exact match before training: 0.0% of 256 held-out items" in text
+    assert "Exact match after training:" in text
+    assert "q_proj" in text
+    assert "of best" in text
+    losses = [float(line.split()[-1]) for line in text.splitlines() if line.strip().startswith("step")]
+    assert len(losses) == 10
+    assert losses[-1] < losses[0] - 1
+    assert f"Adapter: {out}" in text
+    assert "lora-one inspect" in text
+    report = read_report(out)
+    assert (report.config.rank, report.batches, report.passes) == (4, 1, 2)
+    base = AutoModelForCausalLM.from_pretrained(demo.MODEL, dtype=torch.float32)
+    tokens = torch.arange(4, 30)[None]
+    before = base(tokens).logits
+    assert not torch.equal(peft.PeftModel.from_pretrained(base, out)(tokens).logits, before)
+
+
+def test_finetune_from_a_file_with_an_option_over_it_on_ones_own_data(tmp_path):
+    (tmp_path / "data.jsonl").write_text(
+        "\n".join(
+            json.dumps(
+                {"messages": [{"role": "user", "content": f"rev:{w}="}, {"role": "assistant", "content": w[::-1]}]}
+            )
+            for w in ("abc", "bcd", "xyz", "hello")
+        )
+    )
+    (tmp_path / "recipe.toml").write_text(
+        f'model = "{demo.MODEL}"\ndata = "{tmp_path / "data.jsonl"}"\nsteps = 3\nbatch_size = 2\nrank = 2\n'
+        f'gamma = "auto"\ntargets = ["q_proj", "v_proj"]\nout = "{tmp_path / "out"}"\n'
+    )
+    text = run("finetune", "--config", str(tmp_path / "recipe.toml"), "--rank", "3", "--gradient", "exact")
+    assert "Exact match" not in text
+    config = read_report(tmp_path / "out").config
+    assert config == lora_one.Config(rank=3, gamma="auto", targets=["q_proj", "v_proj"], gradient="exact")
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def test_plain_start_is_loras_own(tmp_path):
+    text = run("finetune", "--steps", "1", "--plain", "--lr", "1e-9", "--out", str(tmp_path), *SMALL)
+    assert "LoRA-One start" not in text
+    found = inspect_adapter(tmp_path)
+    assert max(layer.norm for layer in found.layers) < 1e-5  # B = 0, but for one step at a rate of 1e-9
+
+
+def test_init_saves_the_start_and_inspect_shows_it(tmp_path):
+    text = run("init", "--out", str(tmp_path), "--rank", "4", "--gamma", "64", "--targets", "q_proj,up_proj", *SMALL)
+    assert "Adapter:" in text
+    text = run("inspect", str(tmp_path))
+    assert "self_attn.q_proj" in text
+    assert (tmp_path / "spectra.png").read_bytes()[:4] == b"\x89PNG"
+    found = inspect_adapter(tmp_path)
+    assert len(found.layers) == 8
+    for layer in found.layers:
+        # As it was started: the gradient's own spectrum, at spectral norm scaling / gamma.
+        start = layer.start.singular_values
+        expected = [8.0 / 64 * s / start[0] for s in start]
+        assert layer.singular_values == pytest.approx(expected, rel=1e-4)
+        assert layer.growth == pytest.approx(1.0, rel=1e-4)
+
+
+def test_inspect_opens_what_peft_alone_wrote(tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(demo.MODEL)  # bfloat16, as stored
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=12,
+        target_modules=["q_proj"],
+        rank_pattern={"layers.1.self_attn.q_proj": 2},
+        init_lora_weights=False,
+    )
+    model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+    model.save_pretrained(tmp_path)
+    run("inspect", str(tmp_path), "--plot", str(tmp_path / "x.png"))
+    layers = {layer.name: layer for layer in inspect_adapter(tmp_path).layers}
+    module = model.base_model.model.model.layers[1].self_attn.q_proj
+    product = module.lora_B.default.weight.float() @ module.lora_A.default.weight.float() * (12 / 2)
+    layer = layers["model.layers.1.self_attn.q_proj"]
+    assert layer.rank == 2
+    assert layer.singular_values == pytest.approx(torch.linalg.svdvals(product)[:2].tolist(), rel=1e-3)
+    assert layer.start is None
+
+
+def test_product_spectrum_is_that_of_the_product():
+    a, b = torch.randn(3, 10).double(), torch.randn(8, 3).double()
+    expected = torch.linalg.svdvals(2.0 * b @ a)[:3].numpy()
+    assert product_spectrum(Factors(a.numpy(), b.numpy()), 2.0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["finetune", "--model", "nowhere", "--data", "nofile.jsonl"], "nofile.jsonl cannot be read"),
+        (["finetune", "--rank", "1000"], "rank must be <= min(out, in) = 128, got 1000"),
+        (["finetune", "--backend", "numpy"], "backend 'numpy' has no models to fine-tune, only arrays"),
+        (["finetune", "--model", "nowhere"], "model is given without data"),
+        (["init", "--targets", "zzz"], "targets must match"),
+        (["inspect", "nowhere"], "not an adapter folder"),
+        (["finetune", "--config", "x.ini"], "must end in .toml, .yaml or .yml"),
+    ],
+)
+def test_mistakes_are_messages_and_not_tracebacks(arguments, match, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lora-one", *arguments])
+    monkeypatch.setattr(cli, "console", cli.Console(width=1000))
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    text = capsys.readouterr().out
+    assert "error:" in text
+    assert match in text
+    assert "Traceback" not in text
+
+
+def test_a_folder_that_holds_no_model(monkeypatch, capsys, tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    monkeypatch.setattr(
+        sys, "argv", ["lora-one", "finetune", "--model", str(tmp_path), "--data", str(tmp_path / "d.jsonl")]
+    )
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "must hold a causal language model and its tokenizer" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_gamma_that_is_no_number():
+    result = runner.invoke(cli.app, ["finetune", "--gamma", "big"])
+    assert result.exit_code == 2
+    assert "must be a number" in " ".join(result.output.split())

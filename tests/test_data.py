@@ -1,0 +1,105 @@
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from lora_one import demo
+from lora_one.data import Example, encode, encode_prompt, read_examples
+from lora_one.errors import DataError
+
+GOOD = {"prompt": "a", "completion": "b"}
+
+
+def write(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+def test_reads_prompts_and_conversations_and_skips_blank_lines(tmp_path):
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    examples = read_examples(write(tmp_path / "x.jsonl", GOOD, "", chat))
+    assert examples[0] == Example("a", "b", "x.jsonl, line 1")
+    assert examples[1] == Example([{"role": "user", "content": "q"}], "a", "x.jsonl, line 3")
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("{", "line 2: not JSON: .* at column 2"),
+        ("[1]", "line 2: must be an object, got list"),
+        ({"prompt": "a"}, "line 2: must have 'prompt' and 'completion', or 'messages'; got 'prompt'"),
+        ({"text": "a"}, "line 2: must have .*; got 'text'"),
+        ({"prompt": 3, "completion": "b"}, "line 2: 'prompt' must be a string, got int"),
+        ({"prompt": "a", "completion": ""}, "line 2: 'completion' is empty"),
+        ({"messages": "hi"}, "line 2: 'messages' must be a list of at least two"),
+        ({"messages": [{"role": "user"}, {}]}, "line 2: a message must have the strings 'role' and 'content'"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
+            "line 2: the last message must be the assistant's, got 'user'",
+        ),
+    ],
+)
+def test_a_bad_line_is_named_with_the_reason(tmp_path, line, match):
+    with pytest.raises(DataError, match=match):
+        read_examples(write(tmp_path / "x.jsonl", GOOD, line))
+
+
+def test_files_without_examples(tmp_path):
+    with pytest.raises(DataError, match="at least one example, got none"):
+        read_examples(write(tmp_path / "x.jsonl", ""))
+    with pytest.raises(DataError, match=r"nowhere.jsonl cannot be read"):
+        read_examples(tmp_path / "nowhere.jsonl")
+    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_examples(tmp_path / "b.jsonl")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(demo.MODEL)
+
+
+def test_a_sequence_is_prompt_completion_and_end(tokenizer):
+    sequence = encode(tokenizer, Example("sort:ba=", "ab", ""))
+    assert tokenizer.decode(sequence.tokens[: sequence.prompt_length]) == "sort:ba="
+    assert sequence.tokens[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(sequence.tokens[sequence.prompt_length : -1]) == "ab"
+
+
+def test_a_conversation_goes_through_the_chat_template(tokenizer):
+    example = Example([{"role": "user", "content": "sort:ba="}], "ab", "")
+    assert encode(tokenizer, example) == encode(tokenizer, Example("sort:ba=", "ab", ""))
+    assert encode_prompt(tokenizer, example) == tokenizer.encode("sort:ba=")
+
+
+class Fake:
+    """A tokenizer of character codes that can be made difficult."""
+
+    eos_token_id = 0
+    chat_template = None
+
+    def __init__(self, closes: bool = False, template=None):
+        self.closes = closes
+        if template:
+            self.chat_template = "yes"
+            self.template = template
+
+    def encode(self, text, add_special_tokens=True):
+        return [ord(c) for c in text] + ([0] if self.closes and add_special_tokens else [])
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt, return_dict):
+        return [ord(c) for c in self.template(messages)]
+
+
+def test_an_end_token_that_the_tokenizer_adds_to_the_prompt_is_taken_off():
+    sequence = encode(Fake(closes=True), Example("ab", "c", ""))
+    assert sequence.tokens == [97, 98, 99, 0]
+    assert sequence.prompt_length == 2
+
+
+def test_chat_without_a_template_or_with_one_that_rewrites_the_prompt():
+    example = Example([{"role": "user", "content": "q"}], "a", "x.jsonl, line 7")
+    with pytest.raises(DataError, match="line 7: 'messages' need a tokenizer with a chat template"):
+        encode(Fake(), example)
+    with pytest.raises(DataError, match="line 7: the tokenizer's chat template must render"):
+        encode(Fake(template=lambda messages: f"{len(messages)}"), example)

@@ -1,0 +1,50 @@
+"""The wheel works from an empty folder."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return next(out.glob("lora_one-*.whl"))
+
+
+def test_wheel_carries_the_embedded_model_its_data_and_the_license(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    for name in ("model/model.safetensors", "model/tokenizer.json", "data/train.jsonl", "data/harder/test.jsonl"):
+        assert f"lora_one/demo/{name}" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not any(name.startswith(("tests", "benchmarks", "adapters")) for name in names)
+    assert wheel.stat().st_size < 4 * 2**20
+
+
+def test_wheel_initialises_the_embedded_model_from_an_empty_folder(wheel, tmp_path):
+    target, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    zipfile.ZipFile(wheel).extractall(target)
+    code = f"""
+import sys
+sys.path.insert(0, {str(target)!r})
+import lora_one, lora_one.demo
+assert lora_one.__file__.startswith({str(target)!r})
+from lora_one.finetune import initialize_only
+from lora_one.recipe import make_recipe
+class Quiet:
+    say = report = step = score = lambda *a: None
+outcome = initialize_only(make_recipe(dict(init_batches=1, batch_size=4, passes=2, out="adapter")), Quiet())
+print(len(outcome.report.layers))
+"""
+    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=empty, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[-1] == "28"
+    assert (empty / "adapter" / "adapter_model.safetensors").is_file()
