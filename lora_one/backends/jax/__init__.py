@@ -2,6 +2,7 @@
 
 from .files import merge
 from .layers import register_layer
+from .llama_files import load_llama
 from .model import JaxSession
 from .model import JaxSession as attach
 from .ops import JaxOps
@@ -13,6 +14,7 @@ __all__ = [
     "JaxOps",
     "JaxSession",
     "attach",
+    "load_llama",
     "lora_adamw",
     "merge",
     "ops",
