@@ -7,12 +7,15 @@ from .model import JaxSession
 from .model import JaxSession as attach
 from .ops import JaxOps
 from .optimizer import lora_adamw, optimizer, scale_by_lora_preconditioner
+from .trees import LinenModel, PytreeModel
 
 ops = JaxOps()
 
 __all__ = [
     "JaxOps",
     "JaxSession",
+    "LinenModel",
+    "PytreeModel",
     "attach",
     "load_llama",
     "lora_adamw",

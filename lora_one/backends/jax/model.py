@@ -23,6 +23,8 @@ from .nnx import NnxBinding
 from .ops import JaxOps
 from .oracle import Oracle
 from .sites import Binding, Leaves, Site, replicated
+from .tree_binding import TreeBinding
+from .trees import LinenModel, PytreeModel
 
 LossFn = Callable[[Any, Any], Any]
 
@@ -44,7 +46,7 @@ class JaxSession:
         check_reiterable(self._batches, passes + (config.gamma == "auto"))
         if self._loss_fn is None:
             raise BatchError("a Flax model has no loss of its own: pass loss_fn=(model, batch) -> mean loss")
-        self._binding = bind(self.model, config)
+        self._binding = bind(self.model, config, self._batches, self._loss_fn)
         self._sites = self._binding.sites
         self.oracle = Oracle(self._binding, self._loss_fn)
         self._context = ExitStack()
@@ -177,7 +179,7 @@ def _columns(site: Site, leaves: Leaves, turn: int) -> Leaves:
     )
 
 
-def bind(model: Any, config: Config) -> Binding:
+def bind(model: Any, config: Config, batches: Iterable[Any], loss_fn: LossFn) -> Binding:
     """LoRA in a model of a kind that we know.
 
     Raises:
@@ -185,7 +187,12 @@ def bind(model: Any, config: Config) -> Binding:
     """
     if isinstance(model, nnx.Module):
         return NnxBinding(model, config)
-    raise ModelError(f"a JAX model must be a flax.nnx.Module, got {type(model).__name__}")
+    if isinstance(model, (LinenModel, PytreeModel)):
+        return TreeBinding(model, config, batches, loss_fn)
+    raise ModelError(
+        f"a JAX model must be a flax.nnx.Module, or a Linen module or pytree wrapped in {LinenModel.__name__} or "
+        f"{PytreeModel.__name__} of lora_one.backends.jax, got {type(model).__name__}"
+    )
 
 
 def stacks_of(model: Any) -> dict[tuple[str, ...], int]:
@@ -196,6 +203,8 @@ def stacks_of(model: Any) -> dict[tuple[str, ...], int]:
     """
     if isinstance(model, nnx.Module):
         found = {tuple(map(str, f.a_path)): f.site.layout for f in find_adapters(model, Config())}
+    elif isinstance(model, (LinenModel, PytreeModel)):
+        found = {(name, f"{param}_lora_a"): layout for name, param, layout in model.layouts}
     else:
         found = {}
     if not found:
