@@ -1,12 +1,13 @@
 """JAX: arrays, Flax models, and the optimizer."""
 
-from .files import merge
+from .files import load, merge, save
 from .layers import register_layer
 from .llama_files import load_llama
 from .model import JaxSession
 from .model import JaxSession as attach
 from .ops import JaxOps
 from .optimizer import lora_adamw, optimizer, scale_by_lora_preconditioner
+from .plain import attach_plain
 from .trees import LinenModel, PytreeModel
 
 ops = JaxOps()
@@ -17,11 +18,14 @@ __all__ = [
     "LinenModel",
     "PytreeModel",
     "attach",
+    "attach_plain",
+    "load",
     "load_llama",
     "lora_adamw",
     "merge",
     "ops",
     "optimizer",
     "register_layer",
+    "save",
     "scale_by_lora_preconditioner",
 ]

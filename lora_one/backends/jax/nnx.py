@@ -1,7 +1,7 @@
 """LoRA in a Flax NNX model: injected by path, or found there."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,21 @@ from .targets import select
 _MODES = ("deterministic", "use_running_average")
 
 
+class Injected(NamedTuple):
+    """A layer that LoRA was put into, its own class, and the attributes that came."""
+
+    layer: nnx.Module
+    plain: type
+    names: list[str]
+
+
 class NnxBinding:
     """See `lora_one.backends.jax.sites.Binding`."""
 
     def __init__(self, model: nnx.Module, config: Config):
         self.model = model
         self._modes = _modes(model)
-        self._classes: list[tuple[nnx.Module, type, list[str]]] = []
+        self._classes: list[Injected] = []
         self._values: list[tuple[nnx.Variable, Any]] = []
         try:
             found = find_adapters(model, config)
@@ -48,35 +56,8 @@ class NnxBinding:
             raise ConfigError(
                 f"dropout must be 0 on JAX models, got {config.dropout}: its LoRA layers carry no random stream"
             )
-        layers = {".".join(map(str, path)): layer for path, layer in nnx.iter_graph(self.model) if is_linear(layer)}
-        chosen = select(config.targets, layers)
-        problems, plans = [], []
-        for name in chosen:
-            try:
-                kind = kind_of(layers[name])
-                assert kind is not None
-                kernel = getattr(layers[name], kind.param)
-                if not jnp.issubdtype(kernel.dtype, jnp.floating):
-                    raise ValueError(f"its {kind.param} must be floating, got {kernel.dtype}")
-                plans.append((layers[name], kind, kind.layout(layers[name])))
-            except ValueError as error:
-                problems.append(f"{name}: {error}")
-        if problems:
-            raise ModelError("LoRA cannot be attached to these layers:\n  " + "\n  ".join(problems))
-        for layer, kind, layout in plans:
-            kernel = getattr(layer, kind.param)
-            dtype = factor_dtype(kernel)
-            names = [f"{kind.param}_lora_{part}" for part in ("a", "b", "scale")]
-            self._classes.append((layer, type(layer), names))
-            spec = _metadata_spec(kernel)
-            for part, shape, entries in (
-                (names[0], layout.a_shape(config.rank), layout.a_spec),
-                (names[1], layout.b_shape(config.rank), layout.b_spec),
-            ):
-                metadata = {} if spec is None else {"out_sharding": entries(spec), **_mesh_metadata(kernel)}
-                setattr(layer, part, nnx.LoRAParam(jnp.zeros(shape, dtype), eager_sharding=False, **metadata))
-            setattr(layer, names[2], config.scaling)
-            object.__setattr__(layer, "__class__", kind.adapted)
+        chosen = select(config.targets, linear_layers(self.model))
+        self._classes = inject(self.model, {name: (config.rank, config.scaling) for name in chosen})
 
     def _split(self) -> None:
         keys = {f.a_path: (name, 0) for name, f in self._found.items()}
@@ -110,11 +91,63 @@ class NnxBinding:
         self.finish()
         for variable, value in self._values:
             variable.set_raw_value(value)
-        for layer, plain, names in self._classes:
-            object.__setattr__(layer, "__class__", plain)
-            for name in names:
-                if hasattr(layer, name):
-                    delattr(layer, name)
+        take_out(self._classes)
+
+
+def linear_layers(model: nnx.Module) -> dict[str, nnx.Module]:
+    """The layers that LoRA may go to, adapted or not, by path."""
+    return {".".join(map(str, path)): layer for path, layer in nnx.iter_graph(model) if is_linear(layer)}
+
+
+def inject(model: nnx.Module, plan: dict[str, tuple[int, float]]) -> list[Injected]:
+    """Give layers their LoRA class and zero factors.
+
+    Args:
+        plan: name -> (rank, scaling).
+
+    Returns:
+        What `take_out` takes back.
+
+    Raises:
+        ModelError: every layer that cannot be adapted, with the reason. None was.
+    """
+    layers = linear_layers(model)
+    problems, ready = [], []
+    for name in plan:
+        try:
+            kind = kind_of(layers[name])
+            if kind is None:
+                raise ValueError(f"it is a {type(layers[name]).__name__}")
+            kernel = getattr(layers[name], kind.param)
+            if not jnp.issubdtype(kernel.dtype, jnp.floating):
+                raise ValueError(f"its {kind.param} must be floating, got {kernel.dtype}")
+            ready.append((name, layers[name], kind, kind.layout(layers[name])))
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise ModelError("LoRA cannot be attached to these layers:\n  " + "\n  ".join(problems))
+    injected = []
+    for name, layer, kind, layout in ready:
+        rank, scaling = plan[name]
+        kernel = getattr(layer, kind.param)
+        dtype, spec = factor_dtype(kernel), _metadata_spec(kernel)
+        a, b, scale = (f"{kind.param}_lora_{part}" for part in ("a", "b", "scale"))
+        injected.append(Injected(layer, type(layer), [a, b, scale]))
+        for part, shape, entries in ((a, layout.a_shape(rank), layout.a_spec), (b, layout.b_shape(rank), layout.b_spec)):
+            metadata = {} if spec is None else {"out_sharding": entries(spec), **_mesh_metadata(kernel)}
+            setattr(layer, part, nnx.LoRAParam(jnp.zeros(shape, dtype), eager_sharding=False, **metadata))
+        setattr(layer, scale, scaling)
+        object.__setattr__(layer, "__class__", kind.adapted)
+    return injected
+
+
+def take_out(injected: list[Injected]) -> None:
+    """Make adapted layers plain again, without their factors."""
+    for layer, plain, names in injected:
+        object.__setattr__(layer, "__class__", plain)
+        for name in names:
+            if hasattr(layer, name):
+                delattr(layer, name)
 
 
 def remove(model: nnx.Module, merge: bool) -> nnx.Module:
@@ -130,16 +163,13 @@ def remove(model: nnx.Module, merge: bool) -> nnx.Module:
         )
     for layer, plain, kind in adapted:
         names = [f"{kind.param}_lora_{part}" for part in ("a", "b", "scale")]
-        a, b, scale = (getattr(layer, name) for name in names)
         if merge:
+            a, b, scale = (getattr(layer, name) for name in names)
             kernel = getattr(layer, kind.param)
             delta = kind.layout(layer).product(a[...], b[...])
             value = kernel.get_raw_value()
-            summed = (value.astype(delta.dtype) + scale * delta).astype(value.dtype)
-            kernel.set_raw_value(jax.device_put(summed, value.sharding))
-        object.__setattr__(layer, "__class__", plain)
-        for name in names:
-            delattr(layer, name)
+            kernel.set_raw_value((value.astype(delta.dtype) + scale * delta).astype(value.dtype))
+        take_out([Injected(layer, plain, names)])
     return model
 
 

@@ -11,7 +11,7 @@ from lora_one.config import Config
 from lora_one.errors import BatchError, ConfigError, ModelError
 
 from .batches import arrays_and_rest, rejoin
-from .layout import Layout
+from .layout import Layout, plain_layout
 from .linen import PARAM, recording
 from .sites import Leaves, Site, factor_dtype, kernel_sharding
 from .targets import select
@@ -27,7 +27,7 @@ class TreeBinding:
                 f"dropout must be 0 on JAX models, got {config.dropout}: its LoRA layers carry no random stream"
             )
         self.model: Any = model
-        linear = _linear(model, batches, loss_fn)
+        linear = find_layers(model, batches, loss_fn)
         if model.lora:
             wrong = [name for name, f in model.lora.items() if _rank(f) != config.rank != Config().rank]
             if wrong or config.targets != Config().targets:
@@ -38,18 +38,8 @@ class TreeBinding:
             chosen = {name: (_rank(factors), model.scaling) for name, factors in model.lora.items()}
         else:
             chosen = {name: (config.rank, config.scaling) for name in select(config.targets, linear)}
-        self.sites: dict[str, Site] = {}
-        self._params: dict[str, str] = {}
-        for name, (rank, scaling) in chosen.items():
-            param, kernel, layout = linear[name]
-            if isinstance(layout, str):
-                raise ModelError(f"LoRA cannot be attached to {name}: {layout}")
-            if not jnp.issubdtype(kernel.dtype, jnp.floating):
-                raise ModelError(f"LoRA cannot be attached to {name}: its {param} must be floating, got {kernel.dtype}")
-            self._params[name] = param
-            self.sites[name] = Site(
-                name, layout, rank, scaling, scaling, None, factor_dtype(kernel), kernel_sharding(kernel)
-            )
+        self._params = {name: linear[name][0] for name in chosen}
+        self.sites = tree_sites(linear, chosen)
         layouts = tuple((name, self._params[name], site.layout) for name, site in self.sites.items())
         scaling = next(iter(chosen.values()))[1]
         # The frozen arrays, apart from what else is in the tree: Equinox modules hold functions.
@@ -86,13 +76,41 @@ def _rank(factors: dict[str, Any]) -> int:
     return next(value.shape[-1] for name, value in factors.items() if name.endswith("_lora_a"))
 
 
-def _linear(model: Any, batches: Iterable[Any], loss_fn: Any) -> dict[str, tuple[str, Any, Layout | str]]:
+Linear = dict[str, tuple[str, Any, Layout | str]]
+
+
+def tree_sites(linear: Linear, chosen: dict[str, tuple[int, float]]) -> dict[str, Site]:
+    """The sites of the chosen layers.
+
+    Args:
+        linear: as `find_layers` gives them.
+        chosen: name -> (rank, scaling).
+
+    Raises:
+        ModelError: a layer that LoRA cannot go to, with the reason.
+    """
+    sites = {}
+    for name, (rank, scaling) in chosen.items():
+        param, kernel, layout = linear[name]
+        if isinstance(layout, str):
+            raise ModelError(f"LoRA cannot be attached to {name}: {layout}")
+        if not jnp.issubdtype(kernel.dtype, jnp.floating):
+            raise ModelError(f"LoRA cannot be attached to {name}: its {param} must be floating, got {kernel.dtype}")
+        sites[name] = Site(name, layout, rank, scaling, scaling, None, factor_dtype(kernel), kernel_sharding(kernel))
+    return sites
+
+
+def find_layers(model: Any, batches: Iterable[Any], loss_fn: Any) -> Linear:
     """name -> (parameter, array, layout, or why it has none) of every linear layer."""
     if isinstance(model, PytreeModel):
         return dict(find_weights(model))
     if model.layouts:
         known = {name: layout for name, _, layout in model.layouts}
         return {name: (PARAM, kernel, known[name]) for name, kernel in _kernels(model).items() if name in known}
+    if loss_fn is None:  # nobody calls the layers: only what two axes cannot mean otherwise is known
+        why = "what its axes are is known once lora_one.init has seen it called: load into the model of an `init`"
+        two = {name: plain_layout(kernel.shape, 1, 1) for name, kernel in _kernels(model).items() if kernel.ndim == 2}
+        return {name: (PARAM, kernel, two.get(name, why)) for name, kernel in _kernels(model).items()}
     if isinstance(batches, Iterator):
         raise BatchError(
             f"batches of a Linen model are read once more, to see its layers, got a {type(batches).__name__} that can "
