@@ -1,11 +1,13 @@
 """LoRA in a Flax NNX model: injected by path, or found there."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from lora_one.config import Config
 from lora_one.errors import ConfigError, ModelError
@@ -121,6 +123,7 @@ def inject(model: nnx.Module, plan: dict[str, tuple[int, float]]) -> list[Inject
             kernel = getattr(layers[name], kind.param)
             if not jnp.issubdtype(kernel.dtype, jnp.floating):
                 raise ValueError(f"its {kind.param} must be floating, got {kernel.dtype}")
+            _check_divides(kernel)
             ready.append((name, layers[name], kind, kind.layout(layers[name])))
         except ValueError as error:
             problems.append(f"{name}: {error}")
@@ -200,6 +203,21 @@ def _metadata_spec(kernel: nnx.Variable) -> tuple[Any, ...] | None:
         return None
     spec = tuple(getattr(spec, "spec", spec))
     return (*spec, *[None] * (kernel.ndim - len(spec)))
+
+
+def _check_divides(kernel: nnx.Variable) -> None:
+    """Raises ValueError where the metadata shards an axis that the mesh does not divide."""
+    sharding, spec = kernel_sharding(kernel.get_raw_value()), _metadata_spec(kernel)
+    if not isinstance(sharding, NamedSharding) or spec is None:
+        return
+    for size, entry in zip(kernel.shape, spec, strict=True):
+        names = entry if isinstance(entry, tuple) else (entry,)
+        parts = math.prod(sharding.mesh.shape.get(name, 1) for name in names if isinstance(name, str))
+        if size % parts:
+            raise ValueError(
+                f"its kernel {kernel.shape} has out_sharding {spec}, but mesh axis {entry!r} has {parts} devices, which "
+                f"do not divide {size}: choose a mesh that does, or leave the axis whole"
+            )
 
 
 def _mesh_metadata(kernel: nnx.Variable) -> dict[str, Any]:

@@ -47,6 +47,12 @@ class Oracle:
         """Programs that XLA has made of the function with gradients."""
         return self._step._cache_size()
 
+    def program(self, batch: Any, factors: dict[str, Leaves]) -> str:
+        """The compiled function with gradients as text: what each device does, collectives included."""
+        arrays, rest = arrays_and_rest(batch)
+        total = jax.tree.map(_zeros, factors)
+        return self._step.lower(total, factors, self._binding.frozen, arrays, rest).compile().as_text()
+
     def gradients(self, batches: Iterable[Any], factors: dict[str, Leaves]) -> tuple[float, int, Gradients]:
         """(mean loss, batches, mean gradients of the factors).
 
