@@ -21,8 +21,8 @@ from lora_one.backends.torch import TorchSession, ops
 from lora_one.core.alignment import captured_energy
 from lora_one.core.factors import Factors
 
-PASSES = (2, 3, 4, 5, 6)
-OVERSAMPLE = (0, 4, 8, 16, 24)
+PASSES = (2, 3, 4, 5)
+OVERSAMPLE = (0, 8, 16, 24)
 RANK = 8
 RESULT = Path(__file__).parent / "results" / "energy_minilm.json"
 

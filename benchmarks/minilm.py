@@ -30,6 +30,20 @@ def load_minilm() -> tuple[nn.Module, Any]:
 def docstring_pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
     """(first line, the rest) of docstrings of the standard library, in a seeded order."""
     pairs = []
+    for _, text in _docstrings():
+        first, _, rest = text.partition("\n")
+        if len(first) > 20 and len(rest.strip()) > 40:
+            pairs.append((first, rest.strip()))
+    return _shuffled(pairs, count, seed)
+
+
+def module_docstrings(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """(module, docstring) of the standard library, in a seeded order."""
+    return _shuffled([(module, text) for module, text in _docstrings() if len(text) > 40], count, seed)
+
+
+def _docstrings() -> list[tuple[str, str]]:
+    found = []
     for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         try:
             tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -37,11 +51,12 @@ def docstring_pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
             continue
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                first, _, rest = (ast.get_docstring(node) or "").partition("\n")
-                if len(first) > 20 and len(rest.strip()) > 40:
-                    pairs.append((first, rest.strip()))
-    order = np.random.default_rng(seed).permutation(len(pairs))
-    return [pairs[i] for i in order[:count]]
+                found.append((file.stem, ast.get_docstring(node) or ""))
+    return found
+
+
+def _shuffled(items: list[tuple[str, str]], count: int, seed: int) -> list[tuple[str, str]]:
+    return [items[i] for i in np.random.default_rng(seed).permutation(len(items))[:count]]
 
 
 def pair_batches(tokenizer: Any, pairs: list[tuple[str, str]], batch_size: int) -> list[dict[str, Any]]:

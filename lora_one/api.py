@@ -1,5 +1,6 @@
 """The public functions: they find the model's framework, and hand over."""
 
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,11 @@ def init(
         BackendError, ConfigError, ModelError, BatchError, GradientError: see `lora_one.errors`. On any exception, the
             caller's own included, the model is as it was: weights, train/eval mode, requires_grad, hooks.
     """
+    began = time.perf_counter()
     config = Config() if config is None else config
     module = backend_of(model, backend)
     with module.attach(model, batches, loss_fn, config) as session:
-        report = initialize(session, config, module.ops.name)
+        report = initialize(session, config, module.ops.name, began)
     return session.model, report
 
 

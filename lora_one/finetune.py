@@ -11,6 +11,7 @@ from .backends import load_backend, load_tuner
 from .backends.interface import Tuner
 from .data import Example, TokenSequence, encode, encode_prompt, read_examples
 from .errors import DataError
+from .initialization import InitWarning
 from .recipe import Recipe
 from .report import Report
 
@@ -20,6 +21,9 @@ class Progress(Protocol):
 
     def say(self, text: str) -> None:
         """A step of the job begins."""
+
+    def warn(self, text: str) -> None:
+        """Something went otherwise than asked, and a person should know."""
 
     def report(self, report: Report) -> None:
         """The initialisation is done."""
@@ -102,9 +106,11 @@ def _start(tuner: Tuner, sequences: list[TokenSequence], recipe: Recipe, progres
     count = min(len(sequences), recipe.init_batches * recipe.batch_size)
     sample = random.Random(recipe.seed).sample(sequences, count)
     batches = tuner.batches(sample, recipe.batch_size)
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", InitWarning)
         tuner.model, report = api.init(tuner.model, batches, tuner.loss_fn, recipe.config, recipe.backend)
+    for warning in caught:
+        progress.warn(str(warning.message))
     progress.report(report)
     return report
 

@@ -19,15 +19,19 @@ GAMMA_TRIALS = 8
 SAME_LOSS = 1e-3  # well above what rounding, and batches regrouped by a shuffle, make of the same data
 
 
-class ZeroGradientWarning(UserWarning):
+class InitWarning(UserWarning):
+    """The base of what `init` warns of."""
+
+
+class ZeroGradientWarning(InitWarning):
     """Some layers have no gradient on the init batches and keep plain LoRA's start."""
 
 
-class GammaWarning(UserWarning):
+class GammaWarning(InitWarning):
     """gamma="auto" found no gamma at which the initialised model is at least as good as the base model."""
 
 
-class ChangingBatchesWarning(UserWarning):
+class ChangingBatchesWarning(InitWarning):
     """The passes of a sketch did not see the same batches, so that they do not belong to one gradient."""
 
 
@@ -37,15 +41,17 @@ class _Spectra(NamedTuple):
     layers: dict[str, Spectrum]  # a layer that no gradient reached is missing
 
 
-def initialize(session: Session, config: Config, backend: str) -> Report:
+def initialize(session: Session, config: Config, backend: str, began: float) -> Report:
     """Start all LoRA layers of the session by LoRA-One.
+
+    Args:
+        began: `time.perf_counter()` of when the call began, for the report.
 
     Raises:
         ModelError: a rank above a layer's size.
         BatchError: no layer has a gradient.
         GradientError: a gradient that is not finite.
     """
-    began = time.perf_counter()
     for layer in session.layers:
         _check_rank(layer)
     spectra = _exact(session) if config.gradient == "exact" else _sketch(session, config)

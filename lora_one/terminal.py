@@ -59,6 +59,10 @@ class Terminal:
         total = self._recipe.steps if text == "Training" else None
         self._task = self._bars.add_task(text, total=total, note="")
 
+    def warn(self, text: str) -> None:
+        """Something went otherwise than asked."""
+        self._bars.print(f"[yellow]warning:[/] {escape(text)}")
+
     def report(self, report: Report) -> None:
         """The initialisation is done."""
         self._bars.print(report_table(report))

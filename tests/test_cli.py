@@ -157,3 +157,12 @@ def test_a_gamma_that_is_no_number():
     result = runner.invoke(cli.app, ["finetune", "--gamma", "big"])
     assert result.exit_code == 2
     assert "must be a number" in " ".join(result.output.split())
+
+
+def test_warnings_of_the_start_reach_the_terminal(tmp_path):
+    """What the model knows already can only get worse by a huge step: gamma="auto" says that none helps."""
+    rows = [{"prompt": f"rev:{word}=", "completion": word[::-1]} for word in ("abcd", "hello", "xyz", "qwert")]
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    data = ["--model", str(demo.MODEL), "--data", str(tmp_path / "data.jsonl")]
+    text = " ".join(run("init", *data, "--out", str(tmp_path), "--alpha", "1e12", "--gamma", "auto", *SMALL).split())
+    assert 'warning: gamma="auto": the loss on the init batches stays above the base' in text

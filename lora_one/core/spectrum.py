@@ -213,9 +213,8 @@ def _new_directions(ops: Ops, x: Array, known: tuple[Array, ...], block: Array) 
     if d == 0:
         return ops.zeros((rows, k), like=x)
     q, _ = ops.qr(_project_out(ops, x[:, :d], known))
-    if (
-        known
-    ):  # Where x is all but inside `known`, the first q is rounding noise. Twice is enough (Kahan; Parlett 1980).
+    if known:
+        # Where x is all but inside `known`, the first q is rounding noise. Twice is enough (Kahan, in Parlett 1980).
         q, _ = ops.qr(_project_out(ops, q, known))
     return q if d == k else ops.concat([q, ops.zeros((rows, k - d), like=x)], axis=1)
 

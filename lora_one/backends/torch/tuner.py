@@ -36,7 +36,7 @@ def open_tuner(folder: Path, dtype: str, device: str | None) -> "TorchTuner":
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} must hold a causal language model and its tokenizer: {error}") from error
-    return TorchTuner(model if device is None else model.to(device), tokenizer)
+    return TorchTuner(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer)
 
 
 class TorchTuner:
