@@ -9,8 +9,8 @@ import pytest
 
 SHAPES = {"data-parallel": "8x1", "tensor-parallel": "1x8", "two-dimensional": "2x4"}
 CASES = [f"{shape}:{kind}" for shape in SHAPES.values() for kind in ("auto", "explicit")]
-WEIGHT = 64 * 128  # elements of each kernel, and of each full gradient
-WIDTH = 8  # columns of the sketch: rank 4 and 4 beyond
+WEIGHT = 64 * 64  # elements of each kernel, and of each full gradient
+THIN = 16 * 64  # of the activations, 16 rows; of a factor 8 columns wide, 8 * 64
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_factors_take_the_kernels_sharding_in_array_and_metadata(results, case):
 def test_no_device_gets_a_full_weight_or_a_full_gradient(results, case):
     """From the compiled module: all that devices send each other is thin factors' gradients, and activations."""
     largest = max(results[case]["oracle"].values(), default=0)
-    assert largest <= 128 * WIDTH < WEIGHT
+    assert largest <= THIN < WEIGHT
     assert "all-gather" not in results[case]["oracle"]
 
 
@@ -63,9 +63,7 @@ def test_the_optimizer_keeps_the_sharding_and_sends_r_by_r_matrices_only(results
     sent = results[case]["optimizer"]
     assert set(sent) <= {"all-reduce"}
     assert max(sent.values(), default=0) <= 2 * 4 * 4
-    before, after = results[case]["moved"]
-    strip = [[spec.replace(", None", "").replace("None", "") for spec in specs] for specs in (before, after)]
-    assert strip[0] == strip[1]
+    assert results[case]["sharding_kept"]
     assert results[case]["stepped"] < 1e-6
 
 
