@@ -44,7 +44,9 @@ def main() -> None:
     sequences = [encode(tokenizer, example) for example in read_examples(options.data)]
     width = max(len(sequence.tokens) for sequence in sequences)
     size = options.batch_size
-    batches = [collate(sequences[i : i + size], width) for i in range(0, min(len(sequences) - size, 8 * size) + 1, size)]
+    batches = [
+        collate(sequences[i : i + size], width) for i in range(0, min(len(sequences) - size, 8 * size) + 1, size)
+    ]
 
     model, report = lora_one.init(model, batches, causal_lm_loss)  # LoRA-One
     print(report.summary())

@@ -121,5 +121,3 @@ def _of_qwix(model: nnx.Module, path: tuple[Any, ...], layer: Any, param: str) -
 
 def _dotted(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
-
-

@@ -75,7 +75,9 @@ def load(model: Any, path: Path, trainable: bool) -> Any:
         raise CheckpointError(f"the adapter in {path} does not fit the model", problems)
     factors = read_factors(folder)
     chosen = [name for name, layers in stacks.items() if layers[0].name in factors]
-    plan = {name: (folder.lora_A[first][0], folder.scaling(first)) for name in chosen for first in [stacks[name][0].name]}
+    plan = {
+        name: (folder.lora_A[first][0], folder.scaling(first)) for name in chosen for first in [stacks[name][0].name]
+    }
     if isinstance(model, nnx.Module):
         return _load_nnx(model, folder, factors, plan, bool(held))
     sites = held or tree_sites(find_layers(model, (), None), plan)
@@ -126,7 +128,9 @@ def _stack_problems(folder: AdapterFolder, stacks: dict[str, list[Any]]) -> list
     for name, layers in stacks.items():
         ranks = {folder.lora_A[layer.name][0] if layer.name in folder.lora_A else None for layer in layers}
         if len(ranks) > 1:
-            problems.append(f"{name}: its {len(layers)} stacked layers must have one rank, got {sorted(map(str, ranks))}")
+            problems.append(
+                f"{name}: its {len(layers)} stacked layers must have one rank, got {sorted(map(str, ranks))}"
+            )
     return problems
 
 
@@ -137,9 +141,7 @@ def _held(model: Any) -> list[_Held]:
     if not isinstance(model, (LinenModel, PytreeModel)):
         raise ModelError(f"the model must be a flax.nnx.Module, LinenModel or PytreeModel, got {type(model).__name__}")
     params = {name: param for name, param, _ in model.layouts}
-    leaves = {
-        name: Leaves(f[f"{params[name]}_lora_a"], f[f"{params[name]}_lora_b"]) for name, f in model.lora.items()
-    }
+    leaves = {name: Leaves(f[f"{params[name]}_lora_a"], f[f"{params[name]}_lora_b"]) for name, f in model.lora.items()}
     linear = find_layers(model, (), None) if leaves else {}
     sites = tree_sites(linear, {name: (x.a.shape[-1], model.scaling) for name, x in leaves.items()})
     return [_Held(site, leaves[name]) for name, site in sites.items()]

@@ -87,7 +87,7 @@ class Layout:
 
 
 def plain_layout(shape: tuple[int, ...], ins: int, outs: int) -> Layout:
-    """The layout (stack..., in..., out...) with so many axes of each of the latter two; the rest, in front, is stack."""
+    """The layout (stack..., in..., out...) with so many axes of the latter two each; the rest, in front, is stack."""
     rank = len(shape)
     return Layout(
         shape,

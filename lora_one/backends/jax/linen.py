@@ -86,5 +86,5 @@ def _axes(layer: Any, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _equation(layer: linen.Einsum, args: Any, kwargs: Any) -> str:
-    called = args[1] if len(args) > 1 else kwargs.get("einsum_str")
-    return (called or layer.einsum_str).replace(" ", "")
+    called: Any = args[1] if len(args) > 1 else kwargs.get("einsum_str")
+    return str(called or layer.einsum_str).replace(" ", "")

@@ -123,8 +123,8 @@ class LlamaForCausalLM(nnx.Module):
         """Logits, (rows, length, vocabulary), of tokens, (rows, length).
 
         Args:
-            attention_mask: (rows, length), 0 where a token is padding. Padding on the right needs none: later tokens are
-                not seen anyway.
+            attention_mask: (rows, length), 0 where a token is padding. Padding on the right needs none: later tokens
+                are not seen anyway.
         """
         x = self.model(input_ids, attention_mask)
         return self.model.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)

@@ -30,7 +30,7 @@ def load_llama(folder: str | Path, dtype: Any = jnp.float32) -> LlamaForCausalLM
         ConfigError: float64 while JAX has x64 off.
     """
     folder = Path(folder)
-    if jnp.dtype(dtype) == jnp.float64 and not jax.config.jax_enable_x64:
+    if jnp.dtype(dtype) == jnp.float64 and not jax.config.read("jax_enable_x64"):
         raise ConfigError("dtype float64 needs JAX's x64, which is off: jax.config.update('jax_enable_x64', True)")
     config = read_llama_config(folder)
     # Shapes alone: no random weights are ever made.

@@ -51,7 +51,7 @@ class JaxSession:
         self.oracle = Oracle(self._binding, self._loss_fn)
         self._context = ExitStack()
         meshes = (s.sharding.mesh for s in self._sites.values() if isinstance(s.sharding, NamedSharding))
-        mesh = next(meshes, None)
+        mesh: Any = next(meshes, None)
         if mesh is not None and jax.sharding.get_abstract_mesh().empty:
             self._context.enter_context(jax.set_mesh(mesh))
         self._of: dict[str, tuple[Site, int]] = {}
@@ -169,8 +169,9 @@ def _columns(site: Site, leaves: Leaves, turn: int) -> Leaves:
         return leaves
     axis = len(site.layout.stack)
     start, stop = turn * site.width, (turn + 1) * site.width
-    a, b = leaves.a[..., start:stop], jax.lax.slice_in_dim(
-        leaves.b, min(start, leaves.b.shape[axis]), min(stop, leaves.b.shape[axis]), axis=axis
+    a, b = (
+        leaves.a[..., start:stop],
+        jax.lax.slice_in_dim(leaves.b, min(start, leaves.b.shape[axis]), min(stop, leaves.b.shape[axis]), axis=axis),
     )
     missing = site.width - a.shape[-1]
     return Leaves(

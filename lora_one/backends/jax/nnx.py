@@ -64,7 +64,8 @@ class NnxBinding:
     def _split(self) -> None:
         keys = {f.a_path: (name, 0) for name, f in self._found.items()}
         keys |= {f.b_path: (name, 1) for name, f in self._found.items()}
-        graphdef, lora, self.frozen = nnx.split(self.model, lambda path, _: tuple(path) in keys, ...)
+        graphdef, *states = nnx.split(self.model, lambda path, _: tuple(path) in keys, ...)
+        lora, self.frozen = states
         variables = {tuple(path): variable for path, variable in nnx.to_flat_state(lora)}
 
         def rebuild(frozen: Any, factors: dict[str, Leaves]) -> nnx.Module:
@@ -136,7 +137,10 @@ def inject(model: nnx.Module, plan: dict[str, tuple[int, float]]) -> list[Inject
         dtype, spec = factor_dtype(kernel), _metadata_spec(kernel)
         a, b, scale = (f"{kind.param}_lora_{part}" for part in ("a", "b", "scale"))
         injected.append(Injected(layer, type(layer), [a, b, scale]))
-        for part, shape, entries in ((a, layout.a_shape(rank), layout.a_spec), (b, layout.b_shape(rank), layout.b_spec)):
+        for part, shape, entries in (
+            (a, layout.a_shape(rank), layout.a_spec),
+            (b, layout.b_shape(rank), layout.b_spec),
+        ):
             metadata = {} if spec is None else {"out_sharding": entries(spec), **_mesh_metadata(kernel)}
             setattr(layer, part, nnx.LoRAParam(jnp.zeros(shape, dtype), eager_sharding=False, **metadata))
         setattr(layer, scale, scaling)
@@ -215,8 +219,8 @@ def _check_divides(kernel: nnx.Variable) -> None:
         parts = math.prod(sharding.mesh.shape.get(name, 1) for name in names if isinstance(name, str))
         if size % parts:
             raise ValueError(
-                f"its kernel {kernel.shape} has out_sharding {spec}, but mesh axis {entry!r} has {parts} devices, which "
-                f"do not divide {size}: choose a mesh that does, or leave the axis whole"
+                f"its kernel {kernel.shape} has out_sharding {spec}, but mesh axis {entry!r} has {parts} devices, "
+                f"which do not divide {size}: choose a mesh that does, or leave the axis whole"
             )
 
 

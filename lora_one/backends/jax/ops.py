@@ -87,7 +87,7 @@ class JaxOps:
 
 def _product_sharding(a: Array, b: Array) -> Any:
     """On a mesh with Explicit axes a product must say where it goes if it sums over a sharded axis; None elsewhere."""
-    shardings = [getattr(jax.typeof(x), "sharding", None) for x in (a, b)]
+    shardings: list[Any] = [getattr(jax.typeof(x), "sharding", None) for x in (a, b)]
     mesh = next((s.mesh for s in shardings if s is not None and AxisType.Explicit in (s.mesh.axis_types or ())), None)
     if mesh is None:
         return None

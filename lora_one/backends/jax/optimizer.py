@@ -34,8 +34,8 @@ def scale_by_lora_preconditioner(
 
     gA <- (B^T B + reg I)^-1 gA and gB <- gB (A A^T + reg I)^-1, from the current A and B, in float32 or wider: see
     `lora_one.core.precondition`. A pair is two leaves that differ in `..._lora_a` and `..._lora_b` somewhere on their
-    path, of shapes (stack..., in..., r) and (stack..., r, out...). Only r x r matrices are inverted, so the factors keep
-    their sharding.
+    path, of shapes (stack..., in..., r) and (stack..., r, out...). Only r x r matrices are inverted, so the factors
+    keep their sharding.
 
     Args:
         reg: added to the diagonal of the Gram matrices, >= 0.
@@ -51,6 +51,7 @@ def scale_by_lora_preconditioner(
         ModelError: in `init` and `update`: a factor without its other, or whose shape does not fit it.
     """
     _check_damping(reg, damping)
+    added: Any = reg  # a traced array under optax.inject_hyperparams
 
     def init(params: Any) -> optax.EmptyState:
         _pairs(params, stack_axes)
@@ -66,7 +67,7 @@ def scale_by_lora_preconditioner(
         for paths, layout in _pairs(params, stack_axes):
             pair = _stacked(layout, values[paths.a], values[paths.b])
             gradient = _stacked(layout, gradients[paths.a], gradients[paths.b])
-            direction = precondition(_OPS, pair, gradient, reg, damping)  # type: ignore[arg-type]  (reg may be traced)
+            direction = precondition(_OPS, pair, gradient, added, damping)
             gradients[paths.a] = _OPS.matrix_transpose(direction.lora_A).reshape(values[paths.a].shape)
             gradients[paths.b] = _OPS.matrix_transpose(direction.lora_B).reshape(values[paths.b].shape)
         return jax.tree.unflatten(structure, gradients), state

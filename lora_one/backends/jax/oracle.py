@@ -38,10 +38,10 @@ class Oracle:
             value, gradients = jax.value_and_grad(loss)(factors, frozen, arrays, rest)
             return value, jax.tree.map(jnp.add, total, gradients)
 
-        self._loss = jax.jit(loss, static_argnums=3)
+        self._loss: Any = jax.jit(loss, static_argnums=3)
         # The sums stay where they are, or the next batch would find other shardings and compile again.
         where = {name: site.shardings() for name, site in binding.sites.items()}
-        self._step = jax.jit(step, static_argnums=4, donate_argnums=0, out_shardings=(None, where))
+        self._step: Any = jax.jit(step, static_argnums=4, donate_argnums=0, out_shardings=(None, where))
 
     def compilations(self) -> int:
         """Programs that XLA has made of the function with gradients."""

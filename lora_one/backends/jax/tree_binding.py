@@ -32,8 +32,8 @@ class TreeBinding:
             wrong = [name for name, f in model.lora.items() if _rank(f) != config.rank != Config().rank]
             if wrong or config.targets != Config().targets:
                 raise ModelError(
-                    "the model's LoRA keeps its own rank and targets, but the Config asks for others: leave them out of "
-                    f"the Config, or hand in the model without LoRA ({', '.join(wrong) or config.targets})"
+                    "the model's LoRA keeps its own rank and targets, but the Config asks for others: leave them out "
+                    f"of the Config, or hand in the model without LoRA ({', '.join(wrong) or config.targets})"
                 )
             chosen = {name: (_rank(factors), model.scaling) for name, factors in model.lora.items()}
         else:

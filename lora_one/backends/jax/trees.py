@@ -1,7 +1,7 @@
 """Models that are not NNX modules: Linen modules with their variables, and parameters in any pytree.
 
-Both are values: `lora_one.init` returns a new one, whose `lora` is a pytree of its own that optax trains, and leaves the
-caller's arrays as they are.
+Both are values: `lora_one.init` returns a new one, whose `lora` is a pytree of its own that optax trains, and leaves
+the caller's arrays as they are.
 """
 
 import re
@@ -85,7 +85,7 @@ class PytreeModel(struct.PyTreeNode):
         return jax.tree_util.tree_map_with_path(substituted, self.params)
 
 
-def find_weights(model: PytreeModel) -> dict[str, tuple[str, Array, Layout]]:
+def find_weights(model: PytreeModel) -> dict[str, tuple[str, Any, Layout]]:
     """The weights that LoRA can go to: path -> (last name, array, layout).
 
     Raises:
@@ -99,7 +99,7 @@ def find_weights(model: PytreeModel) -> dict[str, tuple[str, Array, Layout]]:
         if not isinstance(leaf, (Array, np.ndarray)):
             continue
         name = dotted(path)
-        if leaf.dtype == np.float64 and not jax.config.jax_enable_x64:
+        if leaf.dtype == np.float64 and not jax.config.read("jax_enable_x64"):
             raise ConfigError(
                 f"{name} is float64 but JAX's x64 is off, so that it would become float32: convert it, or "
                 "jax.config.update('jax_enable_x64', True)"
@@ -129,7 +129,9 @@ def merged(model: Any) -> Any:
         ModelError: no LoRA in it.
     """
     if not model.lora:
-        raise ModelError(f"merge needs a model with LoRA layers, as lora_one.init returns it, got {type(model).__name__}")
+        raise ModelError(
+            f"merge needs a model with LoRA layers, as lora_one.init returns it, got {type(model).__name__}"
+        )
     if isinstance(model, PytreeModel):
         return model.replace(params=model.effective(), lora={}, layouts=())
     layouts = {name: (param, layout) for name, param, layout in model.layouts}
@@ -160,5 +162,3 @@ def dotted(path: Any) -> str:
 def _is_embedding(node: Any) -> bool:
     """Equinox's table of embeddings has two axes and is called "weight", and is no linear layer."""
     return type(node).__name__ == "Embedding" and type(node).__module__.split(".")[0] == "equinox"
-
-

@@ -79,7 +79,7 @@ class JaxTuner:
         factors = nnx.DiffState(0, nnx.LoRAParam)
 
         @nnx.jit
-        def step(model: Any, state: nnx.Optimizer, batch: dict[str, jax.Array]) -> jax.Array:
+        def step(model: Any, state: nnx.Optimizer, batch: Any) -> jax.Array:
             loss, gradients = nnx.value_and_grad(causal_lm_loss, argnums=factors)(model, batch)
             state.update(model, gradients)
             return loss
@@ -132,7 +132,7 @@ def _padded(width: int) -> int:
 
 
 @nnx.jit
-def _next_tokens(model: Any, tokens: jax.Array, length: jax.Array) -> jax.Array:
+def _next_tokens(model: Any, tokens: Any, length: Any) -> jax.Array:
     """The likeliest token after each row's first `length` ones, (rows,)."""
     logits = model(tokens)
     last = jnp.take_along_axis(logits, (length - 1)[:, None, None], axis=1)[:, 0]

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,8 @@ def collectives(text: str) -> dict[str, int]:
     """The largest array, in elements, that each kind of collective makes."""
     found: dict[str, int] = {}
     for shape, kind in re.findall(
-        r"= \(?\w+\[([\d,]*)\][^=]*? (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text
+        r"= \(?\w+\[([\d,]*)\][^=]*? (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
+        text,
     ):
         size = math.prod(int(n) for n in shape.split(",") if n)
         found[kind] = max(found.get(kind, 0), size)
@@ -106,7 +108,7 @@ def run(shape: tuple[int, int], kind: str, expected: dict[str, np.ndarray]) -> d
         ]  # fmt: skip
         bases = {name: getattr(model, name).kernel.get_raw_value() for name in ("up", "down", "heads")}
         with attach(model, placed, loss_fn, CONFIG) as session:
-            initialize(session, CONFIG, "jax")
+            initialize(session, CONFIG, "jax", time.perf_counter())
             traces = [session.oracle.traces, session.oracle.compilations()]
             oracle = collectives(session.oracle.program(placed[0], probes(session)))
         got = products(model)
@@ -134,9 +136,7 @@ def run(shape: tuple[int, int], kind: str, expected: dict[str, np.ndarray]) -> d
     stepped = max(
         float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(host[1]), single_step(host[0]), strict=True)
     )
-    error = {
-        name: float(np.abs(got[name] - value).max() / np.abs(value).max()) for name, value in expected.items()
-    }
+    error = {name: float(np.abs(got[name] - value).max() / np.abs(value).max()) for name, value in expected.items()}
     return {
         "error": error, "specs": specs(model), "oracle": oracle, "optimizer": optimizer, "traces": traces,
         "base_kept": bool(same), "sharding_kept": kept, "stepped": stepped,

@@ -147,5 +147,5 @@ def test_qwix_models_train_with_the_preconditioner(tmp_path):
 def test_lora_that_belongs_to_no_known_layer_is_an_error():
     model = mlp()
     model.up.extra = nnx.LoRAParam(jnp.ones((3, 3)))
-    with pytest.raises(ModelError, match="up: nnx.LoRAParam 'extra' belongs to no layer that is known"):
+    with pytest.raises(ModelError, match=r"up: nnx\.LoRAParam 'extra' belongs to no layer that is known"):
         lora_one.init(model, BATCHES, squared_error, lora_one.Config(rank=2))

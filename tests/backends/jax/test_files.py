@@ -48,11 +48,11 @@ def test_peft_opens_the_folder_with_equal_logits(llama):
 
 def test_it_starts_where_torch_starts(llama, tmp_path):
     """The same checkpoint, batches and configuration: one start, whatever the framework."""
-    base, model, _ = llama
+    base, _, out = llama
     batches = [{key: torch.tensor(value) for key, value in batch.items()} for batch in TEXT]
     other, _ = lora_one.init(AutoModelForCausalLM.from_pretrained(base), batches, config=CONFIG)
     lora_one.save(other, tmp_path)
-    ours, theirs = (_products(folder) for folder in (llama[2], tmp_path))
+    ours, theirs = (_products(folder) for folder in (out, tmp_path))
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
         np.testing.assert_allclose(ours[name], expected, atol=1e-4 * np.abs(expected).max(), err_msg=name)

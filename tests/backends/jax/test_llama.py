@@ -41,7 +41,10 @@ FAMILIES = {
     ),
     "mistral-window": (transformers.MistralConfig, {"sliding_window": 5, "head_dim": 16}),
     "qwen2-tied": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
-    "qwen3": (transformers.Qwen3Config, {"head_dim": 16, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}),
+    "qwen3": (
+        transformers.Qwen3Config,
+        {"head_dim": 16, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+    ),
 }
 
 
@@ -95,7 +98,7 @@ def test_bfloat16_and_shards(tmp_path):
 
 
 def test_what_cannot_be_loaded_says_all_that_is_wrong(tmp_path):
-    with pytest.raises(ModelError, match="must hold a model's config.json"):
+    with pytest.raises(ModelError, match=r"must hold a model's config\.json"):
         load_llama(tmp_path)
     make("llama", tmp_path)
     file = tmp_path / "config.json"

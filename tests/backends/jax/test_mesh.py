@@ -68,6 +68,7 @@ def test_the_optimizer_keeps_the_sharding_and_sends_r_by_r_matrices_only(results
 
 
 def test_a_mesh_that_does_not_divide_is_an_error(results):
-    assert "layers.0: its kernel (8, 12) has out_sharding (None, 'model'), but mesh axis 'model' has 8" in (
-        results["indivisible:mesh"]
+    assert (
+        "layers.0: its kernel (8, 12) has out_sharding (None, 'model'), but mesh axis 'model' has 8"
+        in (results["indivisible:mesh"])
     )

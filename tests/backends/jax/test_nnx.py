@@ -1,4 +1,5 @@
 import pickle
+import time
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +199,7 @@ def test_batches_targets_and_settings_that_cannot_be():
         lora_one.init(mlp(), [], squared_error, CONFIG)
     with pytest.raises(BatchError, match="leaves of type set"):
         lora_one.init(mlp(), [{"x": {1}}], squared_error, CONFIG)
-    with pytest.raises(ModelError, match="got 'nothing'; its linear layers are: .*fused"):
+    with pytest.raises(ModelError, match=r"got 'nothing'; its linear layers are: .*fused"):
         lora_one.init(mlp(), BATCHES, squared_error, lora_one.Config(targets="nothing"))
     with pytest.raises(ConfigError, match="dropout must be 0 on JAX models"):
         lora_one.init(mlp(), BATCHES, squared_error, lora_one.Config(rank=2, dropout=0.1))
@@ -273,7 +274,7 @@ def test_narrow_models_are_sketched_in_float32_and_trained_in_their_dtype():
     assert_same({path: after[path] for path in before}, before)
     with attach(mlp(jnp.bfloat16), BATCHES, squared_error, lora_one.Config(rank=2, targets=["up"])) as session:
         assert session.like("up").dtype == jnp.float32
-        initialize(session, lora_one.Config(rank=2, targets=["up"]), "jax")
+        initialize(session, lora_one.Config(rank=2, targets=["up"]), "jax", time.perf_counter())
 
 
 def test_the_users_precision_flag_is_left_alone():

@@ -50,9 +50,7 @@ def test_twenty_steps_are_the_specs_and_torchs(reg, weight_decay):
     for i in range(20):
         grads = tree(100 + i)
         params, state = go(params, state, grads)
-        pair, moments = step.adamw(
-            numpy_ops, pair, spec(grads), moments, 1e-2, weight_decay=weight_decay, reg=reg
-        )
+        pair, moments = step.adamw(numpy_ops, pair, spec(grads), moments, 1e-2, weight_decay=weight_decay, reg=reg)
         for parameter, gradient in zip(in_torch, spec(grads), strict=True):
             parameter.grad = torch.tensor(gradient)
         reference.step()
@@ -168,9 +166,7 @@ def model():
 def test_nnx_optimizer_trains_without_compiling_again_and_orbax_restores_its_state(model, tmp_path):
     model = nnx.clone(model)
     model.eval()
-    optimizer = nnx.Optimizer(
-        model, lora_one.optimizer(model, 1e-2, precondition=True, reg=1e-2), wrt=nnx.LoRAParam
-    )
+    optimizer = nnx.Optimizer(model, lora_one.optimizer(model, 1e-2, precondition=True, reg=1e-2), wrt=nnx.LoRAParam)
 
     @nnx.jit
     def train(model, optimizer, batch):
