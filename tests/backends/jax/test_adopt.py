@@ -44,7 +44,7 @@ def test_flaxs_own_lora_is_started_with_the_scale_folded_into_b():
     model = Wrapped(nnx.Rngs(0))
     before = values(model)
     truth = gradients(model, BATCHES, squared_error)  # B is zero still, so these are the plain model's
-    adapted, report = lora_one.init(model, BATCHES, squared_error, lora_one.Config(rank=RANK))
+    adapted, report = lora_one.init(model, BATCHES, squared_error, lora_one.Config(rank=RANK, passes=2))
     assert adapted is model
     assert [layer.name for layer in report.layers] == ["down", "up"]
     for name, kernel, lora in (
@@ -97,7 +97,7 @@ def test_qwix_models_are_started_on_the_weights_they_compute_with(weight_qtype):
     assert hasattr(adapted.up.kernel, "array") == (weight_qtype is not None)
     truth = gradients(dequantised(adapted), BATCHES, squared_error)
     before = {path: value for path, value in values(adapted).items() if "_lora_" not in path[-1]}
-    config = lora_one.Config(rank=RANK, passes=3)
+    config = lora_one.Config(rank=RANK, passes=2)
     started, report = lora_one.init(adapted, BATCHES, squared_error, config)
     assert started is adapted
     shapes = {"up": (8, 12), "fused": (12, 12), "mix": (12, 9), "down": (9, 7)}

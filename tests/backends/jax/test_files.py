@@ -23,7 +23,7 @@ from tests.backends.jax.test_trees import Network
 
 TOKENS = np.random.default_rng(0).integers(3, 60, (4, 12))
 TEXT = [{"input_ids": TOKENS[i : i + 2], "labels": TOKENS[i : i + 2]} for i in (0, 2)]
-CONFIG = lora_one.Config(rank=4, targets=["q_proj", "v_proj", "down_proj"])
+CONFIG = lora_one.Config(rank=4, targets=["q_proj", "v_proj", "down_proj"], passes=3)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from tests.backends.jax.models import (
 )
 
 BATCHES = regression()
-CONFIG = lora_one.Config(rank=3)
+CONFIG = lora_one.Config(rank=3, passes=2)  # as wide as the layers: two passes see all there is
 # path of the kernel -> (in, out)
 KERNELS = {"up": (8, 12), "shared": (12, 12), "fused": (12, 24), "mix": (24, 9), "down": (9, 7)}
 
@@ -118,7 +118,7 @@ def test_only_the_factors_train_with_nnx_optimizer():
     import optax
 
     model = mlp()
-    adapted, _ = lora_one.init(model, BATCHES, squared_error, lora_one.Config(rank=2, targets=["up", "down"]))
+    adapted, _ = lora_one.init(model, BATCHES, squared_error, lora_one.Config(rank=2, targets=["up", "down"], passes=2))
     before = values(adapted)
     optimizer = nnx.Optimizer(adapted, optax.adam(1e-2), wrt=nnx.LoRAParam)
 
@@ -267,14 +267,14 @@ def test_scanned_layers_get_one_pair_a_slice():
 def test_narrow_models_are_sketched_in_float32_and_trained_in_their_dtype():
     model = mlp(jnp.bfloat16)
     before = values(model)
-    adapted, report = lora_one.init(model, BATCHES, squared_error, lora_one.Config(rank=2, targets=["up"]))
+    adapted, report = lora_one.init(model, BATCHES, squared_error, lora_one.Config(rank=2, targets=["up"], passes=2))
     assert adapted.up.kernel_lora_a.dtype == jnp.bfloat16
     assert report.layers[0].energy > 0.3
     after = values(adapted)
     assert_same({path: after[path] for path in before}, before)
-    with attach(mlp(jnp.bfloat16), BATCHES, squared_error, lora_one.Config(rank=2, targets=["up"])) as session:
+    with attach(mlp(jnp.bfloat16), BATCHES, squared_error, lora_one.Config(rank=2, targets=["up"], passes=2)) as session:
         assert session.like("up").dtype == jnp.float32
-        initialize(session, lora_one.Config(rank=2, targets=["up"]), "jax", time.perf_counter())
+        initialize(session, lora_one.Config(rank=2, targets=["up"], passes=2), "jax", time.perf_counter())
 
 
 def test_the_users_precision_flag_is_left_alone():

@@ -12,7 +12,7 @@ from lora_one.errors import BackendError, BatchError, ConfigError, ModelError
 from tests.backends.jax.models import regression, squared_error, step_of
 
 BATCHES = regression(2)
-CONFIG = lora_one.Config(rank=3)
+CONFIG = lora_one.Config(rank=3, passes=2)  # as wide as the layers: two passes see all there is
 
 
 class Layer(linen.Module):

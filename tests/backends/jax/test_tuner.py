@@ -43,7 +43,7 @@ def test_generation_is_transformers_greedy_one(tuner):
 
 def test_the_command_learns_the_demo_task(tmp_path):
     """`lora-one finetune --backend jax`: few steps, and the folder is one that torch's PEFT would open."""
-    arguments = ["finetune", "--backend", "jax", "--steps", "12", "--rank", "4", "--init-batches", "2"]
+    arguments = ["finetune", "--backend", "jax", "--steps", "12", "--rank", "4", "--init-batches", "2", "--passes", "2"]
     train = tmp_path / "train.jsonl"
     train.write_text("\n".join(demo.TRAIN.read_text().splitlines()[:128]) + "\n")
     arguments += ["--model", str(demo.MODEL), "--data", str(train), "--out", str(tmp_path / "out")]
