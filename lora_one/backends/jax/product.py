@@ -2,8 +2,8 @@
 
 Factors are lora_a (stack..., in..., r) and lora_b (stack..., r, out...). Products run in the wider of the input's and
 the factors' dtype and at the highest precision: rank r is small beside the base product, and a sketch reads these
-products as numbers. On a mesh with Explicit axes, where a product over a sharded axis must say where its result goes, the
-narrow one goes where x is, whole along r, and the result where the base layer's output is.
+products as numbers. On a mesh with Explicit axes, where a product over a sharded axis must say where its result goes,
+the narrow one goes where x is, whole along r, and the result where the base layer's output is.
 """
 
 from typing import Any

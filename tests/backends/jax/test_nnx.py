@@ -272,7 +272,9 @@ def test_narrow_models_are_sketched_in_float32_and_trained_in_their_dtype():
     assert report.layers[0].energy > 0.3
     after = values(adapted)
     assert_same({path: after[path] for path in before}, before)
-    with attach(mlp(jnp.bfloat16), BATCHES, squared_error, lora_one.Config(rank=2, targets=["up"], passes=2)) as session:
+    with attach(
+        mlp(jnp.bfloat16), BATCHES, squared_error, lora_one.Config(rank=2, targets=["up"], passes=2)
+    ) as session:
         assert session.like("up").dtype == jnp.float32
         initialize(session, lora_one.Config(rank=2, targets=["up"], passes=2), "jax", time.perf_counter())
 
