@@ -1,6 +1,6 @@
 """JAX: arrays, Flax models, and the optimizer."""
 
-from .files import load, merge, save
+from .files import load, merge, save, unload
 from .layers import register_layer
 from .llama_files import load_llama
 from .model import JaxSession
@@ -28,4 +28,5 @@ __all__ = [
     "register_layer",
     "save",
     "scale_by_lora_preconditioner",
+    "unload",
 ]

@@ -36,6 +36,11 @@ def merge(model: Any) -> Any:
     return remove(model, merge=True) if isinstance(model, nnx.Module) else merged(model)
 
 
+def unload(model: Any) -> Any:
+    """Take LoRA out and leave the base as it is. An NNX model is changed in place."""
+    return remove(model, merge=False) if isinstance(model, nnx.Module) else model.replace(lora={}, layouts=())
+
+
 def save(model: Any, path: Path) -> None:
     """See `lora_one.save`. Llama-family models have PEFT's names; a scanned stack is written layer by layer."""
     held = _held(model)

@@ -58,17 +58,29 @@ class Kind(NamedTuple):
     param: str
 
 
+def _check_front(kernel: Any, expected: tuple[int, ...]) -> None:
+    """Raises ValueError where nnx.vmap or nnx.scan stack a layer along another axis than the first ones."""
+    shape = tuple(kernel.shape)
+    if shape[len(shape) - len(expected) :] != expected:
+        raise ValueError(
+            f"its kernel must be (stack..., {', '.join(map(str, expected))}), got {shape}: stack along axis 0"
+        )
+
+
 def _linear(layer: nnx.Linear) -> Layout:
+    _check_front(layer.kernel, (layer.in_features, layer.out_features))
     return plain_layout(layer.kernel.shape, 1, 1)
 
 
 def _linear_general(layer: nnx.LinearGeneral) -> Layout:
+    _check_front(layer.kernel, (*layer.in_features, *layer.out_features))
     return plain_layout(layer.kernel.shape, len(layer.in_features), len(layer.out_features))
 
 
 def _einsum(layer: nnx.Einsum) -> Layout:
     if layer.einsum_str is None:
         raise ValueError("it gets its equation at each call; make it with einsum_str=...")
+    _check_front(layer.kernel, tuple(layer.kernel_shape))
     kernel = layer.einsum_str.replace(" ", "").split("->")[0].split(",")[1]
     shape = layer.kernel.shape
     stacked = len(shape) - len(kernel)

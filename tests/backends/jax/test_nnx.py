@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import lora_one
-from lora_one.backends.jax import attach, register_layer
+from lora_one.backends.jax import attach, register_layer, unload
 from lora_one.backends.jax.layers import factors_of
 from lora_one.backends.jax.layout import plain_layout
 from lora_one.backends.jax.product import add_general
@@ -104,6 +104,9 @@ def test_split_merge_clone_pickle_and_merge_keep_the_function(started):
     np.testing.assert_allclose(merged(x), y, atol=1e-5)
     plain.eval()
     assert float(np.abs(plain(x) - y).max()) > 1e-4
+    unloaded = unload(nnx.clone(adapted))
+    assert type(unloaded.up) is nnx.Linear
+    np.testing.assert_array_equal(unloaded(x), plain(x))
 
 
 def test_dropout_is_off_during_the_passes_and_modes_come_back(started):
@@ -262,6 +265,12 @@ def test_scanned_layers_get_one_pair_a_slice():
     x = BATCHES[0][0]
     y = adapted(x)
     np.testing.assert_allclose(lora_one.merge(adapted)(x), y, atol=1e-5)
+
+
+def test_layers_stacked_along_another_axis_are_an_error():
+    model = nnx.vmap(lambda rngs: nnx.Linear(8, 7, rngs=rngs), in_axes=(0,), out_axes=-1)(nnx.Rngs(0).split(3))
+    with pytest.raises(ModelError, match=r"its kernel must be \(stack..., 8, 7\), got \(8, 7, 3\): stack along axis 0"):
+        lora_one.init(nnx.Sequential(model), BATCHES, squared_error, CONFIG)
 
 
 def test_narrow_models_are_sketched_in_float32_and_trained_in_their_dtype():
