@@ -47,6 +47,10 @@ def _anchor(backend: str, dtype: str) -> Any:
 
         mx.set_default_device(mx.cpu)  # float64 exists there only
         return mx.zeros((), dtype=getattr(mx, dtype))
+    if backend == "jax":
+        import jax.numpy as jnp
+
+        return jnp.zeros((), dtype=dtype)  # float64 needs x64: tests/conftest.py turns it on, test by test
     return np.zeros((), dtype=dtype)
 
 
@@ -57,6 +61,8 @@ ARRAYS = [
     pytest.param(("torch", "float32"), id="torch-float32"),
     pytest.param(("mlx", "float64"), id="mlx-float64"),
     pytest.param(("mlx", "float32"), id="mlx-float32"),
+    pytest.param(("jax", "float64"), id="jax-float64"),
+    pytest.param(("jax", "float32"), id="jax-float32"),
 ]
 
 

@@ -2,6 +2,26 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # matrices of tests are small: threads only wait for each other
+# On JAX tests compile hundreds of small programs and run each of them once: optimising them takes longer than they run.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
+
+@pytest.fixture(autouse=True)
+def _x64(request):
+    """x64 for the tests that run on JAX in float64, and only while they run.
+
+    JAX has one switch for a process, off by default. Left on, it would hide what users without it get: silent float32.
+    """
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is None or ("jax", "float64") not in callspec.params.values():
+        yield
+        return
+    import jax
+
+    with jax.enable_x64(True):
+        yield

@@ -11,6 +11,7 @@ from lora_one.errors import BackendError
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "numpy": ("lora_one.backends.numpy", ()),
     "torch": ("lora_one.backends.torch", ("torch",)),
+    "jax": ("lora_one.backends.jax", ("flax",)),
     "mlx": ("lora_one.backends.mlx", ("mlx", "mlx_lm")),
 }
 

@@ -1,0 +1,68 @@
+"""Batches in, losses out, and everything that can be wrong with either."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lora_one.errors import BatchError
+
+
+def check_reiterable(batches: Iterable[Any], passes: int) -> None:
+    """Raises BatchError for an iterator that can be read only once where several passes are needed."""
+    if not isinstance(batches, Iterable):
+        raise BatchError(f"batches must be iterable, got {type(batches).__name__}")
+    if passes > 1 and isinstance(batches, Iterator):
+        raise BatchError(
+            f"batches are read {passes} times, got a {type(batches).__name__} that can be read once: "
+            "pass a list(...) of it"
+        )
+
+
+def check_loss(loss: Any, index: int) -> Array:
+    """A user's loss, traced, as a scalar.
+
+    Raises:
+        BatchError: anything else: a loss with auxiliary output, a vector, an integer.
+    """
+    if isinstance(loss, (float, int, np.ndarray)) and not isinstance(loss, bool):
+        raise BatchError(
+            f"batch {index}: the loss must depend on the target layers, got a constant {type(loss).__name__}: is it "
+            "computed outside of JAX?"
+        )
+    if not isinstance(loss, Array) or loss.size != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Array) else type(loss).__name__
+        raise BatchError(f"batch {index}: the loss must be a scalar array, got {got}: return the mean over the batch")
+    if not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise BatchError(f"batch {index}: the loss must be floating, got {loss.dtype}")
+    return loss.reshape(())
+
+
+def arrays_and_rest(batch: Any) -> tuple[list[Any], Any]:
+    """A batch as the arrays in it, which change from batch to batch, and a hashable rest, which picks the compilation.
+
+    Raises:
+        BatchError: a leaf that is neither an array nor hashable.
+    """
+    leaves, structure = jax.tree.flatten(batch)
+    is_array = tuple(isinstance(leaf, (Array, np.ndarray, np.generic)) for leaf in leaves)
+    rest = tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
+    try:
+        hash(rest)
+    except TypeError as error:
+        kinds = sorted({type(leaf).__name__ for leaf, array in zip(leaves, is_array, strict=True) if not array})
+        raise BatchError(
+            f"a batch must be a pytree of JAX or NumPy arrays, got leaves of type {', '.join(kinds)}: convert them"
+        ) from error
+    return [leaf for leaf, array in zip(leaves, is_array, strict=True) if array], (structure, is_array, rest)
+
+
+def rejoin(arrays: list[Any], rest: Any) -> Any:
+    """The inverse of `arrays_and_rest`."""
+    structure, is_array, others = rest
+    remaining = iter(arrays)
+    leaves = [next(remaining) if array else other for array, other in zip(is_array, others, strict=True)]
+    return jax.tree.unflatten(structure, leaves)

@@ -1,0 +1,189 @@
+"""Adapters of JAX models on disk: in PEFT's format, with the model's own paths as names."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from lora_one.checkpoint import CONFIG, WEIGHTS, AdapterFolder, check_folder, read_factors, read_folder
+from lora_one.config import Config
+from lora_one.core.factors import Factors
+from lora_one.errors import CheckpointError, ModelError
+
+from .adopt import find_adapters
+from .layers import adapted_kind, kind_of
+from .llama import LlamaForCausalLM
+from .nnx import inject, linear_layers, remove, take_out
+from .sites import Leaves, Site
+from .tree_binding import find_layers, tree_sites
+from .trees import LinenModel, PytreeModel, merged
+
+
+class _Held(NamedTuple):
+    """LoRA that is in a model."""
+
+    site: Site
+    leaves: Leaves
+
+
+def merge(model: Any) -> Any:
+    """See `lora_one.merge`. An NNX model is changed in place; a `LinenModel` or `PytreeModel` is a new one."""
+    return remove(model, merge=True) if isinstance(model, nnx.Module) else merged(model)
+
+
+def unload(model: Any) -> Any:
+    """Take LoRA out and leave the base as it is. An NNX model is changed in place."""
+    return remove(model, merge=False) if isinstance(model, nnx.Module) else model.replace(lora={}, layouts=())
+
+
+def save(model: Any, path: Path) -> None:
+    """See `lora_one.save`. Llama-family models have PEFT's names; a scanned stack is written layer by layer."""
+    held = _held(model)
+    if not held:
+        raise ModelError(
+            f"save needs a model with LoRA layers, as lora_one.init returns it, got {type(model).__name__}"
+        )
+    tensors, ranks, alphas = {}, {}, {}
+    for site, leaves in held:
+        for layer, pair in zip(site.layers(), site.spec_pairs(leaves), strict=True):
+            # Contiguous: safetensors writes the memory as it lies, and these are transposed views.
+            for side, factor in (("A", pair.lora_A), ("B", pair.lora_B)):
+                tensors[f"base_model.model.{layer.name}.lora_{side}.weight"] = np.ascontiguousarray(factor)
+            ranks[layer.name], alphas[layer.name] = layer.rank, layer.scaling * layer.rank
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+    task = "CAUSAL_LM" if isinstance(model, LlamaForCausalLM) else None
+    (path / CONFIG).write_text(json.dumps(_peft_config(ranks, alphas, task), indent=1) + "\n", encoding="utf-8")
+
+
+def load(model: Any, path: Path, trainable: bool) -> Any:
+    """See `lora_one.load`. An NNX model gets its layers in place; `wrt=nnx.LoRAParam` says what trains."""
+    folder = read_folder(path)
+    held = {site.name: site for site, _ in _held(model)}
+    stacks = {name: site.layers() for name, site in (held or _plain_sites(model)).items()}
+    linear = {layer.name: (layer.out_features, layer.in_features) for layers in stacks.values() for layer in layers}
+    problems = check_folder(folder, linear) or _stack_problems(folder, stacks)
+    if held and not problems:
+        problems = [
+            f"{layer.name}: the model has rank {layer.rank}, the file "
+            f"{folder.lora_A[layer.name][0] if layer.name in folder.lora_A else 'none'}"
+            for layers in stacks.values()
+            for layer in layers
+            if folder.lora_A.get(layer.name, (None,))[0] != layer.rank
+        ]
+    if problems:
+        raise CheckpointError(f"the adapter in {path} does not fit the model", problems)
+    factors = read_factors(folder)
+    chosen = [name for name, layers in stacks.items() if layers[0].name in factors]
+    plan = {
+        name: (folder.lora_A[first][0], folder.scaling(first)) for name in chosen for first in [stacks[name][0].name]
+    }
+    if isinstance(model, nnx.Module):
+        return _load_nnx(model, folder, factors, plan, bool(held))
+    sites = held or tree_sites(find_layers(model, (), None), plan)
+    # One scale for all: what differs from it goes into lora_b.
+    scaling = model.scaling if held else next(iter(plan.values()))[1]
+    sites = {name: replace(site, scaling=scaling, native=scaling) for name, site in sites.items()}
+    params = {name: param for name, (param, _, _) in find_layers(model, (), None).items()}
+    lora = {}
+    for name, site in sites.items():
+        leaves = site.trained(_pairs(site, folder, factors))
+        lora[name] = {f"{params[name]}_lora_a": leaves.a, f"{params[name]}_lora_b": leaves.b}
+    layouts = tuple((name, params[name], site.layout) for name, site in sites.items())
+    return model.replace(lora=lora, scaling=scaling, layouts=layouts)
+
+
+def _load_nnx(
+    model: nnx.Module,
+    folder: AdapterFolder,
+    factors: dict[str, Factors],
+    plan: dict[str, tuple[int, float]],
+    has_lora: bool,
+) -> nnx.Module:
+    injected = [] if has_lora else inject(model, plan)
+    try:
+        found = find_adapters(model, Config())
+        values = [(f, f.site.trained(_pairs(f.site, folder, factors))) for f in found]
+    except BaseException:
+        take_out(injected)
+        raise
+    for f, leaves in values:
+        f.a.set_raw_value(leaves.a)
+        f.b.set_raw_value(leaves.b)
+    return model
+
+
+def _pairs(site: Site, folder: AdapterFolder, factors: dict[str, Factors]) -> list[Factors]:
+    """The folder's pairs of a site, with the difference between its scale and the site's in lora_B."""
+    pairs = []
+    for layer in site.layers():
+        a, b = factors[layer.name]
+        ratio = folder.scaling(layer.name) / site.scaling
+        pairs.append(Factors(jnp.asarray(a), jnp.asarray(b if ratio == 1.0 else b * np.float32(ratio))))
+    return pairs
+
+
+def _stack_problems(folder: AdapterFolder, stacks: dict[str, list[Any]]) -> list[str]:
+    problems = []
+    for name, layers in stacks.items():
+        ranks = {folder.lora_A[layer.name][0] if layer.name in folder.lora_A else None for layer in layers}
+        if len(ranks) > 1:
+            problems.append(
+                f"{name}: its {len(layers)} stacked layers must have one rank, got {sorted(map(str, ranks))}"
+            )
+    return problems
+
+
+def _held(model: Any) -> list[_Held]:
+    if isinstance(model, nnx.Module):
+        found = find_adapters(model, Config())
+        return [_Held(f.site, Leaves(f.a.get_raw_value(), f.b.get_raw_value())) for f in found]
+    if not isinstance(model, (LinenModel, PytreeModel)):
+        raise ModelError(f"the model must be a flax.nnx.Module, LinenModel or PytreeModel, got {type(model).__name__}")
+    params = {name: param for name, param, _ in model.layouts}
+    leaves = {name: Leaves(f[f"{params[name]}_lora_a"], f[f"{params[name]}_lora_b"]) for name, f in model.lora.items()}
+    linear = find_layers(model, (), None) if leaves else {}
+    sites = tree_sites(linear, {name: (x.a.shape[-1], model.scaling) for name, x in leaves.items()})
+    return [_Held(site, leaves[name]) for name, site in sites.items()]
+
+
+def _plain_sites(model: Any) -> dict[str, Site]:
+    """A site, of rank 1, for each layer that LoRA could go to: for its names and shapes."""
+    if not isinstance(model, nnx.Module):
+        linear = {name: x for name, x in find_layers(model, (), None).items() if not isinstance(x[2], str)}
+        return tree_sites(linear, dict.fromkeys(linear, (1, 1.0)))
+    sites = {}
+    for name, layer in linear_layers(model).items():
+        try:
+            known = adapted_kind(layer)
+            kind = kind_of(layer) if known is None else known[1]
+            if kind is not None:
+                sites[name] = Site(name, kind.layout(layer), 1, 1.0, 1.0, None, jnp.float32, None)
+        except ValueError:  # a layer that cannot be adapted: the folder must not name it
+            continue
+    return sites
+
+
+def _peft_config(ranks: dict[str, int], alphas: dict[str, float], task: str | None) -> dict[str, Any]:
+    first = next(iter(ranks))
+    return {
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": None,
+        "r": ranks[first],
+        "lora_alpha": alphas[first],
+        "use_rslora": False,
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != ranks[first]},
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != alphas[first]},
+        "target_modules": list(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }

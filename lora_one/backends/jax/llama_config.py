@@ -1,0 +1,113 @@
+"""A Llama-family model's `config.json`, as far as a decoder needs it."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_one.errors import ModelError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a decoder. Names are transformers'; where families differ, by what they do.
+
+    Attributes:
+        qkv_bias, output_bias: whether the attention's projections have a bias.
+        qk_norm: whether queries and keys are normalised by head (Qwen3).
+        windows: per layer, how many tokens back it sees; None is all.
+        rope: `rope_parameters`: rope_theta, rope_type, and what the type needs.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    windows: tuple[int | None, ...]
+    rope: tuple[tuple[str, Any], ...]
+
+    def frequencies(self) -> list[float]:
+        """Of the rotary embedding, (head_dim / 2,): default, linear, or llama3's piecewise scaling."""
+        rope = dict(self.rope)
+        base = [rope["rope_theta"] ** (-2.0 * i / self.head_dim) for i in range(self.head_dim // 2)]
+        if rope["rope_type"] == "default":
+            return base
+        factor = rope["factor"]
+        if rope["rope_type"] == "linear":
+            return [frequency / factor for frequency in base]
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        old = rope["original_max_position_embeddings"]
+        scaled = []
+        for frequency in base:
+            turns = old * frequency / (2 * math.pi)  # within the context it was pretrained on
+            keep = min(1.0, max(0.0, (turns - low) / (high - low)))
+            scaled.append((1 - keep) * frequency / factor + keep * frequency)
+        return scaled
+
+
+def read_llama_config(folder: Path) -> LlamaConfig:
+    """Read `config.json`.
+
+    Raises:
+        ModelError: not there, another family, or a setting that the decoder does not have.
+    """
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} must hold a model's config.json: {error}") from error
+    family = values.get("model_type")
+    if family not in FAMILIES:
+        raise ModelError(f"{folder}: model_type must be one of {', '.join(FAMILIES)}, got {family!r}")
+    if values.get("hidden_act", "silu") != "silu":
+        raise ModelError(f"{folder}: hidden_act must be 'silu', got {values['hidden_act']!r}")
+    heads, layers = values["num_attention_heads"], values["num_hidden_layers"]
+    bias = bool(values.get("attention_bias", False))
+    return LlamaConfig(
+        vocab_size=values["vocab_size"],
+        hidden_size=values["hidden_size"],
+        intermediate_size=values["intermediate_size"],
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=values.get("num_key_value_heads") or heads,
+        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+        rms_norm_eps=values.get("rms_norm_eps", 1e-6),
+        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+        qkv_bias=True if family == "qwen2" else bias,
+        output_bias=False if family == "qwen2" else bias,
+        mlp_bias=bool(values.get("mlp_bias", False)),
+        qk_norm=family == "qwen3",
+        windows=_windows(family, values, layers),
+        rope=_rope(folder, values),
+    )
+
+
+def _windows(family: str, values: dict[str, Any], layers: int) -> tuple[int | None, ...]:
+    window = values.get("sliding_window")
+    if values.get("layer_types"):
+        return tuple(window if kind == "sliding_attention" else None for kind in values["layer_types"])
+    if window is None or (family != "mistral" and not values.get("use_sliding_window", False)):
+        return (None,) * layers
+    first = values.get("max_window_layers", 0) if family != "mistral" else 0
+    return tuple(window if index >= first else None for index in range(layers))
+
+
+def _rope(folder: Path, values: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """transformers 5 writes `rope_parameters`; before, there were `rope_theta` and `rope_scaling`."""
+    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    if rope["rope_type"] not in ("default", "linear", "llama3"):
+        raise ModelError(f"{folder}: rope_type must be default, linear or llama3, got {rope['rope_type']!r}")
+    return tuple(sorted((name, value) for name, value in rope.items() if not isinstance(value, (dict, list))))

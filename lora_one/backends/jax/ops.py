@@ -1,0 +1,108 @@
+"""`Ops` on JAX arrays, on whatever device or mesh they are, traced or not."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+class JaxOps:
+    """See `lora_one.core.ops.Ops`."""
+
+    name = "jax"
+
+    def asarray(self, x: np.ndarray, like: Array) -> Array:
+        # NumPy narrows first: under x64 a float64 array would promote what it meets, without it warn.
+        narrow = np.asarray(x).astype(like.dtype)
+        # A tracer has no place of its own, and what lies on the default device by default should go on doing so.
+        if isinstance(like, jax.core.Tracer) or not like.committed:
+            return jnp.asarray(narrow)
+        return jax.device_put(narrow, _placement(like))
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        host = np.array(x)
+        return host.astype(np.float32) if host.dtype.kind == "V" or host.dtype.name in _NARROW else host
+
+    def astype(self, x: Array, dtype: Any) -> Array:
+        return x.astype(dtype)
+
+    def at_least_float32(self, x: Array) -> Array:
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+    def eps(self, x: Array) -> float:
+        return float(jnp.finfo(x.dtype).eps)
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        return jnp.matmul(a, b, precision=lax.Precision.HIGHEST, out_sharding=_product_sharding(a, b))
+
+    def matrix_transpose(self, x: Array) -> Array:
+        return jnp.matrix_transpose(x)
+
+    def qr(self, x: Array) -> tuple[Array, Array]:
+        with jax.default_matmul_precision("highest"):
+            q, r = jnp.linalg.qr(x, mode="reduced")
+        return q, r
+
+    def svd(self, x: Array) -> tuple[Array, Array, Array]:
+        with jax.default_matmul_precision("highest"):
+            u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+        return u, s, vt
+
+    def cholesky_solve(self, gram: Array, rhs: Array) -> Array:
+        with jax.default_matmul_precision("highest"):
+            # A factor that does not exist is NaN here, and so is all that is solved with it.
+            lower = jnp.linalg.cholesky(gram)
+            rhs = jnp.broadcast_to(rhs, (*gram.shape[:-2], *rhs.shape[-2:]))
+            half = lax.linalg.triangular_solve(lower, rhs, left_side=True, lower=True)
+            return lax.linalg.triangular_solve(lower, half, left_side=True, lower=True, transpose_a=True)
+
+    def eye(self, n: int, like: Array) -> Array:
+        return jnp.eye(n, dtype=like.dtype)
+
+    def zeros(self, shape: tuple[int, ...], like: Array) -> Array:
+        return jnp.zeros(shape, dtype=like.dtype)
+
+    def sqrt(self, x: Array) -> Array:
+        return jnp.sqrt(x)
+
+    def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return jnp.sum(x, axis=axis, keepdims=keepdims)
+
+    def max(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return jnp.max(x, axis=axis, keepdims=keepdims)
+
+    def isfinite(self, x: Array) -> Array:
+        return jnp.isfinite(x)
+
+    def concat(self, xs: Sequence[Array], axis: int = 0) -> Array:
+        return jnp.concatenate(list(xs), axis=axis)
+
+    def stack(self, xs: Sequence[Array], axis: int = 0) -> Array:
+        return jnp.stack(list(xs), axis=axis)
+
+
+def _product_sharding(a: Array, b: Array) -> Any:
+    """On a mesh with Explicit axes a product must say where it goes if it sums over a sharded axis; None elsewhere."""
+    shardings: list[Any] = [getattr(jax.typeof(x), "sharding", None) for x in (a, b)]
+    mesh = next((s.mesh for s in shardings if s is not None and AxisType.Explicit in (s.mesh.axis_types or ())), None)
+    if mesh is None:
+        return None
+    left, right = ((*s.spec, *[None] * (x.ndim - len(s.spec))) for s, x in zip(shardings, (a, b), strict=True))
+    batch = max(left[:-2], right[:-2], key=len)
+    column = right[-1] if right[-1] != left[-2] else None
+    return NamedSharding(mesh, PartitionSpec(*batch, left[-2], column))
+
+
+_NARROW = ("bfloat16", "float16")
+
+
+def _placement(like: Array) -> Any:
+    """Where an array of another shape goes to be with `like`: its device, or its whole mesh, replicated."""
+    sharding = like.sharding
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec())
+    return sharding

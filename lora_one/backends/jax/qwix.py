@@ -1,0 +1,43 @@
+"""What qwix knows of a LoRA layer and does not write on it: the scale, alpha / rank of its rule."""
+
+import re
+from typing import Any
+
+# The attribute by which qwix marks each module of a model that it has adapted.
+QWIX_PATH = "qwix_path"
+
+
+def qwix_scale(model: Any, path: tuple[Any, ...], rank: int) -> float:
+    """alpha / rank of the rule that made the factors of a layer.
+
+    qwix keeps its rules in the closure of the adapted model's `__call__`, and nowhere else.
+
+    Raises:
+        ValueError: no rule is found there.
+    """
+    dotted = "/".join(map(str, path))
+    for rule in _rules(vars(type(model)).get("__call__"), depth=4):
+        if getattr(rule, "rank", None) == rank and re.fullmatch(rule.module_path, dotted):
+            return rule.alpha / rank
+    raise ValueError(
+        "the qwix rule that made it is not found on the model, so its scale is unknown: hand in the model that "
+        "qwix.apply_lora_to_model returned"
+    )
+
+
+def _rules(function: Any, depth: int) -> list[Any]:
+    if depth == 0 or function is None:
+        return []
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            value = cell.cell_contents
+        except ValueError:  # an empty cell
+            continue
+        provider = getattr(value, "__self__", value)
+        rules = getattr(provider, "_rules", None)
+        if isinstance(rules, (list, tuple)):
+            return list(rules)
+        inner = _rules(getattr(value, "func", value), depth - 1) if callable(value) else []
+        if inner:
+            return inner
+    return []

@@ -1,0 +1,139 @@
+"""Fine-tuning a Llama-family language model from a local Hugging Face folder, with nnx.Optimizer and optax."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from transformers import AutoTokenizer
+
+from lora_one.data import TokenSequence
+from lora_one.errors import ConfigError, ModelError
+from lora_one.recipe import Recipe
+
+from .llama import causal_lm_loss
+from .llama_files import load_llama
+from .optimizer import optimizer
+
+IGNORED = -100
+WIDTHS = 16  # batches are padded to a multiple of it, so that few shapes are compiled
+
+
+def open_tuner(folder: Path, dtype: str, device: str | None) -> "JaxTuner":
+    """See `lora_one.backends.interface.Tuner`.
+
+    Raises:
+        ConfigError: no such device.
+        ModelError, CheckpointError: the folder holds no model of the Llama family, or no tokenizer.
+    """
+    try:
+        where = None if device is None else jax.devices(device)[0]
+    except RuntimeError as error:
+        names = ", ".join(sorted({d.platform for d in jax.devices()}))
+        raise ConfigError(f"device must be one that JAX has ({names}), got {device!r}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} must hold a causal language model and its tokenizer: {error}") from error
+    with jax.default_device(where):
+        return JaxTuner(load_llama(folder, jnp.dtype(dtype)), tokenizer)
+
+
+class JaxTuner:
+    """See `lora_one.backends.interface.Tuner`."""
+
+    def __init__(self, model: nnx.Module, tokenizer: Any):
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self._pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def batches(self, sequences: Sequence[TokenSequence], batch_size: int) -> list[dict[str, np.ndarray]]:
+        return [self._collate(sequences[i : i + batch_size]) for i in range(0, len(sequences), batch_size)]
+
+    def loss_fn(self, model: Any, batch: dict[str, Any]) -> jax.Array:
+        return causal_lm_loss(model, batch)
+
+    def train(self, sequences: Sequence[TokenSequence], recipe: Recipe, on_step: Callable[[int, float], None]) -> None:
+        # As transformers' Trainer does it: linear warmup and decay, gradients clipped at norm 1.
+        rate = optax.join_schedules(
+            [
+                optax.linear_schedule(0.0, recipe.learning_rate, recipe.warmup),
+                optax.linear_schedule(recipe.learning_rate, 0.0, max(1, recipe.steps - recipe.warmup)),
+            ],
+            [recipe.warmup],
+        )
+        adamw = optimizer(
+            self.model,
+            learning_rate=rate,
+            weight_decay=recipe.weight_decay,
+            precondition=recipe.precondition,
+            reg=recipe.reg,
+            damping=recipe.damping,  # type: ignore[arg-type]
+        )
+        state = nnx.Optimizer(self.model, optax.chain(optax.clip_by_global_norm(1.0), adamw), wrt=nnx.LoRAParam)
+        factors = nnx.DiffState(0, nnx.LoRAParam)
+
+        @nnx.jit
+        def step(model: Any, state: nnx.Optimizer, batch: Any) -> jax.Array:
+            loss, gradients = nnx.value_and_grad(causal_lm_loss, argnums=factors)(model, batch)
+            state.update(model, gradients)
+            return loss
+
+        self.model.train()
+        for number, batch in enumerate(self._draws(sequences, recipe), start=1):
+            on_step(number, float(step(self.model, state, batch)))
+
+    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+        self.model.eval()
+        end, rows = self.tokenizer.eos_token_id, 128
+        found: list[list[int]] = []
+        for start in range(0, len(prompts), rows):
+            part = prompts[start : start + rows]
+            length = np.array([len(prompt) for prompt in part] + [1] * (rows - len(part)))
+            width = _padded(int(length.max()) + max_new_tokens)
+            tokens = np.full((rows, width), self._pad, np.int32)
+            for row, prompt in enumerate(part):
+                tokens[row, : len(prompt)] = prompt
+            for _ in range(max_new_tokens):
+                tokens[np.arange(rows), length] = _next_tokens(self.model, tokens, length)
+                length = length + 1
+            for row, prompt in enumerate(part):
+                answer = tokens[row, len(prompt) : length[row]].tolist()
+                found.append(answer[: answer.index(end)] if end in answer else answer)
+        return found
+
+    def _draws(self, sequences: Sequence[TokenSequence], recipe: Recipe) -> Iterator[dict[str, np.ndarray]]:
+        order = random.Random(recipe.seed)
+        waiting: list[TokenSequence] = []
+        for _ in range(recipe.steps):
+            while len(waiting) < recipe.batch_size:
+                waiting += order.sample(list(sequences), len(sequences))
+            batch, waiting = waiting[: recipe.batch_size], waiting[recipe.batch_size :]
+            yield self._collate(batch)
+
+    def _collate(self, sequences: Sequence[TokenSequence]) -> dict[str, np.ndarray]:
+        width = _padded(max(len(sequence.tokens) for sequence in sequences))
+        tokens = np.full((len(sequences), width), self._pad, np.int32)
+        labels = np.full_like(tokens, IGNORED)
+        for row, sequence in enumerate(sequences):
+            length = len(sequence.tokens)
+            tokens[row, :length] = sequence.tokens
+            labels[row, sequence.prompt_length : length] = sequence.tokens[sequence.prompt_length :]
+        return {"input_ids": tokens, "labels": labels}
+
+
+def _padded(width: int) -> int:
+    return -(-width // WIDTHS) * WIDTHS
+
+
+@nnx.jit
+def _next_tokens(model: Any, tokens: Any, length: Any) -> jax.Array:
+    """The likeliest token after each row's first `length` ones, (rows,)."""
+    logits = model(tokens)
+    last = jnp.take_along_axis(logits, (length - 1)[:, None, None], axis=1)[:, 0]
+    return jnp.argmax(last, axis=-1)

@@ -1,0 +1,86 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_one.backends.jax import ops
+from lora_one.core import step
+from lora_one.core.alignment import captured_energy, principal_sines
+from lora_one.core.factors import Factors, normalized_factors
+from lora_one.core.precondition import precondition
+from lora_one.core.spectrum import advance, draw_omega, exact_spectrum, finish, probe, start
+from tests.arrays import best_rank, spectrum_matrix
+
+G = spectrum_matrix(12, 9, 0.6 ** np.arange(9))
+
+
+def sketch(g, omega, passes=4, rank=3):
+    """The state machine of `core`, with a matrix in the place of a model."""
+    state = start(ops, omega, g.shape[0])
+    for _ in range(passes):
+        lora_A, lora_B = probe(ops, state)
+        wanted = g @ lora_A.T if lora_A is not None else lora_B.T @ g
+        state = advance(ops, state, wanted)
+    return normalized_factors(ops, finish(ops, state, rank), 128.0)
+
+
+def test_the_whole_initialisation_traces_and_equals_the_definition():
+    g, omega = jnp.asarray(G, jnp.float32), jnp.asarray(draw_omega(0, "layer", 9, 6), jnp.float32)
+    factors = jax.jit(sketch)(g, omega)
+    expected = -best_rank(G, 3) / np.linalg.norm(G, 2) / 128
+    np.testing.assert_allclose(factors.lora_B @ factors.lora_A, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_exact_spectrum_alignment_and_step_trace():
+    rng = np.random.default_rng(0)
+    pair = Factors(rng.standard_normal((3, 9)), rng.standard_normal((12, 3)))
+    gradient = Factors(rng.standard_normal((3, 9)), rng.standard_normal((12, 3)))
+
+    @jax.jit
+    def run(g, pair, gradient):
+        factors = normalized_factors(ops, exact_spectrum(ops, g, 3), 128.0)
+        angle = principal_sines(ops, factors.lora_B, pair.lora_B)[0]
+        new, _ = step.adamw(ops, pair, gradient, step.start_pair(ops, pair), 1e-2, reg=1e-3)
+        return captured_energy(ops, g, factors), angle, new, precondition(ops, pair, gradient, 1e-3)
+
+    narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (G, pair, gradient))
+    energy, _, new, direction = run(*narrow)
+    s = np.linalg.svd(G, compute_uv=False)
+    assert float(energy) == pytest.approx(np.sum(s[:3] ** 2) / np.sum(s**2), abs=1e-5)
+    inverse = np.linalg.inv(pair.lora_B.T @ pair.lora_B + 1e-3 * np.eye(3))
+    np.testing.assert_allclose(direction.lora_A, inverse @ gradient.lora_A, atol=1e-4)
+    np.testing.assert_allclose(new.lora_A, pair.lora_A - 1e-2 * np.sign(direction.lora_A), atol=1e-5)
+
+
+def test_products_ask_for_the_highest_precision_and_leave_the_users_flags():
+    before = jax.config.jax_default_matmul_precision
+    x = jnp.ones((4, 3))
+    for jaxpr in (jax.make_jaxpr(ops.matmul)(x, x.T), jax.make_jaxpr(ops.cholesky_solve)(x.T @ x, x.T)):
+        dots = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+        assert all(eqn.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2 for eqn in dots)
+    assert jax.config.jax_default_matmul_precision == before
+
+
+def test_asarray_takes_the_dtype_of_like_and_never_promotes():
+    for dtype in (jnp.float32, jnp.bfloat16):
+        assert ops.asarray(np.ones(2, np.float64), like=jnp.zeros((), dtype)).dtype == dtype
+    with jax.enable_x64(True):
+        like = jnp.zeros((), jnp.float32)
+        assert ops.asarray(np.ones(2, np.float64), like=like).dtype == jnp.float32
+        assert ops.matmul(ops.eye(2, like), ops.asarray(np.ones((2, 2)), like)).dtype == jnp.float32
+
+
+def test_to_numpy_widens_what_numpy_lacks_and_copies():
+    x = jnp.asarray([1.0, 2.5], jnp.bfloat16)
+    host = ops.to_numpy(x)
+    assert host.dtype == np.float32
+    host[0] = 9
+    assert x[0] == 1
+    assert ops.to_numpy(jnp.zeros((), bool)).dtype == bool
+
+
+def test_a_cholesky_that_fails_is_nan_under_jit_and_leaves_its_neighbours():
+    gram = jnp.stack([jnp.diag(jnp.array([1.0, -1.0])), 2 * jnp.eye(2)])
+    got = jax.jit(ops.cholesky_solve)(gram, jnp.eye(2))
+    assert np.isnan(got[0]).all()
+    np.testing.assert_allclose(got[1], np.eye(2) / 2)
