@@ -5,19 +5,16 @@ import runpy
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm import generate, lora
 
-mx = pytest.importorskip("mlx.core")
-pytest.importorskip("mlx_lm")
-
-from mlx.utils import tree_flatten  # noqa: E402
-from mlx_lm import generate, lora  # noqa: E402
-
-import lora_one  # noqa: E402
-from lora_one import demo  # noqa: E402
-from lora_one.backends.mlx import load_pretrained  # noqa: E402
-from lora_one.checkpoint import read_report  # noqa: E402
+import lora_one
+from lora_one import demo
+from lora_one.backends.mlx import load_pretrained
+from lora_one.checkpoint import read_report
 
 SCRIPT = Path(__file__).parents[2] / "adapters" / "mlx_lm" / "finetune.py"
 

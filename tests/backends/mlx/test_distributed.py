@@ -8,9 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("mlx.core")
-pytest.importorskip("mlx_lm")
-
 from tests.backends.mlx import distributed_worker
 from tests.backends.mlx.models import token_batches
 

@@ -2,27 +2,24 @@
 
 import json
 
+import mlx.core as mx
 import numpy as np
+import peft
 import pytest
+import torch
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.trainer import default_loss
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.tuner.utils import load_adapters as mlx_lm_load_adapters
+from safetensors import safe_open
+from transformers import LlamaForCausalLM
 
-mx = pytest.importorskip("mlx.core")
-pytest.importorskip("mlx_lm")
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
-
-from mlx.utils import tree_flatten  # noqa: E402
-from mlx_lm.tuner.lora import LoRALinear  # noqa: E402
-from mlx_lm.tuner.trainer import default_loss  # noqa: E402
-from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
-from mlx_lm.tuner.utils import load_adapters as mlx_lm_load_adapters  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-from transformers import LlamaForCausalLM  # noqa: E402
-
-import lora_one  # noqa: E402
-from lora_one.backends.mlx import load_pretrained  # noqa: E402
-from lora_one.backends.mlx.files import RequantizeWarning, UnsavedWarning  # noqa: E402
-from tests.backends.mlx.hf import write_llama  # noqa: E402
-from tests.backends.mlx.models import (  # noqa: E402
+import lora_one
+from lora_one.backends.mlx import load_pretrained
+from lora_one.backends.mlx.files import RequantizeWarning, UnsavedWarning
+from tests.backends.mlx.hf import write_llama
+from tests.backends.mlx.models import (
     QUANTIZED,
     contents,
     modules_of,

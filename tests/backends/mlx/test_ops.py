@@ -1,11 +1,10 @@
 """What MLX's arrays need beyond the tests of `core`, which run on them too."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
-mx = pytest.importorskip("mlx.core")
-
-from lora_one.backends.mlx import ops  # noqa: E402
+from lora_one.backends.mlx import ops
 
 
 @pytest.mark.parametrize("shape", [(9, 4), (4, 9), (5, 5), (3, 7, 2)])

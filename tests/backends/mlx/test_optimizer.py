@@ -2,24 +2,21 @@
 
 from functools import partial
 
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+from mlx_lm.tuner.trainer import TrainingArgs, default_loss, train
 
-mx = pytest.importorskip("mlx.core")
-pytest.importorskip("mlx_lm")
-
-import mlx.nn as nn  # noqa: E402
-import mlx.optimizers  # noqa: E402
-from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
-from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear  # noqa: E402
-from mlx_lm.tuner.trainer import TrainingArgs, default_loss, train  # noqa: E402
-
-import lora_one  # noqa: E402
-from lora_one.backends.mlx import LoraOneAdamW, MlxOps  # noqa: E402
-from lora_one.backends.numpy import ops as numpy_ops  # noqa: E402
-from lora_one.core import step  # noqa: E402
-from lora_one.core.factors import Factors  # noqa: E402
-from tests.backends.mlx.models import modules_of, tiny_llama, tiny_mixtral, token_batches  # noqa: E402
+import lora_one
+from lora_one.backends.mlx import LoraOneAdamW, MlxOps
+from lora_one.backends.numpy import ops as numpy_ops
+from lora_one.core import step
+from lora_one.core.factors import Factors
+from tests.backends.mlx.models import modules_of, tiny_llama, tiny_mixtral, token_batches
 
 # Without the routers: their lora_B is 4 x 4, so ill-conditioned that float32 itself is 1e-3 off after a few steps.
 START = lora_one.Config(rank=4, gradient="exact", targets=r".*_proj")

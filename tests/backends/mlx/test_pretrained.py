@@ -1,20 +1,17 @@
 """Checkpoints of transformers 5 in mlx-lm: the same logits, the same start as in PyTorch, or an error."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
+import torch
+from mlx_lm.models import gemma3_text, llama
+from mlx_lm.utils import load_model
 
-mx = pytest.importorskip("mlx.core")
-pytest.importorskip("mlx_lm")
-torch = pytest.importorskip("torch")
-
-from mlx_lm.models import gemma3_text, llama  # noqa: E402
-from mlx_lm.utils import load_model  # noqa: E402
-
-import lora_one  # noqa: E402
-from lora_one.backends.mlx import load_pretrained  # noqa: E402
-from lora_one.backends.mlx.pretrained import check_rope, rope_settings  # noqa: E402
-from tests.backends.mlx.hf import write_llama  # noqa: E402
-from tests.backends.mlx.models import VOCABULARY, modules_of, product  # noqa: E402
+import lora_one
+from lora_one.backends.mlx import load_pretrained
+from lora_one.backends.mlx.pretrained import check_rope, rope_settings
+from tests.backends.mlx.hf import write_llama
+from tests.backends.mlx.models import VOCABULARY, modules_of, product
 
 IDS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 40))
 ROPES = {

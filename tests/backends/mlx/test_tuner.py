@@ -2,20 +2,17 @@
 
 import json
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.generate import generate
 
-mx = pytest.importorskip("mlx.core")
-pytest.importorskip("mlx_lm")
-
-from mlx_lm.generate import generate  # noqa: E402
-
-import lora_one  # noqa: E402
-from lora_one import demo  # noqa: E402
-from lora_one.backends import load_tuner  # noqa: E402
-from lora_one.data import TokenSequence, encode, encode_prompt, read_examples  # noqa: E402
-from lora_one.finetune import finetune  # noqa: E402
-from lora_one.recipe import Recipe  # noqa: E402
+import lora_one
+from lora_one import demo
+from lora_one.backends import load_tuner
+from lora_one.data import TokenSequence, encode, encode_prompt, read_examples
+from lora_one.finetune import finetune
+from lora_one.recipe import Recipe
 
 
 @pytest.fixture
