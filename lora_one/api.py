@@ -25,7 +25,8 @@ def init(
 
     Args:
         model: a torch.nn.Module: plain, of transformers, or a PeftModel with one active LoRA adapter. A plain model
-            gets LoRA attached, in place, by PEFT; the layers of a PeftModel are started again.
+            gets LoRA attached, in place, by PEFT; the layers of a PeftModel are started again. Or an
+            mlx.nn.Module, with mlx-lm's LoRA layers in the same way; its batches and its default loss are mlx-lm's.
         batches: a re-iterable collection of batches (a list, a DataLoader): the sketch reads it `config.passes` times.
             A few dozen sequences are enough. Tensors are moved to the model's device.
         loss_fn: (model, batch) -> mean loss, a scalar. Default: `model(**batch).loss`.
@@ -84,6 +85,10 @@ def load(model: Any, path: str | Path, trainable: bool = False) -> Any:
     return backend_of(model).load(model, Path(path), trainable)
 
 
-def merge(model: Any) -> Any:
-    """Add the adapter to the base weights, W + s B A, and take the LoRA layers out. Returns the plain model."""
-    return backend_of(model).merge(model)
+def merge(model: Any, **options: Any) -> Any:
+    """Add the adapter to the base weights, W + s B A, and take the LoRA layers out. Returns the plain model.
+
+    Args:
+        options: of the backend: MLX has `dequantize=True`, for quantised weights to become float ones.
+    """
+    return backend_of(model).merge(model, **options)

@@ -24,7 +24,19 @@ WEIGHTS = "adapter_model.safetensors"
 METADATA = "lora_one.json"
 
 _KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
-_PACKAGES = ("lora-one", "numpy", "safetensors", "torch", "peft", "transformers", "jax", "flax", "optax")
+_PACKAGES = (
+    "lora-one",
+    "numpy",
+    "safetensors",
+    "torch",
+    "peft",
+    "transformers",
+    "jax",
+    "flax",
+    "optax",
+    "mlx",
+    "mlx-lm",
+)
 
 
 @dataclass(frozen=True)

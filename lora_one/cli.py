@@ -19,7 +19,7 @@ console = Console(highlight=False)
 
 # The options of a recipe. None means "not given", so that a configuration file's value, or the default, holds.
 ModelOption = Annotated[str | None, typer.Option("--model", help="Folder of a causal language model.")]
-DataOption = Annotated[str | None, typer.Option("--data", help="JSON Lines: prompt and completion, or messages.")]
+DataOption = Annotated[str | None, typer.Option("--data", help="JSON Lines, or a folder with train.jsonl.")]
 TestOption = Annotated[str | None, typer.Option("--test", help="Held-out JSON Lines: exact match before and after.")]
 BackendOption = Annotated[str | None, typer.Option("--backend", help="torch, ...")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Of the base weights: float32, bfloat16, float16.")]

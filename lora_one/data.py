@@ -37,15 +37,17 @@ class TokenSequence:
 
 
 def read_examples(path: str | Path) -> list[Example]:
-    """Read a JSON Lines file.
+    """Read a JSON Lines file, or the `train.jsonl` of a folder, which is mlx-lm's layout.
 
-    Each line is an object with "prompt" and "completion" (strings), or with "messages" (a list of {"role", "content"}
-    whose last is the assistant's). Blank lines are skipped.
+    Each line is an object with "prompt" and "completion" (strings), with "messages" (a list of {"role", "content"}
+    whose last is the assistant's), or with "text" (a string, all of which is learnt). Blank lines are skipped.
 
     Raises:
         DataError: the first line that is neither, with its number and the reason; or a file with no examples.
     """
     path = Path(path)
+    if path.is_dir():
+        path = path / "train.jsonl"
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -67,6 +69,10 @@ def _example(line: str, where: str) -> Example:
         raise DataError(f"{where}: must be an object, got {type(row).__name__}")
     if "messages" in row:
         return _conversation(row["messages"], where)
+    if "text" in row and not {"prompt", "completion"} & row.keys():
+        if not isinstance(row["text"], str) or not row["text"]:
+            raise DataError(f"{where}: 'text' must be a string with something in it, got {row['text']!r:.60}")
+        return Example("", row["text"], where)
     missing = [key for key in ("prompt", "completion") if key not in row]
     if missing:
         keys = ", ".join(map(repr, row)) or "no keys"

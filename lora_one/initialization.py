@@ -122,7 +122,7 @@ def _sketch(session: Session, config: Config) -> _Spectra:
     for number in range(1, config.passes + 1):
         result, gradients = session.sketch_pass({name: probe(ops, state) for name, state in states.items()})
         for name in list(states):
-            gradient = gradients[name]
+            gradient = gradients.pop(name)
             if gradient is None:
                 del states[name]
                 continue
@@ -148,6 +148,8 @@ def _exact(session: Session) -> _Spectra:
     def decompose(name: str, gradient: Array) -> None:
         _check_finite(session.ops, name, gradient, "of the weight")
         spectra[name] = exact_spectrum(session.ops, gradient, ranks[name])
+        for part in spectra[name]:  # reading makes a lazy framework compute it here, and let go of the gradient
+            session.ops.to_numpy(part)
 
     result = session.exact_pass(decompose)
     return _Spectra(result, 1, spectra)

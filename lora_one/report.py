@@ -163,7 +163,8 @@ def layer_report(name: str, shape: tuple[int, int], rank: int, spectrum: Spectru
         gradient_norm=norm,
         gradient_norm_error=error,
         energy=float(min(1.0, captured / (norm / s[0]) ** 2)),
-        share_of_best=float(min(1.0, captured / (best_norm / s[0]) ** 2)),
+        # Exactly 1 where all of G was seen: the quotient of two roundings need not be.
+        share_of_best=1.0 if unseen == error == 0 else float(min(1.0, captured / (best_norm / s[0]) ** 2)),
         # Whatever r directions are best, they hold at most what ours hold and all that no pass has seen.
         share_at_least=float(captured / (captured + (unseen / s[0]) ** 2)),
     )

@@ -89,9 +89,12 @@ class Terminal:
             self._console.print(
                 f"[bold green]Exact match {outcome.before:.1%} -> {outcome.after:.1%}[/] in {seconds:.0f} s, all told"
             )
-        self._console.print(f"Adapter: [bold]{out}[/] (opens in PEFT and vLLM)")
+        on_mlx = self._recipe.backend == "mlx"
+        self._console.print(f"Adapter: [bold]{out}[/] (opens in {'mlx-lm and ' if on_mlx else ''}PEFT and vLLM)")
         self._console.print("Next:")
         self._console.print(f"  lora-one inspect {out}")
+        if on_mlx:
+            self._console.print(f"  mlx_lm.generate --model DIR --adapter-path {out} --prompt TEXT")
         self._console.print(f'  python: model = peft.PeftModel.from_pretrained(base_model, "{out}")', highlight=False)
         if self._recipe.model is None:
             self._console.print("  lora-one finetune --model DIR --data FILE.jsonl   # your own")

@@ -42,6 +42,11 @@ def _anchor(backend: str, dtype: str) -> Any:
         import torch
 
         return torch.zeros((), dtype=getattr(torch, dtype))
+    if backend == "mlx":
+        import mlx.core as mx
+
+        mx.set_default_device(mx.cpu)  # float64 exists there only
+        return mx.zeros((), dtype=getattr(mx, dtype))
     if backend == "jax":
         import jax.numpy as jnp
 
@@ -54,6 +59,8 @@ ARRAYS = [
     pytest.param(("numpy", "float32"), id="numpy-float32"),
     pytest.param(("torch", "float64"), id="torch-float64"),
     pytest.param(("torch", "float32"), id="torch-float32"),
+    pytest.param(("mlx", "float64"), id="mlx-float64"),
+    pytest.param(("mlx", "float32"), id="mlx-float32"),
     pytest.param(("jax", "float64"), id="jax-float64"),
     pytest.param(("jax", "float32"), id="jax-float32"),
 ]

@@ -28,7 +28,8 @@ def test_reads_prompts_and_conversations_and_skips_blank_lines(tmp_path):
         ("{", "line 2: not JSON: .* at column 2"),
         ("[1]", "line 2: must be an object, got list"),
         ({"prompt": "a"}, "line 2: must have 'prompt' and 'completion', or 'messages'; got 'prompt'"),
-        ({"text": "a"}, "line 2: must have .*; got 'text'"),
+        ({"text": ""}, "line 2: 'text' must be a string with something in it, got ''"),
+        ({"question": "a"}, "line 2: must have .*; got 'question'"),
         ({"prompt": 3, "completion": "b"}, "line 2: 'prompt' must be a string, got int"),
         ({"prompt": "a", "completion": ""}, "line 2: 'completion' is empty"),
         ({"messages": "hi"}, "line 2: 'messages' must be a list of at least two"),
@@ -42,6 +43,15 @@ def test_reads_prompts_and_conversations_and_skips_blank_lines(tmp_path):
 def test_a_bad_line_is_named_with_the_reason(tmp_path, line, match):
     with pytest.raises(DataError, match=match):
         read_examples(write(tmp_path / "x.jsonl", GOOD, line))
+
+
+def test_a_folder_is_mlx_lms_layout_and_text_is_learnt_whole(tmp_path, tokenizer):
+    (tmp_path / "train.jsonl").write_text('{"text": "sort:ba=ab"}\n')
+    (example,) = read_examples(tmp_path)
+    assert (example.prompt, example.completion, example.where) == ("", "sort:ba=ab", "train.jsonl, line 1")
+    sequence = encode(tokenizer, example)
+    whole = tokenizer.encode("sort:ba=ab", add_special_tokens=False)
+    assert sequence.tokens[sequence.prompt_length :] == [*whole, tokenizer.eos_token_id]
 
 
 def test_files_without_examples(tmp_path):

@@ -57,7 +57,7 @@ def test_core_imports_numpy_at_most(file):
 @pytest.mark.parametrize("backend", ["numpy", *FRAMEWORKS])
 def test_a_backend_imports_its_own_framework_and_no_other_backend(backend):
     others = set().union(*FRAMEWORKS.values()) - FRAMEWORKS.get(backend, set())
-    shared = {"lora_one.backends.interface"}
+    shared = {"lora_one.backends.interface", "lora_one.backends.checks"}
     # Every framework's checkpoints are read with Hugging Face's tokenizers and configurations.
     allowed = {"transformers"} if backend in ("jax", "mlx") else set()
     for file in files("backends", backend):

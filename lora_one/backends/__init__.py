@@ -12,6 +12,7 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "numpy": ("lora_one.backends.numpy", ()),
     "torch": ("lora_one.backends.torch", ("torch",)),
     "jax": ("lora_one.backends.jax", ("flax",)),
+    "mlx": ("lora_one.backends.mlx", ("mlx", "mlx_lm")),
 }
 
 

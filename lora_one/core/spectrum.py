@@ -214,8 +214,10 @@ def _new_directions(ops: Ops, x: Array, known: tuple[Array, ...], block: Array) 
         return ops.zeros((rows, k), like=x)
     q, _ = ops.qr(_project_out(ops, x[:, :d], known))
     if known:
-        # Where x is all but inside `known`, the first q is rounding noise. Twice is enough (Kahan, in Parlett 1980).
-        q, _ = ops.qr(_project_out(ops, q, known))
+        # Twice is enough (Kahan; Parlett 1980), except where x is all but inside `known`: then the first q is rounding
+        # noise, whose part outside `known` may be small again, and a third projection settles it.
+        for _ in range(2):
+            q, _ = ops.qr(_project_out(ops, q, known))
     return q if d == k else ops.concat([q, ops.zeros((rows, k - d), like=x)], axis=1)
 
 

@@ -114,6 +114,16 @@ def test_when_all_directions_are_probed_the_sketch_is_exact_and_says_so(arrays, 
     arrays.assert_close(spectrum.norm, np.asarray(np.linalg.norm(g)))
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_bases_of_all_passes_are_orthonormal_together_where_only_rounding_noise_is_left(arrays, seed):
+    """Rank 3 in a sketch of width 8: the second basis consists of noise, and must not repeat the first."""
+    g = spectrum_matrix(9, 9, np.array([4.0, 2.0, 1.0]))
+    state = run_passes(arrays, g, 8, 4, seed)
+    for blocks in (state.left, state.right):
+        basis = np.concatenate([arrays.numpy(block) for block in blocks], axis=1)
+        arrays.assert_close(basis.T @ basis, np.eye(basis.shape[1]))
+
+
 def test_leave_one_out_estimates_what_one_column_fewer_would_miss():
     """The mean over many draws is the mean of the truth, and the stated variance is the estimates' own."""
     arrays = Arrays("numpy", "float64")

@@ -1,6 +1,5 @@
 """Batches in, losses out, and everything that can be wrong with either."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -8,7 +7,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from lora_one.errors import BatchError, GradientError
+from lora_one.backends.checks import check_finite_loss, with_last
+from lora_one.errors import BatchError
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -34,17 +34,6 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def check_reiterable(batches: Iterable[Any], passes: int) -> None:
-    """Raises BatchError for an iterator that can be read only once where several passes are needed."""
-    if not isinstance(batches, Iterable):
-        raise BatchError(f"batches must be iterable, got {type(batches).__name__}")
-    if passes > 1 and isinstance(batches, Iterator):
-        raise BatchError(
-            f"batches are read {passes} times, got a {type(batches).__name__} that can be read once: "
-            "pass a list(...) of it, or a DataLoader"
-        )
-
-
 def losses(
     model: nn.Module, batches: Iterable[Any], loss_fn: LossFn, backward: bool
 ) -> Iterator[tuple[Tensor, float, bool]]:
@@ -55,39 +44,22 @@ def losses(
         GradientError: a loss that is not finite.
     """
     device = _device(model)
-    index = 0
-    for index, (batch, last) in enumerate(_with_last(batches), start=1):
+    for index, (batch, last) in enumerate(with_last(batches), start=1):
         loss = loss_fn(model, send_to_device(batch, device))
         yield loss, _check_loss(loss, index, backward), last
-    if index == 0:
-        raise BatchError("batches must hold at least one batch, got none")
 
 
 def _check_loss(loss: Any, index: int, backward: bool) -> float:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise BatchError(f"batch {index}: the loss must be a scalar tensor, got {got}: return the mean over the batch")
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise GradientError(f"batch {index}: the loss must be finite, got {value}: look at this batch and its labels")
+    value = check_finite_loss(float(loss.detach()), index)
     if backward and not loss.requires_grad:
         raise BatchError(
             f"batch {index}: the loss must depend on the target layers, got one without a gradient: is it detached, "
             "computed under no_grad, or of another model?"
         )
     return value
-
-
-def _with_last(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-    iterator = iter(batches)
-    try:
-        current = next(iterator)
-    except StopIteration:
-        return
-    for following in iterator:
-        yield current, False
-        current = following
-    yield current, True
 
 
 def _device(model: nn.Module) -> torch.device:

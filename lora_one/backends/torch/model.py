@@ -10,6 +10,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
+from lora_one.backends.checks import check_reiterable
 from lora_one.backends.interface import Layer, PassResult
 from lora_one.config import Config
 from lora_one.core.factors import Factors
@@ -17,7 +18,7 @@ from lora_one.core.spectrum import Probe
 from lora_one.memory import process_peak
 
 from .attach import Site, attach_lora, check_adapter_fits, find_sites
-from .batches import LossFn, check_reiterable, default_loss, losses
+from .batches import LossFn, default_loss, losses
 from .distributed import is_parallel, mean_over_processes, sum_over_processes
 from .ops import TorchOps
 from .precision import no_reduced_matmul

@@ -1,0 +1,61 @@
+"""LoRA-One in mlx-lm's training loop: the whole plug is the three lines marked below.
+
+python adapters/mlx_lm/finetune.py                          # the embedded model and task
+python adapters/mlx_lm/finetune.py --model DIR --data DIR   # DIR/train.jsonl, DIR/valid.jsonl, as mlx_lm.lora has them
+"""
+
+import argparse
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+from mlx_lm.tuner.datasets import CacheDataset, load_local_dataset
+from mlx_lm.tuner.trainer import TrainingArgs, iterate_batches, train
+
+import lora_one
+from lora_one import demo
+from lora_one.backends.mlx import load_pretrained
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=demo.MODEL)
+    parser.add_argument("--data", default=demo.TRAIN.parent)
+    parser.add_argument("--dtype", help="of the weights, if not the checkpoint's; float32 is the fastest on a CPU")
+    parser.add_argument("--mask-prompt", action="store_true", help="count the completion's tokens only")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--grad-checkpoint", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("runs/mlx_lm"))
+    options = parser.parse_args()
+
+    model, tokenizer = load_pretrained(options.model)  # mlx_lm.load, with the rotary base that transformers 5 writes
+    if options.dtype:
+        model.set_dtype(getattr(mx, options.dtype))
+    settings = SimpleNamespace(mask_prompt=options.mask_prompt)
+    train_set, valid_set, _ = load_local_dataset(Path(options.data), tokenizer, settings)
+    data, valid = CacheDataset(train_set), CacheDataset(valid_set)
+    batches = list(islice(iterate_batches(data, options.batch_size, max_seq_length=2048), 8))
+
+    model, report = lora_one.init(model, batches)  # LoRA-One, instead of freeze and linear_to_lora_layers
+    print(report.summary())
+    optimizer = lora_one.optimizer(model, learning_rate=options.learning_rate)  # handed to train
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    arguments = TrainingArgs(
+        batch_size=options.batch_size,
+        iters=options.steps,
+        steps_per_report=max(1, options.steps // 10),
+        steps_per_save=options.steps + 1,
+        grad_checkpoint=options.grad_checkpoint,
+        adapter_file=str(options.out / "adapters.safetensors"),
+    )
+    train(model, optimizer, data, valid if len(valid) >= options.batch_size else None, arguments)
+    lora_one.save(model, options.out, report)  # the folder that mlx-lm and PEFT open
+    print(f"adapter: {options.out}")
+
+
+if __name__ == "__main__":
+    main()

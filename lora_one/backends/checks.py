@@ -1,0 +1,42 @@
+"""What can be wrong with batches and losses in any framework."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from lora_one.errors import BatchError, GradientError
+
+
+def check_reiterable(batches: Iterable[Any], passes: int) -> None:
+    """Raises BatchError for an iterator that can be read only once where several passes are needed."""
+    if not isinstance(batches, Iterable):
+        raise BatchError(f"batches must be iterable, got {type(batches).__name__}")
+    if passes > 1 and isinstance(batches, Iterator):
+        raise BatchError(
+            f"batches are read {passes} times, got a {type(batches).__name__} that can be read once: "
+            "pass a list(...) of it"
+        )
+
+
+def check_finite_loss(value: float, index: int) -> float:
+    """Raises GradientError for a loss that is not finite. Batches count from 1."""
+    if not math.isfinite(value):
+        raise GradientError(f"batch {index}: the loss must be finite, got {value}: look at this batch and its labels")
+    return value
+
+
+def with_last(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+    """Each batch, and whether it is the last.
+
+    Raises:
+        BatchError: there is none.
+    """
+    iterator = iter(batches)
+    try:
+        current = next(iterator)
+    except StopIteration:
+        raise BatchError("batches must hold at least one batch, got none") from None
+    for following in iterator:
+        yield current, False
+        current = following
+    yield current, True

@@ -1,0 +1,27 @@
+"""MLX: arrays, models through mlx-lm's own LoRA layers, and the optimizer."""
+
+from .attach import attach_lora as attach_plain
+from .attach import last_layers
+from .files import load, merge, save
+from .model import MlxSession
+from .model import MlxSession as attach
+from .ops import MlxOps
+from .optimizer import LoraOneAdamW, optimizer
+from .pretrained import load_pretrained
+
+ops = MlxOps()
+
+__all__ = [
+    "LoraOneAdamW",
+    "MlxOps",
+    "MlxSession",
+    "attach",
+    "attach_plain",
+    "last_layers",
+    "load",
+    "load_pretrained",
+    "merge",
+    "ops",
+    "optimizer",
+    "save",
+]

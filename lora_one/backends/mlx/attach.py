@@ -1,0 +1,193 @@
+"""LoRA on an MLX model, by mlx-lm's own layers: choosing targets, attaching, and finding the layers."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+
+from lora_one.backends.interface import Layer
+from lora_one.config import Config
+from lora_one.errors import ModelError
+
+from .layout import LoraModule, is_switch
+from .tree import Place, places
+
+DENSE = (nn.Linear, nn.QuantizedLinear)
+SWITCH = (SwitchLinear, QuantizedSwitchLinear)
+OTHER_ADAPTERS = (DoRALinear, DoRAEmbedding, LoRAEmbedding)
+OUTPUT_LAYERS = ("lm_head", "output")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A LoRA layer of the model, its place in it, and the pairs in it: one, or one an expert."""
+
+    place: Place
+    layers: tuple[Layer, ...]
+
+    @property
+    def path(self) -> str:
+        return self.place.path
+
+    @property
+    def module(self) -> LoraModule:
+        return self.place.module
+
+
+def attach_lora(model: nn.Module, config: Config) -> nn.Module:
+    """Freeze a plain model and put LoRA on its targets, in place, with its usual start. `Snapshot` takes it back."""
+    targets = find_targets(model, config.targets)
+    model.freeze()
+    for place in targets:
+        attach_layer(place, config.rank, config.scaling, config.dropout)
+    return model
+
+
+def attach_layer(place: Place, rank: int, scale: float, dropout: float) -> LoraModule:
+    """Put mlx-lm's LoRA layer in the place of a linear one."""
+    kind: Any = LoRASwitchLinear if isinstance(place.module, SWITCH) else LoRALinear
+    module: LoraModule = kind.from_base(place.module, r=rank, scale=scale, dropout=dropout)
+    place.container[place.key] = module
+    return module
+
+
+@contextmanager
+def random_stream_kept() -> Iterator[None]:
+    """mlx-lm's layers draw a random start. Where it is overwritten, the user's random stream should not notice."""
+    random: Any = mx.random.state
+    high, low = (int(word) for word in np.array(random[0]))
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)
+
+
+def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Place]:
+    """The linear layers that `Config.targets` means.
+
+    "all-linear" is what mlx-lm converts unless told otherwise: the linear layers inside `model.layers`, router
+    included; in a model without `layers`, all of them but an output layer.
+
+    Raises:
+        ModelError: no layer matches, or one that matches is not linear.
+    """
+    everything = list(places(model))
+    linear = [place for place in everything if isinstance(place.module, DENSE + SWITCH)]
+    if targets == "all-linear":
+        found = _inside_layers(model, linear)
+    else:
+        found = [place for place in everything if _matches(place.path, targets)]
+        wrong = [f"{place.path} ({type(place.module).__name__})" for place in found if place not in linear]
+        if wrong:
+            raise ModelError(f"targets must match linear layers only, got {targets!r}, which matches {_shown(wrong)}")
+    if not found:
+        raise ModelError(
+            f"targets must match a linear layer of the model, got {targets!r}; its linear layers are: "
+            f"{_shown([place.path for place in linear]) or 'none'}"
+        )
+    return found
+
+
+def last_layers(model: nn.Module, num_layers: int, targets: str | tuple[str, ...] = "all-linear") -> tuple[str, ...]:
+    """Targets within the last blocks of a model, as mlx-lm's `num_layers` chooses them: for `Config(targets=...)`.
+
+    Args:
+        num_layers: blocks from the end of `model.layers`; 0 or less means all of them, as in mlx-lm.
+        targets: see `Config.targets`.
+
+    Raises:
+        ModelError: the model has no `layers`, or fewer, or no target in them.
+    """
+    blocks = getattr(model, "layers", None)
+    if blocks is None or num_layers > len(blocks):
+        has = "none" if blocks is None else len(blocks)
+        raise ModelError(f"num_layers must be <= the number of model.layers, got {num_layers} where there are {has}")
+    chosen = {id(module) for block in blocks[-max(num_layers, 0) :] for module in block.modules()}
+    found = tuple(place.path for place in find_targets(model, targets) if id(place.module) in chosen)
+    if not found:
+        raise ModelError(f"targets {targets!r} match no linear layer in the last {num_layers} of model.layers")
+    return found
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """The LoRA layers of a model; an empty list for a plain one.
+
+    Raises:
+        ModelError: adapters whose start is another problem: DoRA, LoRA on an embedding, unknown ones.
+    """
+    sites, problems = [], []
+    for place in places(model):
+        if isinstance(place.module, OTHER_ADAPTERS):
+            problems.append(f"{place.path}: {type(place.module).__name__}")
+        elif isinstance(place.module, LoRALinear | LoRASwitchLinear):
+            sites.append(Site(place, _layers(place)))
+        elif "lora_a" in place.module:
+            problems.append(f"{place.path}: {type(place.module).__name__}, which is no LoRA layer of mlx-lm")
+    if problems:
+        raise ModelError("LoRA-One starts plain LoRA on linear layers, got:\n  " + "\n  ".join(problems))
+    return sites
+
+
+def check_adapter_fits(sites: list[Site], config: Config) -> None:
+    """LoRA layers that are there keep their own rank and scale; a `Config` that asks for others is an error.
+
+    Raises:
+        ModelError: a setting that is neither its default nor the adapter's.
+    """
+    default = Config()
+    wrong: dict[str, None] = {}  # an ordered set
+    for site in sites:
+        rank, scaling = site.layers[0].rank, site.module.scale
+        dropout = 1.0 - site.module.dropout._p_1
+        if config.rank not in (default.rank, rank):
+            wrong[f"rank {config.rank} (the adapter's: {rank})"] = None
+        scaled = (config.alpha, config.use_rslora) != (default.alpha, default.use_rslora)
+        if scaled and abs(config.scaling - scaling) > 1e-6 * abs(scaling):
+            wrong[f"scaling {config.scaling:g} from alpha and rank (the adapter's: {scaling:g})"] = None
+        if config.dropout != default.dropout and abs(config.dropout - dropout) > 1e-6:
+            wrong[f"dropout {config.dropout} (the adapter's: {dropout:g})"] = None
+    if config.targets != default.targets:
+        wrong[f"targets {config.targets!r}"] = None
+    if wrong:
+        raise ModelError(
+            "a model with LoRA layers keeps its adapter's own settings, but the Config asks for "
+            f"{'; '.join(wrong)}: leave them out of the Config, or hand in the model without its adapter"
+        )
+
+
+def _layers(place: Place) -> tuple[Layer, ...]:
+    module: Any = place.module
+    if not is_switch(module):
+        (in_features, rank), (_, out_features) = module.lora_a.shape, module.lora_b.shape
+        return (Layer(place.path, out_features, in_features, rank, module.scale),)
+    experts, rank, in_features = module.lora_a.shape
+    out_features = module.lora_b.shape[1]
+    return tuple(
+        Layer(f"{place.path}[{expert}]", out_features, in_features, rank, module.scale) for expert in range(experts)
+    )
+
+
+def _inside_layers(model: nn.Module, linear: list[Place]) -> list[Place]:
+    blocks = getattr(model, "layers", None)
+    if blocks is None:
+        return [place for place in linear if place.path.rsplit(".", 1)[-1] not in OUTPUT_LAYERS]
+    inside = {id(module) for block in blocks if isinstance(block, nn.Module) for module in block.modules()}
+    return [place for place in linear if id(place.module) in inside]
+
+
+def _matches(path: str, targets: str | Sequence[str]) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in targets)
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -1,0 +1,145 @@
+"""Adapters of MLX models: saved, loaded after checks, and merged into the base weights."""
+
+import warnings
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+
+from lora_one.errors import CheckpointError, ModelError
+
+from .attach import DENSE, SWITCH, Site, attach_layer, find_sites, random_stream_kept
+from .folder import Adapter, Pairs, Shapes, read_adapter, write_folder
+from .layout import is_switch, read_pairs, write_pairs
+from .tree import Snapshot, flat, places
+
+
+class RequantizeWarning(UserWarning):
+    """Merging rounded the adapter to the grid of the quantised weights."""
+
+
+class UnsavedWarning(UserWarning):
+    """Parameters were trained that are no part of a LoRA adapter, and are not in its folder."""
+
+
+def save(model: nn.Module, path: Path) -> None:
+    """See `lora_one.save`. Written for mlx-lm, and, but for mixtures of experts, for PEFT in the same folder."""
+    sites = _require_sites(model, "save")
+    lora = {f"{site.path}.{name}" for site in sites for name in ("lora_a", "lora_b")}
+    others = [name for name in flat(model.trainable_parameters()) if name not in lora]
+    if others:
+        shown = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
+        warnings.warn(
+            f"{len(others)} trainable parameters are no LoRA factors and are not saved with the adapter: {shown}; "
+            "freeze what is not trained, or save it with model.save_weights",
+            UnsavedWarning,
+            stacklevel=3,
+        )
+    layers = {
+        site.path: Pairs(read_pairs(site.module), float(site.module.scale), is_switch(site.module)) for site in sites
+    }
+    dropout = max(1.0 - site.module.dropout._p_1 for site in sites)
+    write_folder(path, Adapter(layers, dropout), len(getattr(model, "layers", ())))
+
+
+def load(model: nn.Module, path: Path, trainable: bool) -> nn.Module:
+    """See `lora_one.load`. Opens folders that lora-one, mlx-lm or PEFT wrote; attaches in place."""
+    sites = {site.path: site for site in find_sites(model)}
+    adapter = read_adapter(path, _linear_shapes(model))
+    if sites:
+        _check_same(sites, adapter, path)
+        for name, layer in adapter.layers.items():
+            write_pairs(sites[name].module, layer.pairs)
+            sites[name].module.scale = layer.scale
+        return model
+    found = Snapshot(model)
+    try:
+        with random_stream_kept():
+            _attach(model, adapter, trainable)
+    except BaseException:
+        found.restore()
+        raise
+    found.restore_modes(model)
+    return model
+
+
+def merge(model: nn.Module, dequantize: bool = False) -> nn.Module:
+    """See `lora_one.merge`; in place, by mlx-lm's own `fuse`.
+
+    Args:
+        dequantize: merged layers of a quantised model become float layers, and hold all of the adapter. A checkpoint
+            saved from it must not say "quantization" in its configuration.
+
+    Warns:
+        RequantizeWarning: quantised weights were merged into and quantised again, which rounds the adapter.
+    """
+    sites = _require_sites(model, "merge")
+    merged = [site.module.fuse(dequantize=dequantize) for site in sites]
+    mx.eval([module.parameters() for module in merged])
+    rounded = 0
+    for site, module in zip(sites, merged, strict=True):
+        base = site.module.linear
+        rounded += "scales" in base and not dequantize
+        if "weight" in base._no_grad:
+            module.freeze()
+        module.train(site.module.training)
+        site.place.container[site.place.key] = module
+    if rounded:
+        warnings.warn(
+            f"the adapter was merged into {rounded} quantised layers, and rounded to their grid: part of it is lost; "
+            "merge(model, dequantize=True) makes float layers that hold all of it; or keep the adapter by itself",
+            RequantizeWarning,
+            stacklevel=3,
+        )
+    return model
+
+
+def _attach(model: nn.Module, adapter: Adapter, trainable: bool) -> None:
+    model.freeze()
+    by_path = {place.path: place for place in places(model)}
+    for name, layer in adapter.layers.items():
+        rank = layer.pairs[0].lora_A.shape[0]
+        module = attach_layer(by_path[name], rank, layer.scale, adapter.dropout)
+        write_pairs(module, layer.pairs)
+        if not trainable:
+            module.freeze()
+    mx.eval(model.parameters())
+
+
+def _check_same(sites: dict[str, Site], adapter: Adapter, path: Path) -> None:
+    problems = [f"{name}: the file has LoRA here, the model has none" for name in sorted(adapter.layers.keys() - sites)]
+    for name, site in sites.items():
+        if name not in adapter.layers:
+            problems.append(f"{name}: the model has LoRA here, the file has none")
+            continue
+        rank, has = adapter.layers[name].pairs[0].lora_A.shape[0], site.layers[0].rank
+        if rank != has:
+            problems.append(f"{name}: the model has rank {has}, the file {rank}")
+    if problems:
+        raise CheckpointError(f"the adapter in {path} does not fit the model", problems)
+
+
+def _require_sites(model: nn.Module, verb: str) -> list[Site]:
+    sites = find_sites(model)
+    if not sites:
+        raise ModelError(f"{verb} needs a model with LoRA layers, as lora_one.init returns it, got none in it")
+    return sites
+
+
+def _linear_shapes(model: nn.Module) -> Shapes:
+    """The shape of every linear layer's weight, quantised or not, whether LoRA is on it or not."""
+    shapes: Shapes = {}
+    for place in places(model):
+        adapted = isinstance(place.module, LoRALinear | LoRASwitchLinear)
+        base = place.module.linear if adapted else place.module
+        if isinstance(base, DENSE + SWITCH):
+            shapes[place.path] = _shape(base)
+    return shapes
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    *leading, columns = module.weight.shape
+    if "scales" in module:
+        columns = columns * 32 // module.bits  # packed into 32-bit words
+    return (*leading, columns)

@@ -1,0 +1,215 @@
+"""An MLX model during `init`: probes in, LoRA's gradients out."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from lora_one.backends.checks import check_finite_loss, check_reiterable, with_last
+from lora_one.backends.interface import Layer, PassResult
+from lora_one.config import Config
+from lora_one.core.factors import Factors
+from lora_one.core.spectrum import Probe
+
+from .attach import Site, attach_lora, check_adapter_fits, find_sites, random_stream_kept
+from .batches import LossFn, check_scalar, default_loss, to_mlx
+from .distributed import mean_over_processes, sum_over_processes
+from .layout import read_factor, read_pairs, write_factor, write_pairs
+from .ops import MlxOps
+from .tap import tap, zeros_without_memory
+from .tree import Snapshot
+
+Arrays = dict[str, mx.array]  # by site
+
+
+class MlxSession:
+    """See `lora_one.backends.interface.Session`. A mixture-of-experts layer counts as one layer an expert."""
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None, config: Config):
+        self.ops = MlxOps()
+        self.model = model
+        self.layers: list[Layer] = []
+        self._sites: dict[str, Site] = {}
+        self._pairs: dict[str, list[Factors]] = {}  # by site; written into the model by `_write`
+        self._position: dict[str, tuple[str, int]] = {}  # layer -> its site, and which of its pairs
+        self._batches = batches
+        self._loss_fn = default_loss if loss_fn is None else loss_fn
+        self._config = config
+
+    def __enter__(self) -> "MlxSession":
+        config = self._config
+        passes = config.passes if config.gradient == "sketch" else 1
+        check_reiterable(self._batches, passes + (config.gamma == "auto"))
+        self._found = Snapshot(self.model)
+        # The model runs where its user lets it; what `core` computes with the gradients runs on the CPU, where the
+        # decompositions are and where float32 products are float32, and not TF32 as on some GPUs.
+        self._device = mx.default_device()
+        self._context = ExitStack()
+        self._context.enter_context(mx.stream(mx.cpu))
+        try:
+            self._attach()
+        except BaseException:
+            self._undo()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
+        if kind is not None:
+            self._undo()
+            return
+        try:
+            self._write()
+        except BaseException:
+            self._undo()
+            raise
+        self._context.close()
+        self._attached.restore_frozen()
+        self._found.restore_modes(self.model)
+
+    def _undo(self) -> None:
+        self._context.close()
+        self._found.restore()
+
+    def _attach(self) -> None:
+        sites = find_sites(self.model)
+        if sites:
+            check_adapter_fits(sites, self._config)
+        else:
+            with random_stream_kept():
+                attach_lora(self.model, self._config)
+            sites = find_sites(self.model)
+        self._sites = {site.path: site for site in sites}
+        self.layers = [layer for site in sites for layer in site.layers]
+        for site in sites:
+            self._pairs[site.path] = read_pairs(site.module)
+            self._position.update({layer.name: (site.path, i) for i, layer in enumerate(site.layers)})
+        self._attached = Snapshot(self.model)
+        # What checkpointing hands to a block as its inputs is what is trainable in it: the probes must be.
+        self.model.freeze()
+        for site in sites:
+            site.module.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+        self.model.eval()
+        mx.reset_peak_memory()
+
+    def like(self, layer: str) -> mx.array:
+        module = self._sites[self._position[layer][0]].module
+        return mx.zeros((), dtype=self.ops.at_least_float32(module.lora_a).dtype)
+
+    def sketch_pass(self, probes: Mapping[str, Probe]) -> tuple[PassResult, dict[str, mx.array | None]]:
+        with ExitStack() as stack:
+            for site in self._sites.values():
+                stack.enter_context(_installed(site, [probes[layer.name] for layer in site.layers]))
+            given_a = next(iter(probes.values())).lora_A is not None
+            name = "lora_b" if given_a else "lora_a"
+            modules = {path: site.module for path, site in self._sites.items()}
+            result, sums = self._backward(modules, name, mx.eval)
+        gradients: dict[str, mx.array | None] = {}
+        for path, site in self._sites.items():
+            mean = sum_over_processes(sums.pop(path)) / result.batches
+            each = read_factor(site.module, mean)
+            gradients.update({layer.name: gradient for layer, gradient in zip(site.layers, each, strict=True)})
+        return result, gradients
+
+    def exact_pass(self, consume: Callable[[str, mx.array], None]) -> PassResult:
+        with ExitStack() as stack:
+            taps = {path: stack.enter_context(_tapped(site)) for path, site in self._sites.items()}
+            # The last batch's gradients stay unevaluated, so that below one layer after the other is computed,
+            # decomposed and freed, the last first, as the backward pass comes to them.
+            result, sums = self._backward(taps, "gradient", lambda *lazy: mx.eval(lazy[0]))
+        for path in reversed(self._sites):
+            mean = sum_over_processes(sums.pop(path)) / result.batches
+            for index, layer in enumerate(self._sites[path].layers):
+                consume(layer.name, mean[index] if mean.ndim == 3 else mean)
+        return result
+
+    def _backward(
+        self, modules: Mapping[str, nn.Module], name: str, evaluate_last: Callable[..., None]
+    ) -> tuple[PassResult, Arrays]:
+        """The loss, and the sum over the batches of its gradient with respect to `modules[path][name]`.
+
+        Args:
+            evaluate_last: called with the last batch's loss and the sums, in the place of mx.eval.
+        """
+        values = {path: module[name] for path, module in modules.items()}
+
+        def loss_of(values: Arrays, batch: Any, index: int) -> mx.array:
+            for path, value in values.items():
+                modules[path][name] = value
+            return check_scalar(self._loss_fn(self.model, batch), index)
+
+        sums: Arrays = {}
+        total, count = 0.0, 0
+        try:
+            for batch, last in with_last(self._batches):
+                count += 1
+                with mx.stream(self._device):
+                    loss, gradients = mx.value_and_grad(loss_of)(values, to_mlx(batch), count)
+                sums = {path: sums[path] + gradients[path] for path in values} if sums else gradients
+                del gradients  # or the sums could not take their place in memory
+                (evaluate_last if last else mx.eval)(loss, sums)
+                total += check_finite_loss(float(np.array(loss)), count)
+        finally:
+            for path, value in values.items():
+                modules[path][name] = value
+        return PassResult(*mean_over_processes(total, count)), sums
+
+    def mean_loss(self) -> PassResult:
+        self._write()
+        total, count = 0.0, 0
+        for batch, _ in with_last(self._batches):
+            count += 1
+            with mx.stream(self._device):
+                loss = check_scalar(self._loss_fn(self.model, to_mlx(batch)), count)
+            total += check_finite_loss(float(np.array(loss)), count)
+        return PassResult(*mean_over_processes(total, count))
+
+    def assign(self, layer: str, factors: Factors) -> None:
+        path, index = self._position[layer]
+        self._pairs[path][index] = factors
+
+    def _write(self) -> None:
+        for path, site in self._sites.items():
+            write_pairs(site.module, self._pairs[path])
+        mx.eval([[site.module.lora_a, site.module.lora_b] for site in self._sites.values()])
+
+    def peak_memory(self) -> int | None:
+        return mx.get_peak_memory()
+
+
+@contextmanager
+def _installed(site: Site, probes: list[Probe]) -> Iterator[None]:
+    """Put probes, one a pair, into a LoRA layer for a while, at scale 1; the other factor is zero."""
+    module = site.module
+    before = module.lora_a, module.lora_b, module.scale
+    given: list[mx.array] = []
+    zeros: list[mx.array] = []
+    for probe, layer in zip(probes, site.layers, strict=True):
+        if probe.lora_A is not None:
+            given.append(probe.lora_A)
+            zeros.append(zeros_without_memory((layer.out_features, probe.lora_A.shape[0]), probe.lora_A.dtype))
+        else:
+            assert probe.lora_B is not None
+            given.append(probe.lora_B)
+            zeros.append(zeros_without_memory((probe.lora_B.shape[1], layer.in_features), probe.lora_B.dtype))
+    both = write_factor(module, given), write_factor(module, zeros)
+    module.lora_a, module.lora_b = both if probes[0].lora_A is not None else both[::-1]
+    module.scale = 1.0
+    try:
+        yield
+    finally:
+        module.lora_a, module.lora_b, module.scale = before
+
+
+@contextmanager
+def _tapped(site: Site) -> Iterator[nn.Module]:
+    """A tap in the place of a LoRA layer for a while, which computes W x alone."""
+    standing_in = tap(site.module)
+    standing_in.eval()
+    site.place.container[site.place.key] = standing_in
+    try:
+        yield standing_in
+    finally:
+        site.place.container[site.place.key] = site.module

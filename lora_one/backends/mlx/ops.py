@@ -1,0 +1,103 @@
+"""`Ops` on MLX arrays. Decompositions run on the CPU stream, where MLX has them; memory is shared, nothing is copied.
+
+float64 exists on MLX's CPU device only. On GPUs with matrix units MLX multiplies float32 in TF32, and has no switch a
+call (only MLX_ENABLE_TF32=0 for the process, https://github.com/ml-explore/mlx/issues/3860): callers that need float32
+put the CPU stream around their calls, as `init` does.
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+
+class MlxOps:
+    """See `lora_one.core.ops.Ops`."""
+
+    name = "mlx"
+
+    def asarray(self, x: np.ndarray, like: mx.array) -> mx.array:
+        return mx.array(np.ascontiguousarray(x).reshape(np.shape(x)), dtype=like.dtype)
+
+    def to_numpy(self, x: mx.array) -> np.ndarray:
+        return np.array(x.astype(mx.float32) if x.dtype in (mx.bfloat16, mx.float16) else x)
+
+    def astype(self, x: mx.array, dtype: mx.Dtype) -> mx.array:
+        return x.astype(dtype)
+
+    def at_least_float32(self, x: mx.array) -> mx.array:
+        return x if x.dtype in (mx.float32, mx.float64) else x.astype(mx.float32)
+
+    def eps(self, x: mx.array) -> float:
+        return float(mx.finfo(x.dtype).eps)
+
+    def matmul(self, a: mx.array, b: mx.array) -> mx.array:
+        return a @ b
+
+    def matrix_transpose(self, x: mx.array) -> mx.array:
+        return x.swapaxes(-1, -2)
+
+    def qr(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        q, r = mx.linalg.qr(x, stream=mx.cpu)
+        return q, r
+
+    def svd(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        rows, columns = x.shape[-2:]
+        if rows < columns:
+            u, s, vt = self.svd(self.matrix_transpose(x))
+            return self.matrix_transpose(vt), s, self.matrix_transpose(u)
+        if rows == columns:
+            u, s, vt = mx.linalg.svd(x, stream=mx.cpu)
+            return u, s, vt
+        # MLX's svd returns all of U, (rows, rows): go through R, which is square.
+        q, r = self.qr(x)  # (..., rows, columns), (..., columns, columns)
+        u, s, vt = mx.linalg.svd(r, stream=mx.cpu)
+        return q @ u, s, vt
+
+    def cholesky_solve(self, gram: mx.array, rhs: mx.array) -> mx.array:
+        with mx.stream(mx.cpu):  # one hop to the CPU and back for the whole batch
+            identity = mx.eye(gram.shape[-1], dtype=gram.dtype)
+            lower = mx.linalg.cholesky(gram)  # (..., r, r)
+            valid = _is_cholesky(lower, gram)[..., None, None]
+            inverse = mx.linalg.tri_inv(mx.where(valid, lower, identity))  # tri_inv raises for a singular matrix
+            solution = inverse.swapaxes(-1, -2) @ (inverse @ rhs)
+            return mx.where(valid, solution, mx.array(float("nan"), dtype=gram.dtype))
+
+    def eye(self, n: int, like: mx.array) -> mx.array:
+        return mx.eye(n, dtype=like.dtype)
+
+    def zeros(self, shape: tuple[int, ...], like: mx.array) -> mx.array:
+        return mx.zeros(shape, dtype=like.dtype)
+
+    def sqrt(self, x: mx.array) -> mx.array:
+        return mx.sqrt(x)
+
+    def sum(self, x: mx.array, axis: int | None = None, keepdims: bool = False) -> mx.array:
+        return mx.sum(x, axis=axis, keepdims=keepdims)
+
+    def max(self, x: mx.array, axis: int | None = None, keepdims: bool = False) -> mx.array:
+        return mx.max(x, axis=axis, keepdims=keepdims)
+
+    def isfinite(self, x: mx.array) -> mx.array:
+        return mx.isfinite(x)
+
+    def concat(self, xs: Sequence[mx.array], axis: int = 0) -> mx.array:
+        return mx.concatenate(list(xs), axis=axis)
+
+    def stack(self, xs: Sequence[mx.array], axis: int = 0) -> mx.array:
+        return mx.stack(list(xs), axis=axis)
+
+
+def _is_cholesky(lower: mx.array, gram: mx.array) -> mx.array:
+    """Whether each matrix of `lower` is the Cholesky factor of its `gram`: (...,), bool.
+
+    MLX drops LAPACK's error flag and returns whatever the factorisation had written by then. LAPACK leaves the pivot
+    that was not positive on the diagonal; the product is checked too, for implementations that leave something else.
+    """
+    pivots = mx.diagonal(lower, axis1=-2, axis2=-1)  # (..., r)
+    size = mx.diagonal(gram, axis1=-2, axis2=-1)  # (..., r)
+    # Of a completed factorisation, |gram - L L^T| <= c r eps sqrt(gram_ii gram_jj) (Higham 2002, Theorem 10.3).
+    error = mx.abs(lower @ lower.swapaxes(-1, -2) - gram)
+    scale = mx.sqrt(mx.abs(size))
+    bound = 8.0 * (gram.shape[-1] + 1) * float(mx.finfo(gram.dtype).eps) * scale[..., :, None] * scale[..., None, :]
+    return mx.all(pivots > 0, axis=-1) & mx.all(error <= bound, axis=(-2, -1))

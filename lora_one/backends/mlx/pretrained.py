@@ -1,0 +1,84 @@
+"""Loading a model folder through mlx-lm, with the rotary embedding that its configuration asks for.
+
+transformers 5 writes `rope_parameters: {"rope_theta": ...}` where earlier versions wrote `rope_theta`, which is what
+most of mlx-lm's models read: they silently fall back to a default theta, and compute other logits.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.utils import _get_classes, load_config, load_model, load_tokenizer
+
+from lora_one.errors import ModelError
+
+from .tree import places
+
+
+def load_pretrained(path: str | Path) -> tuple[nn.Module, Any]:
+    """The model and the tokenizer of a folder that transformers or mlx-lm wrote, as `mlx_lm.load` returns them.
+
+    The tokenizer is None where the folder has none.
+
+    Raises:
+        ModelError: the folder has no config.json, or its rotary embedding cannot be passed on to mlx-lm's model.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} must be a model folder with a config.json, got none")
+    config = load_config(folder)
+    _, arguments = _get_classes(config)
+    model, _ = load_model(folder, model_config=rope_settings(config, arguments))
+    check_rope(model, config)
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    return model, load_tokenizer(folder, eos_token_ids=config.get("eos_token_id")) if has_tokenizer else None
+
+
+def rope_settings(config: dict[str, Any], arguments: type) -> dict[str, Any]:
+    """What to add to a configuration of transformers 5 so that mlx-lm's model computes the same.
+
+    Args:
+        config: of the model folder.
+        arguments: mlx-lm's ModelArgs class of the model.
+
+    Raises:
+        ModelError: rotary parameters that differ between layers, which this model of mlx-lm does not take.
+    """
+    rope = config.get("rope_parameters")
+    known = {field.name for field in dataclasses.fields(arguments)}
+    if not rope or "rope_parameters" in known or not {"rope_theta", "rope_scaling"} & known:
+        return {}
+    kind = config.get("model_type")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ModelError(
+            f"rope_parameters of {kind!r} differ between kinds of layers ({', '.join(rope)}), and mlx-lm's model takes "
+            "one set: convert the checkpoint with mlx_lm.convert of a version that knows it"
+        )
+    settings: dict[str, Any] = {
+        name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope and name in known
+    }
+    if rope.get("rope_type", "default") != "default":
+        if "rope_scaling" not in known:
+            raise ModelError(f"{kind!r} of mlx-lm has no rope_scaling, but the checkpoint asks for {rope}")
+        settings["rope_scaling"] = rope
+    return {name: value for name, value in settings.items() if config.get(name) is None or name == "rope_scaling"}
+
+
+def check_rope(model: nn.Module, config: dict[str, Any]) -> None:
+    """Whether a loaded model rotates by the base that the configuration names, where it names one for all layers.
+
+    Raises:
+        ModelError: it does not.
+    """
+    rope = config.get("rope_parameters") or {}
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    if theta is None:
+        return
+    for place in places(model):
+        if isinstance(place.module, nn.RoPE) and place.module.base != theta:
+            raise ModelError(
+                f"{place.path}: the rotary base must be {theta}, got {place.module.base}: this checkpoint's "
+                f"configuration is one that mlx-lm does not read; load it with lora_one.backends.mlx.load_pretrained, "
+                f'or with mlx_lm.load(path, model_config={{"rope_theta": {theta}}})'
+            )
