@@ -1,10 +1,10 @@
-"""What can be wrong with batches and losses in any framework."""
+"""What can be wrong with batches, losses and an optimizer's settings in any framework."""
 
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lora_one.errors import BatchError, GradientError
+from lora_one.errors import BatchError, ConfigError, GradientError
 
 
 def check_reiterable(batches: Iterable[Any], passes: int) -> None:
@@ -16,6 +16,16 @@ def check_reiterable(batches: Iterable[Any], passes: int) -> None:
             f"batches are read {passes} times, got a {type(batches).__name__} that can be read once: "
             "pass a list(...) of it"
         )
+
+
+def check_optimizer_settings(reg: Any, damping: str, loraplus_lr_ratio: float = 1.0) -> None:
+    """Raises ConfigError for a setting of `lora_one.optimizer` that cannot be. A traced `reg` is let through."""
+    if isinstance(reg, (int, float)) and reg < 0:
+        raise ConfigError(f"reg must be >= 0, got {reg}")
+    if damping not in ("absolute", "relative"):
+        raise ConfigError(f'damping must be "absolute" or "relative", got {damping!r}')
+    if loraplus_lr_ratio <= 0:
+        raise ConfigError(f"loraplus_lr_ratio must be > 0, got {loraplus_lr_ratio}")
 
 
 def check_finite_loss(value: float, index: int) -> float:

@@ -1,6 +1,5 @@
 """Batches in, losses out, and everything that can be wrong with either."""
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -9,17 +8,6 @@ import numpy as np
 from jax import Array
 
 from lora_one.errors import BatchError
-
-
-def check_reiterable(batches: Iterable[Any], passes: int) -> None:
-    """Raises BatchError for an iterator that can be read only once where several passes are needed."""
-    if not isinstance(batches, Iterable):
-        raise BatchError(f"batches must be iterable, got {type(batches).__name__}")
-    if passes > 1 and isinstance(batches, Iterator):
-        raise BatchError(
-            f"batches are read {passes} times, got a {type(batches).__name__} that can be read once: "
-            "pass a list(...) of it"
-        )
 
 
 def check_loss(loss: Any, index: int) -> Array:

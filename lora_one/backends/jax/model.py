@@ -10,6 +10,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
 
+from lora_one.backends.checks import check_reiterable
 from lora_one.backends.interface import Layer, PassResult
 from lora_one.config import Config
 from lora_one.core.factors import Factors
@@ -18,7 +19,6 @@ from lora_one.errors import BatchError, ModelError
 from lora_one.memory import process_peak
 
 from .adopt import find_adapters
-from .batches import check_reiterable
 from .nnx import NnxBinding
 from .ops import JaxOps
 from .oracle import Oracle

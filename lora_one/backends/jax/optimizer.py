@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from lora_one.backends.checks import check_optimizer_settings
 from lora_one.core.factors import Factors
 from lora_one.core.precondition import Damping, precondition
 from lora_one.errors import ConfigError, ModelError
@@ -50,7 +51,7 @@ def scale_by_lora_preconditioner(
         ConfigError: a setting that cannot be; `update` without params.
         ModelError: in `init` and `update`: a factor without its other, or whose shape does not fit it.
     """
-    _check_damping(reg, damping)
+    check_optimizer_settings(reg, damping)
     added: Any = reg  # a traced array under optax.inject_hyperparams
 
     def init(params: Any) -> optax.EmptyState:
@@ -138,9 +139,7 @@ def optimizer(
         ConfigError: a setting that cannot be.
         ModelError: no LoRA in the model.
     """
-    _check_damping(reg, damping)
-    if loraplus_lr_ratio <= 0:
-        raise ConfigError(f"loraplus_lr_ratio must be > 0, got {loraplus_lr_ratio}")
+    check_optimizer_settings(reg, damping, loraplus_lr_ratio)
     stack_axes = stacks_of(model)
     return lora_adamw(
         learning_rate,
@@ -153,13 +152,6 @@ def optimizer(
         loraplus_lr_ratio=loraplus_lr_ratio,
         stack_axes=stack_axes,
     )
-
-
-def _check_damping(reg: Any, damping: str) -> None:
-    if isinstance(reg, (int, float)) and reg < 0:
-        raise ConfigError(f"reg must be >= 0, got {reg}")
-    if damping not in ("absolute", "relative"):
-        raise ConfigError(f'damping must be "absolute" or "relative", got {damping!r}')
 
 
 def _paths(tree: Any) -> dict[Path, LoraPaths]:

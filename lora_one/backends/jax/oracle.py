@@ -1,13 +1,12 @@
 """The gradient oracle: one jitted function from factors and a batch to the loss and the factors' gradients."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_one.errors import BatchError, GradientError
+from lora_one.backends.checks import check_finite_loss, with_last
 
 from .batches import arrays_and_rest, check_loss, rejoin
 from .sites import Binding, Leaves
@@ -77,16 +76,9 @@ class Oracle:
     def _over(self, batches: Iterable[Any], run: Callable[[list[Any], Any], Any]) -> tuple[float, int]:
         total = 0.0
         self._batch = 0
-        for batch in batches:
+        for batch, _ in with_last(batches):
             self._batch += 1
-            value = float(run(*arrays_and_rest(batch)))
-            if not math.isfinite(value):
-                raise GradientError(
-                    f"batch {self._batch}: the loss must be finite, got {value}: look at this batch and its labels"
-                )
-            total += value
-        if not self._batch:
-            raise BatchError("batches must hold at least one batch, got none")
+            total += check_finite_loss(float(run(*arrays_and_rest(batch))), self._batch)
         return total / self._batch, self._batch
 
 

@@ -10,9 +10,10 @@ import mlx.nn as nn
 from mlx.optimizers import AdamW
 from mlx.utils import tree_unflatten
 
+from lora_one.backends.checks import check_optimizer_settings
 from lora_one.core.factors import Factors
 from lora_one.core.precondition import Damping, apply_inverses, damped_inverse, grams
-from lora_one.errors import ConfigError, ModelError
+from lora_one.errors import ModelError
 
 from .attach import find_sites
 from .ops import MlxOps
@@ -144,10 +145,7 @@ def optimizer(
         ConfigError: a setting that cannot be.
         ModelError: nothing is trainable, or nothing to precondition.
     """
-    if reg < 0:
-        raise ConfigError(f"reg must be >= 0, got {reg}")
-    if damping not in ("absolute", "relative"):
-        raise ConfigError(f'damping must be "absolute" or "relative", got {damping!r}')
+    check_optimizer_settings(reg, damping)
     trainable = model.trainable_parameters()
     names = set(flat(trainable))
     if not names:

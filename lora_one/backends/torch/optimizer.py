@@ -8,9 +8,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from lora_one.backends.checks import check_optimizer_settings
 from lora_one.core.factors import Factors
 from lora_one.core.precondition import Damping, apply_inverses, damped_inverse, grams
-from lora_one.errors import ConfigError, ModelError
+from lora_one.errors import ModelError
 
 from .ops import TorchOps
 
@@ -139,10 +140,7 @@ def optimizer(
         ConfigError: a setting that cannot be.
         ModelError: nothing is trainable, or nothing to precondition.
     """
-    if reg < 0 or loraplus_lr_ratio <= 0:
-        raise ConfigError(f"reg must be >= 0 and loraplus_lr_ratio > 0, got {reg} and {loraplus_lr_ratio}")
-    if damping not in ("absolute", "relative"):
-        raise ConfigError(f'damping must be "absolute" or "relative", got {damping!r}')
+    check_optimizer_settings(reg, damping, loraplus_lr_ratio)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ModelError("the model must have trainable parameters, got none: load the adapter with trainable=True")
