@@ -114,7 +114,7 @@ def inspect(
     console.print(inspection_table(found))
     picture = plot or adapter / "spectra.png"
     plot_inspection(found, picture)
-    console.print(f"Picture: {picture}")
+    console.print(f"Picture: {picture}", soft_wrap=True)
 
 
 def _recipe(config: Path | None, arguments: dict[str, Any]) -> Recipe:

@@ -31,6 +31,9 @@ class Progress(Protocol):
     def step(self, step: int, loss: float) -> None:
         """A training step is done."""
 
+    def validation(self, when: str, loss: float) -> None:
+        """The mean loss on held-out data, `when` is "before" or "after" the training."""
+
     def score(self, when: str, exact_match: float, count: int) -> None:
         """The test items were answered, `when` is "before" or "after"."""
 
@@ -60,7 +63,9 @@ def finetune(recipe: Recipe, progress: Progress) -> Outcome:
         LoraOneError: see `lora_one.errors`.
     """
     tuner, sequences, tests = _prepare(recipe, progress)
+    held_out = _held_out(recipe, tuner)
     before = _score(tuner, tests, progress, "before")
+    _validate(tuner, held_out, progress, "before")
     report = _start(tuner, sequences, recipe, progress)
     losses: list[float] = []
 
@@ -71,6 +76,7 @@ def finetune(recipe: Recipe, progress: Progress) -> Outcome:
     progress.say("Training")
     tuner.train(sequences, recipe, on_step)
     after = _score(tuner, tests, progress, "after")
+    _validate(tuner, held_out, progress, "after")
     out = Path(recipe.out)
     api.save(tuner.model, out, report)
     return Outcome(report, losses, before, after, out)
@@ -127,6 +133,19 @@ def _score(tuner: Tuner, tests: list[Example], progress: Progress, when: str) ->
     right = sum(text.strip() == example.completion.strip() for text, example in zip(texts, tests, strict=True))
     progress.score(when, right / len(tests), len(tests))
     return right / len(tests)
+
+
+def _held_out(recipe: Recipe, tuner: Tuner) -> list[Any]:
+    """Batches of the `valid.jsonl` beside the training data, where the data is a folder that has one."""
+    file = Path(recipe.data or "") / "valid.jsonl"
+    if recipe.data is None or not file.is_file():
+        return []
+    return tuner.batches([encode(tuner.tokenizer, example) for example in read_examples(file)], recipe.batch_size)
+
+
+def _validate(tuner: Tuner, held_out: list[Any], progress: Progress, when: str) -> None:
+    if held_out:
+        progress.validation(when, tuner.mean_loss(held_out))
 
 
 def _completion(tokenizer: Any, example: Example) -> list[int]:

@@ -17,6 +17,7 @@ from .inspection import Inspection
 from .recipe import Recipe
 from .report import Report
 
+_STYLE: Any = {"box": SIMPLE_HEAD, "padding": (0, 1), "pad_edge": False, "collapse_padding": True}
 SMOOTHING = 10  # steps that the loss shown is a mean of
 
 
@@ -77,6 +78,10 @@ class Terminal:
         if step == 1 or step % max(1, self._recipe.steps // 10) == 0:
             self._bars.print(f"  step {step:>5}  loss {mean:.4f}")
 
+    def validation(self, when: str, loss: float) -> None:
+        """The mean loss on held-out data."""
+        self._bars.print(f"Validation loss {when} training: [bold]{loss:.4f}[/]")
+
     def score(self, when: str, exact_match: float, count: int) -> None:
         """The test items were answered."""
         self._bars.print(f"Exact match {when} training: [bold]{exact_match:.1%}[/] of {count} held-out items")
@@ -86,24 +91,28 @@ class Terminal:
         seconds = time.perf_counter() - self._began
         out = escape(str(outcome.out))
         if outcome.before is not None and outcome.after is not None:
-            self._console.print(
+            self._say(
                 f"[bold green]Exact match {outcome.before:.1%} -> {outcome.after:.1%}[/] in {seconds:.0f} s, all told"
             )
         on_mlx = self._recipe.backend == "mlx"
-        self._console.print(f"Adapter: [bold]{out}[/] (opens in {'mlx-lm and ' if on_mlx else ''}PEFT and vLLM)")
-        self._console.print("Next:")
-        self._console.print(f"  lora-one inspect {out}")
+        self._say(f"Adapter: [bold]{out}[/] (opens in {'mlx-lm and ' if on_mlx else ''}PEFT and vLLM)")
+        self._say("Next:")
+        self._say(f"  lora-one inspect {out}")
         if on_mlx:
-            self._console.print(f"  mlx_lm.generate --model DIR --adapter-path {out} --prompt TEXT")
-        self._console.print(f'  python: model = peft.PeftModel.from_pretrained(base_model, "{out}")', highlight=False)
+            self._say(f"  mlx_lm.generate --model DIR --adapter-path {out} --prompt TEXT")
+        self._say(f'  python: model = peft.PeftModel.from_pretrained(base_model, "{out}")')
         if self._recipe.model is None:
-            self._console.print("  lora-one finetune --model DIR --data FILE.jsonl   # your own")
+            self._say("  lora-one finetune --model DIR --data FILE.jsonl   # your own")
+
+    def _say(self, text: str) -> None:
+        """A line as it is: a path that is folded at the edge cannot be copied."""
+        self._console.print(text, soft_wrap=True)
 
 
 def report_table(report: Report) -> Table:
     """The layers of an initialisation."""
     prefix = _common_prefix([layer.name for layer in report.layers])
-    table = Table(title=f"LoRA-One start, layers of {prefix or 'the model'}", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=f"LoRA-One start, layers of {prefix or 'the model'}", title_justify="left", **_STYLE)
     for name, justify in (
         ("layer", "left"),
         ("shape", "right"),
@@ -113,7 +122,7 @@ def report_table(report: Report) -> Table:
         ("energy", "right"),
         ("of best", "right"),
     ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for layer in report.layers:
         shape = f"{layer.out_features} x {layer.in_features}"
         if layer.start == "plain":
@@ -135,10 +144,14 @@ def inspection_table(found: Inspection) -> Table:
     """The layers of an adapter on disk."""
     prefix = _common_prefix([layer.name for layer in found.layers])
     table = Table(
-        title=f"{escape(str(found.path))}, layers of {prefix or 'the model'}", title_justify="left", box=SIMPLE_HEAD
+        title=f"{escape(str(found.path))}, layers of {prefix or 'the model'}",
+        title_justify="left",
+        caption="stable: stable rank of sBA; energy: of the gradient at the start; grown: |sBA| over its start",
+        caption_justify="left",
+        **_STYLE,
     )
-    for name in ("layer", "shape", "r", "|s B A|", "S_r/S_1", "stable rank", "start energy", "grown"):
-        table.add_column(name, justify="left" if name == "layer" else "right")
+    for name in ("layer", "shape", "r", "|sBA|", "S_r/S_1", "stable", "energy", "grown"):
+        table.add_column(name, justify="left" if name == "layer" else "right", overflow="fold")
     for layer in found.layers:
         start = layer.start
         table.add_row(

@@ -15,7 +15,7 @@ from lora_one.checkpoint import read_report
 from lora_one.core.factors import Factors
 from lora_one.inspection import inspect_adapter, product_spectrum
 
-runner = CliRunner(env={"COLUMNS": "100", "TERM": "dumb"})
+runner = CliRunner(env={"TERM": "dumb"})  # 80 columns, as where there is no terminal
 SMALL = ["--init-batches", "1", "--batch-size", "8", "--passes", "2"]
 
 

@@ -92,6 +92,10 @@ class Tuner(Protocol):
         """Mean cross-entropy over the tokens after the prompts."""
         ...
 
+    def mean_loss(self, batches: list[Any]) -> float:
+        """The mean of `loss_fn` over batches, without dropout or gradients."""
+        ...
+
     def train(self, sequences: Sequence[TokenSequence], recipe: Recipe, on_step: Callable[[int, float], None]) -> None:
         """Train the model's LoRA factors for `recipe.steps` steps; `on_step(step, loss)` after each.
 

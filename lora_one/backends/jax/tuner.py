@@ -58,6 +58,11 @@ class JaxTuner:
     def loss_fn(self, model: Any, batch: dict[str, Any]) -> jax.Array:
         return causal_lm_loss(model, batch)
 
+    def mean_loss(self, batches: list[dict[str, np.ndarray]]) -> float:
+        self.model.eval()
+        loss: Any = nnx.jit(causal_lm_loss)
+        return float(np.mean([np.asarray(loss(self.model, batch)) for batch in batches]))
+
     def train(self, sequences: Sequence[TokenSequence], recipe: Recipe, on_step: Callable[[int, float], None]) -> None:
         # As transformers' Trainer does it: linear warmup and decay, gradients clipped at norm 1.
         rate = optax.join_schedules(

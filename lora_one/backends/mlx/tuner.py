@@ -67,6 +67,10 @@ class MlxTuner:
     def loss_fn(self, model: nn.Module, batch: Batch) -> mx.array:
         return default_loss(model, batch)
 
+    def mean_loss(self, batches: list[Batch]) -> float:
+        self.model.eval()
+        return float(np.mean([np.array(self.loss_fn(self.model, batch)) for batch in batches]))
+
     def train(self, sequences: Sequence[TokenSequence], recipe: Recipe, on_step: Callable[[int, float], None]) -> None:
         mx.random.seed(recipe.seed)
         adamw = optimizer(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -52,6 +53,12 @@ class TorchTuner:
 
     def loss_fn(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return default_loss(model, batch)
+
+    @torch.no_grad()
+    def mean_loss(self, batches: list[dict[str, Tensor]]) -> float:
+        self.model.eval()
+        losses = [self.loss_fn(self.model, send_to_device(batch, self.model.device)) for batch in batches]
+        return float(torch.stack(losses).mean())
 
     def train(self, sequences: Sequence[TokenSequence], recipe: Recipe, on_step: Callable[[int, float], None]) -> None:
         arguments = TrainingArguments(
