@@ -14,6 +14,7 @@ from lora_one.core.precondition import Damping, apply_inverses, damped_inverse, 
 from lora_one.errors import ModelError
 
 from .ops import TorchOps
+from .precision import full_precision
 
 _OPS = TorchOps()
 
@@ -60,9 +61,11 @@ class LoraOneAdamW(torch.optim.AdamW):
                 loss = closure()
         raw = [(parameter, parameter.grad) for pair in self.pairs for parameter in pair]
         try:
-            for pair, direction in _preconditioned(self.pairs, self.reg, self.damping):
-                _set_gradient(pair.lora_A, direction.lora_A)
-                _set_gradient(pair.lora_B, direction.lora_B)
+            if self.pairs:
+                with full_precision(self.pairs[0].lora_A.device):  # once, and not at each product
+                    for pair, direction in _preconditioned(self.pairs, self.reg, self.damping):
+                        _set_gradient(pair.lora_A, direction.lora_A)
+                        _set_gradient(pair.lora_B, direction.lora_B)
             super().step()
         finally:
             for parameter, gradient in raw:

@@ -338,3 +338,20 @@ def test_dataloader_is_a_re_iterable_collection():
         warnings.simplefilter("error")
         model, _ = lora_one.init(case.model, loader, case.loss_fn, EXACT)
     assert_one_step(model, gradients(mlp()), 1e-5)
+
+
+def test_full_precision_blocks_nest_and_leave_the_flags_alone():
+    from lora_one.backends.torch.precision import full_precision
+
+    flags = torch.backends.mkldnn.matmul
+    before = flags.fp32_precision
+    x = torch.randn(8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with full_precision(x.device):
+            with full_precision(x.device):
+                assert (x @ x).dtype == torch.float32
+            assert flags.fp32_precision == "ieee"
+            assert (x @ x).dtype == torch.float32
+        assert (x @ x).dtype == torch.bfloat16
+        assert ops.matmul(x, x).dtype == torch.float32
+    assert flags.fp32_precision == before
