@@ -52,7 +52,12 @@ def run(task: str, method: str, rate: float, seed: int, steps: int) -> dict[str,
     start, config, options = METHODS[method]
     train, test = (read_examples(path) for path in TASKS[task])
     recipe = Recipe(
-        steps=steps, learning_rate=rate, seed=seed, config=lora_one.Config(seed=seed, **config), out="/tmp", **options
+        steps=steps,
+        learning_rate=rate,
+        seed=seed,
+        config=lora_one.Config(seed=seed, **config),
+        out="runs/benchmark",
+        **options,
     )
     torch.manual_seed(seed)
     tuner = open_tuner(demo.MODEL, "float32", None)

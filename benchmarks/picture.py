@@ -45,7 +45,7 @@ def spectra() -> list[np.ndarray]:
 def losses(spectral: bool) -> list[float]:
     """The loss of each step, from LoRA-One's start or from LoRA's."""
     tuner, sequences = fresh()
-    recipe = Recipe(steps=STEPS, learning_rate=RATE, out="/tmp")
+    recipe = Recipe(steps=STEPS, learning_rate=RATE, out="runs/benchmark")
     if spectral:
         tuner.model, _ = lora_one.init(tuner.model, tuner.batches(sequences[:256], 32), tuner.loss_fn)
     else:

@@ -129,7 +129,8 @@ def optimizer(
         model: a PeftModel, or any module with PEFT's LoRA layers in it.
         learning_rate: of all parameters but lora_B's, if `loraplus_lr_ratio` is not 1, and those in `param_groups`.
         weight_decay: decoupled.
-        precondition: whether LoRA pairs are preconditioned; other parameters never are.
+        precondition: whether LoRA pairs are preconditioned; other parameters never are. Off by default: under AdamW it
+            did harm at every damping on both tasks it was measured on (benchmarks/results/demo.json).
         reg, damping: see `lora_one.core.precondition.damped_inverse`.
         betas, eps: Adam's.
         loraplus_lr_ratio: lora_B's learning rate over lora_A's (LoRA+, arXiv 2402.12354).
