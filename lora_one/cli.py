@@ -9,6 +9,7 @@ from .errors import LoraOneError
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
 except ModuleNotFoundError as error:
     sys.exit(f"the lora-one command needs the package {error.name!r}: pip install 'lora-one[cli]'")
 
@@ -119,9 +120,8 @@ def inspect(
 
 def _recipe(config: Path | None, arguments: dict[str, Any]) -> Recipe:
     """The file's settings, with what was given on the command line over them."""
-    names = {name for name in arguments if name != "config" and not name[0].isupper()}
-    given = {name: arguments[name] for name in names if name in arguments and arguments[name] is not None}
-    given = {name: value for name, value in given.items() if isinstance(value, (str, int, float, bool))}
+    # The callers' locals also hold what they imported, and None where an option was not given.
+    given: dict[str, Any] = {n: v for n, v in arguments.items() if isinstance(v, (str, int, float, bool))}
     if "gamma" in given and given["gamma"] != "auto":
         try:
             given["gamma"] = float(given["gamma"])
@@ -137,11 +137,5 @@ def main() -> None:
     try:
         app()
     except LoraOneError as error:
-        console.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -116,6 +116,8 @@ def encode(tokenizer: Any, example: Example) -> TokenSequence:
             f"{example.where}: the tokenizer's chat template must render a conversation as the prompt followed by the "
             "answer, but it changes the prompt once the answer is there: use prompt/completion lines instead"
         )
+    if len(tokens) == len(prompt):
+        raise DataError(f"{example.where}: the completion has no tokens")
     return TokenSequence(tokens, len(prompt))
 
 

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 from . import api
 from .backends import load_backend, load_tuner
 from .backends.interface import Tuner
-from .data import Example, TokenSequence, encode, encode_prompt, read_examples
-from .errors import DataError
+from .data import Example, TokenSequence, encode, read_examples
 from .initialization import InitWarning
 from .recipe import Recipe
 from .report import Report
@@ -63,8 +62,9 @@ def finetune(recipe: Recipe, progress: Progress) -> Outcome:
         LoraOneError: see `lora_one.errors`.
     """
     tuner, sequences, tests = _prepare(recipe, progress)
+    questions = [encode(tuner.tokenizer, example) for example in tests]
     held_out = _held_out(recipe, tuner)
-    before = _score(tuner, tests, progress, "before")
+    before = _score(tuner, tests, questions, progress, "before")
     _validate(tuner, held_out, progress, "before")
     report = _start(tuner, sequences, recipe, progress)
     losses: list[float] = []
@@ -75,7 +75,7 @@ def finetune(recipe: Recipe, progress: Progress) -> Outcome:
 
     progress.say("Training")
     tuner.train(sequences, recipe, on_step)
-    after = _score(tuner, tests, progress, "after")
+    after = _score(tuner, tests, questions, progress, "after")
     _validate(tuner, held_out, progress, "after")
     out = Path(recipe.out)
     api.save(tuner.model, out, report)
@@ -121,13 +121,15 @@ def _start(tuner: Tuner, sequences: list[TokenSequence], recipe: Recipe, progres
     return report
 
 
-def _score(tuner: Tuner, tests: list[Example], progress: Progress, when: str) -> float | None:
-    """The share of the test items that the model completes exactly, by greedy decoding."""
+def _score(
+    tuner: Tuner, tests: list[Example], questions: list[TokenSequence], progress: Progress, when: str
+) -> float | None:
+    """The share of the test items, `questions` in tokens, that the model completes exactly, by greedy decoding."""
     if not tests:
         return None
     progress.say(f"Answering {len(tests)} test items")
-    prompts = [encode_prompt(tuner.tokenizer, example) for example in tests]
-    longest = max(len(_completion(tuner.tokenizer, example)) for example in tests)
+    prompts = [question.tokens[: question.prompt_length] for question in questions]
+    longest = max(len(question.tokens) - question.prompt_length for question in questions)
     answers = tuner.generate(prompts, max_new_tokens=longest + 1)
     texts = (tuner.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers)
     right = sum(text.strip() == example.completion.strip() for text, example in zip(texts, tests, strict=True))
@@ -146,10 +148,3 @@ def _held_out(recipe: Recipe, tuner: Tuner) -> list[Any]:
 def _validate(tuner: Tuner, held_out: list[Any], progress: Progress, when: str) -> None:
     if held_out:
         progress.validation(when, tuner.mean_loss(held_out))
-
-
-def _completion(tokenizer: Any, example: Example) -> list[int]:
-    sequence = encode(tokenizer, example)
-    if len(sequence.tokens) == sequence.prompt_length:
-        raise DataError(f"{example.where}: the completion has no tokens")
-    return sequence.tokens[sequence.prompt_length :]

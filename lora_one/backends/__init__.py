@@ -22,8 +22,7 @@ def load_backend(name: str) -> ModuleType:
     Raises:
         BackendError: no such backend, or its framework is not installed.
     """
-    if name not in BACKENDS:
-        raise BackendError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    _check_name(name)
     try:
         return importlib.import_module(BACKENDS[name][0])
     except ModuleNotFoundError as error:
@@ -58,11 +57,16 @@ def backend_of(model: Any, backend: str | None = None) -> ModuleType:
     packages = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
     found = [name for name, (_, roots) in BACKENDS.items() if packages.intersection(roots)]
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    if backend is not None and backend not in BACKENDS:
-        raise BackendError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend is not None:
+        _check_name(backend)
     if not found:
         models = [name for name, (_, roots) in BACKENDS.items() if roots]
         raise BackendError(f"model must be of one of the frameworks {', '.join(models)}, got {kind}")
     if backend is not None and backend not in found:
         raise BackendError(f"backend {backend!r} does not fit the model: {kind} belongs to {found[0]!r}")
     return load_backend(found[0])
+
+
+def _check_name(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise BackendError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")

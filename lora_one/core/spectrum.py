@@ -202,7 +202,7 @@ def _energy_to_come(ops: Ops, state: SketchState, rank: int, captured: Array, un
         energies.append(_square_sum(ops, s[:rank] / scale))
     last = _at_least_zero(ops, energies[0] - energies[1])
     before = _at_least_zero(ops, energies[1] - energies[2])
-    ratio = _smaller(last / _or_one(ops, before), 0.9 + 0.0 * last)
+    ratio = _smaller(last / _or_one(ops, before), 0.9)
     return _smaller(last * ratio / (1.0 - ratio), unseen)
 
 
@@ -299,5 +299,5 @@ def _at_least_zero(ops: Ops, x: Array) -> Array:
     return (x + abs(x)) / 2.0
 
 
-def _smaller(x: Array, y: Array) -> Array:
+def _smaller(x: Array, y: Array | float) -> Array:
     return (x + y - abs(x - y)) / 2.0

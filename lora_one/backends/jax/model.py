@@ -42,8 +42,7 @@ class JaxSession:
 
     def __enter__(self) -> "JaxSession":
         config = self._config
-        passes = config.passes if config.gradient == "sketch" else 1
-        check_reiterable(self._batches, passes + (config.gamma == "auto"))
+        check_reiterable(self._batches, config)
         if self._loss_fn is None:
             raise BatchError("a Flax model has no loss of its own: pass loss_fn=(model, batch) -> mean loss")
         self._binding = bind(self.model, config, self._batches, self._loss_fn)

@@ -40,9 +40,7 @@ class MlxSession:
         self._config = config
 
     def __enter__(self) -> "MlxSession":
-        config = self._config
-        passes = config.passes if config.gradient == "sketch" else 1
-        check_reiterable(self._batches, passes + (config.gamma == "auto"))
+        check_reiterable(self._batches, self._config)
         self._found = Snapshot(self.model)
         # The model runs where its user lets it; what `core` computes with the gradients runs on the CPU, where the
         # decompositions are and where float32 products are float32, and not TF32 as on some GPUs.

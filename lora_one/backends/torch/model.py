@@ -40,9 +40,7 @@ class TorchSession:
         self._config = config
 
     def __enter__(self) -> "TorchSession":
-        config = self._config
-        passes = config.passes if config.gradient == "sketch" else 1
-        check_reiterable(self._batches, passes + (config.gamma == "auto"))
+        check_reiterable(self._batches, self._config)
         self._found = Snapshot(self.model)
         self._context = ExitStack()
         try:
