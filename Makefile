@@ -9,7 +9,7 @@ demo: .venv/demo
 	$(BIN)/lora-one finetune
 
 test: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	LORA_ONE_BACKENDS=numpy,torch,jax,mlx OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """The `lora-one` command."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -116,6 +117,30 @@ def inspect(
     picture = plot or adapter / "spectra.png"
     plot_inspection(found, picture)
     console.print(f"Picture: {picture}", soft_wrap=True)
+
+
+@app.command()
+def conformance(
+    backend: Annotated[str | None, typer.Option("--backend", help="numpy, torch, jax or mlx; default: all.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, gpu, ...")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float64 or bfloat16; default: all.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the results go, as JSON.")] = None,
+) -> None:
+    """Check that the frameworks on this machine give the same numbers as the spec."""
+    from .conformance import check_installed
+    from .terminal import conformance_tables
+
+    with console.status("") as status:
+        found = check_installed(backend, device, dtype, status.update)
+    for table in conformance_tables(found):
+        console.print(table)
+    for line in [*found.explain_failures().splitlines(), *found.notes]:
+        console.print(escape(line), soft_wrap=True)
+    console.print(f"[bold {'green' if found.passed else 'red'}]{escape(found.verdict)}[/]", soft_wrap=True)
+    if json_file:
+        json_file.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+    if not found.passed:
+        raise typer.Exit(1)
 
 
 def _recipe(config: Path | None, arguments: dict[str, Any]) -> Recipe:

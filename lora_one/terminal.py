@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .conformance.report import Conformance, cell
 from .finetune import Outcome
 from .inspection import Inspection
 from .recipe import Recipe
@@ -186,3 +187,19 @@ def _quiet_libraries() -> None:
         return
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def conformance_tables(found: Conformance) -> list[Table]:
+    """The results of the conformance suite, a table for each dtype."""
+    tables = []
+    for dtype in dict.fromkeys(result.dtype for result in found.results):
+        backends, rows = found.rows(dtype)
+        table = Table(title=f"{dtype}: error / allowed", title_justify="left", **_STYLE)
+        table.add_column("check")
+        for backend in backends:
+            table.add_column(backend, justify="right", no_wrap=True)
+        for name, results in rows:
+            texts = [cell(r) if r is None or r.passed else f"[bold red]{escape(cell(r))}[/]" for r in results]
+            table.add_row(name, *texts)
+        tables.append(table)
+    return tables

@@ -166,3 +166,22 @@ def test_warnings_of_the_start_reach_the_terminal(tmp_path):
     data = ["--model", str(demo.MODEL), "--data", str(tmp_path / "data.jsonl")]
     text = " ".join(run("init", *data, "--out", str(tmp_path), "--alpha", "1e12", "--gamma", "auto", *SMALL).split())
     assert 'warning: gamma="auto": the loss on the init batches stays above the base' in text
+
+
+def test_conformance_prints_tables_and_writes_json(tmp_path):
+    text = run("conformance", "--backend", "numpy", "--json", str(tmp_path / "found.json"))
+    assert "All 54 checks agree with the spec: numpy on cpu." in text
+    assert "float64: error / allowed" in text
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["passed"] and len(found["results"]) == 54
+    assert {row["dtype"] for row in found["results"]} == {"float32", "float64"}
+
+
+def test_conformance_fails_where_the_numbers_are_off(monkeypatch):
+    from lora_one.backends.numpy import NumpyOps
+
+    monkeypatch.setattr(NumpyOps, "sqrt", lambda self, x: x)
+    result = runner.invoke(cli.app, ["conformance", "--backend", "numpy", "--dtype", "float32"])
+    assert result.exit_code == 1
+    assert "OFF" in result.output and "sqrt on numpy in float32, tall: 0: relative error" in result.output
+    assert "checks are off: numpy on cpu." in result.output

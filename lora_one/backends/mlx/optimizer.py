@@ -63,7 +63,7 @@ class LoraOneAdamW(AdamW):
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
         # As core.step has it, and not super()'s: MLX takes 1 - 0.999^t in float32, of which four digits are left.
         gradient, wide = _OPS.at_least_float32(gradient), _OPS.at_least_float32(parameter)
-        (b1, b2), rate, steps = self.betas, self.learning_rate, self.step.astype(mx.float32)
+        (b1, b2), rate, steps = self.betas, self.learning_rate, self.step.astype(wide.dtype)
         state["m"] = mean = b1 * state["m"] + (1.0 - b1) * gradient
         state["v"] = square = b2 * state["v"] + (1.0 - b2) * mx.square(gradient)
         direction = _corrected(mean, b1, steps) / (mx.sqrt(_corrected(square, b2, steps)) + self.eps)

@@ -23,7 +23,13 @@ def no_reduced_matmul() -> Iterator[None]:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """The same, and no autocast. Inside another such block it costs next to nothing."""
+    """The same, and no autocast. Inside another such block it costs next to nothing.
+
+    A program that torch.compile traces has the precision of whoever calls it: flags cannot be switched inside.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
     if getattr(_inside, "block", False):
         yield
         return

@@ -1,0 +1,111 @@
+"""The results of the suite, as a table and as JSON."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from .suite import Result
+from .vectors import VERSION
+
+
+def installed_versions() -> dict[str, str]:
+    """Of lora-one and of the packages that the results depend on, where they are installed."""
+    found = {}
+    for package in ("lora-one", "numpy", "torch", "jax", "jaxlib", "optax", "mlx"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Conformance:
+    """What the suite found.
+
+    Attributes:
+        results: one for each check that applied, backend and dtype.
+        notes: what a reader should know about a backend's results.
+    """
+
+    results: Sequence[Result]
+    notes: Sequence[str] = ()
+    versions: dict[str, str] = field(default_factory=installed_versions)
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything is within its tolerance, and there was something to run."""
+        return bool(self.results) and not self.failures
+
+    @property
+    def failures(self) -> list[Result]:
+        """What is not."""
+        return [result for result in self.results if not result.passed]
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        if not self.results:
+            return "Nothing was run."
+        backends = ", ".join(dict.fromkeys(f"{r.backend} on {r.device}" for r in self.results))
+        if self.passed:
+            return f"All {len(self.results)} checks agree with the spec: {backends}."
+        return f"{len(self.failures)} of {len(self.results)} checks are off: {backends}."
+
+    def explain_failures(self) -> str:
+        """A line for each failure: what, where, got, allowed."""
+        return "\n".join(
+            f"{r.check} on {r.backend} in {r.dtype}, {r.where}: "
+            + (r.failure or f"relative error {r.error:.1e}, allowed {r.tolerance:.1e}")
+            for r in self.failures
+        )
+
+    def rows(self, dtype: str) -> tuple[list[str], list[tuple[str, list[Result | None]]]]:
+        """The table of a dtype: backends, and for each check the result on each of them."""
+        mine = [result for result in self.results if result.dtype == dtype]
+        backends = list(dict.fromkeys(result.backend for result in mine))
+        found = {(result.check, result.backend): result for result in mine}
+        names = dict.fromkeys(result.check for result in mine)
+        return backends, [(name, [found.get((name, backend)) for backend in backends]) for name in names]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "passed": self.passed,
+            "verdict": self.verdict,
+            "vectors": VERSION,
+            "machine": {"system": platform.system(), "processor": platform.machine()},
+            "versions": self.versions,
+            "notes": list(self.notes),
+            "results": [
+                {
+                    **{name: getattr(r, name) for name in ("check", "backend", "device", "dtype", "where", "passed")},
+                    "error": r.error if r.error < float("inf") else None,  # JSON has no infinity
+                    "tolerance": r.tolerance,
+                    **({"failure": r.failure} if r.failure else {}),
+                }
+                for r in self.results
+            ],
+        }
+
+    def __str__(self) -> str:
+        lines = []
+        for dtype in dict.fromkeys(result.dtype for result in self.results):
+            backends, rows = self.rows(dtype)
+            lines.append(f"{dtype}: worst relative error / tolerance".ljust(36) + "".join(f"{b:>20}" for b in backends))
+            lines.extend(name.ljust(36) + "".join(cell(result).rjust(20) for result in row) for name, row in rows)
+            lines.append("")
+        return "\n".join([*lines, *filter(None, [self.explain_failures()]), *self.notes, self.verdict])
+
+
+def cell(result: Result | None) -> str:
+    """A result in a table: error / tolerance."""
+    if result is None:
+        return ""
+    if result.failure:
+        return "failed"
+    numbers = f"{result.error:.0e} / {result.tolerance:.0e}" if result.tolerance else f"{result.error:.0e} / 0"
+    shown = numbers.replace("e-0", "e-").replace("0e+00", "0")
+    return shown if result.passed else f"{shown} OFF"

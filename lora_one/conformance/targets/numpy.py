@@ -1,0 +1,13 @@
+"""NumPy, the reference, in the working precision itself."""
+
+import numpy as np
+
+from lora_one.backends.numpy import ops
+from lora_one.conformance.target import Target
+
+
+def open_target(dtype: str, device: str | None = None) -> Target | None:
+    """NumPy runs on the CPU, whatever the device; it has no bfloat16."""
+    if dtype == "bfloat16":
+        return None
+    return Target("numpy", dtype, ops, np.zeros((), dtype=dtype))

@@ -1,0 +1,60 @@
+"""The committed inputs and float64 answers: one safetensors file, made by `python -m lora_one.conformance.generate`."""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import safe_open
+
+VERSION = 1  # of the file; a change of the spec or of the cases is a new one
+FILE = Path(__file__).parent / "vectors.safetensors"
+EPS = {"float32": 2.0**-23, "float64": 2.0**-52}  # of the working precisions
+
+
+class Answer(NamedTuple):
+    """What a computation must give, and how far rounding may take it.
+
+    Attributes:
+        value: float64.
+        amplification: error of the result over the eps of the arithmetic: see `noise`. Relative to the largest entry.
+    """
+
+    value: np.ndarray
+    amplification: float
+
+
+class Vector(NamedTuple):
+    """A case with its answers.
+
+    Attributes:
+        answers: working precision ("float32", "float64") -> name -> answer. They differ where the spec damps by eps.
+    """
+
+    computation: str
+    name: str
+    inputs: list[np.ndarray]
+    params: dict[str, Any]
+    narrow: bool
+    compiled: bool
+    answers: dict[str, dict[str, Answer]]
+
+
+@lru_cache
+def read_vectors() -> tuple[Vector, ...]:
+    """All vectors, in the order of the suite."""
+    with safe_open(FILE, framework="numpy") as file:
+        entries = json.loads(file.metadata()["vectors"])
+        arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return tuple(_vector(entry, arrays) for entry in entries)
+
+
+def _vector(entry: dict[str, Any], arrays: dict[str, np.ndarray]) -> Vector:
+    answers = {
+        dtype: {name: Answer(arrays[key], amplification) for name, (key, amplification) in found.items()}
+        for dtype, found in entry["answers"].items()
+    }
+    inputs = [arrays[key] for key in entry["inputs"]]
+    plain = {name: entry[name] for name in ("computation", "name", "params", "narrow", "compiled")}
+    return Vector(inputs=inputs, answers=answers, **plain)

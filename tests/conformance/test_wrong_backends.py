@@ -1,0 +1,296 @@
+"""The suite is tested: whatever is deliberately wrong must fail it, in the row that has its name."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_one.backends.numpy.ops import NumpyOps
+from lora_one.conformance import Check, Target, checks, run
+from lora_one.conformance.computations import problems
+from lora_one.core import alignment, factors, precondition, spectrum, step
+from lora_one.core.factors import Factors
+
+
+def target(ops: Any = None, **fields: Any) -> Target:
+    return Target("wrong", "float32", ops or NumpyOps(), np.zeros((), np.float32), **fields)
+
+
+def fails(check: Check, on: Target) -> bool:
+    result = run(check, on)
+    return not result.passed and result.check == check.name
+
+
+def coarse(x: np.ndarray) -> np.ndarray:
+    """Ten bits of mantissa: what TF32 keeps."""
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(np.round(mantissa * 2.0**11) / 2.0**11, exponent).astype(x.dtype)
+
+
+# --- primitives -------------------------------------------------------------------------------------------------------
+
+RIGHT = NumpyOps()
+
+
+def _garbage_where_not_definite(gram, rhs):
+    return np.linalg.solve(gram, np.broadcast_to(rhs, (*gram.shape[:-2], *rhs.shape[-2:])))
+
+
+def _first_of_batch(gram, rhs):
+    return RIGHT.cholesky_solve(gram[:1] if gram.ndim > 2 else gram, rhs)
+
+
+def _first_right_side(gram, rhs):
+    return RIGHT.cholesky_solve(gram, rhs[:1] if rhs.ndim > 2 else rhs)
+
+
+def _descending_rows(x):
+    u, s, vt = RIGHT.svd(x)
+    return u[..., ::-1], s[..., ::-1], vt[..., ::-1, :]
+
+
+def _nearly_orthogonal(x):
+    q, r = RIGHT.qr(x)
+    return q * np.float32(1 + 1e-5), r / np.float32(1 + 1e-5)
+
+
+def _complete(x):
+    return np.linalg.qr(x, mode="complete")
+
+
+def _gram_schmidt_that_normalises_zero(x):
+    q, r = RIGHT.qr(x)
+    return np.where(np.abs(np.diagonal(r))[None, :] > 1e-6, q, 0.0).astype(x.dtype), r
+
+
+WRONG_PRIMITIVES: list[tuple[str, str, Callable[..., Any]]] = [
+    ("asarray, to_numpy", "asarray", lambda x, like: np.asarray(x, like.dtype).T),
+    ("asarray, to_numpy", "asarray", lambda x, like: np.asarray(x, np.float16).astype(like.dtype)),
+    ("asarray, to_numpy", "asarray", lambda x, like: np.asarray(x, like.dtype).reshape(np.atleast_1d(x).shape)),
+    ("asarray, to_numpy", "to_numpy", lambda x: np.array(x).ravel(order="F").reshape(x.shape)),
+    ("astype, at_least_float32", "astype", lambda x, dtype: x.astype(np.float16).astype(dtype)),
+    ("astype, at_least_float32", "at_least_float32", lambda x: -x),
+    ("matmul", "matmul", lambda a, b: coarse(a) @ coarse(b)),
+    ("matmul", "matmul", lambda a, b: -(a @ b)),
+    ("matmul", "matmul", lambda a, b: (a @ b) if a.ndim == 2 else (a[:1] @ b).repeat(len(a), 0)),
+    ("matrix_transpose", "matrix_transpose", lambda x: np.transpose(x)),
+    ("matrix_transpose", "matrix_transpose", lambda x: x),
+    ("qr", "qr", lambda x: tuple(a.swapaxes(-1, -2) for a in RIGHT.qr(x))),
+    ("qr", "qr", lambda x: (RIGHT.qr(x)[0], -RIGHT.qr(x)[1])),
+    ("qr", "qr", _nearly_orthogonal),
+    ("qr", "qr", _complete),
+    ("qr", "qr", _gram_schmidt_that_normalises_zero),
+    ("svd", "svd", lambda x: (RIGHT.svd(x)[0], RIGHT.svd(x)[1], RIGHT.svd(x)[2].swapaxes(-1, -2))),
+    ("svd", "svd", _descending_rows),
+    ("svd", "svd", lambda x: np.linalg.svd(x, full_matrices=True)),
+    ("svd", "svd", lambda x: RIGHT.svd(coarse(x))),
+    ("cholesky_solve", "cholesky_solve", lambda gram, rhs: RIGHT.cholesky_solve(gram, rhs) * 1.001),
+    ("cholesky_solve", "cholesky_solve", lambda gram, rhs: np.linalg.solve(np.linalg.cholesky(gram), rhs)),
+    ("cholesky_solve", "cholesky_solve", _first_of_batch),
+    ("cholesky_solve", "cholesky_solve", _first_right_side),
+    ("cholesky_solve, not definite", "cholesky_solve", _garbage_where_not_definite),
+    ("cholesky_solve, not definite", "cholesky_solve", lambda gram, rhs: np.full_like(rhs, np.nan)),
+    ("eye", "eye", lambda n, like: np.ones((n, n), like.dtype)),
+    ("zeros", "zeros", lambda shape, like: np.zeros(shape or (1,), like.dtype)),
+    ("zeros", "zeros", lambda shape, like: np.full(shape, 1e-30, like.dtype)),
+    ("eps", "eps", lambda x: float(np.finfo(np.float64).eps)),
+    ("sqrt", "sqrt", lambda x: np.sqrt(coarse(x))),
+    ("sum", "sum", lambda x, axis=None, keepdims=False: np.mean(x, axis=axis, keepdims=keepdims)),
+    ("sum", "sum", lambda x, axis=None, keepdims=False: np.sum(x, axis=axis)),
+    ("sum", "sum", lambda x, axis=None, keepdims=False: np.sum(x, axis=axis if axis != -1 else 0, keepdims=keepdims)),
+    ("max", "max", lambda x, axis=None, keepdims=False: np.max(np.abs(x), axis=axis, keepdims=keepdims)),
+    ("max", "max", lambda x, axis=None, keepdims=False: np.max(x, axis=axis, initial=0.0, keepdims=keepdims)),
+    ("isfinite, comparisons", "isfinite", lambda x: ~np.isnan(x)),
+    ("isfinite, comparisons", "isfinite", lambda x: ~np.isinf(x)),
+    ("concat", "concat", lambda xs, axis=0: np.concatenate(xs[::-1], axis=axis)),
+    ("concat", "concat", lambda xs, axis=0: np.concatenate(xs)),
+    ("stack", "stack", lambda xs, axis=0: np.stack(xs)),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "wrong"), WRONG_PRIMITIVES, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_wrong_primitive_fails_in_its_row(name, method, wrong):
+    ops = NumpyOps()
+    setattr(ops, method, wrong)
+    assert fails(Check(name, "eager"), target(ops))
+    assert run(Check(name, "eager"), target()).passed
+
+
+def test_a_backend_that_raises_fails_with_the_message():
+    ops = NumpyOps()
+    ops.qr = lambda x: (_ for _ in ()).throw(NotImplementedError("no reduced mode"))
+    result = run(Check("qr", "eager"), target(ops))
+    assert not result.passed and result.failure == "NotImplementedError: no reduced mode"
+
+
+def test_narrow_inputs_that_are_computed_with_as_they_are_fail():
+    torch = pytest.importorskip("torch")
+    from lora_one.backends.torch import TorchOps
+
+    ops = TorchOps()
+    ops.at_least_float32 = lambda x: x
+    narrow = Target("wrong", "bfloat16", ops, torch.zeros((), dtype=torch.bfloat16))
+    for name in ("astype, at_least_float32", "precondition", "gradient descent"):
+        assert fails(Check(name, "eager"), narrow)
+        assert run(Check(name, "eager"), Target("right", "bfloat16", TorchOps(), narrow.like)).passed
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+TRUE = {
+    name: getattr(module, name)
+    for module, names in {
+        spectrum: ("draw_omega", "exact_spectrum", "start", "probe", "advance", "finish"),
+        factors: ("normalized_factors", "gradient_factors", "plain_factors"),
+        precondition: ("precondition", "damped_inverse"),
+        step: ("gradient_descent", "adamw", "_adamw"),
+        alignment: ("principal_cosines", "principal_sines", "captured_energy"),
+    }.items()
+    for name in names
+}
+
+
+def _swapped(found: Factors) -> Factors:
+    return Factors(found.lora_B.T, found.lora_A.T)
+
+
+def _power_scaled(ops, found, gamma):
+    """q = S / S_1, which is what the authors' README prints."""
+    return factors._balanced(found, found.s / found.s[0] / np.sqrt(gamma))
+
+
+def _probes_omega_again(ops, state, gradient):
+    fresh = TRUE["advance"](ops, state, gradient)
+    return fresh._replace(block=state.block) if fresh.passes == 2 else fresh
+
+
+def _forgets_what_is_known(ops, x, known, block):
+    return ops.qr(x[:, : block.shape[1]])[0]
+
+
+def _sequential_descent(ops, pair, gradient, rate, reg, damping):
+    """B's step from the new A."""
+    first = TRUE["gradient_descent"](ops, pair, gradient, rate, reg, damping)
+    second = TRUE["gradient_descent"](ops, Factors(first.lora_A, pair.lora_B), gradient, rate, reg, damping)
+    return Factors(first.lora_A, second.lora_B)
+
+
+def _sequential_adamw(ops, pair, gradient, state, rate, **settings):
+    first, one = TRUE["adamw"](ops, pair, gradient, state, rate, **settings)
+    second, two = TRUE["adamw"](ops, Factors(first.lora_A, pair.lora_B), gradient, state, rate, **settings)
+    return Factors(first.lora_A, second.lora_B), step.PairState(one.lora_A, two.lora_B)
+
+
+def _no_bias_correction(ops, parameter, gradient, moments, rate, betas, eps, decay):
+    late = moments._replace(steps=10**6)
+    new, after = TRUE["_adamw"](ops, parameter, gradient, late, rate, betas, eps, decay)
+    return new, after._replace(steps=moments.steps + 1)
+
+
+def _coupled_decay(ops, parameter, gradient, moments, rate, betas, eps, decay):
+    return TRUE["_adamw"](ops, parameter, gradient + decay * parameter, moments, rate, betas, eps, 0.0)
+
+
+def _other_side(ops, pair, gradient, reg, damping):
+    """Each gradient with its own factor's Gram."""
+    grams = precondition.grams(ops, pair)
+    inverses = [TRUE["damped_inverse"](ops, gram, reg, damping) for gram in grams]
+    return precondition.apply_inverses(ops, gradient, inverses[1], inverses[0])
+
+
+NO_REG = lambda ops, pair, gradient, reg, damping: TRUE["precondition"](ops, pair, gradient, 0.0, damping)  # noqa: E731
+ONE_DAMPING = lambda ops, gram, reg, damping: TRUE["damped_inverse"](ops, gram, reg, "absolute")  # noqa: E731
+
+WRONG_STEPS: list[tuple[str, Any, str, Callable[..., Any]]] = [
+    ("omega", spectrum, "draw_omega", lambda seed, *a: TRUE["draw_omega"](seed + 1, *a)),
+    ("omega", spectrum, "draw_omega", lambda seed, layer, *a: TRUE["draw_omega"](seed, layer.split(".")[-1], *a)),
+    ("exact spectrum", spectrum, "exact_spectrum", lambda ops, g, r: TRUE["exact_spectrum"](ops, -g, r)),
+    ("exact spectrum", spectrum, "exact_spectrum", lambda ops, g, r: TRUE["exact_spectrum"](ops, g, max(r - 1, 1))),
+    ("exact spectrum", spectrum, "exact_spectrum", lambda ops, g, r: TRUE["exact_spectrum"](ops, coarse(g), r)),
+    ("sketch, after each pass", spectrum, "finish", lambda ops, s, r: TRUE["finish"](ops, s, r + 1)),
+    ("sketch, after each pass", spectrum, "start", lambda ops, o, n: TRUE["start"](ops, o[::-1], n)),
+    ("sketch, after each pass", spectrum, "advance", lambda ops, s, g: TRUE["advance"](ops, s, -g)),
+    ("sketch, after each pass", spectrum, "advance", _probes_omega_again),
+    ("sketch, after each pass", spectrum, "_new_directions", _forgets_what_is_known),
+    ("factors, normalized", factors, "normalized_factors", _power_scaled),
+    ("factors, normalized", factors, "normalized_factors", lambda o, s, g: TRUE["normalized_factors"](o, s, g**0.5)),
+    ("factors, normalized", factors, "normalized_factors", lambda o, s, g: TRUE["gradient_factors"](o, s, 1 / g)),
+    ("factors, gradient", factors, "gradient_factors", lambda o, s, e: TRUE["gradient_factors"](o, s, e**2)),
+    ("factors, gradient", factors, "gradient_factors", lambda *a: _swapped(TRUE["gradient_factors"](*a))),
+    ("factors, plain", factors, "plain_factors", lambda o, w, r, n: TRUE["plain_factors"](o, w * 3**0.5, r, n)),
+    ("precondition", precondition, "precondition", NO_REG),
+    ("precondition", precondition, "precondition", _other_side),
+    ("precondition", precondition, "precondition", lambda ops, p, g, *a: g),
+    ("precondition", precondition, "damped_inverse", ONE_DAMPING),
+    ("gradient descent", step, "gradient_descent", _sequential_descent),
+    ("gradient descent", step, "gradient_descent", lambda o, p, g, lr, *a: TRUE["gradient_descent"](o, p, g, -lr, *a)),
+    ("gradient descent", step, "precondition", NO_REG),
+    ("AdamW", step, "adamw", _sequential_adamw),
+    ("AdamW", step, "_adamw", _no_bias_correction),
+    ("AdamW", step, "_adamw", _coupled_decay),
+    ("AdamW", step, "precondition", NO_REG),
+    ("alignment", alignment, "principal_cosines", lambda *a: TRUE["principal_cosines"](*a) ** 2),
+    ("alignment", alignment, "principal_sines", lambda *a: np.sqrt(1 - TRUE["principal_cosines"](*a)[::-1] ** 2)),
+    ("alignment", alignment, "captured_energy", lambda *a: np.sqrt(TRUE["captured_energy"](*a))),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "function", "wrong"), WRONG_STEPS, ids=lambda x: x if type(x) is str else ""
+)
+def test_a_wrong_step_fails_in_its_row(name, module, function, wrong, monkeypatch):
+    assert run(Check(name, "eager"), target()).passed
+    monkeypatch.setattr(module, function, wrong)
+    assert fails(Check(name, "eager"), target())
+
+
+# --- compilers and optimizers -----------------------------------------------------------------------------------------
+
+COMPILED = [check for check in checks() if check.mode == "compiled"]
+OPTIMIZERS = [check for check in checks() if check.mode == "optimizer"]
+
+
+@pytest.mark.parametrize("check", COMPILED, ids=lambda check: check.name)
+def test_a_compiler_that_loses_digits_fails_in_its_row(check):
+    assert fails(check, target(compile=lambda function: lambda arrays: function([coarse(x) for x in arrays])))
+    assert run(check, target(compile=lambda function: function)).passed
+
+
+def train(inputs, params, rate=1.0, steps=0, **settings):
+    """The spec itself as a backend's optimizer, with something changed."""
+    found = []
+    chosen = {**{name: params[name] for name in ("weight_decay", "reg", "damping")}, **settings}
+    for problem in inputs:
+        pair, state = problem.pair, step.start_pair(RIGHT, problem.pair)
+        for _ in range(params["steps"] + steps):
+            gradient = problem.gradient(RIGHT, pair, params["loss"])
+            pair, state = step.adamw(RIGHT, pair, gradient, state, params["rate"] * rate, **chosen)
+        found.extend(pair)
+    return found
+
+
+@pytest.mark.parametrize("check", OPTIMIZERS, ids=lambda check: check.name)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rate": 1.001},
+        {"steps": 1},
+        {"reg": None},
+        {"reg": 1e-2, "damping": "absolute"},
+        {"weight_decay": 0.0},
+        {"betas": (0.9, 0.99)},
+        {"eps": 1e-4},
+    ],
+    ids=str,
+)
+def test_a_wrong_optimizer_fails_in_its_row(check, changes):
+    assert fails(check, target(train=lambda inputs, params: train(inputs, params, **changes)))
+    assert run(check, target(train=train)).passed
+
+
+def test_every_row_has_something_wrong_that_fails_it():
+    covered = {name for name, *_ in WRONG_PRIMITIVES} | {name for name, *_ in WRONG_STEPS}
+    assert covered == {check.computation for check in checks() if check.mode == "eager"}
+    assert {check.mode for check in checks()} == {"eager", "compiled", "optimizer"}
+    assert problems([]) == []

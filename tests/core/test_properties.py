@@ -1,0 +1,164 @@
+"""Identities that must hold for any input: of the mathematics (orthogonal maps, scale) and of what a mean over batches
+means (order of batches and layers, batches split)."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lora_one
+from lora_one.backends.numpy import ops
+from lora_one.core.factors import Factors, normalized_factors
+from lora_one.core.precondition import precondition
+from lora_one.core.spectrum import advance, draw_omega, exact_spectrum, finish, probe, start
+from lora_one.core.step import gradient_descent
+
+SEEDS = st.integers(0, 2**32 - 1)
+SIDES = st.integers(6, 24)
+NUMBERS = settings(max_examples=40, deadline=None, derandomize=True)
+MODELS = settings(max_examples=8, deadline=None, derandomize=True)
+
+
+def gradient(seed: int, out: int, in_: int) -> np.ndarray:
+    """Singular values with gaps, so that the best rank-r part is well-conditioned: 1, 0.7, 0.49, ..."""
+    rng = np.random.default_rng(seed)
+    p = min(out, in_)
+    return (orthogonal(rng, out)[:, :p] * 0.7 ** np.arange(p)) @ orthogonal(rng, in_)[:, :p].T
+
+
+def orthogonal(rng: np.random.Generator, n: int) -> np.ndarray:
+    q, _ = np.linalg.qr(rng.standard_normal((n, n)))
+    return q
+
+
+def start_of(g: np.ndarray, rank: int = 3) -> np.ndarray:
+    """B0 A0."""
+    pair = normalized_factors(ops, exact_spectrum(ops, g, rank), 128.0)
+    return pair.lora_B @ pair.lora_A
+
+
+def sketched(g: np.ndarray, omega: np.ndarray, passes: int = 3) -> np.ndarray:
+    """B0 A0 by the sketch."""
+    state = start(ops, omega, g.shape[0])
+    for _ in range(passes):
+        ask = probe(ops, state)
+        state = advance(ops, state, g @ ask.lora_A.T if ask.lora_B is None else ask.lora_B.T @ g)
+    pair = normalized_factors(ops, finish(ops, state, 3), 128.0)
+    return pair.lora_B @ pair.lora_A
+
+
+@NUMBERS
+@given(SEEDS, SIDES, SIDES)
+def test_rotating_inputs_and_outputs_rotates_the_start(seed, out, in_):
+    rng = np.random.default_rng(seed)
+    g, left, right = gradient(seed, out, in_), orthogonal(rng, out), orthogonal(rng, in_)
+    np.testing.assert_allclose(start_of(left @ g @ right.T), left @ start_of(g) @ right.T, atol=1e-13)
+    omega = draw_omega(seed, "layer", in_, 5)
+    rotated = sketched(left @ g @ right.T, right @ omega)
+    np.testing.assert_allclose(rotated, left @ sketched(g, omega) @ right.T, atol=1e-13)
+
+
+@NUMBERS
+@given(SEEDS, SIDES, SIDES, st.floats(-60, 60))
+def test_the_normalized_start_does_not_feel_the_scale_of_the_loss(seed, out, in_, exponent):
+    g = gradient(seed, out, in_)
+    np.testing.assert_allclose(start_of(g * 10.0**exponent), start_of(g), atol=1e-14)
+    omega = draw_omega(seed, "layer", in_, 5)
+    np.testing.assert_allclose(sketched(g * 10.0**exponent, omega), sketched(g, omega), atol=1e-13)
+
+
+@NUMBERS
+@given(SEEDS, SIDES, SIDES)
+def test_transposing_the_layer_swaps_the_factors(seed, out, in_):
+    g = gradient(seed, out, in_)
+    np.testing.assert_allclose(start_of(g.T), start_of(g).T, atol=1e-14)
+
+
+@NUMBERS
+@given(SEEDS, SIDES, SIDES, st.integers(1, 5))
+def test_rotating_the_rank_axis_rotates_the_preconditioned_step(seed, out, in_, r):
+    """(Q A, B Q^T) is the same adapter for orthogonal Q, and the reg I of the preconditioner does not break that."""
+    rng = np.random.default_rng(seed)
+    pair = Factors(rng.standard_normal((r, in_)), rng.standard_normal((out, r)))
+    slope = Factors(rng.standard_normal((r, in_)), rng.standard_normal((out, r)))
+    q = orthogonal(rng, r)
+    turned, turned_slope = (Factors(q @ f.lora_A, f.lora_B @ q.T) for f in (pair, slope))
+    one = precondition(ops, pair, slope, 1e-2)
+    other = precondition(ops, turned, turned_slope, 1e-2)
+    scale = np.max(np.abs(one.lora_A))
+    np.testing.assert_allclose(other.lora_A, q @ one.lora_A, atol=1e-10 * scale)
+    stepped = gradient_descent(ops, pair, slope, 0.1, 1e-2)
+    turned = gradient_descent(ops, turned, turned_slope, 0.1, 1e-2)
+    product = stepped.lora_B @ stepped.lora_A
+    np.testing.assert_allclose(turned.lora_B @ turned.lora_A, product, atol=1e-9 * np.max(np.abs(product)))
+
+
+# --- models: float64 on torch -----------------------------------------------------------------------------------------
+
+
+class Net(torch.nn.Module):
+    """Two layers, registered in the order asked for."""
+
+    def __init__(self, seed: int, order: tuple[str, ...] = ("first", "second")):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        sizes = {"first": (9, 7), "second": (7, 6)}
+        weights = {
+            n: torch.randn(o, i, generator=generator, dtype=torch.float64) / i**0.5 for n, (i, o) in sizes.items()
+        }
+        for name in order:
+            layer = torch.nn.Linear(*sizes[name], bias=False, dtype=torch.float64)
+            layer.weight.data = weights[name]
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def loss(model, batch):
+    x, y = batch
+    return ((model(x) - y) ** 2).mean()
+
+
+def data(seed: int, batches: int, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed + 1)
+    draw = lambda n: torch.randn(size, n, generator=generator, dtype=torch.float64)  # noqa: E731
+    return [(draw(9), draw(6)) for _ in range(batches)]
+
+
+def products(model, batches, gradient: str) -> dict[str, np.ndarray]:
+    config = lora_one.Config(rank=2, oversample=2, gradient=gradient, targets=["first", "second"])
+    model, _ = lora_one.init(model, batches, loss, config)
+    layers = {n.rsplit(".", 1)[-1]: m for n, m in model.named_modules() if hasattr(m, "lora_A") and len(m.lora_A)}
+    return {
+        name: (m.lora_B["default"].weight @ m.lora_A["default"].weight).detach().double().numpy()
+        for name, m in layers.items()
+    }
+
+
+def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert one.keys() == other.keys() == {"first", "second"}
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], atol=1e-6 * np.max(np.abs(one[name])))
+
+
+@MODELS
+@given(SEEDS, st.sampled_from(["sketch", "exact"]))
+def test_the_order_of_layers_does_not_matter(seed, kind):
+    batches = data(seed, 2, 8)
+    assert_same(products(Net(seed), batches, kind), products(Net(seed, ("second", "first")), batches, kind))
+
+
+@MODELS
+@given(SEEDS, st.sampled_from(["sketch", "exact"]), st.permutations(range(4)))
+def test_the_order_of_batches_does_not_matter(seed, kind, order):
+    batches = data(seed, 4, 4)
+    assert_same(products(Net(seed), batches, kind), products(Net(seed), [batches[i] for i in order], kind))
+
+
+@MODELS
+@given(SEEDS, st.sampled_from(["sketch", "exact"]), st.sampled_from([1, 2, 4]))
+def test_splitting_a_batch_evenly_does_not_matter(seed, kind, parts):
+    ((x, y),) = data(seed, 1, 8)
+    split = list(zip(x.chunk(parts), y.chunk(parts), strict=True))
+    assert_same(products(Net(seed), [(x, y)], kind), products(Net(seed), split, kind))
