@@ -23,6 +23,7 @@ def test_wheel_carries_the_embedded_model_its_data_and_the_license(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for name in ("model/model.safetensors", "model/tokenizer.json", "data/train.jsonl", "data/harder/test.jsonl"):
         assert f"lora_one/demo/{name}" in names
+    assert "lora_one/conformance/vectors.safetensors" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests", "benchmarks", "adapters")) for name in names)
     assert wheel.stat().st_size < 4 * 2**20
@@ -48,3 +49,19 @@ print(len(outcome.report.layers))
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[-1] == "28"
     assert (empty / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_wheel_checks_conformance_from_an_empty_folder(wheel, tmp_path):
+    target, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    zipfile.ZipFile(wheel).extractall(target)
+    code = f"""
+import sys
+sys.path.insert(0, {str(target)!r})
+from lora_one import conformance
+print(conformance.__file__.startswith({str(target)!r}), conformance.check_installed("numpy").verdict)
+assert not {{"scipy", "mpmath", "torch", "jax", "mlx"}} & set(sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=empty, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "True All 54 checks agree with the spec: numpy on cpu."
