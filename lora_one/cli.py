@@ -143,6 +143,51 @@ def conformance(
         raise typer.Exit(1)
 
 
+@app.command()
+def estimate(
+    model: Annotated[Path, typer.Option("--model", help="Folder with a config.json; no weights are needed.")],
+    rank: Annotated[int, typer.Option("--rank", "-r")] = 8,
+    batch_size: Annotated[int, typer.Option("--batch-size")] = 1,
+    seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens of a sequence.")] = 2048,
+    init_batches: Annotated[int, typer.Option("--init-batches")] = 8,
+    dtype: Annotated[str, typer.Option("--dtype")] = "bfloat16",
+    quantized: Annotated[bool, typer.Option("--quantized", help="4-bit base weights.")] = False,
+    attention: Annotated[str, typer.Option("--attention", help="sdpa or eager.")] = "sdpa",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing")] = False,
+    precondition: Annotated[bool, typer.Option("--precondition")] = False,
+    targets: Annotated[str, typer.Option("--targets", help='"all-linear", or names with commas.')] = "all-linear",
+    passes: Annotated[int, typer.Option("--passes")] = 4,
+    oversample: Annotated[int, typer.Option("--oversample")] = 16,
+    hardware: Annotated[str | None, typer.Option("--hardware", help="H100, ...; default: this CPU, measured.")] = None,
+    tflops: Annotated[float | None, typer.Option("--tflops", help="Peak in the dtype.")] = None,
+    bandwidth: Annotated[float | None, typer.Option("--bandwidth", help="GB/s.")] = None,
+    efficiency: Annotated[float | None, typer.Option("--efficiency", help="Share of the peak, 0 to 1.")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Say what an init and a training step will take, from config.json alone."""
+    from .config import Config
+    from .estimate import Workload, read_architecture
+    from .estimate import estimate as run
+    from .estimate.hardware import choose
+    from .estimate.table import as_text
+
+    names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
+    work = Workload(
+        batch_size=batch_size,
+        seq_len=seq_len,
+        init_batches=init_batches,
+        dtype=dtype,
+        quantized=quantized,
+        attention=attention,
+        checkpointing=checkpointing,
+        precondition=precondition,
+        config=Config(rank=rank, passes=passes, oversample=oversample, targets=names),
+    )
+    found = run(read_architecture(model), work, choose(hardware, tflops, bandwidth, efficiency, dtype))
+    text = json.dumps(found.to_dict(), indent=1) if as_json else as_text(found)
+    console.print(text, soft_wrap=True, markup=False)
+
+
 def _recipe(config: Path | None, arguments: dict[str, Any]) -> Recipe:
     """The file's settings, with what was given on the command line over them."""
     # The callers' locals also hold what they imported, and None where an option was not given.

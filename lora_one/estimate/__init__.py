@@ -1,0 +1,132 @@
+"""What an init and a training step will take, from a model's config.json alone: `lora-one estimate`."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .architecture import Architecture, lora_parameters, read_architecture, target_linears
+from .hardware import Hardware
+from .memory import exact_memory, loraga_memory, sketch_memory, step_memory
+from .seconds import exact_seconds, sketch_seconds, step_seconds
+from .workload import Workload
+
+MEASURED = Path(__file__).parent / "measured.json"  # written by benchmarks/cost.py
+
+__all__ = ["Column", "Estimate", "Workload", "estimate", "measured_error", "read_architecture"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One job's parts. Bytes, seconds; seconds is None for what this library does not run."""
+
+    memory: dict[str, int]
+    seconds: dict[str, float] | None
+
+    @property
+    def total_memory(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.memory.values())
+
+    @property
+    def total_seconds(self) -> float | None:
+        """Wall time."""
+        return None if self.seconds is None else sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All that `lora-one estimate` prints.
+
+    Attributes:
+        parameters: of the base model.
+        layers: pairs of LoRA factors; an expert counts as one.
+        trainable: entries of these pairs.
+        columns: by job: "training step", "init, sketch", "init, exact", "PEFT LoRA-GA".
+        notes: what the reader should know about these targets.
+    """
+
+    model: Architecture
+    workload: Workload
+    hardware: Hardware
+    parameters: int
+    layers: int
+    trainable: int
+    columns: dict[str, Column]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: bytes and seconds."""
+        return {
+            "model": self.model.name,
+            "model_type": self.model.model_type,
+            "parameters": self.parameters,
+            "lora_layers": self.layers,
+            "lora_parameters": self.trainable,
+            "workload": dataclasses.asdict(self.workload),
+            "hardware": dataclasses.asdict(self.hardware),
+            "jobs": {
+                job: {
+                    "memory": {**column.memory, "total": column.total_memory},
+                    "seconds": None if column.seconds is None else {**column.seconds, "total": column.total_seconds},
+                }
+                for job, column in self.columns.items()
+            },
+            "notes": self.notes,
+            "measured_over_estimated": measured_error(),
+        }
+
+
+def estimate(model: Architecture, work: Workload, machine: Hardware) -> Estimate:
+    """The memory and time of a training step and of an init.
+
+    Raises:
+        ConfigError: targets that the model does not have.
+    """
+    wanted = work.config.targets
+    targets = target_linears(model, wanted if isinstance(wanted, str) else tuple(wanted))
+    columns = {
+        "training step": Column(step_memory(model, targets, work), step_seconds(model, targets, work, machine)),
+        "init, sketch": Column(sketch_memory(model, targets, work), sketch_seconds(model, targets, work, machine)),
+        "init, exact": Column(exact_memory(model, targets, work), exact_seconds(model, targets, work, machine)),
+    }
+    loraga = loraga_memory(model, targets, work)
+    if loraga is not None:
+        columns["PEFT LoRA-GA"] = Column(loraga, None)
+    rank = work.config.rank
+    return Estimate(
+        model=model,
+        workload=work,
+        hardware=machine,
+        parameters=model.parameters,
+        layers=sum(linear.copies for block in targets for linear in block),
+        trainable=lora_parameters(targets, rank),
+        columns=columns,
+        notes=_notes(model, targets, work, columns, machine),
+    )
+
+
+def _notes(
+    model: Architecture, targets: list[list[Any]], work: Workload, columns: dict[str, Column], machine: Hardware
+) -> list[str]:
+    notes = []
+    rank = work.config.rank
+    small = {x.name for block in targets for x in block if min(x.out_features, x.in_features) < rank}
+    if small:
+        notes.append(f"rank {rank} is above the size of {', '.join(sorted(small))}: `init` asks to leave it out")
+    experts = {x.copies for block in model.blocks for x in block.linears if x.copies > 1}
+    if experts and work.config.targets == "all-linear":
+        notes.append(f'the {max(experts)} stacked experts a block are no targets here: name them with "experts"')
+    if machine.memory is not None:
+        for job, column in columns.items():
+            if column.total_memory > machine.memory:
+                notes.append(f"{job}: more than the {machine.memory / 1e9:.0f} GB of one {machine.name}")
+    if work.dtype != "float32" and "NumPy" in machine.name:
+        notes.append("the rate is NumPy's in float32: this machine's rate in " + work.dtype + " may be quite another")
+    return notes
+
+
+def measured_error() -> dict[str, Any]:
+    """Measured over estimated, as `python -m benchmarks.cost` found it: least, median and most, and where."""
+    return json.loads(MEASURED.read_text(encoding="utf-8"))

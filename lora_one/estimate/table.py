@@ -1,0 +1,58 @@
+"""An estimate as text."""
+
+from . import Estimate, measured_error
+
+GIB = 2**30
+
+
+def as_text(found: Estimate) -> str:
+    """Two lines on what is estimated, the parts of each job, and how far such estimates were off."""
+    work, machine = found.workload, found.hardware
+    bits = ", 4-bit" if work.quantized else ""
+    lines = [
+        f"{found.model.name} ({found.model.model_type}): {_count(found.parameters)} parameters; LoRA of rank "
+        f"{work.config.rank} on {found.layers} layers: {_count(found.trainable)}",
+        f"batches of {work.batch_size} x {work.seq_len} tokens, {work.init_batches} for the init; {work.dtype}{bits}, "
+        f"{work.attention} attention, {'with' if work.checkpointing else 'without'} checkpointing",
+        f"{machine.name}: {machine.flops / 1e12:.3g} TFLOP/s x {machine.efficiency:g}, {machine.bandwidth / 1e9:.4g} GB/s",
+        "",
+        *_section("memory, GiB", {job: column.memory for job, column in found.columns.items()}, GIB),
+        "",
+        *_section("time, s", {j: c.seconds for j, c in found.columns.items() if c.seconds is not None}, 1.0),
+        "",
+        *(f"note: {note}" for note in found.notes),
+        *_error_lines(),
+    ]
+    return "\n".join(lines)
+
+
+def _section(title: str, jobs: dict[str, dict[str, float]], unit: float) -> list[str]:
+    """A row for every part that any job has, and the totals."""
+    parts = list(dict.fromkeys(part for parts in jobs.values() for part in parts))
+    lines = [f"{title:<22}" + "".join(f"{job:>15}" for job in jobs)]
+    for part in parts:
+        cells = "".join(f"{_cell(values[part] / unit) if part in values else '':>15}" for values in jobs.values())
+        lines.append(f"{part:<22}{cells}")
+    lines.append(f"{'total':<22}" + "".join(f"{_cell(sum(values.values()) / unit):>15}" for values in jobs.values()))
+    return lines
+
+
+def _cell(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
+def _error_lines() -> list[str]:
+    error = measured_error()
+    text = [f"measured over estimated, {error['runs']} runs on {error['device']}:"]
+    for what in ("memory", "time"):
+        spread = error[what]
+        text.append(f"  {what} {spread['least']:.2f} to {spread['most']:.2f}, median {spread['median']:.2f}")
+    text.append("  (memory above the loaded model; the process itself, about 0.5 GiB, comes on top)")
+    return text
