@@ -10,7 +10,7 @@ from .workload import Workload
 FLOAT32 = 4
 # Tensors of the MLP's width that an activation function keeps: written as one kernel, its input; GPT-2's gelu is not.
 SAVED_BY = {"gelu_new": 4, "quick_gelu": 3}
-# The log-softmax that is kept, the gradient of the loss with respect to it, and the gradient with respect to the logits.
+# The log-softmax that is kept, the loss's gradient with respect to it, and the one with respect to the logits.
 LOSS_COPIES = 3
 
 

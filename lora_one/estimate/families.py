@@ -9,8 +9,8 @@ class Family:
     """How a `model_type` builds its blocks, and what its config.json may leave out.
 
     Attributes:
-        qkv_bias, output_bias, mlp_bias, head_norms: True, False, or the key of config.json that says so. head_norms: q and k are
-            normalised, with a weight of the head's size each.
+        qkv_bias, output_bias, mlp_bias, head_norms: True, False, or the key of config.json that says so.
+            head_norms: q and k are normalised, with a weight of the head's size each.
         mlp: "gated" (gate, up and down), "fused" (gate and up are one layer), "plain" (fc1, fc2).
         fused_qkv: q, k and v are one layer.
         norm: "rms" has a weight, "layer" a weight and a bias.

@@ -30,7 +30,7 @@ def pass_flops(
 ) -> Flops:
     """A forward and backward pass with LoRA of a rank on the targets; of rank 0, without.
 
-    A frozen weight costs 2 operations a token forward and 2 backward (the gradient of its input alone); a trained one 4.
+    A frozen weight costs 2 operations a token forward and 2 backward (its input's gradient alone); a trained one 4.
 
     Args:
         gradients: how many of the pair's two factors want a gradient: 2 in training, 1 in a pass of the sketch.

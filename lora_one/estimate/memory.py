@@ -1,4 +1,4 @@
-"""Memory of a training step and of an init at its peak, in parts, in bytes. What the process itself takes is not in it."""
+"""Memory of a training step and of an init at its peak, in parts, in bytes, without what the process itself takes."""
 
 from . import activations
 from .architecture import Architecture, Linear, lora_parameters

@@ -14,7 +14,8 @@ def as_text(found: Estimate) -> str:
         f"{work.config.rank} on {found.layers} layers: {_count(found.trainable)}",
         f"batches of {work.batch_size} x {work.seq_len} tokens, {work.init_batches} for the init; {work.dtype}{bits}, "
         f"{work.attention} attention, {'with' if work.checkpointing else 'without'} checkpointing",
-        f"{machine.name}: {machine.flops / 1e12:.3g} TFLOP/s x {machine.efficiency:g}, {machine.bandwidth / 1e9:.4g} GB/s",
+        f"{machine.name}: {machine.flops / 1e12:.3g} TFLOP/s x {machine.efficiency:g}, "
+        f"{machine.bandwidth / 1e9:.4g} GB/s",
         "",
         *_section("memory, GiB", {job: column.memory for job, column in found.columns.items()}, GIB),
         "",
