@@ -3,7 +3,7 @@
     python -m benchmarks.cost            # writes results/cost.json, docs/cost.png and what `estimate` says of its error
 
 Random Llamas, each job in a process of its own. Memory is the resident set's peak over what it was with the model
-loaded, as Linux counts it. Rerun it after a change to the PyTorch init or step: the constants of lora_one/estimate are held to it.
+loaded, as Linux counts it. Rerun it after a change to the PyTorch init or step: the estimate's error is read from here.
 """
 
 import argparse

@@ -1,0 +1,144 @@
+"""Operations and kept activations, against what torch counts on real models; the sums, by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_one.config import Config
+from lora_one.errors import ConfigError
+from lora_one.estimate import MEASURED, Workload, estimate, measured_error
+from lora_one.estimate.activations import kept_bytes
+from lora_one.estimate.architecture import read_architecture, target_linears
+from lora_one.estimate.flops import pass_flops
+from lora_one.estimate.hardware import Hardware, choose, known, measured
+from lora_one.estimate.memory import exact_memory, loraga_memory, sketch_memory, step_memory
+
+from .models import count, shape_of, small
+
+CONFIGS = Path(__file__).parent / "configs"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+GIB = 2**30
+PLAIN = Hardware("plain", flops=1e12, efficiency=0.5, bandwidth=1e11, qr_flops=1e10, svd_flops=1e9)
+
+
+def work(**settings) -> Workload:
+    return Workload(**{"batch_size": 2, "seq_len": 24, "config": Config(rank=4), **settings})
+
+
+def targets_of(model):
+    return target_linears(model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "llama, biases, tied", "mistral", "qwen2", "qwen3", "gemma", "phi3"])
+def test_kept_activations_are_what_autograd_saves(kind, attention, dtype):
+    config = small(kind)
+    model = shape_of(config)
+    found = count(config, rank=4, batch=(2, 24), dtype=dtype, attention=attention)
+    settings = work(dtype=dtype, attention=attention)
+    assert kept_bytes(model, targets_of(model), settings, rank=4) == found.kept
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "phi", "phi3", "mixtral", "qwen2_moe"])
+def test_operations_are_those_that_torch_counts(kind):
+    config = small(kind)
+    model = shape_of(config)
+    found = count(config, rank=4, batch=(2, 24), dtype="float32", attention="eager")
+    expected = pass_flops(model, targets_of(model), work(attention="eager"), rank=4)
+    assert (expected.forward, expected.backward) == (found.forward, found.backward)
+
+
+def test_parts_of_a_training_step_of_llama_2_7b_by_hand():
+    model = read_architecture(CONFIGS / "llama-2-7b.json")
+    settings = Workload(batch_size=1, seq_len=2048, dtype="float32", config=Config(rank=8))
+    parts = step_memory(model, targets_of(model), settings)
+    pairs = 8 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    assert parts["base weights"] == 4 * 6_738_415_616
+    assert parts["LoRA factors"] == parts["LoRA gradients"] == 4 * pairs
+    assert parts["Adam moments"] == 8 * pairs
+    assert parts["logits and loss"] == 12 * 2048 * 32000
+    # A block and a token: two norms and their roots, the inputs of q, k, v and of gate and up, q, k, v, the attention's
+    # output and its log-sum-exps, four times the MLP's width, and A x of seven layers.
+    token = 2 * 4096 + 2 + 2 * 4096 + 4 * 4096 + 32 + 4 * 11008 + 7 * 8
+    assert parts["activations"] == 4 * 32 * 2048 * token
+
+
+def test_four_bit_weights_are_four_and_a_half_bits():
+    model = read_architecture(CONFIGS / "llama-2-7b.json")
+    parts = step_memory(model, targets_of(model), Workload(quantized=True))
+    linear = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    assert parts["base weights"] == linear * 4.5 / 8 + 2 * (6_738_415_616 - linear)
+    assert loraga_memory(model, targets_of(model), Workload(quantized=True)) is None
+
+
+def test_checkpointing_keeps_a_block_and_the_blocks_inputs():
+    model = shape_of(small("llama"))
+    plain, saving = (
+        kept_bytes(model, targets_of(model), work(checkpointing=x, dtype="float32"), 4) for x in (False, True)
+    )
+    tokens = 48
+    assert saving == plain / 3 + 3 * tokens * 64 * 4 + tokens * 64 * 4
+
+
+def test_the_sketch_holds_what_its_passes_found_and_exact_all_gradients_of_several_batches():
+    model = shape_of(small("llama"))
+    targets = targets_of(model)
+    sides = sum(x.in_features + x.out_features for block in targets for x in block)
+    inputs = sum(x.in_features for block in targets for x in block)
+    config = Config(rank=4, oversample=6, passes=2)
+    parts = sketch_memory(model, targets, work(config=config))
+    # V and G V of pass 1, Q of pass 2, and its zero factor; then the gradient.
+    assert parts["sketches"] == 4 * 10 * (sides + sides)
+    assert parts["sketch gradients"] == 4 * 10 * inputs
+    several, one = (exact_memory(model, targets, work(init_batches=n)) for n in (2, 1))
+    assert several["full gradients"] == 4 * sum(x.weights for block in targets for x in block)
+    assert one["full gradients"] == 0
+
+
+def test_time_is_operations_over_the_rate_and_traffic_over_the_bandwidth():
+    model = shape_of(small("llama"))
+    settings = work()
+    fast, slow = (
+        estimate(model, settings, Hardware("", flops, 0.5, 1e30, 1e30, 1e30)).columns["training step"].total_seconds
+        for flops in (1e12, 1e11)
+    )
+    total = pass_flops(model, targets_of(model), settings, 4).total
+    assert (fast, slow) == (pytest.approx(total / 0.5e12), pytest.approx(total / 0.5e11))
+    passes = [
+        estimate(model, work(config=Config(rank=4, passes=n)), Hardware("", 1e12, 0.5, 1e11, 1e30, 1e30))
+        .columns["init, sketch"]
+        .total_seconds
+        for n in (2, 4)
+    ]
+    assert passes[1] == pytest.approx(2 * passes[0])
+
+
+def test_the_hardware_is_a_name_or_two_numbers_or_this_machine():
+    assert known("H100", "bfloat16").flops == 989e12
+    assert choose("A100", None, None, 0.3, "float32").efficiency == 0.3
+    assert choose(None, 50.0, 500.0, None, "float32").bandwidth == 5e11
+    assert all(rate > 0 for rate in (measured(128).flops, measured(128).bandwidth, measured(128).svd_flops))
+    for arguments, match in [
+        (("Z9", None, None, None, "float32"), "must be one of A100, .*, got 'Z9'"),
+        ((None, 5.0, None, None, "float32"), "both tflops and bandwidth"),
+        (("H100", None, None, 1.5, "float32"), r"efficiency must be in \(0, 1\], got 1.5"),
+    ]:
+        with pytest.raises(ConfigError, match=match):
+            choose(*arguments)
+
+
+def test_notes_say_what_does_not_fit_and_what_is_no_target():
+    mixtral = estimate(read_architecture(CONFIGS / "mixtral-8x7b.json"), Workload(), known("H100", "bfloat16"))
+    assert any("training step: more than the 80 GB of one H100" in note for note in mixtral.notes)
+    assert any("8 stacked experts" in note for note in mixtral.notes)
+    qwen = estimate(read_architecture(CONFIGS / "qwen1.5-moe-a2.7b.json"), Workload(), PLAIN)
+    assert any("rank 8 is above the size of mlp.shared_expert_gate" in note for note in qwen.notes)
+
+
+def test_the_error_that_is_printed_is_the_benchmarks():
+    from benchmarks.cost import summary
+
+    result = json.loads((RESULTS / "cost.json").read_text())
+    assert measured_error() == json.loads(MEASURED.read_text()) == summary(result)
