@@ -14,6 +14,7 @@ import multiprocessing
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ RUNS: dict[str, tuple[dict[str, Any], str, int]] = {
 SMOKE = {"tiny float32": (_llama(64, 128, 2, 256, 4), "float32", 1)}
 
 
-def measure(job: str, config: dict[str, Any], work: Workload, send: Any) -> None:
-    """In a process of its own: bytes over the loaded model, and seconds."""
+def measure(job: str, config: dict[str, Any], work: Workload) -> tuple[int, float]:
+    """Bytes over the loaded model, and seconds, of a job in this process."""
     import numpy as np
     import torch
     import transformers
@@ -78,7 +79,7 @@ def measure(job: str, config: dict[str, Any], work: Workload, send: Any) -> None
         began = time.perf_counter()
         run()
         seconds = time.perf_counter() - began
-    send.send((_status("VmHWM") - loaded, seconds))
+    return _status("VmHWM") - loaded, seconds
 
 
 def _step(model: Any, batch: dict[str, Any], config: Config) -> Any:
@@ -112,24 +113,19 @@ def _loaded() -> int:
 
 def in_own_process(job: str, config: dict[str, Any], work: Workload) -> tuple[int, float]:
     """`measure` in a fresh interpreter."""
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(job, config, work, send))
-    process.start()
-    send.close()
-    try:
-        return receive.recv()
-    finally:
-        process.join()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, (job, config, work))
 
 
-def compare(name: str, config: dict[str, Any], work: Workload, machine: Hardware) -> list[dict[str, Any]]:
+def compare(
+    name: str, config: dict[str, Any], work: Workload, machine: Hardware, run: Callable[..., tuple[int, float]]
+) -> list[dict[str, Any]]:
     """Each job, measured and estimated."""
     found = estimate(architecture(config, name), work, machine)
     rows = []
     for job in JOBS:
         column = found.columns[job]
-        memory, seconds = in_own_process(job, config, work)
+        memory, seconds = run(job, config, work)
         # Of what is estimated, the base weights, and in a step the factors, are there before.
         before = sum(column.memory.get(x, 0) for x in ("base weights", *(("LoRA factors",) if job == JOBS[0] else ())))
         above = column.total_memory - before
@@ -185,11 +181,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", type=Path, metavar="FILE", help="a tiny model, written to FILE alone")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--smoke", type=Path, metavar="FILE", help="a tiny model in this process, written to FILE alone"
+    )
+    options = parser.parse_args(arguments)
     import torch
 
     machine = measured()
@@ -197,7 +195,7 @@ def main() -> None:
     for name, (config, dtype, sequences) in (SMOKE if options.smoke else RUNS).items():
         length = 16 if options.smoke else 256
         work = Workload(batch_size=sequences, seq_len=length, init_batches=2, dtype=dtype, config=Config(rank=8))
-        rows += compare(name, config, work, machine)
+        rows += compare(name, config, work, machine, measure if options.smoke else in_own_process)
     result = {
         "what": "rank 8, 2 init batches, 4 passes, sdpa; memory is the resident peak over the loaded model",
         "device": f"{torch.get_num_threads()}-thread {platform.machine()} CPU",

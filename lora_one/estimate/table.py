@@ -1,5 +1,7 @@
 """An estimate as text."""
 
+from collections.abc import Mapping
+
 from . import Estimate, measured_error
 
 GIB = 2**30
@@ -27,7 +29,7 @@ def as_text(found: Estimate) -> str:
     return "\n".join(lines)
 
 
-def _section(title: str, jobs: dict[str, dict[str, float]], unit: float) -> list[str]:
+def _section(title: str, jobs: Mapping[str, Mapping[str, float]], unit: float) -> list[str]:
     """A row for every part that any job has, and the totals."""
     parts = list(dict.fromkeys(part for parts in jobs.values() for part in parts))
     lines = [f"{title:<22}" + "".join(f"{job:>15}" for job in jobs)]
