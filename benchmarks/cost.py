@@ -184,9 +184,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--smoke", type=Path, metavar="FILE", help="a tiny model in this process, written to FILE alone"
-    )
+    parser.add_argument("--smoke", type=Path, metavar="FILE", help="a tiny model, in this process; writes FILE alone")
     options = parser.parse_args(arguments)
     import torch
 
