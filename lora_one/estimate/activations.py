@@ -53,7 +53,8 @@ def _norms(model: Architecture, block: Block, work: Workload) -> int:
 def _attention(model: Architecture, work: Workload) -> int:
     q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
     if work.attention == "sdpa":  # q, k, v, its output and the log-sum-exp of each row
-        return work.item * (2 * q + 2 * kv) + FLOAT32 * model.heads
+        values = q + 2 * kv if model.family.fused_qkv else kv  # a view keeps all of what it is a part of
+        return work.item * (2 * q + kv + values) + FLOAT32 * model.heads
     # q, and k and v once a head; the probabilities in float32, and cast where the model is not
     probabilities = FLOAT32 + (work.item if work.item != FLOAT32 else 0)
     return work.item * 3 * q + probabilities * model.heads * work.seq_len
@@ -74,8 +75,10 @@ def _mlp(model: Architecture, block: Block, work: Workload) -> int:
 
 
 def _lora(targets: list[Linear], work: Workload, rank: int) -> int:
-    if work.item == FLOAT32:  # layers that read the same tensor share it
-        inputs = sum({x.reads: x.rows * x.in_features for x in targets}.values())
-    else:  # each casts it for itself
-        inputs = sum(x.rows * x.in_features for x in targets)
-    return FLOAT32 * (inputs + rank * sum(x.rows for x in targets))
+    """The targets' inputs: for A's gradient, or at rank 0 for the weight's own; and A x for B's."""
+    if rank and work.item != FLOAT32:  # each layer casts its input for itself
+        return FLOAT32 * sum(x.rows * (x.in_features + rank) for x in targets)
+    inputs = {x.reads: x.rows * x.in_features for x in targets}  # layers that read the same tensor share it
+    if work.attention == "sdpa":
+        inputs.pop("attention output", None)  # kept already
+    return work.item * sum(inputs.values()) + FLOAT32 * rank * sum(x.rows for x in targets)

@@ -52,7 +52,7 @@ def count(config: Any, rank: int, batch: tuple[int, int], dtype: str, attention:
     """One forward and backward pass of the model with PEFT's LoRA on all linear modules.
 
     Kept: what autograd saves, each storage once, but for the base weights, what exists once for the whole model (the
-    rotations and the labels), and the log-softmax of the loss.
+    rotations, the labels, a norm's 1 + weight), and the log-softmax of the loss.
     """
     model = transformers.AutoModelForCausalLM.from_config(
         config, dtype=getattr(torch, dtype), attn_implementation=attention
@@ -64,7 +64,7 @@ def count(config: Any, rank: int, batch: tuple[int, int], dtype: str, attention:
     saved: dict[int, torch.Tensor] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
-        once = (x.ndim == 4 and x.shape[:2] == (1, 1)) or x.dtype == torch.int64 or x.ndim == 0
+        once = (x.ndim == 4 and x.shape[:2] == (1, 1)) or x.dtype == torch.int64 or x.ndim < 2
         if x.untyped_storage().data_ptr() not in weights and not once and x.shape[-1] != config.vocab_size:
             saved[x.untyped_storage().data_ptr()] = x
         return x
