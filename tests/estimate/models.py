@@ -54,8 +54,10 @@ def count(config: Any, rank: int, batch: tuple[int, int], dtype: str, attention:
     Kept: what autograd saves, each storage once, but for the base weights, what exists once for the whole model (the
     rotations, the labels, a norm's 1 + weight), and the log-softmax of the loss.
     """
+    # An expert after the other: torch's counter does not know the grouped product.
+    experts = {"experts_implementation": "eager"} if "num_experts_per_tok" in config.to_dict() else {}
     model = transformers.AutoModelForCausalLM.from_config(
-        config, dtype=getattr(torch, dtype), attn_implementation=attention
+        config, dtype=getattr(torch, dtype), attn_implementation=attention, **experts
     )
     names = sorted({n.split(".")[-1] for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)})
     model = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=names))
