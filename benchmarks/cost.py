@@ -1,9 +1,12 @@
-"""How far off is `lora-one estimate`? Measured peak memory and wall time of a step and of both inits, over estimated.
+"""How far off is `lora-one estimate`? Measured peak memory and time of a step and of both inits, over estimated.
 
-    python -m benchmarks.cost            # writes results/cost.json, docs/cost.png and what `estimate` says of its error
+    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.cost
+
+writes results/cost.json, docs/cost.png and what `estimate` says of its error.
 
 Random Llamas, each job in a process of its own. Memory is the resident set's peak over what it was with the model
-loaded, as Linux counts it. Rerun it after a change to the PyTorch init or step: the estimate's error is read from here.
+loaded, as Linux counts it; time is the processor's on one thread, which is wall time on an idle core. Rerun it after a
+change to the PyTorch init or step: the estimate's error is read from here.
 """
 
 import argparse
@@ -44,10 +47,10 @@ def _llama(hidden: int, intermediate: int, layers: int, vocabulary: int, heads: 
 
 # (config.json, dtype, sequences of 256 tokens, jobs); 154 dense SVDs at 350M would take longer than all the rest.
 RUNS: dict[str, tuple[dict[str, Any], str, int, tuple[str, ...]]] = {
-    "25M float32": (_llama(384, 1024, 8, 16000, 6), "float32", 4, JOBS),
-    "100M float32": (_llama(768, 2048, 10, 16000, 12), "float32", 2, JOBS),
+    "25M float32": (_llama(384, 1024, 8, 16000, 6), "float32", 2, JOBS),
+    "100M float32": (_llama(768, 2048, 10, 16000, 12), "float32", 1, JOBS),
     "350M float32": (_llama(1024, 2816, 22, 32000, 16), "float32", 1, JOBS[:2]),
-    "100M bfloat16": (_llama(768, 2048, 10, 16000, 12), "bfloat16", 2, JOBS[:2]),
+    "100M bfloat16": (_llama(768, 2048, 10, 16000, 12), "bfloat16", 1, JOBS[:2]),
 }
 SMOKE = {"tiny float32": (_llama(64, 128, 2, 256, 4), "float32", 1, JOBS)}
 
@@ -69,16 +72,16 @@ def measure(job: str, config: dict[str, Any], work: Workload) -> tuple[int, floa
     batches = [{"input_ids": ids, "labels": ids}] * work.init_batches
     run = _step(model, batches[0], work.config) if job == "training step" else None
     loaded = _loaded()
-    began = time.perf_counter()
+    began = time.process_time()
     if run is None:
         gradient = "exact" if "exact" in job else "sketch"
         lora_one.init(model, batches, config=dataclasses.replace(work.config, gradient=gradient))
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
     else:
         run()  # Adam's moments exist from the first step on, and kernels are chosen in it
-        began = time.perf_counter()
+        began = time.process_time()
         run()
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
     return _status("VmHWM") - loaded, seconds
 
 
@@ -191,24 +194,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", type=Path, metavar="FILE", help="a tiny model, in this process; writes FILE alone")
     options = parser.parse_args(arguments)
-    import torch
-
-    machine = measured()
+    machine = measured(clock=time.process_time)
     rows = []
     for name, (config, dtype, sequences, jobs) in (SMOKE if options.smoke else RUNS).items():
         length = 16 if options.smoke else 256
         work = Workload(batch_size=sequences, seq_len=length, init_batches=2, dtype=dtype, config=Config(rank=8))
         rows += compare(name, config, jobs, work, machine, measure if options.smoke else in_own_process)
+        write(rows, machine, options.smoke)
+
+
+def write(rows: list[dict[str, Any]], machine: Hardware, smoke: Path | None) -> None:
+    """All result files, or of a smoke run its one."""
+    import torch
+
     result = {
         "what": "rank 8, 2 init batches, 4 passes, sdpa; memory is the resident peak over the loaded model",
-        "device": f"{torch.get_num_threads()}-thread {platform.machine()} CPU",
+        "device": f"one thread of a {platform.machine()} CPU",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "rates": dataclasses.asdict(machine),
         "rows": rows,
     }
     text = json.dumps(result, indent=1) + "\n"
-    if options.smoke:
-        options.smoke.write_text(text, encoding="utf-8")
+    if smoke:
+        smoke.write_text(text, encoding="utf-8")
         return
     RESULT.write_text(text, encoding="utf-8")
     MEASURED.write_text(json.dumps(summary(result), indent=1) + "\n", encoding="utf-8")
