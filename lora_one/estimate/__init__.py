@@ -127,6 +127,11 @@ def _notes(
     return notes
 
 
-def measured_error() -> dict[str, Any]:
-    """Measured over estimated, as `python -m benchmarks.cost` found it: least, median and most, and where."""
+def measured_error() -> dict[str, Any] | None:
+    """Measured over estimated, as `python -m benchmarks.cost` found it: least, median and most, and where.
+
+    None where it has not been measured.
+    """
+    if not MEASURED.is_file():
+        return None
     return json.loads(MEASURED.read_text(encoding="utf-8"))

@@ -53,6 +53,8 @@ def _count(number: int) -> str:
 
 def _error_lines() -> list[str]:
     error = measured_error()
+    if error is None:
+        return ["how far off such estimates are has not been measured: python -m benchmarks.cost does it"]
     text = [f"measured over estimated, {error['runs']} runs on {error['device']}:"]
     for what in ("memory", "time"):
         spread = error[what]
