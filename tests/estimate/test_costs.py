@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.cost import RESULT, summary
 from lora_one.config import Config
 from lora_one.errors import ConfigError
-from lora_one.estimate import MEASURED, Workload, estimate, measured_error
+from lora_one.estimate import Workload, estimate, measured_error
 from lora_one.estimate.activations import kept_bytes
 from lora_one.estimate.architecture import read_architecture, target_linears
 from lora_one.estimate.flops import pass_flops
@@ -17,7 +18,6 @@ from lora_one.estimate.memory import exact_memory, loraga_memory, sketch_memory,
 from .models import count, shape_of, small
 
 CONFIGS = Path(__file__).parent / "configs"
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 GIB = 2**30
 PLAIN = Hardware("plain", flops=1e12, efficiency=0.5, bandwidth=1e11, qr_flops=1e10, svd_flops=1e9)
 
@@ -138,7 +138,5 @@ def test_notes_say_what_does_not_fit_and_what_is_no_target():
 
 
 def test_the_error_that_is_printed_is_the_benchmarks():
-    from benchmarks.cost import summary
-
-    result = json.loads((RESULTS / "cost.json").read_text())
-    assert measured_error() == json.loads(MEASURED.read_text()) == summary(result)
+    expected = summary(json.loads(RESULT.read_text())) if RESULT.is_file() else None
+    assert measured_error() == expected
