@@ -17,7 +17,10 @@ LOSS_COPIES = 3
 def block_bytes(model: Architecture, block: Block, targets: list[Linear], work: Workload, rank: int) -> int:
     """Kept by one block."""
     return work.tokens * (
-        _norms(model, block, work) + _attention(model, work) + _mlp(model, block, work) + _lora(targets, work, rank)
+        _norms(model, block, work)
+        + _attention(model, work)
+        + _mlp(model, block, work)
+        + _lora(model, targets, work, rank)
     )
 
 
@@ -74,11 +77,12 @@ def _mlp(model: Architecture, block: Block, work: Workload) -> int:
     return routed
 
 
-def _lora(targets: list[Linear], work: Workload, rank: int) -> int:
+def _lora(model: Architecture, targets: list[Linear], work: Workload, rank: int) -> int:
     """The targets' inputs: for A's gradient, or at rank 0 for the weight's own; and A x for B's."""
     if rank and work.item != FLOAT32:  # each layer casts its input for itself
         return FLOAT32 * sum(x.rows * (x.in_features + rank) for x in targets)
     inputs = {x.reads: x.rows * x.in_features for x in targets}  # layers that read the same tensor share it
-    if work.attention == "sdpa":
-        inputs.pop("attention output", None)  # kept already
+    if work.attention == "sdpa" and not model.family.joined_rotation:
+        # Kept already: sdpa writes its output as q lies, by token as a rule, and o_proj reads just that.
+        inputs.pop("attention output", None)
     return work.item * sum(inputs.values()) + FLOAT32 * rank * sum(x.rows for x in targets)

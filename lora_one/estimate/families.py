@@ -13,6 +13,7 @@ class Family:
             head_norms: q and k are normalised, with a weight of the head's size each.
         mlp: "gated" (gate, up and down), "fused" (gate and up are one layer), "plain" (fc1, fc2).
         fused_qkv: q, k and v are one layer.
+        joined_rotation: q and k are rotated in part and put together again, which changes how they lie in memory.
         norm: "rms" has a weight, "layer" a weight and a bias.
         norms: of a block, each of the hidden size.
         head_bias: the output layer has a bias.
@@ -26,6 +27,7 @@ class Family:
     mlp_bias: bool | str = False
     mlp: Literal["gated", "fused", "plain"] = "gated"
     fused_qkv: bool = False
+    joined_rotation: bool = False
     norm: Literal["rms", "layer"] = "rms"
     norms: int = 2
     head_norms: bool | str = False
@@ -58,9 +60,10 @@ FAMILIES = {
         norm="layer",
         norms=1,
         head_bias=True,
+        joined_rotation=True,
         defaults=(("hidden_act", "gelu_new"),),
     ),
-    "phi3": Family(mlp="fused", fused_qkv=True),
+    "phi3": Family(mlp="fused", fused_qkv=True, joined_rotation=True),
     "mixtral": Family(
         expert_keys=("num_local_experts", "intermediate_size"),
         defaults=(("num_local_experts", 8), ("num_experts_per_tok", 2)),

