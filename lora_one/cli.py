@@ -143,6 +143,23 @@ def conformance(
         raise typer.Exit(1)
 
 
+@app.command()
+def convert(
+    src: Annotated[Path, typer.Argument(help="An adapter folder, of PEFT, mlx-lm or lora-one.")],
+    dst: Annotated[Path, typer.Argument(help="The folder to make.")],
+    to: Annotated[str, typer.Option("--to", help="peft, mlx or flax: the library that is to open it.")],
+    rename: Annotated[list[str] | None, typer.Option(help="OLD=NEW prefix of module paths; may be repeated.")] = None,
+) -> None:
+    """Write an adapter folder again, in the layout that another library opens."""
+    from .conversion import convert as run
+
+    pairs = [name.partition("=") for name in rename or ()]
+    if not all(equals for _, equals, _ in pairs):
+        raise typer.BadParameter(f"--rename must be OLD=NEW, got {' '.join(rename or ())}")
+    run(src, dst, to, {old: new for old, _, new in pairs})
+    console.print(f"Adapter: {dst}", soft_wrap=True)
+
+
 def _recipe(config: Path | None, arguments: dict[str, Any]) -> Recipe:
     """The file's settings, with what was given on the command line over them."""
     # The callers' locals also hold what they imported, and None where an option was not given.

@@ -55,29 +55,16 @@ def _read_peft(src: Path) -> Adapter:
     folder = read_folder(src)
     problems = setting_problems(folder.config)
     problems += [f"{name}: {tensor_reason(name)}" for name in sorted(folder.others)]
-    problems += _pair_problems(folder)
+    problems += check_folder(replace(folder, others=[]), _own_shapes(folder))
     if problems:
         raise CheckpointError(f"the adapter in {src} is more than plain LoRA on linear layers", problems)
     return read_adapter(folder)
 
 
-def _pair_problems(folder: AdapterFolder) -> list[str]:
-    """What is wrong with names, ranks and shapes by themselves, without the model that they are for."""
-    matrices: dict[str, tuple[int, int]] = {}
-    problems = []
-    for layer, a in folder.lora_A.items():
-        b = folder.lora_B.get(layer, (0, 0))
-        if len(a) == len(b) == 2:
-            matrices[layer] = (b[0], a[1])
-        else:
-            problems.append(f"{layer}: lora_A and lora_B must be matrices, got {a} and {b}")
-    known = {layer: shape for layer, shape in folder.lora_A.items() if layer in matrices}
-    partners = {layer: shape for layer, shape in folder.lora_B.items() if layer not in folder.lora_A or layer in known}
-    if not known and not partners:
-        return problems or [f"{folder.path}: no LoRA factors in it"]
-    checked = replace(folder, lora_A=known, lora_B=partners, others=[])
-    linear = matrices | {layer: (shape[0], 0) for layer, shape in partners.items() if layer not in matrices}
-    return problems + check_folder(checked, linear)
+def _own_shapes(folder: AdapterFolder) -> dict[str, tuple[int, int]]:
+    """layer -> (out, in), by its own factors: no model is at hand to ask."""
+    a, b = folder.lora_A, folder.lora_B
+    return {layer: ((*b.get(layer, ()), 0)[0], (0, *a.get(layer, ()))[-1]) for layer in a.keys() | b.keys()}
 
 
 def _read_mlx_lm(src: Path) -> Adapter:

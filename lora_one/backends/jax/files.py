@@ -24,7 +24,6 @@ from .sites import Leaves, Site
 from .tree_binding import find_layers, tree_sites
 from .trees import LinenModel, PytreeModel, merged
 
-
 _STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}  # safetensors' names
 
 
