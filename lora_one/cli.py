@@ -160,6 +160,22 @@ def convert(
     console.print(f"Adapter: {dst}", soft_wrap=True)
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Say which frameworks and devices work here, and what each missing piece would give. Fails if one is broken."""
+    from .doctor import describe, examine
+
+    found = examine()
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1))
+    else:
+        console.print(escape(describe(found)), soft_wrap=True)
+    if any(part.state == "broken" for part in found.parts):
+        raise typer.Exit(1)
+
+
 def _recipe(config: Path | None, arguments: dict[str, Any]) -> Recipe:
     """The file's settings, with what was given on the command line over them."""
     # The callers' locals also hold what they imported, and None where an option was not given.
