@@ -27,6 +27,10 @@ _TENSORS = (
     (r"\.lora_embedding_[AB]$", "LoRA on an embedding: its factors are looked up, not multiplied"),
     (r"\.lora_magnitude_vector(\.weight)?$", "a magnitude of DoRA"),
     (r"\.lora_[AB]\.bias$", "a bias of LoRA's own"),
+    (
+        r"\.base_layer\.weight$",
+        "PEFT's copy of the base weight, which may have changed; save_embedding_layers=False where it has not",
+    ),
     (r"\.lora_[AB]\.", "not lora_A or lora_B of a linear layer"),
 )
 
