@@ -98,13 +98,13 @@ def describe(found: Examination) -> str:
     for part in found.parts:
         where = f", on {', '.join(part.devices)}" if part.devices else ""
         lines += ["", f"{part.title}: {_STATES[part.state]}{where}"]
-        names = [f"{package.name} {package.installed or ''}" for package in part.packages]
+        names = [f"{package.name} {package.installed or ''}".strip() for package in part.packages]
         width = max(map(len, names))
         lines += [f"  {name:{width}}  {compared(package)}" for name, package in zip(names, part.packages, strict=True)]
         lines += [f"  {package}: {error}" for package, error in part.errors.items()]
         if part.install:
             lines += [f"  It is for {part.gives}.", f"  {part.install}"]
-    ready = [part.title for part in found.parts if part.name in probe.DEVICES and part.state == "ready"]
+    ready = [part.title for part in found.parts if part.devices and part.state == "ready"]
     verdict = f"Ready to fine-tune with {', '.join(ready)}." if ready else "No framework to fine-tune with is ready."
     return "\n".join([*lines, "", verdict])
 
@@ -131,23 +131,25 @@ def _examine(name: str, tested: dict[str, str]) -> Part:
     return Part(name, title, gives, state, packages, found["devices"] if state == "ready" else [], errors, install)
 
 
-def _probe(framework: str, modules: list[str]) -> dict[str, Any]:
+def _probe(part: str, modules: list[str]) -> dict[str, Any]:
     """Ask another process, which may die of it. -P: a file of this folder must not pass for a framework."""
-    command = [sys.executable, "-P", probe.__file__, framework, *modules]
+    if not modules:
+        return {"errors": {}, "devices": []}
+    command = [sys.executable, "-P", probe.__file__, *modules]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
-        return _failed(framework, f"importing {', '.join(modules)} took more than {PATIENCE} seconds")
+        return _failed(part, f"importing {', '.join(modules)} took more than {PATIENCE} seconds")
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
         last = (done.stderr.strip().splitlines() or ["no word of why"])[-1]
-        return _failed(framework, f"importing {', '.join(modules)} {_end(done.returncode)}: {last}")
+        return _failed(part, f"importing {', '.join(modules)} {_end(done.returncode)}: {last}")
     return answer
 
 
-def _failed(framework: str, error: str) -> dict[str, Any]:
-    return {"errors": {framework: error}, "devices": []}
+def _failed(part: str, error: str) -> dict[str, Any]:
+    return {"errors": {part: error}, "devices": []}
 
 
 def _end(code: int) -> str:

@@ -1,8 +1,8 @@
 """What `lora-one doctor` runs in a process of its own, one a framework: imports that may fail, hang or crash.
 
-    python -P probe.py torch torch transformers peft
+    python -P probe.py torch transformers peft
 
-imports the modules named after the first argument, asks the framework for its devices, and prints one line of JSON.
+imports the modules that are named, asks the framework among them for its devices, and prints one line of JSON.
 Uses the standard library alone, so that nothing else can be what fails.
 """
 
@@ -34,23 +34,20 @@ def mlx_devices() -> list[str]:
     return [*(["gpu"] if mx.is_available(mx.gpu) else []), "cpu"]
 
 
-DEVICES: dict[str, Callable[[], list[str]]] = {"torch": torch_devices, "jax": jax_devices, "mlx": mlx_devices}
+DEVICES: dict[str, Callable[[], list[str]]] = {"torch": torch_devices, "jax": jax_devices, "mlx.core": mlx_devices}
 
 
-def probe(framework: str, modules: list[str]) -> dict[str, Any]:
-    """The modules that raise when imported, with what they raise, and the devices, which are empty if there is one."""
-    errors = {}
+def probe(modules: list[str]) -> dict[str, Any]:
+    """What importing the modules raises, by module, and the devices of the framework, if it could be imported."""
+    errors: dict[str, str] = {}
+    devices: list[str] = []
     for module in modules:
         try:
             importlib.import_module(module)
+            if module in DEVICES:
+                devices = DEVICES[module]()
         except (Exception, SystemExit) as error:
             errors[module] = f"{type(error).__name__}: {error}"
-    devices: list[str] = []
-    if framework in DEVICES and not errors:
-        try:
-            devices = DEVICES[framework]()
-        except Exception as error:
-            errors[framework] = f"its devices cannot be asked for: {type(error).__name__}: {error}"
     return {"errors": errors, "devices": devices}
 
 
@@ -58,5 +55,5 @@ if __name__ == "__main__":
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes most of the GPU for this question
     answer = sys.stdout
     sys.stdout = sys.stderr  # libraries that greet do it elsewhere
-    found = probe(sys.argv[1], sys.argv[2:])
+    found = probe(sys.argv[1:])
     print(json.dumps(found), file=answer)

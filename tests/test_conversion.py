@@ -15,8 +15,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.trainer import TrainingArgs, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import save_config
+from typer.testing import CliRunner
 
 import lora_one
+from lora_one import cli
 from lora_one.errors import CheckpointError, ConfigError
 from lora_one.tensors import Tensor, read_tensors, write_tensors
 from tests.backends.mlx.hf import write_llama
@@ -244,6 +246,13 @@ def test_what_is_more_than_lora_is_refused_with_every_reason(name, base, tmp_pat
             assert reason in text
 
 
+@pytest.mark.parametrize("backend", ["jax", "mlx"])
+def test_load_leaves_out_no_more_than_convert_does(backend, base, tmp_path):
+    write_peft(torch_model(base), tmp_path, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(CheckpointError, match=r"modules_to_save=\['lm_head'\]: layers that were trained whole"):
+        opened_by_lora_one(backend, base, tmp_path)
+
+
 def test_settings_that_are_not_known_here_are_refused_by_name(base, tmp_path):
     src = tmp_path / "src"
     write_peft(torch_model(base), src, target_modules=["q_proj"])
@@ -301,6 +310,21 @@ def test_folders_that_convert_does_not_read_or_write(base, tmp_path):
     (src / "adapter_model.safetensors").rename(src / "adapter_model.bin")
     assert "adapter_model.bin, which is a pickle" in refusal(src)
     assert "adapter_config.json: " in refusal(tmp_path / "nowhere")
+
+
+def test_the_command_converts_renames_and_keeps_the_report(base, tmp_path):
+    write_peft(torch_model(base), tmp_path / "src", target_modules=["q_proj"])
+    (tmp_path / "src" / "lora_one.json").write_text("{}")
+    arguments = ["convert", str(tmp_path / "src"), str(tmp_path / "dst"), "--to", "mlx", "--rename", "model=decoder"]
+    result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0 and "Adapter:" in result.output
+    config = json.loads((tmp_path / "dst" / "adapter_config.json").read_text())
+    paths = [f"decoder.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    assert config["lora_parameters"]["keys"] == config["target_modules"] == paths
+    assert (config["num_layers"], config["lora_parameters"]["scale"], config["lora_alpha"]) == (2, 1.5, 6.0)
+    assert (tmp_path / "dst" / "lora_one.json").read_text() == "{}"
+    result = CliRunner().invoke(cli.app, [*arguments[:-1], "model"])
+    assert result.exit_code == 2 and "OLD=NEW" in result.output
 
 
 def test_a_folder_of_mlx_lm_alone_is_told_from_pefts_where_only_pefts_is_read(base, tmp_path):
