@@ -96,12 +96,13 @@ def describe(found: Examination) -> str:
     """The examination for people, in lines of plain text."""
     lines = [f"lora-one {found.lora_one} on Python {found.python}, {found.platform}"]
     for part in found.parts:
+        partly = part.state == "missing" and any(package.installed for package in part.packages)
         where = f", on {', '.join(part.devices)}" if part.devices else ""
-        lines += ["", f"{part.title}: {_STATES[part.state]}{where}"]
+        lines += ["", f"{part.title}: {'incomplete' if partly else _STATES[part.state]}{where}"]
         names = [f"{package.name} {package.installed or ''}".strip() for package in part.packages]
         width = max(map(len, names))
         lines += [f"  {name:{width}}  {compared(package)}" for name, package in zip(names, part.packages, strict=True)]
-        lines += [f"  {package}: {error}" for package, error in part.errors.items()]
+        lines += [f"  {module}: {error}" for module, error in part.errors.items()]
         if part.install:
             lines += [f"  It is for {part.gives}.", f"  {part.install}"]
     ready = [part.title for part in found.parts if part.devices and part.state == "ready"]
@@ -115,12 +116,12 @@ _STATES = {"ready": "ready", "missing": "not installed", "broken": "broken"}
 def _examine(name: str, tested: dict[str, str]) -> Part:
     title, gives = PARTS[name]
     packages = [Package(package, _version(package), version) for package, version in tested.items()]
-    module = {package.name: _MODULES.get(package.name, package.name) for package in packages}
-    absent = [module[package.name] for package in packages if package.installed is None]
-    found = _probe(name, [module[package.name] for package in packages if package.installed is not None])
+    modules = {package.name: _MODULES.get(package.name, package.name) for package in packages}
+    absent = [modules[package.name] for package in packages if package.installed is None]
+    found = _probe(name, [module for module in modules.values() if module not in absent])
     # What fails for want of a package that is named as missing already is not broken.
-    wants = tuple(f"ModuleNotFoundError: No module named '{name.partition('.')[0]}" for name in absent)
-    errors = {name: error for name, error in found["errors"].items() if not error.startswith(wants)}
+    wants = tuple(f"ModuleNotFoundError: No module named '{module.partition('.')[0]}" for module in absent)
+    errors = {module: error for module, error in found["errors"].items() if not error.startswith(wants)}
     state = "broken" if errors else "missing" if absent else "ready"
     extra = "lora-one" if name == "core" else f"'lora-one[{name}]'"
     install = {

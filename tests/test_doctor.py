@@ -100,6 +100,16 @@ def test_what_raises_exits_or_dies_when_imported_is_reported_and_the_rest_goes_o
     assert "hello" not in text
 
 
+def test_a_part_that_lacks_a_package_is_incomplete_and_not_broken(bare, tmp_path):
+    install(tmp_path, "transformers", "5.24.0", "import peft")
+    install(tmp_path, "torch", "2.13.0", "import accelerate.utils")
+    code, text = examine(bare[0], tmp_path, bare[1])
+    assert code == 0
+    section = text.partition("PyTorch: incomplete\n")[2].partition("\n\n")[0]
+    assert re.search(r"transformers 5\.24\.0 +as tested\n  peft +not installed", section)
+    assert "pip install 'lora-one[torch]'" in section
+
+
 def test_json_says_the_same_to_programs(bare, tmp_path):
     install(tmp_path, "mlx", "0.32.4", "")
     (tmp_path / "mlx" / "core.py").write_text("gpu = 1\nis_available = lambda device: True\n")
