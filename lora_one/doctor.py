@@ -96,7 +96,7 @@ def describe(found: Examination) -> str:
     """The examination for people, in lines of plain text."""
     lines = [f"lora-one {found.lora_one} on Python {found.python}, {found.platform}"]
     for part in found.parts:
-        partly = part.state == "missing" and any(package.installed for package in part.packages)
+        partly = part.state == "missing" and part.packages[0].installed is not None
         where = f", on {', '.join(part.devices)}" if part.devices else ""
         lines += ["", f"{part.title}: {'incomplete' if partly else _STATES[part.state]}{where}"]
         names = [f"{package.name} {package.installed or ''}".strip() for package in part.packages]
@@ -122,6 +122,8 @@ def _examine(name: str, tested: dict[str, str]) -> Part:
     # What fails for want of a package that is named as missing already is not broken.
     wants = tuple(f"ModuleNotFoundError: No module named '{module.partition('.')[0]}" for module in absent)
     errors = {module: error for module, error in found["errors"].items() if not error.startswith(wants)}
+    if packages[0].installed is None:  # the framework itself: what it shares with others is theirs to complain of
+        errors = {}
     state = "broken" if errors else "missing" if absent else "ready"
     extra = "lora-one" if name == "core" else f"'lora-one[{name}]'"
     install = {

@@ -108,6 +108,7 @@ def test_a_part_that_lacks_a_package_is_incomplete_and_not_broken(bare, tmp_path
     section = text.partition("PyTorch: incomplete\n")[2].partition("\n\n")[0]
     assert re.search(r"transformers 5\.24\.0 +as tested\n  peft +not installed", section)
     assert "pip install 'lora-one[torch]'" in section
+    assert "JAX: not installed\n" in text  # though the transformers that it would use is there
 
 
 def test_json_says_the_same_to_programs(bare, tmp_path):
