@@ -3,7 +3,8 @@
 from . import errors
 from .api import init, load, merge, optimizer, save
 from .config import Config
+from .conversion import convert
 from .report import Report
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Report", "errors", "init", "load", "merge", "optimizer", "save"]
+__all__ = ["Config", "Report", "convert", "errors", "init", "load", "merge", "optimizer", "save"]

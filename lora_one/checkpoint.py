@@ -12,16 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError, deserialize, safe_open
+from safetensors import SafetensorError, safe_open
 
+from .adapter import Adapter, LoraLayer
 from .core.factors import Factors
 from .errors import CheckpointError
 from .report import Report
+from .tensors import read_tensors, wider
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 METADATA = "lora_one.json"
+PICKLED = "adapter_model.bin"
+MLX_WEIGHTS = "adapters.safetensors"  # mlx-lm's layout: see `formats`
+PEFT_KEY = "base_model.model.{path}.lora_{side}.weight"
 
 _KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
 _PACKAGES = (
@@ -74,6 +78,14 @@ def read_folder(path: Path) -> AdapterFolder:
         CheckpointError: a file that is missing or cannot be read, or an adapter that is not LoRA.
     """
     missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
+    if WEIGHTS in missing and (path / PICKLED).is_file():
+        raise CheckpointError(
+            f"{path} has {PICKLED}, which is a pickle, and no {WEIGHTS}: open it in PEFT and save it again"
+        )
+    if WEIGHTS in missing and (path / MLX_WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{path} is in mlx-lm's layout only ({MLX_WEIGHTS}): lora-one convert {path} DESTINATION --to peft"
+        )
     if missing:
         raise CheckpointError(f"{path} is not an adapter folder", [f"{name}: not found" for name in missing])
     try:
@@ -98,8 +110,8 @@ def read_folder(path: Path) -> AdapterFolder:
     return AdapterFolder(path, config, shapes["A"], shapes["B"], others)
 
 
-def read_factors(folder: AdapterFolder) -> dict[str, Factors]:
-    """The pairs of an adapter as float32 arrays, whatever they are stored in: layer -> lora_A (r, in), lora_B (out, r).
+def read_adapter(folder: AdapterFolder) -> Adapter:
+    """The pairs of an adapter in PEFT's layout, with each layer's own scale.
 
     Raises:
         CheckpointError: a factor without its partner, or a dtype that is not floating.
@@ -107,23 +119,13 @@ def read_factors(folder: AdapterFolder) -> dict[str, Factors]:
     alone = sorted(folder.lora_A.keys() ^ folder.lora_B.keys())
     if alone:
         raise CheckpointError(f"{folder.path / WEIGHTS}: lora_A or lora_B is missing", alone)
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for key, tensor in deserialize((folder.path / WEIGHTS).read_bytes()):
-        match = _KEY.fullmatch(key)
-        if match is not None:
-            found.setdefault(match["layer"], {})[match["factor"]] = _float32(key, tensor)
-    return {layer: Factors(found[layer]["A"], found[layer]["B"]) for layer in folder.lora_A}
-
-
-def _float32(key: str, tensor: Mapping[str, Any]) -> np.ndarray:
-    kind, data = tensor["dtype"], tensor["data"]
-    if kind == "BF16":  # NumPy has no bfloat16: it is the upper half of a float32
-        array = (np.frombuffer(data, dtype="<u2").astype("<u4") << 16).view("<f4")
-    elif kind in ("F16", "F32", "F64"):
-        array = np.frombuffer(data, dtype={"F16": "<f2", "F32": "<f4", "F64": "<f8"}[kind])
-    else:
-        raise CheckpointError(f"{key} must be floating, got {kind}")
-    return array.astype(np.float32).reshape(tensor["shape"])
+    names = {layer: [PEFT_KEY.format(path=layer, side=side) for side in "AB"] for layer in folder.lora_A}
+    tensors = read_tensors(folder.path / WEIGHTS, {name for pair in names.values() for name in pair})
+    layers = {}
+    for layer, (a, b) in names.items():
+        pair = Factors(tensors[a].array, tensors[b].array)
+        layers[layer] = LoraLayer([pair], folder.scaling(layer), wider(tensors[a].dtype, tensors[b].dtype))
+    return Adapter(layers, float(folder.config.get("lora_dropout") or 0.0), folder.config.get("task_type"))
 
 
 def check_folder(folder: AdapterFolder, linear: Mapping[str, tuple[int, int]]) -> list[str]:

@@ -188,6 +188,39 @@ def estimate(
     console.print(text, soft_wrap=True, markup=False)
 
 
+@app.command()
+def convert(
+    src: Annotated[Path, typer.Argument(help="An adapter folder, of PEFT, mlx-lm or lora-one.")],
+    dst: Annotated[Path, typer.Argument(help="The folder to make.")],
+    to: Annotated[str, typer.Option("--to", help="peft, mlx or flax: the library that is to open it.")],
+    rename: Annotated[list[str] | None, typer.Option(help="OLD=NEW prefix of module paths; may be repeated.")] = None,
+) -> None:
+    """Write an adapter folder again, in the layout that another library opens."""
+    from .conversion import convert as run
+
+    pairs = [name.partition("=") for name in rename or ()]
+    if not all(equals for _, equals, _ in pairs):
+        raise typer.BadParameter(f"--rename must be OLD=NEW, got {' '.join(rename or ())}")
+    run(src, dst, to, {old: new for old, _, new in pairs})
+    console.print(f"Adapter: {dst}", soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Say which frameworks and devices work here, and what each missing piece would give. Fails if one is broken."""
+    from .doctor import describe, examine
+
+    found = examine()
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1))
+    else:
+        console.print(escape(describe(found)), soft_wrap=True)
+    if any(part.state == "broken" for part in found.parts):
+        raise typer.Exit(1)
+
+
 def _recipe(config: Path | None, arguments: dict[str, Any]) -> Recipe:
     """The file's settings, with what was given on the command line over them."""
     # The callers' locals also hold what they imported, and None where an option was not given.

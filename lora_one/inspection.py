@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import METADATA, read_factors, read_folder, read_report
+from .checkpoint import METADATA, read_adapter, read_folder, read_report
 from .core.factors import Factors
 from .errors import CheckpointError
 from .report import LayerReport, Report
@@ -58,8 +58,9 @@ def inspect_adapter(path: Path) -> Inspection:
         report = None  # saved without one
     starts = {layer.name: layer for layer in report.layers} if report else {}
     layers = []
-    for name, pair in read_factors(folder).items():
-        s = product_spectrum(pair, folder.scaling(name))
+    for name, layer in read_adapter(folder).layers.items():
+        pair = layer.pairs[0]
+        s = product_spectrum(pair, layer.scaling)
         start = starts.get(name)
         norm = float(np.linalg.norm(s))
         layers.append(
@@ -72,7 +73,7 @@ def inspect_adapter(path: Path) -> Inspection:
                 norm=norm,
                 stable_rank=float((norm / s[0]) ** 2) if s[0] > 0 else 0.0,
                 start=start,
-                growth=_growth(norm, start, report, folder.scaling(name)),
+                growth=_growth(norm, start, report, layer.scaling),
             )
         )
     return Inspection(path, layers, report)

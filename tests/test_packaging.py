@@ -24,6 +24,7 @@ def test_wheel_carries_the_embedded_model_its_data_and_the_license(wheel):
     for name in ("model/model.safetensors", "model/tokenizer.json", "data/train.jsonl", "data/harder/test.jsonl"):
         assert f"lora_one/demo/{name}" in names
     assert "lora_one/conformance/vectors.safetensors" in names
+    assert "lora_one/tested.json" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests", "benchmarks", "adapters")) for name in names)
     assert wheel.stat().st_size < 4 * 2**20

@@ -1,6 +1,5 @@
 """Adapters of JAX models on disk: in PEFT's format, with the model's own paths as names."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,12 +7,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
-from lora_one.checkpoint import CONFIG, WEIGHTS, AdapterFolder, check_folder, read_factors, read_folder
+from lora_one.adapter import Adapter, LoraLayer
+from lora_one.checkpoint import AdapterFolder, check_folder, read_adapter, read_folder
 from lora_one.config import Config
 from lora_one.core.factors import Factors
 from lora_one.errors import CheckpointError, ModelError
+from lora_one.formats import write_peft
+from lora_one.plain_lora import setting_problems
 
 from .adopt import find_adapters
 from .layers import adapted_kind, kind_of
@@ -22,6 +23,8 @@ from .nnx import inject, linear_layers, remove, take_out
 from .sites import Leaves, Site
 from .tree_binding import find_layers, tree_sites
 from .trees import LinenModel, PytreeModel, merged
+
+_STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}  # safetensors' names
 
 
 class _Held(NamedTuple):
@@ -48,17 +51,12 @@ def save(model: Any, path: Path) -> None:
         raise ModelError(
             f"save needs a model with LoRA layers, as lora_one.init returns it, got {type(model).__name__}"
         )
-    tensors, ranks, alphas = {}, {}, {}
-    for site, leaves in held:
-        for layer, pair in zip(site.layers(), site.spec_pairs(leaves), strict=True):
-            # Contiguous: safetensors writes the memory as it lies, and these are transposed views.
-            for side, factor in (("A", pair.lora_A), ("B", pair.lora_B)):
-                tensors[f"base_model.model.{layer.name}.lora_{side}.weight"] = np.ascontiguousarray(factor)
-            ranks[layer.name], alphas[layer.name] = layer.rank, layer.scaling * layer.rank
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
-    task = "CAUSAL_LM" if isinstance(model, LlamaForCausalLM) else None
-    (path / CONFIG).write_text(json.dumps(_peft_config(ranks, alphas, task), indent=1) + "\n", encoding="utf-8")
+    layers = {
+        layer.name: LoraLayer([_to_numpy(pair)], layer.scaling, _STORED[leaves.a.dtype.name])
+        for site, leaves in held
+        for layer, pair in zip(site.layers(), site.spec_pairs(leaves), strict=True)
+    }
+    write_peft(path, Adapter(layers, task="CAUSAL_LM" if isinstance(model, LlamaForCausalLM) else None))
 
 
 def load(model: Any, path: Path, trainable: bool) -> Any:
@@ -67,7 +65,7 @@ def load(model: Any, path: Path, trainable: bool) -> Any:
     held = {site.name: site for site, _ in _held(model)}
     stacks = {name: site.layers() for name, site in (held or _plain_sites(model)).items()}
     linear = {layer.name: (layer.out_features, layer.in_features) for layers in stacks.values() for layer in layers}
-    problems = check_folder(folder, linear) or _stack_problems(folder, stacks)
+    problems = setting_problems(folder.config) + check_folder(folder, linear) or _stack_problems(folder, stacks)
     if held and not problems:
         problems = [
             f"{layer.name}: the model has rank {layer.rank}, the file "
@@ -78,7 +76,7 @@ def load(model: Any, path: Path, trainable: bool) -> Any:
         ]
     if problems:
         raise CheckpointError(f"the adapter in {path} does not fit the model", problems)
-    factors = read_factors(folder)
+    factors = {name: layer.pairs[0] for name, layer in read_adapter(folder).layers.items()}
     chosen = [name for name, layers in stacks.items() if layers[0].name in factors]
     plan = {
         name: (folder.lora_A[first][0], folder.scaling(first)) for name in chosen for first in [stacks[name][0].name]
@@ -116,6 +114,11 @@ def _load_nnx(
         f.a.set_raw_value(leaves.a)
         f.b.set_raw_value(leaves.b)
     return model
+
+
+def _to_numpy(pair: Factors) -> Factors:
+    wide = np.float64 if pair.lora_A.dtype == jnp.float64 else np.float32  # NumPy has no bfloat16
+    return Factors(*(np.asarray(factor, wide) for factor in pair))
 
 
 def _pairs(site: Site, folder: AdapterFolder, factors: dict[str, Factors]) -> list[Factors]:
@@ -167,23 +170,3 @@ def _plain_sites(model: Any) -> dict[str, Site]:
         except ValueError:  # a layer that cannot be adapted: the folder must not name it
             continue
     return sites
-
-
-def _peft_config(ranks: dict[str, int], alphas: dict[str, float], task: str | None) -> dict[str, Any]:
-    first = next(iter(ranks))
-    return {
-        "peft_type": "LORA",
-        "task_type": task,
-        "base_model_name_or_path": None,
-        "r": ranks[first],
-        "lora_alpha": alphas[first],
-        "use_rslora": False,
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != ranks[first]},
-        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != alphas[first]},
-        "target_modules": list(ranks),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "modules_to_save": None,
-        "inference_mode": True,
-    }

@@ -7,10 +7,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
+from lora_one.adapter import Adapter
 from lora_one.errors import CheckpointError, ModelError
+from lora_one.formats import write_mlx_lm
+from lora_one.mlx_lm_files import Shapes
 
 from .attach import DENSE, SWITCH, Site, attach_layer, find_sites, random_stream_kept
-from .folder import Adapter, Pairs, Shapes, read_adapter, write_folder
+from .folder import read_adapter, to_layer, to_mlx
 from .layout import is_switch, read_pairs, write_pairs
 from .tree import Snapshot, flat, places
 
@@ -37,10 +40,10 @@ def save(model: nn.Module, path: Path) -> None:
             stacklevel=3,
         )
     layers = {
-        site.path: Pairs(read_pairs(site.module), float(site.module.scale), is_switch(site.module)) for site in sites
+        site.path: to_layer(read_pairs(site.module), float(site.module.scale), is_switch(site.module)) for site in sites
     }
     dropout = max(1.0 - site.module.dropout._p_1 for site in sites)
-    write_folder(path, Adapter(layers, dropout), len(getattr(model, "layers", ())))
+    write_mlx_lm(path, Adapter(layers, dropout, "CAUSAL_LM"), len(getattr(model, "layers", ())))
 
 
 def load(model: nn.Module, path: Path, trainable: bool) -> nn.Module:
@@ -50,8 +53,8 @@ def load(model: nn.Module, path: Path, trainable: bool) -> nn.Module:
     if sites:
         _check_same(sites, adapter, path)
         for name, layer in adapter.layers.items():
-            write_pairs(sites[name].module, layer.pairs)
-            sites[name].module.scale = layer.scale
+            write_pairs(sites[name].module, to_mlx(layer))
+            sites[name].module.scale = layer.scaling
         return model
     found = Snapshot(model)
     try:
@@ -99,9 +102,8 @@ def _attach(model: nn.Module, adapter: Adapter, trainable: bool) -> None:
     model.freeze()
     by_path = {place.path: place for place in places(model)}
     for name, layer in adapter.layers.items():
-        rank = layer.pairs[0].lora_A.shape[0]
-        module = attach_layer(by_path[name], rank, layer.scale, adapter.dropout)
-        write_pairs(module, layer.pairs)
+        module = attach_layer(by_path[name], layer.rank, layer.scaling, adapter.dropout)
+        write_pairs(module, to_mlx(layer))
         if not trainable:
             module.freeze()
     mx.eval(model.parameters())
@@ -113,7 +115,7 @@ def _check_same(sites: dict[str, Site], adapter: Adapter, path: Path) -> None:
         if name not in adapter.layers:
             problems.append(f"{name}: the model has LoRA here, the file has none")
             continue
-        rank, has = adapter.layers[name].pairs[0].lora_A.shape[0], site.layers[0].rank
+        rank, has = adapter.layers[name].rank, site.layers[0].rank
         if rank != has:
             problems.append(f"{name}: the model has rank {has}, the file {rank}")
     if problems:
@@ -129,7 +131,7 @@ def _require_sites(model: nn.Module, verb: str) -> list[Site]:
 
 def _linear_shapes(model: nn.Module) -> Shapes:
     """The shape of every linear layer's weight, quantised or not, whether LoRA is on it or not."""
-    shapes: Shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for place in places(model):
         adapted = isinstance(place.module, LoRALinear | LoRASwitchLinear)
         base = place.module.linear if adapted else place.module

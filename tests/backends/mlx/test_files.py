@@ -217,6 +217,7 @@ def test_adapters_of_other_shapes_ranks_and_kinds(tmp_path):
     assert "mlp.up_proj: the file has LoRA here, the model has none" in text
     (tmp_path / "adapters.safetensors").write_bytes(b"short")
     assert "cannot be read" in complaint(tiny_llama())
+    lora_one.save(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "fine_tune_type": "dora"}))
     assert "'dora'" in complaint(tiny_llama())

@@ -1,0 +1,94 @@
+"""The two layouts of a LoRA adapter on disk, PEFT's and mlx-lm's: names, axes, scales and configurations.
+
+adapter_config.json       one file for both: PEFT ignores mlx-lm's keys, mlx-lm ignores PEFT's
+adapter_model.safetensors PEFT: lora_A (r, in), lora_B (out, r); each layer has its own rank and scale
+adapters.safetensors      mlx-lm: lora_a (in, r), lora_b (r, out), or (experts, r, in), (experts, out, r); one rank and
+                          one scale for all layers: zeros and a ratio in lora_b make up for it
+"""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .adapter import Adapter, LoraLayer
+from .checkpoint import CONFIG, MLX_WEIGHTS, PEFT_KEY, WEIGHTS
+from .tensors import Tensor, wider, write_tensors
+
+
+def write_peft(path: Path, adapter: Adapter) -> None:
+    """Write a folder that PEFT, vLLM and `lora_one.load` open; it is made if it does not exist."""
+    path.mkdir(parents=True, exist_ok=True)
+    write_tensors(path / WEIGHTS, _peft_tensors(adapter), "pt")
+    _write_config(path, _peft_config(adapter))
+
+
+def write_mlx_lm(path: Path, adapter: Adapter, num_layers: int) -> None:
+    """Write a folder that mlx-lm opens, and PEFT too, but for experts, whose stacks PEFT has no name for.
+
+    Args:
+        num_layers: blocks of the model, which mlx-lm's configuration wants to hold.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    rank = max(layer.rank for layer in adapter.layers.values())
+    scale = Counter(layer.scaling for layer in adapter.layers.values()).most_common(1)[0][0]
+    parameters = {"rank": rank, "scale": scale, "dropout": adapter.dropout, "keys": list(adapter.layers)}
+    config: dict[str, Any] = {"fine_tune_type": "lora", "num_layers": num_layers, "lora_parameters": parameters}
+    tensors = {}
+    for name, layer in adapter.layers.items():
+        tensors.update(_mlx_lm_tensors(name, layer, rank, scale))
+    write_tensors(path / MLX_WEIGHTS, tensors, "mlx")
+    (path / WEIGHTS).unlink(missing_ok=True)  # one of an earlier adapter would be read in the place of this one
+    if not any(layer.is_switch for layer in adapter.layers.values()):
+        config.update(_peft_config(adapter))
+        write_tensors(path / WEIGHTS, _peft_tensors(adapter), "pt")
+    _write_config(path, config)
+
+
+def _peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    return {
+        PEFT_KEY.format(path=name, side=side): Tensor(factor, layer.dtype)
+        for name, layer in adapter.layers.items()
+        for side, factor in zip("AB", layer.pairs[0], strict=True)
+    }
+
+
+def _peft_config(adapter: Adapter) -> dict[str, Any]:
+    sizes = {name: (layer.rank, layer.scaling * layer.rank) for name, layer in adapter.layers.items()}
+    rank, alpha = Counter(sizes.values()).most_common(1)[0][0]
+    # Patterns are anchored: one for "up" would otherwise hold for "blocks.0.up" too.
+    return {
+        "peft_type": "LORA",
+        "task_type": adapter.task,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "target_modules": list(sizes),
+        "rank_pattern": {f"^{re.escape(name)}": r for name, (r, _) in sizes.items() if r != rank},
+        "alpha_pattern": {f"^{re.escape(name)}": a for name, (_, a) in sizes.items() if a != alpha},
+    }
+
+
+def _mlx_lm_tensors(name: str, layer: LoraLayer, rank: int, scale: float) -> dict[str, Tensor]:
+    """The layer's factors at the rank and the scale that the whole folder has."""
+    missing, ratio = rank - layer.rank, layer.scaling / scale
+    a = np.stack([np.pad(pair.lora_A, [(0, missing), (0, 0)]) for pair in layer.pairs])  # (experts, r, in)
+    b = np.stack([np.pad(pair.lora_B, [(0, 0), (0, missing)]) for pair in layer.pairs])  # (experts, out, r)
+    dtype = layer.dtype
+    if ratio != 1.0:
+        b, dtype = (b * ratio).astype(b.dtype), wider(dtype, "F32")  # in bfloat16 the product would be rounded again
+    a, b = (a, b) if layer.is_switch else (a[0].T, b[0].T)
+    return {f"{name}.lora_a": Tensor(a, layer.dtype), f"{name}.lora_b": Tensor(b, dtype)}
+
+
+def _write_config(path: Path, config: dict[str, Any]) -> None:
+    (path / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
