@@ -33,7 +33,7 @@ def draw(measured: dict[str, Any], path: Path) -> None:
         below.axhline(1e-4, color="gray", lw=0.8)
         above.set(title=f"{model} model", ylabel="training loss")
         below.set(xlabel="step", ylabel="relative difference from torch float64", ylim=(5e-18, 1e-3))
-    axes[0, 0].legend(frameon=False)
+    axes[0, 0].legend(frameon=False, loc="upper right")
     axes[1, 0].legend(frameon=False, fontsize=8, loc="center right")
     for each in axes.flat:
         each.grid(alpha=0.25)
