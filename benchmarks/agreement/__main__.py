@@ -21,7 +21,7 @@ import numpy as np
 
 from lora_one import demo
 
-from .compare import TOLERANCES, errors, loss_errors, other_way
+from .compare import GIVEN_GRADIENTS, TOLERANCES, errors, loss_errors, other_way
 from .job import Job, embedded, grouped, write_grouped, write_perturbed
 from .picture import draw
 from .record import Record, record
@@ -94,6 +94,8 @@ def show(model: str, found: dict[str, Any]) -> bool:
     agreed = True
     for dtype, tolerances in TOLERANCES.items():
         columns = {name: each for name, each in found["errors"].items() if dtype in name}
+        by_numpy = [each for name, each in columns.items() if "numpy" in name]
+        agreed = agreed and all(error <= GIVEN_GRADIENTS[dtype] for each in by_numpy for error in each.values())
         print(f"\n{model} model, {dtype}")
         print(" " * 26 + "".join(f"{name.replace(f' {dtype}', ''):>15}" for name in columns) + f"{'allowed':>10}")
         for quantity, allowed in tolerances.items():
@@ -101,6 +103,7 @@ def show(model: str, found: dict[str, Any]) -> bool:
             agreed = agreed and all(error <= allowed for error in row if error is not None)
             cells = "".join(f"{'' if error is None else f'{error:.1e}':>15}" for error in row)
             print(f"{quantity:<26}{cells}{allowed:>10.0e}")
+        print(f"beside NumPy at most {GIVEN_GRADIENTS[dtype]:.0e} is allowed")
     for name in ("losses, worst step, float32 / torch float64", "of them moved the other way by step 1"):
         print(f"{name}: {found[name]}")
     print("perturbed:", {name: each for name, each in found["perturbed"].items() if name != "losses"})

@@ -32,7 +32,7 @@ class Job:
     learning_rate: float
 
 
-def embedded(model: Path = demo.MODEL, rows: int = 16) -> Job:
+def embedded(model: Path = demo.MODEL, rows: int = 16, learning_rate: float = 1e-3) -> Job:
     """The embedded Llama on its own task.
 
     Args:
@@ -54,7 +54,7 @@ def embedded(model: Path = demo.MODEL, rows: int = 16) -> Job:
     batches = [
         {"input_ids": tokens[at : at + rows], "labels": labels[at : at + rows]} for at in range(0, len(tokens), rows)
     ]
-    return Job(model, batches[:INIT_BATCHES], batches[INIT_BATCHES:], Config(), learning_rate=1e-3)
+    return Job(model, batches[:INIT_BATCHES], batches[INIT_BATCHES:], Config(), learning_rate)
 
 
 def grouped(model: Path) -> Job:
@@ -69,7 +69,7 @@ def grouped(model: Path) -> Job:
         first, stride = rng.integers(0, VOCABULARY, (4, 1)), rng.integers(1, 4, (4, 1))
         tokens = ((first + stride * np.arange(16)) % VOCABULARY).astype(np.int32)
         batches.append({"input_ids": tokens, "labels": np.where(np.arange(16) < 2, IGNORED, tokens)})
-    config = Config(rank=4, oversample=8)
+    config = Config(rank=4, oversample=4)
     return Job(model, batches[:INIT_BATCHES], batches[INIT_BATCHES:], config, learning_rate=1e-3)
 
 

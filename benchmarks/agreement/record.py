@@ -1,6 +1,8 @@
 """One framework's run of a job, as NumPy arrays in the orientation of the spec."""
 
-from collections.abc import Iterator
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -8,9 +10,10 @@ import numpy as np
 
 import lora_one
 from lora_one.backends import backend_of
+from lora_one.backends.interface import Session
 from lora_one.core.factors import Factors
-from lora_one.core.ops import Ops
-from lora_one.core.spectrum import SketchState, advance, draw_omega, probe, start
+from lora_one.core.spectrum import Probe
+from lora_one.initialization import initialize
 
 from .job import Batch, Job
 
@@ -76,10 +79,8 @@ def record(framework: Framework, job: Job) -> Record:
         model = framework.open(job.model)
         found = {f"weight/{name}": value for name, value in framework.weights(model).items()}
         found |= _evaluated(framework, model, init_batches)
-        found |= _sketched(framework.open(job.model), init_batches, framework.loss_fn, job)
-        model, report = lora_one.init(framework.open(job.model), init_batches, framework.loss_fn, job.config)
-        found |= {f"singular values/{layer.name}": np.array(layer.singular_values) for layer in report.layers}
-        found |= _trained(framework, model, train_batches, job.learning_rate)
+        model, started = _started(framework.open(job.model), init_batches, framework.loss_fn, job)
+        found |= started | _trained(framework, model, train_batches, job.learning_rate)
         merged = lora_one.merge(model)
         found |= {f"merged/{name}": value for name, value in framework.weights(merged).items()}
     return found
@@ -91,30 +92,47 @@ def _evaluated(framework: Framework, model: Any, batches: list[Any]) -> Record:
     return {"logits": logits[0], "loss": np.mean(losses), **mean}
 
 
-def _sketched(model: Any, batches: list[Any], loss_fn: Any, job: Job) -> Record:
-    """The passes of `lora_one.init`, one by one."""
-    found = {}
-    with backend_of(model).attach(model, batches, loss_fn, job.config) as session:
-        ops, states = session.ops, {}
-        for layer in session.layers:
-            width = min(layer.rank + job.config.oversample, layer.out_features, layer.in_features)
-            omega = draw_omega(job.config.seed, layer.name, layer.in_features, width)
-            states[layer.name] = start(ops, ops.asarray(omega, like=session.like(layer.name)), layer.out_features)
-        for number in range(1, job.config.passes + 1):
-            _, gradients = session.sketch_pass({name: probe(ops, state) for name, state in states.items()})
-            for name, gradient in gradients.items():
-                states[name] = advance(ops, states[name], gradient)
-                found[f"sketch/{number}/{name}"] = seen(ops, states[name])
-    return found
+def _started(model: Any, batches: list[Any], loss_fn: Any, job: Job) -> tuple[Any, Record]:
+    """`lora_one.init`, as it is in `lora_one.api`, with an eye on its passes."""
+    backend = backend_of(model)
+    with backend.attach(model, batches, loss_fn, job.config) as session:
+        watched = _Watched(session)
+        report = initialize(watched, job.config, backend.ops.name, time.perf_counter())
+    spectra = {f"singular values/{layer.name}": np.array(layer.singular_values) for layer in report.layers}
+    return session.model, watched.found | spectra
 
 
-def seen(ops: Ops, state: SketchState) -> np.ndarray:
-    """G projected on all directions probed so far, (out, in), whichever basis of theirs was used."""
-    if state.passes % 2 == 0:  # Q (Q^T G)
-        out_side, in_side = ops.concat(state.left, axis=1), ops.concat(state.left_g, axis=0)
-    else:  # (G V) V^T
-        out_side, in_side = ops.concat(state.g_right, axis=1), ops.matrix_transpose(ops.concat(state.right, axis=1))
-    return ops.to_numpy(out_side).astype(np.float64) @ ops.to_numpy(in_side).astype(np.float64)
+class _Watched:
+    """A session whose probes, and the gradients that they brought, are looked at."""
+
+    def __init__(self, session: Session):
+        self._session = session
+        self._passes: dict[str, list[tuple[Probe, np.ndarray]]] = defaultdict(list)
+        self.found: Record = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def sketch_pass(self, probes: Mapping[str, Probe]) -> Any:
+        result, gradients = self._session.sketch_pass(probes)
+        for layer, gradient in gradients.items():
+            given = Probe(*(None if x is None else self.ops.to_numpy(x).astype(np.float64) for x in probes[layer]))
+            passes = self._passes[layer]
+            passes.append((given, self.ops.to_numpy(gradient).astype(np.float64)))
+            self.found[f"sketch/{len(passes)}/{layer}"] = seen(passes)
+        return result, gradients
+
+
+def seen(passes: list[tuple[Probe, np.ndarray]]) -> np.ndarray:
+    """G projected on all directions that its last pass's side has probed, (out, in), whichever basis they came in.
+
+    Args:
+        passes: what each installed, and the gradient of the zero factor that it brought.
+    """
+    projected = 0.0
+    for given, gradient in passes[::-2]:
+        projected = projected + (gradient @ given.lora_A if given.lora_A is not None else given.lora_B @ gradient)
+    return projected
 
 
 def _trained(framework: Framework, model: Any, batches: list[Any], learning_rate: float) -> Record:

@@ -4,7 +4,7 @@ import numpy as np
 
 from lora_one.backends import load_backend
 from lora_one.core.factors import Factors, normalized_factors
-from lora_one.core.spectrum import Probe, SketchState, advance, draw_omega, finish, probe, start
+from lora_one.core.spectrum import Probe, advance, draw_omega, finish, probe, start
 from lora_one.core.step import adamw, start_pair
 
 from .job import Job
@@ -29,10 +29,12 @@ def _start(record: Record, job: Job, layer: str) -> Record:
     g = record[f"gradient/{layer}.weight"].astype(np.float64)  # (out, in)
     found, config = {}, job.config
     omega = draw_omega(config.seed, layer, g.shape[1], min(config.rank + config.oversample, *g.shape))
-    state: SketchState = start(_OPS, omega, g.shape[0])
+    state, passes = start(_OPS, omega, g.shape[0]), []
     for number in range(1, config.passes + 1):
-        state = advance(_OPS, state, _product(g, probe(_OPS, state)))
-        found[f"sketch/{number}/{layer}"] = seen(_OPS, state)
+        given = probe(_OPS, state)
+        passes.append((given, _product(g, given)))
+        state = advance(_OPS, state, passes[-1][1])
+        found[f"sketch/{number}/{layer}"] = seen(passes)
     spectrum = finish(_OPS, state, config.rank)
     found[f"singular values/{layer}"] = spectrum.s
     found[f"A0/{layer}"], found[f"B0/{layer}"] = normalized_factors(_OPS, spectrum, config.first_gamma)
@@ -45,13 +47,17 @@ def _product(g: np.ndarray, given: Probe) -> np.ndarray:
 
 
 def _steps(record: Record, job: Job, layer: str) -> Record:
-    pair = Factors(*(record[f"{name}0/{layer}"].astype(np.float64) for name in "AB"))
-    gradients = (record[f"g{name}/{layer}"].astype(np.float64) for name in "AB")
-    state, after = start_pair(_OPS, pair), []
-    for gradient in zip(*gradients, strict=True):
-        pair, state = adamw(_OPS, pair, Factors(*gradient), state, job.learning_rate)
-        after.append(pair)
+    """Each step from the recorded factors before it: left to itself, the recursion would double a rounding error every
+    few steps, as the preconditioner depends on the factors, while the recorded gradients do not react.
+    """
+    before = [np.concatenate([record[f"{name}0/{layer}"][None], record[f"{name}/{layer}"][:-1]]) for name in "AB"]
+    gradients = [record[f"g{name}/{layer}"] for name in "AB"]
+    state, after = None, []
+    for *pair, gradient_A, gradient_B in zip(*(x.astype(np.float64) for x in (*before, *gradients)), strict=True):
+        state = state or start_pair(_OPS, Factors(*pair))
+        moved, state = adamw(_OPS, Factors(*pair), Factors(gradient_A, gradient_B), state, job.learning_rate)
+        after.append(moved)
     lora_A, lora_B = map(np.stack, zip(*after, strict=True))
     weight = record[f"weight/{layer}.weight"].astype(np.float64)
-    merged = weight + job.config.scaling * pair.lora_B @ pair.lora_A
+    merged = weight + job.config.scaling * lora_B[-1] @ lora_A[-1]
     return {f"A/{layer}": lora_A, f"B/{layer}": lora_B, f"merged/{layer}.weight": merged}
