@@ -86,7 +86,7 @@ LAYER = "model.layers.1.self_attn.k_proj"
 
 
 @pytest.mark.parametrize(
-    ("array", "quantities"),
+    ("array", "expected"),
     {
         "logits": {"logits"},
         "loss": {"loss"},
@@ -98,8 +98,8 @@ LAYER = "model.layers.1.self_attn.k_proj"
         "merged/model.norm.weight": {"effective weights, end"},
     }.items(),
 )
-def test_a_difference_in_one_array_is_told_and_named(records, jobs, array, quantities):
+def test_a_difference_in_one_array_is_told_and_named(records, jobs, array, expected):
     right = records("grouped", "float64", "torch")
     wrong = {**right, array: right[array] * (1.0 + 1e-8)}
     found = errors(wrong, right, jobs["grouped"].config.scaling)
-    assert {name for name, error in found.items() if error > TOLERANCES["float64"][name]} == quantities
+    assert {name for name, error in found.items() if error > TOLERANCES["float64"][name]} == expected
