@@ -32,7 +32,9 @@ class Job:
     learning_rate: float
 
 
-def embedded(model: Path = demo.MODEL, rows: int = 16, learning_rate: float = 1e-3, passes: int = 4) -> Job:
+def embedded(
+    model: Path = demo.MODEL, rows: int = 16, learning_rate: float = 1e-3, config: Config | None = None
+) -> Job:
     """The embedded Llama on its own task.
 
     Args:
@@ -54,7 +56,7 @@ def embedded(model: Path = demo.MODEL, rows: int = 16, learning_rate: float = 1e
     batches = [
         {"input_ids": tokens[at : at + rows], "labels": labels[at : at + rows]} for at in range(0, len(tokens), rows)
     ]
-    return Job(model, batches[:INIT_BATCHES], batches[INIT_BATCHES:], Config(passes=passes), learning_rate)
+    return Job(model, batches[:INIT_BATCHES], batches[INIT_BATCHES:], config or Config(), learning_rate)
 
 
 def grouped(model: Path) -> Job:
