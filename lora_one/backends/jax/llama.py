@@ -1,7 +1,7 @@
 """Decoders of the Llama family in Flax NNX: Llama, Mistral, Qwen2 and Qwen3, with the module paths of transformers.
 
-Compact on purpose: a whole sequence at a time, no key-value cache. Norms, rotations, softmax and loss run in float32, as
-in transformers, or in float64 where the weights are.
+Compact on purpose: a whole sequence at a time, no key-value cache. Norms, rotations, softmax and loss run in float32,
+as in transformers, or in float64 where the weights are.
 """
 
 import math
