@@ -1,7 +1,7 @@
 """Decoders of the Llama family in Flax NNX: Llama, Mistral, Qwen2 and Qwen3, with the module paths of transformers.
 
-Compact on purpose: a whole sequence at a time, no key-value cache. Norms, rotations and softmax run in float32, as in
-transformers, whatever the weights are.
+Compact on purpose: a whole sequence at a time, no key-value cache. Norms, rotations, softmax and loss run in float32,
+as in transformers, or in float64 where the weights are.
 """
 
 import math
@@ -23,7 +23,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.float32)
+        wide = x.astype(_wide(x.dtype))
         normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return self.weight[...] * normal.astype(x.dtype)
 
@@ -55,11 +55,11 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = _rotate(q, rotation), _rotate(k, rotation)
         q = q.reshape(rows, length, groups, heads // groups, size)
-        scores = jnp.einsum("bqghd,bkgd->bghqk", q, k).astype(jnp.float32) / math.sqrt(size)
+        scores = jnp.einsum("bqghd,bkgd->bghqk", q, k).astype(_wide(x.dtype)) / math.sqrt(size)
         distance = jnp.arange(length)[:, None] - jnp.arange(length)  # (query, key)
         seen = (distance >= 0) if self.window is None else (distance >= 0) & (distance < self.window)
         seen = seen if mask is None else seen & mask[:, None, None, None, :].astype(bool)
-        weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(x.dtype)
+        weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(scores.dtype).min), axis=-1).astype(x.dtype)
         mixed = jnp.einsum("bghqk,bkgd->bqghd", weights, v)
         return self.o_proj(mixed.reshape(rows, length, heads * size))
 
@@ -131,13 +131,14 @@ class LlamaForCausalLM(nnx.Module):
 
 
 def causal_lm_loss(model: Any, batch: dict[str, Array]) -> Array:
-    """Mean cross-entropy of the next token, in float32, over the labels that are not -100: transformers' loss.
+    """Mean cross-entropy of the next token, in float32 or wider, over the labels that are not -100: transformers' loss.
 
     Args:
         model: (input_ids, attention_mask) -> logits.
         batch: "input_ids" and "labels", (rows, length), and perhaps "attention_mask".
     """
-    logits = model(batch["input_ids"], batch.get("attention_mask"))[:, :-1].astype(jnp.float32)
+    logits = model(batch["input_ids"], batch.get("attention_mask"))[:, :-1]
+    logits = logits.astype(_wide(logits.dtype))
     labels = batch["labels"][:, 1:]
     counted = labels != -100
     chosen = jnp.take_along_axis(logits, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
@@ -147,8 +148,8 @@ def causal_lm_loss(model: Any, batch: dict[str, Array]) -> Array:
 
 def _rotation(config: LlamaConfig, length: int, dtype: Any) -> tuple[Array, Array]:
     """(cos, sin) of each position and frequency, (length, head_dim)."""
-    frequencies = jnp.asarray(config.frequencies(), jnp.float32)  # (head_dim / 2,)
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    frequencies = jnp.asarray(config.frequencies(), _wide(dtype))  # (head_dim / 2,)
+    angles = jnp.arange(length, dtype=_wide(dtype))[:, None] * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
@@ -157,3 +158,7 @@ def _rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
     cos, sin = (table[:, None, :] for table in rotation)  # (length, 1, head_dim)
     first, second = jnp.split(x, 2, axis=-1)
     return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)

@@ -1,0 +1,63 @@
+"""What NumPy in float64 makes of one framework's gradients: everything of LoRA-One but the model."""
+
+import numpy as np
+
+from lora_one.backends import load_backend
+from lora_one.core.factors import Factors, normalized_factors
+from lora_one.core.spectrum import Probe, advance, draw_omega, finish, probe, start
+from lora_one.core.step import adamw, start_pair
+
+from .job import Job
+from .record import Record, seen
+
+_OPS = load_backend("numpy").ops
+
+
+def reference(record: Record, job: Job) -> Record:
+    """The sketch, spectrum and start from the recorded gradients of the weights; the steps from those of the factors.
+
+    Returns:
+        The entries of `record` that are computed without a model.
+    """
+    found = {}
+    for name in (key.removeprefix("A0/") for key in record if key.startswith("A0/")):
+        found |= _start(record, job, name) | _steps(record, job, name)
+    return found
+
+
+def _start(record: Record, job: Job, layer: str) -> Record:
+    g = record[f"gradient/{layer}.weight"].astype(np.float64)  # (out, in)
+    found, config = {}, job.config
+    omega = draw_omega(config.seed, layer, g.shape[1], min(config.rank + config.oversample, *g.shape))
+    state, passes = start(_OPS, omega, g.shape[0]), []
+    for number in range(1, config.passes + 1):
+        given = probe(_OPS, state)
+        passes.append((given, _product(g, given)))
+        state = advance(_OPS, state, passes[-1][1])
+        found[f"sketch/{number}/{layer}"] = seen(passes)
+    spectrum = finish(_OPS, state, config.rank)
+    found[f"singular values/{layer}"] = spectrum.s
+    found[f"A0/{layer}"], found[f"B0/{layer}"] = normalized_factors(_OPS, spectrum, config.first_gamma)
+    return found
+
+
+def _product(g: np.ndarray, given: Probe) -> np.ndarray:
+    """The gradient of the zero factor, by the identities of `lora_one.core.spectrum`."""
+    return g @ given.lora_A.T if given.lora_A is not None else given.lora_B.T @ g
+
+
+def _steps(record: Record, job: Job, layer: str) -> Record:
+    """Each step from the recorded factors before it: left to itself, the recursion would double a rounding error every
+    few steps, as the preconditioner depends on the factors, while the recorded gradients do not react.
+    """
+    before = [np.concatenate([record[f"{name}0/{layer}"][None], record[f"{name}/{layer}"][:-1]]) for name in "AB"]
+    gradients = [record[f"g{name}/{layer}"] for name in "AB"]
+    state, after = None, []
+    for *pair, gradient_A, gradient_B in zip(*(x.astype(np.float64) for x in (*before, *gradients)), strict=True):
+        state = state or start_pair(_OPS, Factors(*pair))
+        moved, state = adamw(_OPS, Factors(*pair), Factors(gradient_A, gradient_B), state, job.learning_rate)
+        after.append(moved)
+    lora_A, lora_B = map(np.stack, zip(*after, strict=True))
+    weight = record[f"weight/{layer}.weight"].astype(np.float64)
+    merged = weight + job.config.scaling * lora_B[-1] @ lora_A[-1]
+    return {f"A/{layer}": lora_A, f"B/{layer}": lora_B, f"merged/{layer}.weight": merged}
