@@ -52,10 +52,8 @@ def precondition(
         pair: lora_A (..., r, in), lora_B (..., out, r).
         gradient: their gradients, same shapes.
     """
-    gram_b, gram_a = grams(ops, pair)
-    return apply_inverses(
-        ops, gradient, damped_inverse(ops, gram_b, reg, damping), damped_inverse(ops, gram_a, reg, damping)
-    )
+    inverses = damped_inverse(ops, ops.stack(grams(ops, pair)), reg, damping)  # (2, ..., r, r): one solve
+    return apply_inverses(ops, gradient, inverses[0], inverses[1])
 
 
 def apply_inverses(ops: Ops, gradient: Factors, inverse_b: Array, inverse_a: Array) -> Factors:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .narrow import narrow_matmul
 from .precision import full_precision
 
 
@@ -32,7 +33,7 @@ class TorchOps:
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         with full_precision(a.device):
-            return a @ b
+            return narrow_matmul(a, b)
 
     def matrix_transpose(self, x: Tensor) -> Tensor:
         return x.mT

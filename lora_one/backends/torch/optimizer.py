@@ -1,100 +1,17 @@
 """AdamW for LoRA, with the r x r preconditioner, as a torch.optim.Optimizer."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from lora_one.backends.checks import check_optimizer_settings
-from lora_one.core.factors import Factors
-from lora_one.core.precondition import Damping, apply_inverses, damped_inverse, grams
+from lora_one.core.precondition import Damping
 from lora_one.errors import ModelError
 
-from .ops import TorchOps
-from .precision import full_precision
-
-_OPS = TorchOps()
-
-
-class LoraPair(NamedTuple):
-    """The parameters of one LoRA layer."""
-
-    lora_A: nn.Parameter  # (r, in)
-    lora_B: nn.Parameter  # (out, r)
-
-
-class LoraOneAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW that preconditions the gradients of LoRA pairs first (arXiv 2502.01235, Algorithm 1).
-
-    gA <- (B^T B + reg I)^-1 gA and gB <- gB (A A^T + reg I)^-1, in float32 or wider, from the current A and B; all
-    other parameters follow plain AdamW. `step` leaves every `.grad` as the backward pass made it.
-
-    Args:
-        params: parameters or groups, as for torch.optim.AdamW.
-        pairs: those to precondition; each must be in `params`.
-        reg, damping: see `lora_one.core.precondition.damped_inverse`.
-        adamw: the other arguments of torch.optim.AdamW.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        pairs: Iterable[LoraPair],
-        reg: float = 1e-6,
-        damping: Damping = "absolute",
-        **adamw: Any,
-    ):
-        super().__init__(params, **adamw)
-        self.pairs = list(pairs)
-        self.reg = reg
-        self.damping: Damping = damping
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; `closure` re-evaluates the loss first, as in torch.optim."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        raw = [(parameter, parameter.grad) for pair in self.pairs for parameter in pair]
-        try:
-            if self.pairs:
-                with full_precision(self.pairs[0].lora_A.device):  # once, and not at each product
-                    for pair, direction in _preconditioned(self.pairs, self.reg, self.damping):
-                        _set_gradient(pair.lora_A, direction.lora_A)
-                        _set_gradient(pair.lora_B, direction.lora_B)
-            super().step()
-        finally:
-            for parameter, gradient in raw:
-                parameter.grad = gradient
-        return loss
-
-
-def _preconditioned(pairs: Iterable[LoraPair], reg: float, damping: Damping) -> Iterable[tuple[LoraPair, Factors]]:
-    """Each pair that has gradients, with their preconditioned form; the r x r inverses of one rank go in one batch."""
-    batches: dict[Any, list[LoraPair]] = defaultdict(list)
-    for pair in pairs:
-        if pair.lora_A.grad is not None or pair.lora_B.grad is not None:
-            a = pair.lora_A
-            batches[a.shape[0], a.device, torch.promote_types(a.dtype, torch.float32)].append(pair)
-    for batch in batches.values():
-        both = [gram for pair in batch for gram in grams(_OPS, Factors(pair.lora_A, pair.lora_B))]
-        inverses = damped_inverse(_OPS, torch.stack(both), reg, damping)  # (2 pairs, r, r)
-        for index, pair in enumerate(batch):
-            gradient = Factors(_gradient(pair.lora_A), _gradient(pair.lora_B))
-            yield pair, apply_inverses(_OPS, gradient, inverses[2 * index], inverses[2 * index + 1])
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
-def _set_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    if parameter.grad is not None:
-        parameter.grad = gradient.to(parameter.dtype)
+from .lora_adamw import LoraOneAdamW, LoraPair
 
 
 def lora_pairs(model: nn.Module) -> list[LoraPair]:

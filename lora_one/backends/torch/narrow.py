@@ -1,0 +1,49 @@
+"""Products with a LoRA factor's r columns, at the speed that CPUs have for 16."""
+
+import math
+
+from torch import Tensor
+
+# Float32 lanes of the widest vector register. BLAS leaves most of it empty on matrices of fewer columns.
+_LANES = 16
+
+
+def narrow_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for batches (n, ., .); where an operand is tall with few columns, g rows of it are read as one.
+
+    Reading (rows, r) as (rows / g, g r) costs nothing where the memory is contiguous. Then
+
+        x^T y   is the sum of the g diagonal r x r blocks of the product of the two readings,
+        x m     is the reading times the block-diagonal matrix of g copies of m,
+
+    g times the arithmetic in fewer than half the time (r = 8, g = 2).
+    """
+    if a.device.type != "cpu" or a.ndim != 3 or b.ndim != 3 or a.shape[0] != b.shape[0]:
+        return a @ b
+    if a.mT.is_contiguous() and b.is_contiguous() and (g := _fold(a.shape[2], a.shape[1], b.shape[2])) > 1:
+        return _gram(a.mT, b, g)
+    if a.is_contiguous() and (g := _fold(a.shape[1], *b.shape[1:])) > 1:
+        return _apply(a, b, g)
+    return a @ b
+
+
+def _fold(rows: int, *columns: int) -> int:
+    """How many of `rows` to read as one: 1 where it does not pay."""
+    if rows < 16 * max(columns):
+        return 1
+    return math.gcd(rows, max(1, _LANES // max(columns)))
+
+
+def _gram(x: Tensor, y: Tensor, g: int) -> Tensor:
+    n, rows, p = x.shape
+    q = y.shape[2]
+    blocks = x.view(n, rows // g, g * p).mT @ y.view(n, rows // g, g * q)  # (n, g p, g q)
+    return blocks.view(n, g, p, g, q).diagonal(dim1=1, dim2=3).sum(-1)  # (n, p, q)
+
+
+def _apply(x: Tensor, m: Tensor, g: int) -> Tensor:
+    n, rows, p = x.shape
+    q = m.shape[2]
+    blocks = m.new_zeros(n, g, p, g, q)
+    blocks.diagonal(dim1=1, dim2=3).copy_(m[..., None])  # (n, p, q, g)
+    return (x.view(n, rows // g, g * p) @ blocks.view(n, g * p, g * q)).view(n, rows, q)
