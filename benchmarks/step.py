@@ -1,0 +1,259 @@
+"""The preconditioned step beside its peers: the LoRA pairs of a 7B Llama, and smaller models.
+
+    python -m benchmarks.step              # everything (a quarter of an hour), to benchmarks/results/step.json
+    python -m benchmarks.step --smoke      # two rounds of tiny shapes, to check that it runs
+    python -m benchmarks.step --only torch # of torch, jax, mlx
+
+Contenders of one framework and size take turns, each in a process of its own. A number is the median over rounds of the
+median wall time of a step; memory is the peak over the state that the step starts with (factors, gradients, moments).
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import MIB, RESULTS, Contender, PeakMemory, measure, median_seconds, save, table, versions
+
+Shapes = list[tuple[int, int]]  # (out, in) of each target
+RATE, REG = 1e-4, 1e-2
+
+
+def llama_shapes(layers: int, hidden: int, key_value: int, intermediate: int) -> Shapes:
+    """The seven linear layers of each block."""
+    square, narrow = [(hidden, hidden)] * 2, [(key_value, hidden)] * 2
+    return (square + narrow + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]) * layers
+
+
+SIZES: dict[str, Shapes] = {
+    "7B": llama_shapes(32, 4096, 4096, 11008),
+    "7B, 200 pairs": llama_shapes(32, 4096, 4096, 11008)[:200],
+    "0.5B": llama_shapes(24, 896, 128, 4864),
+    "embedded": llama_shapes(4, 128, 64, 384),
+    "smoke": llama_shapes(2, 16, 8, 32),
+}
+# framework -> (size, rank) of each comparison
+COMPARISONS = {
+    "torch": [("7B", 8), ("7B", 16), ("7B", 64), ("0.5B", 8), ("embedded", 8)],
+    "jax": [("7B, 200 pairs", 8), ("embedded", 8)],
+    "mlx": [("7B", 8), ("embedded", 8)],
+}
+CONTENDERS = {
+    "torch": ["fused AdamW", "lora-one", "plain loop", "PEFT Riemannian"],
+    "jax": ["optax.adamw", "lora-one"],
+    "mlx": ["AdamW", "lora-one"],
+}
+
+
+def factors(size: str, rank: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(r, in) and (out, r) of each target, float32."""
+    rng = np.random.default_rng(seed)
+    return [
+        (rng.standard_normal((rank, i), np.float32) * 0.02, rng.standard_normal((o, rank), np.float32) * 0.02)
+        for o, i in SIZES[size]
+    ]
+
+
+def torch_step(contender: str, size: str, rank: int) -> dict[str, float]:
+    """One contender of PyTorch on PEFT's LoRA layers over a base model that takes no memory."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_riemannian_optimizer
+
+    import lora_one
+    from lora_one.backends.torch.optimizer import lora_pairs
+
+    with torch.device("meta"):
+        base = torch.nn.Sequential(*[torch.nn.Linear(i, o, bias=False) for o, i in SIZES[size]])
+        names = [str(index) for index in range(len(base))]
+        model = get_peft_model(base, LoraConfig(r=rank, target_modules=names))
+    values = [torch.from_numpy(x) for pair in factors(size, rank) for x in pair]
+    for name, value in zip([n for n, p in model.named_parameters() if p.requires_grad], values, strict=True):
+        holder = model.get_submodule(name.rpartition(".")[0])
+        holder.weight = torch.nn.Parameter(value)
+        holder.weight.grad = torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
+    del values
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if contender == "fused AdamW":
+        optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=True)
+    elif contender == "PEFT Riemannian":
+        optimizer = create_riemannian_optimizer(model, torch.optim.AdamW, lr=RATE, reg=REG, fused=True)
+    elif contender == "plain loop":
+        optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=True)
+        optimizer.step = partial(_plain_loop, optimizer.step, lora_pairs(model))
+    else:
+        optimizer = lora_one.optimizer(model, RATE, precondition=True, reg=REG)
+    # Activations come and go in a training step, and leave the allocator with memory in hand.
+    torch.empty(31 * MIB, dtype=torch.uint8)
+    return _measured(optimizer.step, size)
+
+
+def _plain_loop(adamw_step: Callable[[], Any], pairs: list[Any]) -> None:
+    """What one would write: the formula pair by pair into `.grad`, AdamW, and the gradients back."""
+    import torch
+
+    from lora_one.backends.torch import TorchOps
+    from lora_one.core.factors import Factors
+    from lora_one.core.precondition import precondition
+
+    raw = [(p, p.grad) for pair in pairs for p in pair]
+    with torch.no_grad():
+        for pair in pairs:
+            direction = precondition(TorchOps(), Factors(*pair), Factors(*(p.grad for p in pair)), REG)
+            for p, its in zip(pair, direction, strict=True):
+                p.grad = its
+    adamw_step()
+    for p, its in raw:
+        p.grad = its
+
+
+def jax_step(contender: str, size: str, rank: int) -> dict[str, float]:
+    """One contender of JAX, as one compiled step that gives its buffers back."""
+    import time
+
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from lora_one.backends.jax import lora_adamw
+
+    def tree(seed: int) -> Any:
+        pairs = enumerate(factors(size, rank, seed))
+        return {f"layer{n}": {"lora_a": jnp.asarray(a.T), "lora_b": jnp.asarray(b.T)} for n, (a, b) in pairs}
+
+    tx = optax.adamw(RATE, weight_decay=0.0) if contender == "optax.adamw" else lora_adamw(RATE, reg=REG)
+    params, grads = tree(0), tree(1)
+    state = tx.init(params)
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    began = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads).compile()
+    seconds = time.perf_counter() - began
+    held = [params, state]
+
+    def run() -> None:
+        held[:] = compiled(*held, grads)
+        jax.block_until_ready(held)
+
+    del params, state
+    return {**_measured(run, size), "compile_seconds": seconds}
+
+
+def mlx_step(contender: str, size: str, rank: int) -> dict[str, float]:
+    """One contender of MLX, compiled as mlx-lm's trainer does it."""
+    import mlx.core as mx
+    from mlx.optimizers import AdamW
+
+    from lora_one.backends.mlx import LoraOneAdamW
+
+    def tree(seed: int) -> Any:
+        pairs = enumerate(factors(size, rank, seed))
+        return {f"layer{n}": {"lora_a": mx.array(a.T), "lora_b": mx.array(b.T)} for n, (a, b) in pairs}
+
+    params, grads = tree(0), tree(1)
+    if contender == "AdamW":
+        optimizer = AdamW(RATE, bias_correction=True, weight_decay=0.0)
+    else:
+        optimizer = LoraOneAdamW(RATE, params, REG, weight_decay=0.0)
+    optimizer.init(params)
+    held = [params]
+    del params
+    state = [optimizer.state]
+    mx.eval(held, state, grads)
+
+    def update(params: Any, grads: Any) -> Any:
+        return optimizer.apply_gradients(grads, params)
+
+    compiled = mx.compile(update, inputs=state, outputs=state)
+
+    def run() -> None:
+        held[0] = compiled(held[0], grads)
+        mx.eval(held, state)
+
+    return _measured(run, size)
+
+
+def _measured(run: Callable[[], Any], size: str) -> dict[str, float]:
+    warm_up, repeats = (1, 2) if size == "smoke" else (3, 7) if size.startswith("7B") else (10, 40)
+    run()  # the moments come into being
+    with PeakMemory() as memory:
+        run()
+    return {"ms": 1e3 * median_seconds(run, warm_up, repeats), "peak_mib": memory.peak / MIB}
+
+
+def compare(framework: str, size: str, rank: int, rounds: int) -> dict[str, Any]:
+    """All contenders of a framework on one size."""
+    contenders = {
+        name: Contender(f"benchmarks.step:{framework}_step", {"contender": name, "size": size, "rank": rank})
+        for name in CONTENDERS[framework]
+    }
+    found = measure(contenders, rounds)
+    first = found[CONTENDERS[framework][0]]["median"]["ms"]
+    for result in found.values():
+        result["ratio"] = result["median"]["ms"] / first
+    return {"framework": framework, "size": size, "rank": rank, "pairs": len(SIZES[size]), "contenders": found}
+
+
+def ratios(comparisons: list[dict[str, Any]]) -> str:
+    """The table: times the framework's own AdamW."""
+    rows = [
+        (
+            f"{c['framework']}, {c['size']}, r = {c['rank']}",
+            name,
+            found["median"]["ms"],
+            found["ratio"],
+            found["median"]["peak_mib"],
+        )
+        for c in comparisons
+        for name, found in c["contenders"].items()
+    ]
+    return table(["shapes", "step", "ms", "times AdamW", "peak MiB over the state"], rows)
+
+
+def draw(comparisons: list[dict[str, Any]], path: Path) -> None:
+    """Bars of the ratios, one group a comparison."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.55 * sum(len(c["contenders"]) for c in comparisons) / 2 + 1), layout="constrained")
+    axes = figure.subplots()
+    colors = {"lora-one": "tab:blue", "plain loop": "lightsteelblue", "PEFT Riemannian": "tab:orange"}
+    at, ticks = 0, []
+    for c in comparisons:
+        for name, found in c["contenders"].items():
+            axes.barh(at, found["ratio"], color=colors.get(name, "gray"))
+            axes.text(found["ratio"], at, f" {found['ratio']:.2f}", va="center", fontsize=8)
+            ticks.append((at, f"{c['framework']}, {c['size']}, r = {c['rank']}: {name}"))
+            at += 1
+        at += 1
+    axes.set_yticks([t for t, _ in ticks], [label for _, label in ticks], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="time of a step, times the framework's own AdamW", title="the preconditioned AdamW step")
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes only")
+    parser.add_argument("--only", nargs="+", choices=list(COMPARISONS), default=list(COMPARISONS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS / "step.json")
+    options = parser.parse_args(arguments)
+    comparisons = [
+        compare(framework, size, rank, 1 if options.smoke else options.rounds)
+        for framework in options.only
+        for size, rank in ([("smoke", 4)] if options.smoke else COMPARISONS[framework])
+    ]
+    packages = versions("torch", "peft", "jax", "optax", "mlx", "numpy")
+    save(options.out, versions=packages, comparisons=comparisons)
+    draw(comparisons, options.out.with_suffix(".png"))
+    print(ratios(comparisons))
+
+
+if __name__ == "__main__":
+    main()
