@@ -180,7 +180,7 @@ def mlx_step(contender: str, size: str, rank: int) -> dict[str, float]:
 
 
 def _measured(run: Callable[[], Any], size: str) -> dict[str, float]:
-    warm_up, repeats = (1, 2) if size == "smoke" else (3, 7) if size.startswith("7B") else (10, 40)
+    warm_up, repeats = (1, 2) if size == "smoke" else (2, 5) if size.startswith("7B") else (10, 40)
     run()  # the moments come into being
     with PeakMemory() as memory:
         run()
@@ -244,14 +244,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "step.json")
     options = parser.parse_args(arguments)
-    comparisons = [
-        compare(framework, size, rank, 1 if options.smoke else options.rounds)
-        for framework in options.only
-        for size, rank in ([("smoke", 4)] if options.smoke else COMPARISONS[framework])
-    ]
     packages = versions("torch", "peft", "jax", "optax", "mlx", "numpy")
-    save(options.out, versions=packages, comparisons=comparisons)
-    draw(comparisons, options.out.with_suffix(".png"))
+    comparisons: list[dict[str, Any]] = []
+    for framework in options.only:
+        for size, rank in [("smoke", 4)] if options.smoke else COMPARISONS[framework]:
+            comparisons.append(compare(framework, size, rank, 1 if options.smoke else options.rounds))
+            save(options.out, versions=packages, comparisons=comparisons)
+            draw(comparisons, options.out.with_suffix(".png"))
     print(ratios(comparisons))
 
 

@@ -22,7 +22,7 @@ _ADAMW_STEP = inspect.unwrap(torch.optim.AdamW.step)
 
 # Bytes of factors that go through the step together. On a CPU few enough that factors, gradients and their copies stay
 # in the cache until AdamW has read them; elsewhere all that a model usually has, and a bound on the memory it takes.
-_BATCH_BYTES = {"cpu": 2 * 2**20}
+_BATCH_BYTES = {"cpu": 8 * 2**20}
 _BATCH_BYTES_ELSEWHERE = 256 * 2**20
 
 
