@@ -241,13 +241,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes only")
     parser.add_argument("--only", nargs="+", choices=list(COMPARISONS), default=list(COMPARISONS))
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 64])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "step.json")
     options = parser.parse_args(arguments)
     packages = versions("torch", "peft", "jax", "optax", "mlx", "numpy")
     comparisons: list[dict[str, Any]] = []
     for framework in options.only:
-        for size, rank in [("smoke", 4)] if options.smoke else COMPARISONS[framework]:
+        chosen = [
+            (size, rank) for size, rank in COMPARISONS[framework] if size in options.sizes and rank in options.ranks
+        ]
+        for size, rank in [("smoke", 4)] if options.smoke else chosen:
             comparisons.append(compare(framework, size, rank, 1 if options.smoke else options.rounds))
             save(options.out, versions=packages, comparisons=comparisons)
             draw(comparisons, options.out.with_suffix(".png"))
