@@ -1,4 +1,4 @@
-"""A PyTorch model during `init`: probes in, LoRA's gradients out."""
+"""A PyTorch model during `init`: probes in, the gradients that LoRA would have out."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,7 +23,7 @@ from .distributed import is_parallel, mean_over_processes, sum_over_processes
 from .ops import TorchOps
 from .precision import no_reduced_matmul
 from .snapshot import Snapshot
-from .tap import tap
+from .tap import WHOLE, Product, product_of, tap
 
 
 class TorchSession:
@@ -93,30 +93,28 @@ class TorchSession:
         return torch.empty((), device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
 
     def sketch_pass(self, probes: Mapping[str, Probe]) -> tuple[PassResult, dict[str, Tensor | None]]:
-        with ExitStack() as stack:
-            wanted = {
-                name: stack.enter_context(_installed(self._sites[name], probe, self.like(name)))
-                for name, probe in probes.items()
-            }
-            result = self._run(lambda loss, last: loss.backward())
-        gradients: dict[str, Tensor | None] = {}
-        for name, factor in wanted.items():
-            if is_parallel() and factor.grad is None:
-                factor.grad = torch.zeros_like(factor)
-            gradients[name] = None if factor.grad is None else sum_over_processes(factor.grad) / result.batches
+        gradients: dict[str, Tensor | None] = dict.fromkeys(probes)
+        products = {name: product_of(probe) for name, probe in probes.items()}
+        result = self._tapped(products, gradients.__setitem__)
         return result, gradients
 
     def exact_pass(self, consume: Callable[[str, Tensor], None]) -> PassResult:
+        return self._tapped(dict.fromkeys(self._sites, WHOLE), consume)
+
+    def _tapped(self, products: Mapping[str, Product], consume: Callable[[str, Tensor], None]) -> PassResult:
+        """Run all batches backward and hand on each layer's mean product, as soon as it is whole.
+
+        A layer that no gradient reached is not handed over.
+        """
         sums: dict[str, Tensor] = {}
         calls: Counter[str] = Counter()  # of a layer, in this batch's forward pass; a shared layer has several
         last_of = _Position()
 
-        def sink(name: str, gradient: Tensor) -> None:
-            sums[name] = sums[name] + gradient if name in sums else gradient
+        def sink(name: str, product: Tensor) -> None:
+            sums[name] = sums[name].add_(product) if name in sums else product
             calls[name] -= 1
             # In the last batch a layer's sum is whole before the backward pass goes on below it: free it here, so that
-            # with one batch never more than one full gradient exists. (Under checkpointing `calls` counts twice, and
-            # the sums are consumed at the end.)
+            # with one batch never more than one full gradient exists.
             if last_of.batch and calls[name] == 0 and not is_parallel():
                 consume(name, sums.pop(name) / last_of.count)
 
@@ -126,19 +124,16 @@ class TorchSession:
             calls.clear()
 
         with ExitStack() as stack:
-            for name, site in self._sites.items():
+            for name, product in products.items():
+                site = self._sites[name]
                 stack.enter_context(_disabled(site))
-                handle = tap(
-                    site.module.get_base_layer(),
-                    sink=partial(sink, name),
-                    on_call=partial(calls.update, [name]),
-                )
+                handle = tap(site.module.get_base_layer(), product, partial(sink, name), partial(calls.update, [name]))
                 stack.callback(handle.remove)
             result = self._run(backward)
-        for name, site in self._sites.items():
+        for name, product in products.items():
             if is_parallel() and name not in sums:
-                layer = site.layer
-                sums[name] = self.like(name).new_zeros(layer.out_features, layer.in_features)
+                layer = self._sites[name].layer
+                sums[name] = product.zero(layer.out_features, layer.in_features, self.like(name))
             if name in sums:
                 consume(name, sum_over_processes(sums.pop(name)) / result.batches)
         return result
@@ -168,29 +163,10 @@ class TorchSession:
 
 
 class _Position:
-    """Where an exact pass is: batches so far, and whether this one is the last."""
+    """Where a pass is: batches so far, and whether this one is the last."""
 
     batch = False
     count = 0
-
-
-@contextmanager
-def _installed(site: Site, probe: Probe, like: Tensor) -> Iterator[nn.Parameter]:
-    """Put a probe into a LoRA layer for a while; yields the zero factor, whose gradient is wanted."""
-    layer, adapter = site.module, site.adapter
-    before = site.lora_A.weight, site.lora_B.weight, layer.scaling[adapter]
-    if probe.lora_A is not None:
-        given, zero = probe.lora_A, like.new_zeros(site.layer.out_features, probe.lora_A.shape[0])
-    else:
-        assert probe.lora_B is not None
-        given, zero = probe.lora_B, like.new_zeros(probe.lora_B.shape[1], site.layer.in_features)
-    frozen, wanted = nn.Parameter(given, requires_grad=False), nn.Parameter(zero)
-    site.lora_A.weight, site.lora_B.weight = (frozen, wanted) if probe.lora_A is not None else (wanted, frozen)
-    layer.scaling[adapter] = 1.0
-    try:
-        yield wanted
-    finally:
-        site.lora_A.weight, site.lora_B.weight, layer.scaling[adapter] = before
 
 
 @contextmanager

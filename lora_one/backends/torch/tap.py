@@ -1,52 +1,91 @@
-"""The gradient of a linear layer's weight without asking the weight for it, so that it may be frozen or quantised.
+"""A product of a linear layer's weight gradient, without asking the weight for it: it may be frozen or quantised.
 
-A tap returns the layer's output unchanged; its backward pass sees x and dL/dy, and G = sum over tokens of dL/dy x^T.
+A tap returns the layer's output unchanged. Its backward pass sees dL/dy beside x, so that it can form
+G = sum over tokens of dL/dy x^T, or, without forming that, a few of its products: G V = dL/dy^T (x V) and
+Q^T G = (dL/dy Q)^T x. LoRA's own backward pass forms the same products of factors that multiply to zero, but around
+them computes an output and a share of dL/dx that are zero too, and keeps a float32 copy of a narrower x.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lora_one.core.spectrum import Probe
+
 from .precision import full_precision
 
-Sink = Callable[[Tensor], None]
+
+class Product(NamedTuple):
+    """A linear function of G = dy^T x, in two halves: what the backward pass needs of x, and what it makes of that.
+
+    The arguments x, (tokens, in), and dy, (tokens, out), are float32 or wider.
+    """
+
+    keep: Callable[[Tensor], Tensor] | None  # x -> what is kept for the backward pass; None: x itself, not copied
+    form: Callable[[Tensor, Tensor], Tensor]  # dy, what was kept -> the product
+
+    def zero(self, out_features: int, in_features: int, like: Tensor) -> Tensor:
+        """The product of a layer that no token has reached."""
+        dy, x = like.new_zeros(0, out_features), like.new_zeros(0, in_features)
+        return self.form(dy, x if self.keep is None else self.keep(x))
+
+
+WHOLE = Product(None, lambda dy, x: dy.mT @ x)  # G, (out, in)
+
+
+def product_of(probe: Probe) -> Product:
+    """The gradient of the factor that a probe leaves out."""
+    if probe.lora_A is not None:
+        v = probe.lora_A.mT  # (in, k)
+        return Product(lambda x: x @ v, lambda dy, xv: dy.mT @ xv)  # G V, (out, k)
+    q: Any = probe.lora_B  # (out, k)
+    return Product(None, lambda dy, x: (dy @ q).mT @ x)  # Q^T G, (k, in)
 
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, sink: Sink) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.sink = sink
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, product: Product, sink: Callable[[Tensor], None]
+    ) -> Tensor:
+        ctx.save_for_backward(x if product.keep is None else _apply(product.keep, x))
+        ctx.product, ctx.sink = product, sink
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,) = ctx.saved_tensors
-        wide = torch.promote_types(x.dtype, torch.float32)
-        rows = dy.reshape(-1, dy.shape[-1]).to(wide)  # (tokens, out)
-        columns = x.reshape(-1, x.shape[-1]).to(wide)  # (tokens, in)
-        with full_precision(x.device):
-            ctx.sink(rows.mT @ columns)  # (out, in)
-        return dy, None, None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (kept,) = ctx.saved_tensors
+        ctx.sink(_apply(ctx.product.form, dy, kept))
+        return dy, None, None, None, None
 
 
-def tap(layer: nn.Module, sink: Sink, on_call: Callable[[], None]) -> torch.utils.hooks.RemovableHandle:
-    """Hand G of each call of a linear layer to `sink` during backward passes, until the handle is removed.
+def _apply(function: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+    """A function of x (tokens, n), float32 or wider, of tensors (..., n)."""
+    wide = torch.promote_types(xs[0].dtype, torch.float32)
+    with full_precision(xs[0].device):
+        return function(*(x.reshape(-1, x.shape[-1]).to(wide) for x in xs))
+
+
+def tap(
+    layer: nn.Module, product: Product, sink: Callable[[Tensor], None], on_call: Callable[[], None]
+) -> torch.utils.hooks.RemovableHandle:
+    """Hand a product of G to `sink` for each call of a linear layer, during backward passes, until it is removed.
 
     Args:
         layer: computes y (..., out) from its first argument x (..., in); nothing in it needs to require a gradient.
-        sink: called with (out, in), float32 or wider, once a call of the layer that the loss depends on.
-        on_call: called at each forward pass that records a graph.
+        product: `WHOLE`, or one of `product_of`.
+        sink: called once a call of the layer that the loss depends on.
+        on_call: called at each forward pass that records a graph, but not where checkpointing repeats one.
     """
 
     def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return y
-        on_call()
+        if torch._C._current_graph_task_id() == -1:  # outside of any backward pass
+            on_call()
         # Something must require a gradient for the graph to exist, and here no weight does.
         anchor = torch.zeros((), device=y.device, requires_grad=True)
-        return _Tap.apply(y, args[0], anchor, sink)
+        return _Tap.apply(y, args[0], anchor, product, sink)
 
     return layer.register_forward_hook(hook)
