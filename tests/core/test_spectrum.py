@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from lora_one.core.spectrum import SketchState, advance, draw_omega, exact_spectrum, finish, probe, start
+from lora_one.core.spectrum import SketchState, _converged, advance, draw_omega, exact_spectrum, finish, probe, start
 from tests.arrays import ARRAYS, Arrays, best_rank, spectrum_matrix
 
 SHAPES = [(40, 40), (60, 24), (24, 60), (9, 9)]
@@ -221,3 +221,49 @@ def test_misuse_is_an_error():
         finish(arrays.ops, run_passes(arrays, np.eye(8), 4, 1), 2)
     with pytest.raises(ValueError, match="rank must be <= 4"):
         finish(arrays.ops, run_passes(arrays, np.eye(8), 4, 2), 5)
+
+
+def large(decay: np.ndarray) -> np.ndarray:
+    return spectrum_matrix(400, 320, decay)
+
+
+def test_exact_of_a_large_gradient_converges_to_lapacks_triplets(arrays):
+    g = large(0.7 ** np.arange(60))
+    gradient = arrays.of(g)
+    omega = arrays.of(draw_omega(0, "layer", 320, 20))
+    assert _converged(arrays.ops, gradient, omega, 4, limit=80) is not None  # the dense SVD is not what is tested here
+    spectrum = exact_spectrum(arrays.ops, gradient, 4)
+    arrays.assert_close(descent(arrays, spectrum), -best_rank(g, 4))
+    arrays.assert_close(spectrum.s, np.linalg.svd(g, compute_uv=False)[:4])
+    arrays.assert_close(spectrum.norm, np.asarray(np.linalg.norm(g)))
+    arrays.assert_close(spectrum.best_norm, np.asarray(np.linalg.norm(0.7 ** np.arange(4))))
+    assert arrays.numpy(spectrum.norm_error) == arrays.numpy(spectrum.unseen) == 0
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_exact_of_a_large_gradient_at_any_scale(scale):
+    arrays = Arrays("torch", "float32")
+    g = large(0.7 ** np.arange(60))
+    spectrum = exact_spectrum(arrays.ops, arrays.of(g * scale), 4)
+    arrays.assert_close(descent(arrays, spectrum) / scale, -best_rank(g, 4))
+    arrays.assert_close(arrays.numpy(spectrum.norm) / scale, np.asarray(np.linalg.norm(g)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_exact_of_a_large_flat_gradient_falls_back_to_the_dense_svd(dtype):
+    arrays = Arrays("numpy", dtype)
+    decay = np.r_[1.0, 0.999, 0.998, 0.5 * np.ones(317)]
+    decay[3:] -= 1e-4 * np.arange(317)
+    g = large(decay)
+    omega = arrays.of(draw_omega(0, "layer", 320, 20))
+    assert _converged(arrays.ops, arrays.of(g), omega, 5, limit=80) is None
+    spectrum = exact_spectrum(arrays.ops, arrays.of(g), 5)
+    arrays.assert_close(spectrum.s, decay[:5])
+    arrays.assert_close(spectrum.norm, np.asarray(np.linalg.norm(decay)))
+
+
+def test_a_large_zero_gradient(arrays):
+    spectrum = exact_spectrum(arrays.ops, arrays.of(np.zeros((400, 320))), 4)
+    assert not arrays.numpy(spectrum.s).any()
+    assert arrays.numpy(spectrum.norm) == 0
+    assert np.isfinite(arrays.numpy(spectrum.u)).all()
