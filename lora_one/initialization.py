@@ -60,17 +60,12 @@ def initialize(session: Session, config: Config, backend: str, began: float) -> 
     spectral: dict[str, Spectrum] = {}
     for layer in session.layers:
         spectrum = spectra.layers.get(layer.name)
-        host = None if spectrum is None else Spectrum(*(session.ops.to_numpy(x) for x in spectrum))
-        if host is not None and not all(np.isfinite(x).all() for x in host):
-            raise GradientError(
-                f"layer {layer.name!r}: its gradient is finite but its SVD is not; "
-                "is the loss scaled to the edge of the dtype's range?"
-            )
-        if spectrum is not None and host is not None and host.s[0] > 0:
+        values = None if spectrum is None else _values(session.ops, layer.name, spectrum)
+        if spectrum is not None and values is not None and values.s[0] > 0:
             spectral[layer.name] = spectrum
         else:
-            host = None
-        entries.append(layer_report(layer.name, (layer.out_features, layer.in_features), layer.rank, host))
+            values = None
+        entries.append(layer_report(layer.name, (layer.out_features, layer.in_features), layer.rank, values))
     if not spectral:
         raise BatchError(
             "no target layer has a gradient: got zero in all of them, expected a loss that depends on their outputs; "
@@ -148,20 +143,38 @@ def _exact(session: Session) -> _Spectra:
     def decompose(name: str, gradient: Array) -> None:
         _check_finite(session.ops, name, gradient, "of the weight")
         spectra[name] = exact_spectrum(session.ops, gradient, ranks[name])
-        for part in spectra[name]:  # reading makes a lazy framework compute it here, and let go of the gradient
-            session.ops.to_numpy(part)
+        _values(session.ops, name, spectra[name])  # a lazy framework computes it here, and lets go of the gradient
 
     result = session.exact_pass(decompose)
     return _Spectra(result, 1, spectra)
 
 
 def _check_finite(ops: Ops, layer: str, gradient: Array, where: str) -> None:
+    if np.isfinite(ops.to_numpy(ops.sum(gradient))):
+        return
     finite = ops.to_numpy(ops.isfinite(gradient))
-    if not finite.all():
+    if not finite.all():  # it may be the sum alone that overflows
         raise GradientError(
             f"layer {layer!r}: its gradient {where} has {int((~finite).sum())} of {finite.size} entries that are not "
             "finite, expected none; a float16 model overflows easily: use bfloat16 or float32, or look at the batches"
         )
+
+
+def _values(ops: Ops, layer: str, spectrum: Spectrum) -> Spectrum:
+    """The singular values and norms as NumPy arrays; the vectors stay where they are, and are only checked.
+
+    Raises:
+        GradientError: something is not finite.
+    """
+    entries = ops.sum(spectrum.u) + ops.sum(spectrum.vt)  # the vectors are orthonormal: their sum cannot overflow
+    values = [ops.to_numpy(x) for x in (entries, spectrum.s, *spectrum[3:])]
+    if not all(np.isfinite(x).all() for x in values):
+        raise GradientError(
+            f"layer {layer!r}: its gradient is finite but its SVD is not; "
+            "is the loss scaled to the edge of the dtype's range?"
+        )
+    _, s, *norms = values
+    return Spectrum(spectrum.u, s, spectrum.vt, *norms)
 
 
 def _plain(session: Session, layer: Layer, seed: int) -> Factors:
