@@ -1,0 +1,163 @@
+"""What does the start cost, beside others' starts and beside a training step?
+
+    python -m benchmarks.init                                 # everything: an hour on two cores
+    python -m benchmarks.init --cases 97.5M --what seconds    # one part; the rest of the result stays
+    python -m benchmarks.init --plot                          # draws docs/init.png from the result
+
+Every contender runs in processes of its own, in turn. Times are medians; the ratios are of CPU time, which on one
+thread (OMP_NUM_THREADS=1) is what the wall time would be on a machine that does nothing else. Peaks are those above the
+loaded model, of a round in which freed memory goes back to the system at once: otherwise they would be mostly the
+allocator's habits.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.harness import Contender, measure, table
+from benchmarks.init_models import CASES, RANK, prepared
+
+RESULT = harness.RESULTS / "init.json"
+PLOT = Path(__file__).parents[1] / "docs" / "init.png"
+K = RANK + 16  # the sketch's width by default
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: larger blocks are mapped and unmapped one by one
+STEP = f"LoRA step, r = {K}"
+PEER = "PEFT LoRA-GA"
+
+
+def contenders(case: str, folder: str) -> dict[str, Contender]:
+    """What is measured on a case. The slowest peer and the other frameworks are on the small models only."""
+
+    def one(function: str, **settings: Any) -> Contender:
+        return Contender(f"benchmarks.init_contenders:{function}", {"case": case, "folder": folder, **settings})
+
+    found = {
+        f"LoRA step, r = {RANK}": one("training_step", rank=RANK),
+        STEP: one("training_step", rank=K),
+        PEER: one("lora_ga"),
+        "exact": one("ours", gradient="exact"),
+        "exact, checkpointing": one("ours", gradient="exact", checkpointing=True),
+        "sketch": one("ours", gradient="sketch"),
+        "sketch, checkpointing": one("ours", gradient="sketch", checkpointing=True),
+    }
+    if CASES[case].dtype == "float32":
+        found["PEFT EVA"] = one("eva")
+        found["authors' recipe"] = one("authors")
+    if case == "tiny":
+        for backend in ("jax", "mlx"):
+            found[f"exact, {backend}"] = one("ours", gradient="exact", backend=backend)
+            found[f"sketch, {backend}"] = one("ours", gradient="sketch", backend=backend)
+    return found
+
+
+def run(case: str, folder: Path, what: list[str], rounds: int, only: list[str] | None) -> dict[str, dict[str, Any]]:
+    """name -> "seconds", "peak_mib", "energy", ... of each contender."""
+    chosen = {name: c for name, c in contenders(case, str(folder)).items() if only is None or name in only}
+    found: dict[str, dict[str, Any]] = {name: {} for name in chosen}
+    for part in what:
+        before = dict(os.environ)
+        os.environ.update(GIVE_BACK if part == "peak_mib" else {})
+        try:
+            measured = measure(chosen, rounds if part == "seconds" else 1)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        for name, result in measured.items():
+            of_the_other = {"seconds", "cpu_seconds", "outside"} if part == "peak_mib" else {"peak_mib"}
+            found[name] |= {key: value for key, value in result["median"].items() if key not in of_the_other}
+            if part == "seconds":
+                found[name]["rounds"] = [
+                    {key: row[key] for key in ("seconds", "cpu_seconds")} for row in result["rounds"]
+                ]
+    return found
+
+
+def ratios(found: dict[str, dict[str, Any]]) -> str:
+    """A table of one case."""
+
+    def ratio(name: str, to: str, key: str) -> Any:
+        parts = found[name].get(key), found.get(to, {}).get(key)
+        return parts[0] / parts[1] if all(parts) else ""
+
+    header = [
+        "",
+        "s",
+        "x LoRA-GA",
+        f"x step {K}",
+        "peak MiB",
+        "x LoRA-GA",
+        f"x step {K}",
+        "energy A",
+        "energy BA",
+        "outside",
+    ]
+    rows = [
+        [
+            name,
+            numbers.get("seconds", ""),
+            numbers.get("cpu_seconds", ""),
+            ratio(name, PEER, "cpu_seconds"),
+            ratio(name, STEP, "cpu_seconds"),
+            numbers.get("peak_mib", ""),
+            ratio(name, PEER, "peak_mib"),
+            ratio(name, STEP, "peak_mib"),
+            *(numbers.get(key, "") for key in ("energy_A", "energy", "outside")),
+        ]
+        for name, numbers in found.items()
+    ]
+    return table(header, rows)
+
+
+def draw(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
+    """CPU time and peak memory of each contender over PEFT LoRA-GA's, a column of bars a case."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    parts = {"cpu_seconds": "CPU time", "peak_mib": "peak memory"}
+    for axes, (key, title) in zip(figure.subplots(1, 2), parts.items(), strict=True):
+        cases = [case for case, found in results.items() if key in found.get(PEER, {})]
+        names = list(
+            dict.fromkeys(n for case in cases for n, found in results[case].items() if n != PEER and key in found)
+        )
+        for i, case in enumerate(cases):
+            peer = results[case][PEER][key]
+            values = [results[case].get(name, {}).get(key, 0.0) / peer for name in names]
+            heights = [j + (i - (len(cases) - 1) / 2) * 0.8 / len(cases) for j in range(len(names))]
+            axes.barh(heights, values, 0.8 / len(cases), label=case)
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.set(title=f"{title} over {PEER}'s", xscale="log")
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        if cases:
+            axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=[name for name in CASES if name != "tiny"])
+    parser.add_argument("--only", nargs="+", help="names of contenders")
+    parser.add_argument("--what", nargs="+", choices=("seconds", "peak_mib"), default=["seconds", "peak_mib"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--smoke", action="store_true", help="the tiny model, one round")
+    parser.add_argument("--plot", action="store_true", help="draw the result that is there, and measure nothing")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    results = json.loads(options.out.read_text(encoding="utf-8"))["cases"] if options.out.is_file() else {}
+    if options.plot:
+        draw(results, PLOT)
+        return
+    for case in ["tiny"] if options.smoke else options.cases:
+        found = run(case, prepared(case), options.what, 1 if options.smoke else options.rounds, options.only)
+        for name, numbers in found.items():
+            results.setdefault(case, {}).setdefault(name, {}).update(numbers)
+        print(f"\n{case}\n{ratios(results[case])}\n", flush=True)
+        packages = harness.versions("torch", "transformers", "peft", "jax", "mlx", "lora-one")
+        harness.save(options.out, rank=RANK, k=K, versions=packages, cases=results)
+
+
+if __name__ == "__main__":
+    main()

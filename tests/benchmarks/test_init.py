@@ -1,0 +1,57 @@
+"""`benchmarks.init` runs, on the tiny model, and tells good starts from bad ones."""
+
+import pytest
+
+from benchmarks import init
+from benchmarks.init_contenders import authors, eva, lora_ga, ours, training_step
+from benchmarks.init_models import CASES, prepare
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    prepare(CASES["tiny"], folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("backend", "gradient", "least"),
+    [
+        ("torch", "exact", 1 - 1e-4),
+        ("torch", "sketch", 0.99),
+        ("jax", "sketch", 0.99),  # its exact gradient compiles for long
+        ("mlx", "exact", 1 - 1e-4),
+        ("mlx", "sketch", 0.99),
+    ],
+)
+def test_ours_hold_the_best_energy(folder, backend, gradient, least):
+    numbers = ours("tiny", folder, gradient, backend)
+    assert least < numbers["energy"] <= numbers["energy_A"] + 1e-5 <= 1 + 2e-5
+    assert numbers["seconds"] > 0 and numbers["peak_mib"] > 0
+
+
+def test_checkpointing_changes_no_energy(folder):
+    assert ours("tiny", folder, "exact", checkpointing=True)["energy"] > 1 - 1e-4
+
+
+def test_peers_hold_what_their_methods_aim_at(folder):
+    recipe = authors("tiny", folder)
+    assert recipe["energy"] > 1 - 1e-4
+    ga = lora_ga("tiny", folder)
+    assert ga["energy_A"] > 0.9 and ga["energy"] < 0.5  # B takes the next r directions
+    activations = eva("tiny", folder)
+    assert 0 < activations["energy_A"] < 0.9 and activations["energy"] == 0  # no gradient was asked, and B = 0
+
+
+def test_the_yardstick_is_forward_and_backward_alone(folder):
+    numbers = training_step("tiny", folder, 24)
+    assert numbers["seconds"] > 0 and "energy" not in numbers
+
+
+def test_a_result_is_measured_tabled_and_drawn(folder, tmp_path):
+    found = init.run("tiny", folder, ["seconds"], 1, [init.PEER])
+    assert len(found[init.PEER]["rounds"]) == 1 and found[init.PEER]["energy_A"] > 0.9
+    found["exact"] = {key: 2 * found[init.PEER][key] for key in ("seconds", "cpu_seconds")}
+    assert "| exact " in init.ratios(found) and "| 2 " in init.ratios(found)
+    init.draw({"tiny": found | {"exact": {"cpu_seconds": 1.0}}}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
