@@ -82,14 +82,14 @@ def ratios(found: dict[str, dict[str, Any]]) -> str:
         parts = found[name].get(key), found.get(to, {}).get(key)
         return parts[0] / parts[1] if all(parts) else ""
 
+    over = ["x LoRA-GA", f"x step {K}"]
     header = [
         "",
         "s",
-        "x LoRA-GA",
-        f"x step {K}",
+        "CPU s",
+        *over,
         "peak MiB",
-        "x LoRA-GA",
-        f"x step {K}",
+        *over,
         "energy A",
         "energy BA",
         "outside",
@@ -154,9 +154,9 @@ def main() -> None:
         found = run(case, prepared(case), options.what, 1 if options.smoke else options.rounds, options.only)
         for name, numbers in found.items():
             results.setdefault(case, {}).setdefault(name, {}).update(numbers)
-        print(f"\n{case}\n{ratios(results[case])}\n", flush=True)
         packages = harness.versions("torch", "transformers", "peft", "jax", "mlx", "lora-one")
         harness.save(options.out, rank=RANK, k=K, versions=packages, cases=results)
+        print(f"\n{case}\n{ratios(results[case])}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -136,11 +136,12 @@ def _converged(ops: Ops, g: Array, omega: Array, rank: int, limit: int) -> tuple
 
 
 def _frobenius_norm(ops: Ops, g: Array, scale: Array) -> Array:
-    """||G||_F, (), by rows and in units of `scale`: squares must not overflow, and copies of all of G take memory."""
+    """||G||_F, (), in units of `scale`, some rows at a time: squares must not overflow, nor copies of G fill memory."""
     rows = 512
     total = ops.zeros((), like=g)
     for i in range(0, g.shape[0], rows):
-        total = total + _square_sum(ops, g[i : i + rows] / scale)
+        part = g[i : i + rows] / scale
+        total = total + ops.sum(ops.sum(part * part, axis=1))  # of rows first: one long sum in float32 loses digits
     return scale * ops.sqrt(total)
 
 
