@@ -130,9 +130,7 @@ def _open(data: str | Path | Source) -> Iterable[Example]:
     return Rows(data) if isinstance(data, Source) else read_examples(data)
 
 
-def _encode_all(
-    tuner: Tuner, examples: Iterable[Example], recipe: Recipe, progress: Progress
-) -> list[TokenSequence]:
+def _encode_all(tuner: Tuner, examples: Iterable[Example], recipe: Recipe, progress: Progress) -> list[TokenSequence]:
     source = recipe.data if isinstance(recipe.data, Source) else None
     encoded = (encode(tuner.tokenizer, example) for example in examples)
     if source is not None and source.max_tokens is not None:

@@ -64,7 +64,9 @@ class Source:
                 raise ConfigError(f"a regular expression is expected, got {pattern!r}: {error}") from error
         if (self.conversation is None) == (not self.prompt or self.completion is None):
             raise ConfigError(f"{self.path}: give either prompt and completion, or conversation and turns")
-        unfit = [role for role, text in self.turns.items() if role not in ("start", "image") and "{content}" not in text]
+        unfit = [
+            role for role, text in self.turns.items() if role not in ("start", "image") and "{content}" not in text
+        ]
         if unfit or (self.conversation is not None and "assistant" not in self.turns):
             raise ConfigError("turns must have a template with {content} for each role and for the assistant")
 

@@ -1,8 +1,8 @@
 """Benchmarks of image-text models: POPE, MME, GQA, ScienceQA (images) and MMMU.
 
 Questions and rules are those of lmms-eval's tasks of the same names, on its data sets (`lmms-lab`). MMMU's answers are
-written down, not scored: its rules draw at random where an answer cannot be read. The log is lmms-eval's own: `lmms_eval
---model from_log --model_args logs=OUT/lmms_eval,have_limits=True --tasks pope,mmmu_val` scores it again.
+written down, not scored: its rules draw at random where an answer cannot be read. The log is lmms-eval's own:
+`lmms_eval --model from_log --model_args logs=OUT/lmms_eval --tasks pope,mmmu_val` scores it again.
 """
 
 import ast

@@ -1,7 +1,7 @@
 """A folder that stands in for the hub: data sets under their real names, configurations, splits and columns.
 
-`datasets`, `transformers` and `evaluate` take a folder of a name in the working directory before the hub, so a recipe runs
-here from its file as it is. The rows are invented; what is real is their form, and all that is done with them.
+`datasets`, `transformers` and `evaluate` take a folder of a name in the working directory before the hub, so a recipe
+runs here from its file as it is. The rows are invented; what is real is their form, and all that is done with them.
 """
 
 import json
@@ -42,14 +42,18 @@ class CodeEval(evaluate.Metric):
 '''
 
 
-def write(root: Path, name: str, configs: dict[str, dict[str, Rows]], features: Any = None, kind: str = "parquet") -> None:
-    """A data set in the hub's layout: a README that lists configurations, and a file a split."""
-    folder, listed = root / name, []
+def write(
+    root: Path, name: str, configs: dict[str, dict[str, Rows]], features: Any = None, kind: str = "parquet"
+) -> None:
+    """Configurations of a data set in the hub's layout: a file a split, and a README that lists them."""
+    folder = root / name
+    readme = folder / "README.md"
+    listed = yaml.safe_load(readme.read_text().strip("-\n"))["configs"] if readme.is_file() else []
     for config, splits in configs.items():
         files = []
         for split, rows in splits.items():
-            stem = f"{'data' if config == 'default' else config}/{split}-00000-of-00001.{kind}"
-            path = folder / stem
+            file = f"{'data' if config == 'default' else config}/{split}-00000-of-00001.{kind}"
+            path = folder / file
             path.parent.mkdir(parents=True, exist_ok=True)
             if kind == "parquet":
                 datasets.Dataset.from_list(list(rows), features=features).to_parquet(path)
@@ -59,9 +63,9 @@ def write(root: Path, name: str, configs: dict[str, dict[str, Rows]], features: 
                 path.write_text(json.dumps(list(rows)))
             else:
                 path.write_text("\n".join(map(json.dumps, rows)))
-            files.append({"split": split, "path": stem})
-        listed.append({"config_name": config, "data_files": files, "default": config == "default"})
-    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': listed})}---\n")
+            files.append({"split": split, "path": file})
+        listed.append({"config_name": config, "data_files": files})
+    readme.write_text(f"---\n{yaml.safe_dump({'configs': listed})}---\n")
 
 
 def picture(shade: int) -> Picture.Image:
@@ -88,21 +92,14 @@ def _glue(root: Path) -> None:
         "qnli": (["question", "sentence"], ["entailment", "not_entailment"], "validation"),
         "mrpc": (["sentence1", "sentence2"], ["not_equivalent", "equivalent"], "validation"),
     }
-    listed = []
     for task, (columns, labels, valid) in tasks.items():
         kinds: dict[str, Any] = {column: datasets.Value("string") for column in columns}
         kinds |= {"label": datasets.ClassLabel(names=labels), "idx": datasets.Value("int32")}
-        files = []
-        for split, count in (("train", 12), (valid, 4)):
-            rows = [
-                {**{c: f"{split} {task} {c} {i}" for c in columns}, "label": i % len(labels), "idx": i} for i in range(count)
-            ]
-            path = root / "nyu-mll/glue" / task / f"{split}-00000-of-00001.parquet"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            datasets.Dataset.from_list(rows, features=datasets.Features(kinds)).to_parquet(path)
-            files.append({"split": split, "path": f"{task}/{split}-*"})
-        listed.append({"config_name": task, "data_files": files})
-    (root / "nyu-mll/glue/README.md").write_text(f"---\n{yaml.safe_dump({'configs': listed})}---\n")
+        rows = [
+            {**{column: f"{task} {column} {i}" for column in columns}, "label": i % len(labels), "idx": i}
+            for i in range(12)
+        ]
+        write(root, "nyu-mll/glue", {task: {"train": rows, valid: rows[:4]}}, datasets.Features(kinds))
 
 
 def _training_sets(root: Path) -> None:
@@ -205,28 +202,26 @@ def _visual_sets(root: Path) -> None:
     pictures = [{"id": f"n{i}", "image": picture(90 * i)} for i in range(2)]
     write(root, "lmms-lab/GQA", {"testdev_balanced_instructions": {"testdev": questions}})
     with_pictures = datasets.Features({"id": string, "image": image})
-    write(root / "more", "GQA", {"testdev_balanced_images": {"testdev": pictures}}, with_pictures)
-    _join(root, "lmms-lab/GQA", root / "more/GQA")
+    write(root, "lmms-lab/GQA", {"testdev_balanced_images": {"testdev": pictures}}, with_pictures)
 
-    quiz = [{"image": picture(i), "question": "Which?", "choices": ["up", "down"], "answer": i, "hint": ""} for i in (0, 1)]
+    quiz = [
+        {"image": picture(i), "question": "Which?", "choices": ["up", "down"], "answer": i, "hint": ""} for i in (0, 1)
+    ]
     kinds = {"image": image, "question": string, "choices": [string], "answer": number, "hint": string}
     write(root, "lmms-lab/ScienceQA", {"ScienceQA-IMG": {"test": quiz}}, datasets.Features(kinds))
 
     exam = [
-        {"id": f"validation_Art_{i}", "question": "<image 1> or <image 2>?", "options": "['left', 'right']",
-         "answer": "A", "question_type": "multiple-choice" if i else "open", "image_1": picture(1), "image_2": picture(2)}
-        for i in range(2)
-    ]  # fmt: skip
+        {
+            "id": f"validation_Art_{i}",
+            "question": "<image 1> or <image 2>?",
+            "options": "['left', 'right']",
+            "answer": "A",
+            "question_type": kind,
+            "image_1": picture(1),
+            "image_2": picture(2),
+        }
+        for i, kind in enumerate(("multiple-choice", "open"))
+    ]
     texts = dict.fromkeys(("id", "question", "options", "answer", "question_type"), string)
     shown = {f"image_{n}": image for n in (1, 2)}
     write(root, "lmms-lab/MMMU", {"default": {"validation": exam}}, datasets.Features({**texts, **shown}))
-
-
-def _join(root: Path, name: str, other: Path) -> None:
-    """Adds another data set's configurations, which have other columns."""
-    listed = [yaml.safe_load((f / "README.md").read_text().split("---")[1])["configs"] for f in (root / name, other)]
-    for file in other.rglob("*.parquet"):
-        target = root / name / file.relative_to(other)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file.rename(target)
-    (root / name / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': listed[0] + listed[1]})}---\n")

@@ -24,7 +24,7 @@ METRICS = {  # what each benchmark must come out with
     "boolq": {"acc"},
     "social_iqa": {"acc"},
     "winogrande": {"acc"},
-    **dict.fromkeys(("piqa", "hellaswag", "arc_easy", "arc_challenge", "openbookqa"), {"acc", "acc_norm"}),
+    **{name: {"acc", "acc_norm"} for name in ("piqa", "hellaswag", "arc_easy", "arc_challenge", "openbookqa")},
     "pope": {"accuracy", "f1"},
     "mme": {"perception", "cognition"},
     "gqa": {"exact_match"},

@@ -55,7 +55,9 @@ class VisionTuner(TorchTuner):
             marked = sequence.tokens.count(self._image_token)
             if marked != len(pictures):
                 text = self.tokenizer.decode(sequence.tokens)
-                raise DataError(f"a prompt must have an image token a picture, got {marked} for {len(pictures)}: {text!r:.200}")
+                raise DataError(
+                    f"a prompt must have an image token a picture, got {marked} for {len(pictures)}: {text!r:.200}"
+                )
             lengths = []
             for picture in pictures:
                 seen = self._processor(text=self._processor.image_token, images=picture, return_tensors="pt")
