@@ -1,6 +1,7 @@
 """Data sets read through `datasets`: from the hub, or from a local folder in the hub's layout."""
 
 import dataclasses
+import importlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ class Source:
         keep, drop: column -> regular expression: rows are left out where one of `keep` is not found, or one of `drop`.
         words: column -> value -> the word that stands for it in the templates, for labels.
         prompt: a template with {columns}; of several, the first whose columns all have something in them.
-        completion: a template with {columns}.
+        completion: a template with {columns}; rows where nothing comes of it are left out.
         completion_match: a regular expression: what it finds first in the completion is the completion. A row in which
             it finds nothing is left out.
         conversation: the column of a conversation, instead of prompt and completion: a list of messages with "role"
@@ -130,17 +131,16 @@ class Rows:
 
 def load_rows(path: str, name: str | None, split: str) -> Any:
     """A split of a data set, as `datasets.Dataset`. Raises as `Rows`."""
+    datasets = require("datasets")
     try:
-        return require("datasets").load_dataset(path, name, split=split)
-    except (OSError, ValueError, KeyError) as error:  # its own exceptions are of these kinds
+        return datasets.load_dataset(path, name, split=split)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         kind = "folder" if Path(path).is_dir() else "hub name"
         raise DataError(f"{path} ({kind}), {name or 'default'}, {split}: cannot be read: {error}") from error
 
 
 def require(package: str) -> ModuleType:
     """A package of the extra `recipes`. Raises BackendError if it is not installed."""
-    import importlib
-
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
-    CLIPImageProcessor,
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -75,11 +75,14 @@ def make_llava(folder: Path) -> None:
         image_size=28,
         patch_size=14,
     )
-    config = LlavaConfig(vision, llama_config(), image_token_index=SPECIAL.index("<image>"), image_seq_length=4)
+    image_token = SPECIAL.index("<image>")
+    config = LlavaConfig(
+        vision_config=vision, text_config=llama_config(), image_token_index=image_token, image_seq_length=4
+    )
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     size = {"height": 28, "width": 28}
     LlavaProcessor(
-        image_processor=CLIPImageProcessor(size=size, crop_size=size),
+        image_processor=CLIPImageProcessorPil(size=size, crop_size=size),
         tokenizer=tokenizer("<s> $A"),
         patch_size=14,
         vision_feature_select_strategy="default",

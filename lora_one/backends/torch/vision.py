@@ -51,12 +51,12 @@ class VisionTuner(TorchTuner):
         features: dict[str, list[Tensor]] = defaultdict(list)
         whole = []
         for sequence in sequences:
-            pictures = [] if sequence.pictures is None else sequence.pictures()
             marked = sequence.tokens.count(self._image_token)
-            if marked != len(pictures):
+            pictures = [] if sequence.pictures is None else sequence.pictures()[:marked]  # later turns may have more
+            if marked > len(pictures):
                 text = self.tokenizer.decode(sequence.tokens)
                 raise DataError(
-                    f"a prompt must have an image token a picture, got {marked} for {len(pictures)}: {text!r:.200}"
+                    f"a picture an image token is expected, got {len(pictures)} for {marked}: {text!r:.200}"
                 )
             lengths = []
             for picture in pictures:
