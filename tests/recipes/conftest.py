@@ -41,6 +41,17 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture
 def in_hub(hub, tasks, monkeypatch):
+    """The working directory is the hub. A random model hardly ever ends: its answers are cut at 16 tokens."""
+    opened = harness.open_tasks
+
+    def open_tasks(recipe):
+        loaded = opened(recipe)
+        for task in loaded["tasks"].values():
+            if task.get_config("output_type") == "generate_until":
+                task.set_config(key="generation_kwargs", value={"max_gen_toks": 16}, update=True)
+        return loaded
+
+    monkeypatch.setattr(harness, "open_tasks", open_tasks)
     monkeypatch.setattr(harness, "task_manager", lambda: tasks)
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
     monkeypatch.chdir(hub)

@@ -152,13 +152,13 @@ def _language_benchmarks(root: Path) -> None:
     passage = [{"question": "is it", "passage": f"It is {i}.", "idx": i, "label": i % 2} for i in range(4)]
     write(root, "aps/super_glue", {"boolq": {"train": passage, "validation": passage}})
     goals = [{"goal": "Open it", "sol1": "Pull.", "sol2": "Sing.", "label": 0}] * 4
-    write(root, "baber/piqa", {"default": {"train": goals, "validation": goals}})
+    write(root, "baber/piqa", {"default": {"train": goals, "validation": goals}}, kind="csv")
     social = [{"context": "C.", "question": "Q?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "2"}] * 4
     write(root, "lighteval/siqa", {"default": {"train": social, "validation": social}}, kind="jsonl")
     ending = {"activity_label": "A", "ctx_a": "One", "ctx_b": "two", "endings": ["a", "b", "c", "d"], "label": "1"}
     write(root, "Rowan/hellaswag", {"default": {"train": [ending] * 4, "validation": [ending] * 4}})
     gap = [{"sentence": "The _ is big.", "option1": "cat", "option2": "dog", "answer": "2"}] * 4
-    write(root, "allenai/winogrande", {"winogrande_xl": {"train": gap, "validation": gap}}, kind="csv")
+    write(root, "allenai/winogrande", {"winogrande_xl": {"train": gap, "validation": gap}})
     science = [{"question": "Q?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}] * 4
     splits = {"train": science, "validation": science, "test": science}
     write(root, "allenai/ai2_arc", {"ARC-Easy": splits, "ARC-Challenge": splits})

@@ -186,5 +186,5 @@ def test_a_task_is_asked_in_the_recipes_own_words(in_hub):
     task = loaded["tasks"]["gsm8k"]
     assert task.doc_to_text({"question": "1 + 1?"}) == "Q: 1 + 1?\nA: "
     assert task.get_config("num_fewshot") == 0
-    assert task.get_config("generation_kwargs")["max_gen_toks"] == 512
+    assert task.get_config("generation_kwargs")["until"] == ["Q:", "</s>"]
     assert loaded["tasks"]["hendrycks_math_algebra"].get_config("num_fewshot") == 4
