@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .backends.interface import Tuner
-from .errors import ConfigError, DataError
+from .errors import BackendError, ConfigError, DataError
 from .recipe import Recipe
 from .sources import require
 
@@ -42,8 +42,10 @@ def open_tasks(recipe: Recipe) -> Loaded:
         specs = [_spec(manager, task, recipe, Path(folder) / f"{i}.yaml") for i, task in enumerate(recipe.tasks)]
         try:
             loaded: Loaded = manager.load(specs)
+        except ImportError as error:
+            raise BackendError(f"a task of {_names(recipe)} needs a package that is not installed: {error}") from error
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"the tasks {', '.join(map(_name, recipe.tasks))} cannot be loaded: {error}") from error
+            raise DataError(f"the tasks {_names(recipe)} cannot be loaded: {error}") from error
     own = {_name(task) for task in recipe.tasks if not isinstance(task, str) and "num_fewshot" in task}
     for name, task in loaded["tasks"].items():
         if name not in own and (recipe.num_fewshot is not None or task.get_config("num_fewshot") is None):
@@ -76,6 +78,10 @@ def run_tasks(tuner: Tuner, loaded: Loaded, recipe: Recipe) -> dict[str, dict[st
 
 def _name(task: str | Mapping[str, Any]) -> str:
     return task if isinstance(task, str) else str(task.get("task"))
+
+
+def _names(recipe: Recipe) -> str:
+    return ", ".join(map(_name, recipe.tasks))
 
 
 def _spec(manager: Any, task: str | Mapping[str, Any], recipe: Recipe, file: Path) -> str:
