@@ -53,7 +53,9 @@ def llama_config() -> LlamaConfig:
 def make_t5(folder: Path) -> None:
     torch.manual_seed(0)
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
-    config = T5Config(vocab_size=260, **sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+    config = T5Config(
+        vocab_size=260, dropout_rate=0.0, **sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1
+    )
     T5ForConditionalGeneration(config).save_pretrained(folder)
     tokenizer("$A </s>").save_pretrained(folder)
 

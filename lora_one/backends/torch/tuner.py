@@ -118,6 +118,9 @@ class TorchTuner:
             optimizers=(adamw, None),
             callbacks=[_OnStep(on_step)],
         )
+        if self.separate:
+            # T5 and its like take the number of tokens in a step and pass over it: their losses would be summed up.
+            trainer.model_accepts_loss_kwargs = False
         trainer.remove_callback(PrinterCallback)
         trainer.train()
 
