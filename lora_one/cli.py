@@ -59,6 +59,11 @@ def finetune(
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr")] = None,
     precondition: Annotated[bool | None, typer.Option("--precondition/--no-precondition")] = None,
     plain: Annotated[bool | None, typer.Option("--plain", help="LoRA's usual start, for comparison.")] = None,
+    evaluate: Annotated[bool | None, typer.Option(help="Run the benchmarks that --config names.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each benchmark at most.")] = None,
+    allow_code_execution: Annotated[
+        bool | None, typer.Option("--allow-code-execution", help="Let benchmarks run the code that the model writes.")
+    ] = None,
     seed: SeedOption = None,
     out: OutOption = None,
     config: ConfigOption = None,
@@ -232,6 +237,8 @@ def _recipe(config: Path | None, arguments: dict[str, Any]) -> Recipe:
             raise typer.BadParameter(f'--gamma must be a number or "auto", got {given["gamma"]!r}') from None
     if "," in given.get("targets", "") and not any(c in given["targets"] for c in "()[]{}*+?|\\"):
         given["targets"] = [name.strip() for name in given["targets"].split(",")]
+    if "steps" in given:
+        given["epochs"] = None  # what was given here holds, and not the file's
     return make_recipe({**(read_recipe(config) if config else {}), **given})
 
 

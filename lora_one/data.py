@@ -1,13 +1,15 @@
 """Fine-tuning data: JSON Lines files of prompt and completion, or of chat messages, as token sequences."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import DataError
 
 Messages = list[dict[str, str]]
+Pictures = Callable[[], list[Any]]  # reads and decodes them when it is called: a data set of images fills no memory
 
 
 @dataclass(frozen=True)
@@ -16,11 +18,13 @@ class Example:
 
     Attributes:
         where: file and line, for error messages.
+        pictures: what the image tokens in the prompt stand for, in their order.
     """
 
     prompt: str | Messages
     completion: str
     where: str
+    pictures: Pictures | None = None
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,24 @@ class TokenSequence:
     Attributes:
         tokens: prompt, completion and end of sequence.
         prompt_length: how many of them are the prompt.
+        pictures: see `Example`; each has one image token in the prompt.
     """
 
     tokens: list[int]
     prompt_length: int
+    pictures: Pictures | None = None
+
+    def cut(self, length: int, separate: bool = False) -> "TokenSequence | None":
+        """The first `length` tokens, or None if nothing of the completion is among them.
+
+        Args:
+            separate: prompt and completion are sequences of their own, as in an encoder-decoder: each is cut.
+        """
+        if not separate:
+            return None if self.prompt_length >= length else replace(self, tokens=self.tokens[:length])
+        prompt, completion = self.tokens[: self.prompt_length], self.tokens[self.prompt_length :]
+        prompt = prompt[: length - 1]  # the encoder's text is closed by an end-of-sequence token
+        return replace(self, tokens=[*prompt, *completion[:length]], prompt_length=len(prompt))
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -108,7 +126,7 @@ def encode(tokenizer: Any, example: Example) -> TokenSequence:
     prompt = encode_prompt(tokenizer, example)
     if isinstance(example.prompt, str):
         completion = tokenizer.encode(example.completion, add_special_tokens=False)
-        return TokenSequence([*prompt, *completion, tokenizer.eos_token_id], len(prompt))
+        return TokenSequence([*prompt, *completion, tokenizer.eos_token_id], len(prompt), example.pictures)
     messages = [*example.prompt, {"role": "assistant", "content": example.completion}]
     tokens = _template(tokenizer, messages, add_generation_prompt=False)
     if tokens[: len(prompt)] != prompt:
@@ -118,7 +136,7 @@ def encode(tokenizer: Any, example: Example) -> TokenSequence:
         )
     if len(tokens) == len(prompt):
         raise DataError(f"{example.where}: the completion has no tokens")
-    return TokenSequence(tokens, len(prompt))
+    return TokenSequence(tokens, len(prompt), example.pictures)
 
 
 def encode_prompt(tokenizer: Any, example: Example) -> list[int]:

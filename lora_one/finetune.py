@@ -1,8 +1,10 @@
 """The whole job: data, model, LoRA-One's start, training, the adapter on disk. What `lora-one finetune` runs."""
 
+import itertools
 import random
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,9 +12,13 @@ from . import api
 from .backends import load_backend, load_tuner
 from .backends.interface import Tuner
 from .data import Example, TokenSequence, encode, read_examples
+from .errors import DataError
+from .evaluation import Evaluation, answers, write_scores
 from .initialization import InitWarning
 from .recipe import Recipe
 from .report import Report
+from .scores import METRICS
+from .sources import Rows, Source
 
 
 class Progress(Protocol):
@@ -27,6 +33,9 @@ class Progress(Protocol):
     def report(self, report: Report) -> None:
         """The initialisation is done."""
 
+    def training(self, steps: int) -> None:
+        """The training begins."""
+
     def step(self, step: int, loss: float) -> None:
         """A training step is done."""
 
@@ -36,6 +45,9 @@ class Progress(Protocol):
     def score(self, when: str, exact_match: float, count: int) -> None:
         """The test items were answered, `when` is "before" or "after"."""
 
+    def benchmark(self, task: str, metric: str, value: float) -> None:
+        """A benchmark was run, after the training."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -44,7 +56,8 @@ class Outcome:
     Attributes:
         report: of the initialisation; None for a plain start.
         losses: the loss of each step's batch.
-        before, after: exact match on the test items; None without a test file.
+        before, after: exact match on the test items; None without any.
+        scores: benchmark -> metric -> value after the training, as in `evaluation.json`; "test" is the test items'.
         out: the adapter's folder.
     """
 
@@ -53,6 +66,7 @@ class Outcome:
     before: float | None
     after: float | None
     out: Path
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def finetune(recipe: Recipe, progress: Progress) -> Outcome:
@@ -61,10 +75,14 @@ def finetune(recipe: Recipe, progress: Progress) -> Outcome:
     Raises:
         LoraOneError: see `lora_one.errors`.
     """
+    evaluation = Evaluation(recipe)  # what it lacks should not be found out after the training
     tuner, sequences, tests = _prepare(recipe, progress)
+    recipe = recipe.for_examples(len(sequences))
     questions = [encode(tuner.tokenizer, example) for example in tests]
+    if tuner.separate and recipe.max_length is not None:
+        questions = [question.cut(recipe.max_length, separate=True) or question for question in questions]
     held_out = _held_out(recipe, tuner)
-    before = _score(tuner, tests, questions, progress, "before")
+    before = _score(tuner, tests, questions, recipe, progress, "before")
     _validate(tuner, held_out, progress, "before")
     report = _start(tuner, sequences, recipe, progress)
     losses: list[float] = []
@@ -73,13 +91,18 @@ def finetune(recipe: Recipe, progress: Progress) -> Outcome:
         losses.append(loss)
         progress.step(step, loss)
 
-    progress.say("Training")
+    progress.training(recipe.steps)
     tuner.train(sequences, recipe, on_step)
-    after = _score(tuner, tests, questions, progress, "after")
+    after = _score(tuner, tests, questions, recipe, progress, "after")
     _validate(tuner, held_out, progress, "after")
     out = Path(recipe.out)
     api.save(tuner.model, out, report)
-    return Outcome(report, losses, before, after, out)
+    scores = {"test": after} if after else {}
+    scores |= evaluation.run(tuner, progress)
+    if scores:
+        write_scores(out, scores)
+    exact = [None if found is None else found["exact_match"] for found in (before, after)]
+    return Outcome(report, losses, exact[0], exact[1], out, scores)
 
 
 def initialize_only(recipe: Recipe, progress: Progress) -> Outcome:
@@ -95,12 +118,36 @@ def _prepare(recipe: Recipe, progress: Progress) -> tuple[Tuner, list[TokenSeque
     from . import demo
 
     # Bad data should not have to wait for a large model to load.
-    examples = read_examples(recipe.data or demo.TRAIN)
+    examples = _open(recipe.data or demo.TRAIN)
     test = recipe.test or (demo.TEST if recipe.model is None else None)
-    tests = read_examples(test) if test else []
+    tests = list(_open(test)) if test else []
     progress.say("Loading the model")
     tuner = load_tuner(recipe.backend).open_tuner(Path(recipe.model or demo.MODEL), recipe.dtype, recipe.device)
-    return tuner, [encode(tuner.tokenizer, example) for example in examples], tests
+    return tuner, _encode_all(tuner, examples, recipe, progress), tests
+
+
+def _open(data: str | Path | Source) -> Iterable[Example]:
+    return Rows(data) if isinstance(data, Source) else read_examples(data)
+
+
+def _encode_all(tuner: Tuner, examples: Iterable[Example], recipe: Recipe, progress: Progress) -> list[TokenSequence]:
+    source = recipe.data if isinstance(recipe.data, Source) else None
+    encoded = (encode(tuner.tokenizer, example) for example in examples)
+    if source is not None and source.max_tokens is not None:
+        encoded = (sequence for sequence in encoded if len(sequence.tokens) < source.max_tokens)
+    limit = None if source is None else source.max_examples
+    whole = list(itertools.islice(encoded, limit))
+    if recipe.max_length is None:
+        sequences = whole
+    else:
+        cut = (sequence.cut(recipe.max_length, tuner.separate) for sequence in whole)
+        sequences = [sequence for sequence in cut if sequence is not None]
+    if not sequences:
+        raise DataError("the training data must hold at least one example, got none: look at its filters and lengths")
+    if len(sequences) < len(whole):
+        lost = len(whole) - len(sequences)
+        progress.warn(f"{lost} of {len(whole)} examples have a prompt that fills max_length: they are left out")
+    return sequences
 
 
 def _start(tuner: Tuner, sequences: list[TokenSequence], recipe: Recipe, progress: Progress) -> Report | None:
@@ -122,25 +169,23 @@ def _start(tuner: Tuner, sequences: list[TokenSequence], recipe: Recipe, progres
 
 
 def _score(
-    tuner: Tuner, tests: list[Example], questions: list[TokenSequence], progress: Progress, when: str
-) -> float | None:
-    """The share of the test items, `questions` in tokens, that the model completes exactly, by greedy decoding."""
+    tuner: Tuner, tests: list[Example], questions: list[TokenSequence], recipe: Recipe, progress: Progress, when: str
+) -> dict[str, float] | None:
+    """The metrics of the completions of the test items, `questions` in tokens; exact match is always one of them."""
     if not tests:
         return None
     progress.say(f"Answering {len(tests)} test items")
-    prompts = [question.tokens[: question.prompt_length] for question in questions]
     longest = max(len(question.tokens) - question.prompt_length for question in questions)
-    answers = tuner.generate(prompts, max_new_tokens=longest + 1)
-    texts = (tuner.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers)
-    right = sum(text.strip() == example.completion.strip() for text, example in zip(texts, tests, strict=True))
-    progress.score(when, right / len(tests), len(tests))
-    return right / len(tests)
+    given = answers(tuner, questions, max_new_tokens=longest + 1)
+    pairs = [(text.strip(), example.completion.strip()) for text, example in zip(given, tests, strict=True)]
+    found = {metric: METRICS[metric](pairs) for metric in ("exact_match", *recipe.metrics)}
+    progress.score(when, found["exact_match"], len(tests))
+    return found
 
 
 def _held_out(recipe: Recipe, tuner: Tuner) -> list[Any]:
     """Batches of the `valid.jsonl` beside the training data, where the data is a folder that has one."""
-    file = Path(recipe.data or "") / "valid.jsonl"
-    if recipe.data is None or not file.is_file():
+    if not isinstance(recipe.data, str) or not (file := Path(recipe.data) / "valid.jsonl").is_file():
         return []
     return tuner.batches([encode(tuner.tokenizer, example) for example in read_examples(file)], recipe.batch_size)
 

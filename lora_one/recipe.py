@@ -1,13 +1,19 @@
 """The settings of `lora-one finetune`, from the command line or from a YAML or TOML file."""
 
 import dataclasses
+import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .config import Config
 from .errors import ConfigError
+from .sources import Source, make_source
+
+NOTES = "notes"  # a file's own remarks: where its values come from, what others reported
+TORCH_ONLY = {"accumulation": 1, "schedule": "linear", "tasks": (), "visual": ()}  # setting -> what others have too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,31 +21,50 @@ class Recipe:
     """What to fine-tune, on what, and how.
 
     Attributes:
-        model: folder of a causal language model in Hugging Face's format; None is the embedded one.
-        data, test: JSON Lines files; None is the embedded task. Without a test file there is no exact match.
+        model: folder of a model in Hugging Face's format, or its name on the hub; None is the embedded one. Causal
+            language models; in PyTorch encoder-decoder and image-text ones too.
+        data, test: JSON Lines files, or sources; None is the embedded task. Without `test` there is no exact match.
         backend: "torch", ...
         dtype: of the base weights: "float32", "bfloat16" or "float16".
         device: where the framework should put the model, for instance "cuda"; None is its default.
-        steps, batch_size, learning_rate, weight_decay: of the training; linear schedule after `warmup` steps.
+        steps, learning_rate, weight_decay: of the training.
+        epochs: passes over the data, instead of `steps`.
+        batch_size, accumulation: sequences of a micro-batch, and micro-batches of a step.
+        schedule: "linear" or "cosine", down to zero after the warmup.
+        warmup, warmup_ratio: steps, or the share of all steps, in which the learning rate rises.
+        max_length: tokens that a training sequence is cut to; of prompt and completion each in an encoder-decoder. A
+            picture counts as one.
         precondition, reg, damping: see `lora_one.optimizer`.
-        init_batches: batches of the training data that the initialisation reads.
+        init_batches: micro-batches of the training data that the initialisation reads.
         plain: start LoRA as usual instead, for comparison.
         seed: of the order of the data and of the sketch.
-        out: where the adapter goes.
+        out: where the adapter goes, and `evaluation.json`.
+        metrics: of the test items: "exact_match", "matthews".
+        tasks: of lm-evaluation-harness, after the training: names, or mappings that override a task's own settings.
+        num_fewshot: examples in the prompts of those `tasks` that do not say it themselves.
+        visual: benchmarks of `lora_one.visual`, after the training.
+        evaluate: False leaves out `tasks` and `visual`.
+        limit: at most so many items of each of them.
+        allow_code_execution: lets tasks run the code that the model writes, in this process's rights.
         config: the initialisation.
     """
 
     model: str | None = None
-    data: str | None = None
-    test: str | None = None
+    data: str | Source | None = None
+    test: str | Source | None = None
     backend: str = "torch"
     dtype: str = "float32"
     device: str | None = None
     steps: int = 200
+    epochs: float | None = None
     batch_size: int = 32
+    accumulation: int = 1
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
+    schedule: str = "linear"
     warmup: int = 10
+    warmup_ratio: float | None = None
+    max_length: int | None = None
     precondition: bool = False
     reg: float = 1e-6
     damping: str = "absolute"
@@ -47,24 +72,61 @@ class Recipe:
     plain: bool = False
     seed: int = 0
     out: str = "runs/adapter"
+    metrics: tuple[str, ...] = ("exact_match",)
+    tasks: tuple[str | Mapping[str, Any], ...] = ()
+    num_fewshot: int | None = None
+    visual: tuple[str, ...] = ()
+    evaluate: bool = True
+    limit: int | None = None
+    allow_code_execution: bool = False
     config: Config = field(default_factory=Config)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "init_batches"):
+        for name in ("metrics", "tasks", "visual"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
+            if isinstance(value, (str, Mapping)) or not hasattr(value, "__iter__"):
+                raise ConfigError(f"{name} must be a list, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        for name in ("data", "test"):
+            if isinstance(getattr(self, name), Mapping):
+                object.__setattr__(self, name, make_source(getattr(self, name), name))
+        for name in ("steps", "batch_size", "accumulation", "init_batches"):
+            _check_integer(name, getattr(self, name))
+        for name in ("max_length", "limit"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name))
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate must be > 0, got {self.learning_rate!r}")
+        if self.epochs is not None and not self.epochs > 0:
+            raise ConfigError(f"epochs must be > 0, got {self.epochs!r}")
+        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio < 1:
+            raise ConfigError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio!r}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
+        if self.schedule not in ("linear", "cosine"):
+            raise ConfigError(f"schedule must be linear or cosine, got {self.schedule!r}")
+        unknown = sorted(set(self.metrics) - {"exact_match", "matthews"})
+        if unknown or not self.metrics:
+            raise ConfigError(f"metrics must be exact_match or matthews, got {', '.join(unknown) or 'none'}")
         if (self.model is None) != (self.data is None):
             given, missing = ("model", "data") if self.data is None else ("data", "model")
             raise ConfigError(f"{given} is given without {missing}: give both, or neither for the embedded ones")
+        for name, usual in TORCH_ONLY.items():
+            if self.backend != "torch" and getattr(self, name) != usual:
+                raise ConfigError(f"{name} needs the backend torch so far, got {self.backend!r}: leave it out")
+
+    def for_examples(self, count: int) -> "Recipe":
+        """This recipe with `steps` and `warmup` as numbers, for `count` training sequences."""
+        steps, warmup = self.steps, self.warmup
+        if self.epochs is not None:
+            steps = math.ceil(self.epochs * math.ceil(math.ceil(count / self.batch_size) / self.accumulation))
+        if self.warmup_ratio is not None:
+            warmup = math.ceil(self.warmup_ratio * steps)
+        return dataclasses.replace(self, steps=steps, epochs=None, warmup=warmup, warmup_ratio=None)
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The settings in a file, flat: names of `Recipe` and of `Config` beside each other.
+    """The settings in a file, flat: names of `Recipe` and of `Config` beside each other; `notes` is passed over.
 
     Args:
         path: .toml, .yaml or .yml.
@@ -89,7 +151,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold settings by name, got {type(values).__name__}")
-    known = _names(Recipe) | _names(Config) - {"config"}
+    values.pop(NOTES, None)
+    known = _names(Recipe) | _names(Config)
     unknown = sorted(set(values) - known)
     if unknown:
         raise ConfigError(f"{path}: unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
@@ -108,3 +171,8 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
 
 def _names(cls: type) -> set[str]:
     return {field.name for field in dataclasses.fields(cls)} - {"config"}
+
+
+def _check_integer(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")

@@ -17,6 +17,7 @@ from .finetune import Outcome
 from .inspection import Inspection
 from .recipe import Recipe
 from .report import Report
+from .sources import Source
 
 _STYLE: Any = {"box": SIMPLE_HEAD, "padding": (0, 1), "pad_edge": False, "collapse_padding": True}
 SMOOTHING = 10  # steps that the loss shown is a mean of
@@ -29,6 +30,7 @@ class Terminal:
         self._console = console
         self._recipe = recipe
         self._losses: list[float] = []
+        self._steps = recipe.steps
         self._began = time.perf_counter()
         self._bars = Progress(
             SpinnerColumn(),
@@ -46,7 +48,7 @@ class Terminal:
         _quiet_libraries()
         self._console.print(
             f"[bold]lora-one[/]  model {escape(self._recipe.model or 'embedded tiny Llama')}, "
-            f"data {escape(self._recipe.data or 'embedded task: sort letters')}"
+            f"data {escape(_name(self._recipe.data) or 'embedded task: sort letters')}"
         )
         self._bars.__enter__()
         return self
@@ -58,8 +60,7 @@ class Terminal:
         """A step of the job begins."""
         if self._task is not None:
             self._bars.remove_task(self._task)
-        total = self._recipe.steps if text == "Training" else None
-        self._task = self._bars.add_task(text, total=total, note="")
+        self._task = self._bars.add_task(text, total=self._steps if text == "Training" else None, note="")
 
     def warn(self, text: str) -> None:
         """Something went otherwise than asked."""
@@ -70,13 +71,18 @@ class Terminal:
         self._bars.print(report_table(report))
         self._bars.print(escape(report.summary()))
 
+    def training(self, steps: int) -> None:
+        """The training begins."""
+        self._steps = steps
+        self.say("Training")
+
     def step(self, step: int, loss: float) -> None:
         """A training step is done."""
         self._losses.append(loss)
         recent = self._losses[-SMOOTHING:]
         mean = sum(recent) / len(recent)
         self._bars.update(self._task, completed=step, note=f"loss {mean:.3f}")
-        if step == 1 or step % max(1, self._recipe.steps // 10) == 0:
+        if step == 1 or step % max(1, self._steps // 10) == 0:
             self._bars.print(f"  step {step:>5}  loss {mean:.4f}")
 
     def validation(self, when: str, loss: float) -> None:
@@ -86,6 +92,10 @@ class Terminal:
     def score(self, when: str, exact_match: float, count: int) -> None:
         """The test items were answered."""
         self._bars.print(f"Exact match {when} training: [bold]{exact_match:.1%}[/] of {count} held-out items")
+
+    def benchmark(self, task: str, metric: str, value: float) -> None:
+        """A benchmark was run."""
+        self._bars.print(f"{escape(task)}  {escape(metric)}  [bold]{value:.4f}[/]")
 
     def finish(self, outcome: Outcome) -> None:
         """The last lines: what came out, and what to do next."""
@@ -108,6 +118,10 @@ class Terminal:
     def _say(self, text: str) -> None:
         """A line as it is: a path that is folded at the edge cannot be copied."""
         self._console.print(text, soft_wrap=True)
+
+
+def _name(data: str | Source | None) -> str | None:
+    return data.path if isinstance(data, Source) else data
 
 
 def report_table(report: Report) -> Table:

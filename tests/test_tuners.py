@@ -17,7 +17,7 @@ class Diary:
     """A `lora_one.finetune.Progress` that remembers."""
 
     def __init__(self):
-        self.losses, self.validations, self.scores, self.warnings = [], {}, {}, []
+        self.losses, self.validations, self.scores, self.warnings, self.benchmarks = [], {}, {}, [], {}
 
     def say(self, text):
         pass
@@ -28,6 +28,9 @@ class Diary:
     def warn(self, text):
         self.warnings.append(text)
 
+    def training(self, steps):
+        self.steps = steps
+
     def step(self, step, loss):
         self.losses.append(loss)
 
@@ -36,6 +39,9 @@ class Diary:
 
     def score(self, when, exact_match, count):
         self.scores[when] = exact_match
+
+    def benchmark(self, task, metric, value):
+        self.benchmarks[task, metric] = value
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -83,6 +83,7 @@ class Tuner(Protocol):
 
     model: Any
     tokenizer: Any  # Hugging Face's, or one that passes `encode`, `decode` and `apply_chat_template` on to it
+    separate: bool  # prompt and completion are sequences of their own: an encoder-decoder
 
     def batches(self, sequences: Sequence[TokenSequence], batch_size: int) -> list[Any]:
         """Padded batches, in order, for `init` with `loss_fn`."""

@@ -47,6 +47,8 @@ def open_tuner(folder: Path, dtype: str, device: str | None) -> "JaxTuner":
 class JaxTuner:
     """See `lora_one.backends.interface.Tuner`."""
 
+    separate = False
+
     def __init__(self, model: nnx.Module, tokenizer: Any):
         self.model: Any = model
         self.tokenizer = tokenizer

@@ -57,6 +57,8 @@ def open_tuner(folder: Path, dtype: str, device: str | None) -> "MlxTuner":
 class MlxTuner:
     """See `lora_one.backends.interface.Tuner`."""
 
+    separate = False
+
     def __init__(self, model: nn.Module, tokenizer: Any):
         self.model = model
         self.tokenizer = tokenizer

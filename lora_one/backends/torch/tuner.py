@@ -1,4 +1,4 @@
-"""Fine-tuning a causal language model from a local Hugging Face folder, by transformers' own Trainer."""
+"""Fine-tuning a language model in Hugging Face's format, by transformers' own Trainer."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +8,11 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoProcessor,
     AutoTokenizer,
     PrinterCallback,
     Trainer,
@@ -27,21 +31,42 @@ IGNORED = -100  # transformers' label of a token that is not part of the loss
 
 
 def open_tuner(folder: Path, dtype: str, device: str | None) -> "TorchTuner":
-    """See `lora_one.backends.interface.Tuner`.
+    """See `lora_one.backends.interface.Tuner`; also for encoder-decoder and image-text models.
+
+    Args:
+        folder: or, where no such folder is, a name on the hub.
 
     Raises:
-        ModelError: the folder holds no causal language model that transformers can load.
+        ModelError: it holds no such model that transformers can load.
     """
+    from .seq2seq import Seq2SeqTuner
+    from .vision import VisionTuner
+
+    where: Any = {"local_files_only": folder.is_dir()}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(str(folder), **where)
+        seeing = hasattr(config, "vision_config")
+        loader: Any = AutoModelForCausalLM
+        if seeing:
+            loader = AutoModelForImageTextToText
+        elif config.is_encoder_decoder:
+            loader = AutoModelForSeq2SeqLM
+        model = loader.from_pretrained(str(folder), dtype=getattr(torch, dtype), **where)
+        opener: Any = AutoProcessor if seeing else AutoTokenizer
+        words = opener.from_pretrained(str(folder), **where)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} must hold a causal language model and its tokenizer: {error}") from error
-    return TorchTuner(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer)
+    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if seeing:
+        return VisionTuner(model, words)
+    return Seq2SeqTuner(model, words) if config.is_encoder_decoder else TorchTuner(model, words)
 
 
 class TorchTuner:
     """See `lora_one.backends.interface.Tuner`."""
+
+    separate = False
+    generated_at_once = 128
 
     def __init__(self, model: nn.Module, tokenizer: Any):
         self.model: Any = model
@@ -65,6 +90,8 @@ class TorchTuner:
             output_dir=str(Path(recipe.out)),
             max_steps=recipe.steps,
             per_device_train_batch_size=recipe.batch_size,
+            gradient_accumulation_steps=recipe.accumulation,
+            lr_scheduler_type=recipe.schedule,
             warmup_steps=recipe.warmup,
             logging_steps=1,
             save_strategy="no",
@@ -91,31 +118,46 @@ class TorchTuner:
             optimizers=(adamw, None),
             callbacks=[_OnStep(on_step)],
         )
+        if self.separate:
+            # T5 and its like take the number of tokens in a step and pass over it: their losses would be summed up.
+            trainer.model_accepts_loss_kwargs = False
         trainer.remove_callback(PrinterCallback)
         trainer.train()
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         self.model.eval()
-        end = self.tokenizer.eos_token_id
         found: list[list[int]] = []
-        for start in range(0, len(prompts), 128):
-            part = prompts[start : start + 128]
-            width = max(map(len, part))
+        for start in range(0, len(prompts), self.generated_at_once):
+            part = prompts[start : start + self.generated_at_once]
             # Padded on the left, so that all prompts end where their continuations begin.
-            tokens = torch.tensor([[self._pad] * (width - len(p)) + p for p in part])
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
-            output = self.model.generate(
-                input_ids=tokens.to(self.model.device),
-                attention_mask=mask.to(self.model.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=self._pad,
-                eos_token_id=end,
-            )
-            for row in output[:, width:].tolist():
-                found.append(row[: row.index(end)] if end in row else row)
+            found += self._continue(self._pad_prompts(part, left=True), max_new_tokens)
         return found
+
+    def _pad_prompts(self, prompts: Sequence[list[int]], left: bool) -> dict[str, Tensor]:
+        width = max(map(len, prompts))
+        blank = [[self._pad] * (width - len(prompt)) for prompt in prompts]
+        tokens = [b + p if left else p + b for b, p in zip(blank, prompts, strict=True)]
+        mask = [[0] * len(b) + [1] * len(p) for b, p in zip(blank, prompts, strict=True)]
+        mask = mask if left else [row[::-1] for row in mask]
+        return {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(mask)}
+
+    def _continue(self, batch: dict[str, Tensor], max_new_tokens: int) -> list[list[int]]:
+        """Greedy continuations of a padded batch, up to and without the end-of-sequence token."""
+        end = self.tokenizer.eos_token_id
+        output = self.model.generate(
+            **send_to_device(batch, self.model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=self._pad,
+            eos_token_id=end,
+        )
+        rows = output[:, self._given(batch) :].tolist()
+        return [row[: row.index(end)] if end in row else row for row in rows]
+
+    def _given(self, batch: dict[str, Tensor]) -> int:
+        """How many tokens of what `generate` returns are not the model's own."""
+        return batch["input_ids"].shape[1]
 
     def _collate(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
         width = max(len(sequence.tokens) for sequence in sequences)
