@@ -27,7 +27,8 @@ def folder(tmp_path_factory):
 def test_ours_hold_the_best_energy(folder, backend, gradient, least):
     numbers = ours("tiny", folder, gradient, backend)
     assert least < numbers["energy"] <= numbers["energy_A"] + 1e-5 <= 1 + 2e-5
-    assert numbers["seconds"] > 0 and numbers["peak_mib"] > 0
+    # In the tests' own process, whose memory has had higher peaks: a benchmark gives each contender its own.
+    assert numbers["seconds"] > 0 and numbers["peak_mib"] >= 0
 
 
 def test_checkpointing_changes_no_energy(folder):
