@@ -52,8 +52,8 @@ def test_a_plain_lora_aligns_with_the_gradient_the_earlier_the_smaller_its_start
     lora = [found[f"LoRA, variance {variance:g}"] for variance in alignment.VARIANCES]
     assert min(rows["angle"][0] for rows in lora) > 0.98
     late = [rows["angle"][1] for rows in lora]
-    assert late == sorted(late, reverse=True)
-    assert late[0] > 0.98 and late[-1] < 0.25
+    assert min(late[:2]) > 0.98 and late[-1] < 0.25  # by 300 steps variances 1 and 0.1 have not begun to turn
+    assert late[1:] == sorted(late[1:], reverse=True)
     assert found["LoRA-One"]["angle"][0] < 1e-12
     assert found["LoRA-One"]["risk"][1] < 1e-2 * min(rows["risk"][1] for rows in lora)
 
@@ -76,15 +76,22 @@ def test_b_the_spectral_start_converges_linearly_and_independently_of_the_condit
 def test_b_lora_gas_vectors_stall_where_rank_r_cannot_reach_and_lora_ones_can(seed):
     found = preconditioning.measure(NUMPY, seed)["risk"]
     problem = Linear(NUMPY, low_rank(100, 100, np.array([4.0, 3.0, 2.0, 1.0]) / 4, seed), 1600, seed)
+
+    def least(correction):
+        """The risk that no B A of rank 4 is below (Eckart and Young)."""
+        return 0.5 * np.square(np.linalg.svd(problem.target - correction, compute_uv=False)[4:]).sum()
+
     for name, (_, correction) in preconditioning.starts(NUMPY, problem).items():
-        # Eckart and Young: no B A of rank 4 has a lower risk.
-        bound = 0.5 * np.square(np.linalg.svd(problem.target - correction, compute_uv=False)[4:]).sum()
+        bound = least(correction)
         if name == "LoRA-GA's vectors, base corrected":
             assert bound > 1e-2
             assert bound <= found[name][100] < 1.2 * bound
         else:
             assert bound < 1e-28
             assert found[name][100] < 1e-29
+    # With A and B exchanged rank 4 is enough: only the input side of the gradient is blurred by the samples.
+    u, _, vt = np.linalg.svd(problem.gradient(np.zeros((100, 100))))
+    assert least(-u[:, :4] @ vt[4:8]) < 1e-28
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -116,10 +123,9 @@ def test_the_figures_are_the_same_on_every_backend(arrays):
     """`arrays` is (backend, dtype): tests/conftest.py gives JAX its float64 by it."""
     theirs = Arrays(arrays[0])
     for measure in (
-        lambda on: np.array(alignment.measure(on, steps=20, every=20)["LoRA, variance 0.01"]["angle"]),
-        lambda on: np.array(alignment.measure(on, steps=20, every=20)["LoRA-One"]["risk"]),
-        lambda on: np.array(portrait.measure(on, steps=50)["points"]),
-        lambda on: np.array(relu.measure(on, steps=5)["LoRA-One, preconditioned"]),
-        lambda on: np.array(preconditioning.contraction(on, 100.0, 1e-10, 0)),
+        lambda on: [rows["risk"] + rows["angle"] for rows in alignment.measure(on, steps=20, every=10).values()],
+        lambda on: portrait.measure(on, steps=30)["points"],
+        lambda on: list(relu.measure(on, steps=5).values()),
+        lambda on: preconditioning.contraction(on, 100.0, 1e-10, 0, steps=25),
     ):
-        np.testing.assert_allclose(measure(theirs), measure(NUMPY), rtol=1e-7)
+        np.testing.assert_allclose(measure(theirs), measure(NUMPY), rtol=1e-7, atol=1e-12)

@@ -1,0 +1,81 @@
+"""Which runs are made, and in which order: short jobs first, then each place's best damping at length."""
+
+import math
+from collections.abc import Iterable
+
+from .rules import Rule
+from .sweep import Cell, Results, loss_of, tune
+from .tasks import LLAMA, REGRESSION
+
+COARSE = {"absolute": (1e-6, 1e-2), "relative": (1e-2, 1.0)}
+DAMPINGS = {"absolute": (1e-6, 1e-4, 1e-2, 1.0), "relative": (1e-4, 1e-2, 1.0, 1e2)}  # six decades each
+PLACES = {"adam": ("before", "mean", "after", "basis"), "momentum": ("before", "after")}
+# Where the first climb begins.
+FIRST_RATE = {
+    "adam": {"none": 3e-3, "before": 3e-3, "mean": 3e-5, "after": 3e-5, "basis": 3e-4},
+    "momentum": {"none": 1e-1, "before": 1e-3, "after": 1e-3},
+}
+SEEDS = (0, 1, 2)
+
+
+def carry_out(results: Results) -> None:
+    """Make all runs that are not there yet, in the order in which they tell most."""
+    for dampings in (COARSE, DAMPINGS):
+        screen_all(results, "screen", LLAMA, 8, rules("adam", dampings))
+        for optimizer in PLACES:
+            screen_all(results, "full", REGRESSION, 8, rules(optimizer, dampings))
+        for rank in (4, 32):
+            for optimizer in PLACES:
+                screen_all(results, "full", REGRESSION, rank, finalists(results, optimizer, "full", REGRESSION))
+        for rank in (4, 32):
+            screen_all(results, "screen", LLAMA, rank, finalists(results, "adam", "screen", LLAMA)[:3])
+        for task in LLAMA:
+            finish(results, task, 8)
+        screen_all(results, "screen", LLAMA, 8, rules("momentum", dampings))
+    for rank in (4, 32):
+        for optimizer in PLACES:
+            screen_all(results, "screen", LLAMA, rank, finalists(results, optimizer, "screen", LLAMA))
+
+
+def rules(optimizer: str, dampings: dict[str, tuple[float, ...]]) -> list[Rule]:
+    """The plain optimizer, and each place with each damping."""
+    found = [Rule(optimizer)]  # type: ignore[arg-type]
+    for place in PLACES[optimizer]:
+        for damping, regs in dampings.items():
+            found += [Rule(optimizer, place, damping, reg) for reg in regs]  # type: ignore[arg-type]
+    return found
+
+
+def screen_all(results: Results, job: str, tasks: Iterable[str], rank: int, chosen: list[Rule]) -> None:
+    """Each rule at its best rate in half decades, one seed.
+
+    A climb begins at the rule's best rate on the task before, or else at that of the rule before it of the same place.
+    """
+    known: dict[Rule | str, float] = {}
+    for task in tasks:
+        for rule in chosen:
+            first = known.get(rule, known.get(rule.place, FIRST_RATE[rule.optimizer][rule.place]))
+            best = tune(results, Cell(job, task, rank, rule), first, per_decade=2)["rate"]
+            known[rule] = known[rule.place] = best
+
+
+def finalists(results: Results, optimizer: str, job: str, tasks: Iterable[str]) -> list[Rule]:
+    """The plain optimizer, then of each place its best damping, best first: by the mean log loss at r = 8."""
+
+    def loss(rule: Rule) -> float:
+        rows = [results.best(Cell(job, task, 8, rule)) for task in tasks]
+        return sum(math.inf if row is None else math.log(loss_of(row)) for row in rows)
+
+    plain, *others = rules(optimizer, DAMPINGS)
+    best = [min((rule for rule in others if rule.place == place), key=loss) for place in PLACES[optimizer]]
+    return [plain, *sorted(best, key=loss)]
+
+
+def finish(results: Results, task: str, rank: int) -> None:
+    """Plain Adam and the two best places in the full job: the best rate by one seed, then other seeds at that rate."""
+    for rule in finalists(results, "adam", "screen", LLAMA)[:3]:
+        short = results.best(Cell("screen", task, rank, rule))
+        assert short is not None
+        rate = tune(results, Cell("full", task, rank, rule), short["rate"], per_decade=4)["rate"]
+        for seed in SEEDS[1:]:
+            results.get(Cell("full", task, rank, rule, seed), rate)
