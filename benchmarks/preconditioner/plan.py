@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from .rules import Rule
 from .sweep import Cell, Results, loss_of, tune
-from .tasks import LLAMA, REGRESSION
+from .tasks import LLAMA, RANK, REGRESSION
 
 COARSE = {"absolute": (1e-6, 1e-2), "relative": (1e-2, 1.0)}
 DAMPINGS = {"absolute": (1e-6, 1e-4, 1e-2, 1.0), "relative": (1e-4, 1e-2, 1.0, 1e2)}  # six decades each
@@ -21,20 +21,21 @@ SEEDS = (0, 1, 2)
 def carry_out(results: Results) -> None:
     """Make all runs that are not there yet, in the order in which they tell most."""
     for dampings in (COARSE, DAMPINGS):
-        screen_all(results, "screen", LLAMA, 8, rules("adam", dampings))
-        for optimizer in PLACES:
-            screen_all(results, "full", REGRESSION, 8, rules(optimizer, dampings))
-        for rank in (4, 32):
-            for optimizer in PLACES:
-                screen_all(results, "full", REGRESSION, rank, finalists(results, optimizer, "full", REGRESSION))
-        for rank in (4, 32):
-            screen_all(results, "screen", LLAMA, rank, finalists(results, "adam", "screen", LLAMA)[:3])
+        screen(results, "screen", LLAMA, 8, rules("adam", dampings))
         for task in LLAMA:
-            finish(results, task, 8)
-        screen_all(results, "screen", LLAMA, 8, rules("momentum", dampings))
-    for rank in (4, 32):
+            confirm(results, "screen", task, 8)
         for optimizer in PLACES:
-            screen_all(results, "screen", LLAMA, rank, finalists(results, optimizer, "screen", LLAMA))
+            screen(results, "full", REGRESSION, 4, rules(optimizer, dampings))
+        for task in LLAMA:
+            confirm(results, "full", task, 8)
+        for rank in (4, 32):
+            screen(results, "screen", LLAMA, rank, finalists(results, "adam", "screen", LLAMA)[:3])
+        screen(results, "screen", LLAMA, 8, rules("momentum", dampings))
+    for optimizer in PLACES:
+        for rank in (4, 32):
+            screen(results, "screen", LLAMA, rank, finalists(results, optimizer, "screen", LLAMA))
+        for rank in (8, 32):
+            screen(results, "full", REGRESSION, rank, finalists(results, optimizer, "full", REGRESSION))
 
 
 def rules(optimizer: str, dampings: dict[str, tuple[float, ...]]) -> list[Rule]:
@@ -46,7 +47,7 @@ def rules(optimizer: str, dampings: dict[str, tuple[float, ...]]) -> list[Rule]:
     return found
 
 
-def screen_all(results: Results, job: str, tasks: Iterable[str], rank: int, chosen: list[Rule]) -> None:
+def screen(results: Results, job: str, tasks: Iterable[str], rank: int, chosen: list[Rule]) -> None:
     """Each rule at its best rate in half decades, one seed.
 
     A climb begins at the rule's best rate on the task before, or else at that of the rule before it of the same place.
@@ -60,10 +61,10 @@ def screen_all(results: Results, job: str, tasks: Iterable[str], rank: int, chos
 
 
 def finalists(results: Results, optimizer: str, job: str, tasks: Iterable[str]) -> list[Rule]:
-    """The plain optimizer, then of each place its best damping, best first: by the mean log loss at r = 8."""
+    """The plain optimizer, then of each place its best damping, best first: by the mean log loss over the tasks."""
 
     def loss(rule: Rule) -> float:
-        rows = [results.best(Cell(job, task, 8, rule)) for task in tasks]
+        rows = [results.best(Cell(job, task, RANK[task], rule)) for task in tasks]
         return sum(math.inf if row is None else math.log(loss_of(row)) for row in rows)
 
     plain, *others = rules(optimizer, DAMPINGS)
@@ -71,11 +72,13 @@ def finalists(results: Results, optimizer: str, job: str, tasks: Iterable[str]) 
     return [plain, *sorted(best, key=loss)]
 
 
-def finish(results: Results, task: str, rank: int) -> None:
-    """Plain Adam and the two best places in the full job: the best rate by one seed, then other seeds at that rate."""
+def confirm(results: Results, job: str, task: str, rank: int) -> None:
+    """Plain Adam and the two best places: the best rate in quarter decades by one seed, then the other seeds at it."""
+    rates: dict[Rule, float] = {}
     for rule in finalists(results, "adam", "screen", LLAMA)[:3]:
         short = results.best(Cell("screen", task, rank, rule))
         assert short is not None
-        rate = tune(results, Cell("full", task, rank, rule), short["rate"], per_decade=4)["rate"]
-        for seed in SEEDS[1:]:
-            results.get(Cell("full", task, rank, rule, seed), rate)
+        rates[rule] = tune(results, Cell(job, task, rank, rule), short["rate"], per_decade=4)["rate"]
+    for seed in SEEDS[1:]:  # outermost: a seed is another start
+        for rule, rate in rates.items():
+            results.get(Cell(job, task, rank, rule, seed), rate)

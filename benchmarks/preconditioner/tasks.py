@@ -5,6 +5,7 @@ start, so that one start serves every rule and rate.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 import torch
 from peft import PeftModel
@@ -17,8 +18,9 @@ from lora_one.backends.torch.tuner import open_tuner
 from lora_one.data import encode, encode_prompt, read_examples
 
 LLAMA = {"main": demo.TRAIN.parent, "harder": demo.TRAIN.parent / "harder"}
-REGRESSION = ("linear", "relu")
-TASKS = (*REGRESSION, *LLAMA)
+REGRESSION = ("linear", "relu", "linear, gamma 128")
+TASKS = (*LLAMA, *REGRESSION)
+RANK = {**dict.fromkeys(LLAMA, 8), **dict.fromkeys(REGRESSION, 4)}  # at which all rules are compared
 
 
 class Task(ABC):
@@ -86,7 +88,9 @@ class LlamaTask(Task):
 class RegressionTask(Task):
     """y = act((W + D) x), D of rank 4 with singular values 1 ... 0.01: the setting of the theory, ill-conditioned.
 
-    64 inputs and outputs, 512 Gaussian samples without noise, the whole set at each step; measured on 2048 others.
+    64 inputs and outputs, 512 Gaussian samples without noise, the whole set at each step; measured on 2048 others. The
+    start is the theory's, the gradient itself (twice it through a ReLU, which halves the gradient), or LoRA-One's
+    default, of spectral norm scaling / 128.
     """
 
     def __init__(self, name: str, rank: int, seed: int):
@@ -102,6 +106,9 @@ class RegressionTask(Task):
             y = teacher(x)
         self._train, self._held_out = (x[:512], y[:512]), (x[512:], y[512:])
         config = lora_one.Config(rank=rank, seed=seed, targets=r"0")
+        if name in ("linear", "relu"):
+            eta = (2.0 if name == "relu" else 1.0) * rank**0.5 / config.alpha  # scaling * eta is the step
+            config = replace(config, scale="gradient", eta=eta)
         self.model, _ = lora_one.init(student, [self._train], half_squared_error, config)
         self.remember()
 

@@ -146,43 +146,39 @@ def test_a_sweep_makes_each_run_once_and_goes_on_from_its_file(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["linear", "relu"])
-def test_regression_is_repeatable_and_preconditioned_descent_wins_there(name):
-    """The ill-conditioned setting of the theory: at their best rates, momentum SGD with the preconditioner is ahead."""
+def test_in_the_theorys_setting_preconditioned_momentum_is_far_ahead(name):
+    """Condition number 100, from the gradient: at the better of two rates, two decades apart in what they leave."""
     task = make_task(name, 4, 0, 0)
-    began = task.scores(generate=False)["loss"]
     loss = {}
     for rule, rates in (
-        (Rule("momentum"), (0.1, 0.3, 1.0)),
-        (Rule("momentum", "before", "absolute", 1e-4), (3e-4, 1e-3, 3e-3)),
+        (Rule("momentum"), (0.03, 0.1)),
+        (Rule("momentum", "before", "absolute", 1e-4), (3e-4, 1e-3)),
     ):
-        found = []
-        for rate in rates:
-            losses = train(task, rule, rate, 100)
-            assert losses[0] == train(task, rule, rate, 1)[0]
-            found.append(losses[-1])
-        loss[rule.place] = min(found)
-    print(loss, began)
-    assert loss["before"] < loss["none"]
+        found = [train(task, rule, rate, 200) for rate in rates]
+        assert found[0][0] == found[1][0]  # the same start
+        loss[rule.place] = min(losses[-1] for losses in found)
+    assert loss["before"] < 1e-2 * loss["none"]
 
 
 def test_the_verdict_asks_for_every_task(tmp_path):
-    """A rule that is ahead on three of the four tasks is not ahead."""
+    """A rule that is ahead on four of the five tasks is not ahead."""
 
     def row(place, task, rate, loss):
         job = "screen" if task in ("main", "harder") else "full"
         reg = 0.0 if place == "none" else 1e-2
-        return {"job": job, "task": task, "rank": 8, "optimizer": "adam", "place": place, "damping": "absolute",
+        rank = 8 if job == "screen" else 4
+        return {"job": job, "task": task, "rank": rank, "optimizer": "adam", "place": place, "damping": "absolute",
                 "reg": reg, "rate": rate, "seed": 0, "loss": loss, "exact_match": None}  # fmt: skip
 
     rows = [row("none", task, rate, loss) for task in TASKS for rate, loss in ((1e-3, 0.9), (3e-3, 0.5), (1e-2, None))]
     rows += [row("basis", task, 1e-3, 0.4) for task in TASKS]
-    rows += [row("before", task, 1e-3, 0.4) for task in TASKS[:3]] + [row("before", TASKS[3], 1e-3, 0.6)]
-    rows += [row("after", task, 1e-3, 0.4) for task in TASKS[:3]]  # the fourth was not run
+    rows += [row("before", task, 1e-3, 0.4) for task in TASKS[:4]] + [row("before", TASKS[4], 1e-3, 0.6)]
+    rows += [row("after", task, 1e-3, 0.4) for task in TASKS[:4]]  # the last was not run
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
     assert beating_plain(Results(path), "adam") == [Rule("adam", "basis", "absolute", 1e-2)]
     write(Results(path), tmp_path)
     page = (tmp_path / "preconditioner.md").read_text()
     assert "**Ahead of plain Adam on every task: basis, absolute 0.01.**" in page
-    assert "| none | 0.5 (0.003) | 0.5 (0.003) | 0.5 (0.003) | 0.5 (0.003) |" in page
-    assert "| before, absolute 0.01 | **0.4** (0.001) | **0.4** (0.001) | **0.4** (0.001) | 0.6 (0.001) |" in page
+    assert "| none" + " | 0.5 (0.003)" * 5 + " |" in page
+    assert "| before, absolute 0.01" + " | **0.4** (0.001)" * 4 + " | 0.6 (0.001) |" in page
