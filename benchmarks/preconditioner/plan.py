@@ -21,21 +21,21 @@ SEEDS = (0, 1, 2)
 def carry_out(results: Results) -> None:
     """Make all runs that are not there yet, in the order in which they tell most."""
     for dampings in (COARSE, DAMPINGS):
-        screen(results, "screen", LLAMA, 8, rules("adam", dampings))
+        screen(results, "screen", LLAMA, rules("adam", dampings))
         for task in LLAMA:
-            confirm(results, "screen", task, 8)
+            confirm(results, "screen", task)
         for optimizer in PLACES:
-            screen(results, "full", REGRESSION, 4, rules(optimizer, dampings))
+            screen(results, "full", REGRESSION, rules(optimizer, dampings))
         for task in LLAMA:
-            confirm(results, "full", task, 8)
+            confirm(results, "full", task)
         for rank in (4, 32):
-            screen(results, "screen", LLAMA, rank, finalists(results, "adam", "screen", LLAMA)[:3])
-        screen(results, "screen", LLAMA, 8, rules("momentum", dampings))
+            screen(results, "screen", LLAMA, finalists(results, "adam", "screen", LLAMA)[:3], rank)
+        screen(results, "screen", LLAMA, rules("momentum", dampings))
     for optimizer in PLACES:
         for rank in (4, 32):
-            screen(results, "screen", LLAMA, rank, finalists(results, optimizer, "screen", LLAMA))
-        for rank in (8, 32):
-            screen(results, "full", REGRESSION, rank, finalists(results, optimizer, "full", REGRESSION))
+            screen(results, "screen", LLAMA, finalists(results, optimizer, "screen", LLAMA), rank)
+        for rank in (4, 8, 32):
+            screen(results, "full", REGRESSION, finalists(results, optimizer, "full", REGRESSION), rank)
 
 
 def rules(optimizer: str, dampings: dict[str, tuple[float, ...]]) -> list[Rule]:
@@ -47,8 +47,8 @@ def rules(optimizer: str, dampings: dict[str, tuple[float, ...]]) -> list[Rule]:
     return found
 
 
-def screen(results: Results, job: str, tasks: Iterable[str], rank: int, chosen: list[Rule]) -> None:
-    """Each rule at its best rate in half decades, one seed.
+def screen(results: Results, job: str, tasks: Iterable[str], chosen: list[Rule], rank: int | None = None) -> None:
+    """Each rule at its best rate in half decades, one seed, at each task's own rank or at the one given.
 
     A climb begins at the rule's best rate on the task before, or else at that of the rule before it of the same place.
     """
@@ -56,7 +56,7 @@ def screen(results: Results, job: str, tasks: Iterable[str], rank: int, chosen: 
     for task in tasks:
         for rule in chosen:
             first = known.get(rule, known.get(rule.place, FIRST_RATE[rule.optimizer][rule.place]))
-            best = tune(results, Cell(job, task, rank, rule), first, per_decade=2)["rate"]
+            best = tune(results, Cell(job, task, rank or RANK[task], rule), first, per_decade=2)["rate"]
             known[rule] = known[rule.place] = best
 
 
@@ -72,13 +72,13 @@ def finalists(results: Results, optimizer: str, job: str, tasks: Iterable[str]) 
     return [plain, *sorted(best, key=loss)]
 
 
-def confirm(results: Results, job: str, task: str, rank: int) -> None:
+def confirm(results: Results, job: str, task: str) -> None:
     """Plain Adam and the two best places: the best rate in quarter decades by one seed, then the other seeds at it."""
     rates: dict[Rule, float] = {}
     for rule in finalists(results, "adam", "screen", LLAMA)[:3]:
-        short = results.best(Cell("screen", task, rank, rule))
+        short = results.best(Cell("screen", task, RANK[task], rule))
         assert short is not None
-        rates[rule] = tune(results, Cell(job, task, rank, rule), short["rate"], per_decade=4)["rate"]
+        rates[rule] = tune(results, Cell(job, task, RANK[task], rule), short["rate"], per_decade=4)["rate"]
     for seed in SEEDS[1:]:  # outermost: a seed is another start
         for rule, rate in rates.items():
-            results.get(Cell(job, task, rank, rule, seed), rate)
+            results.get(Cell(job, task, RANK[task], rule, seed), rate)

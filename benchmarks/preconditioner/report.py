@@ -55,8 +55,9 @@ deviation.
 
 ## Adam
 
-Held-out loss at the best rate, and that rate; one seed. The Llama at r = 8 for {screen.steps} steps of batch
-{screen.batch_size}; regression at r = 4, the rank of its shift. Bold: less than plain.
+Held-out loss at the best rate, and that rate; one seed. The Llama for {screen.steps} steps of batch
+{screen.batch_size}. The Llama and *gamma 128* at r = 8, the theory's setting at r = 4, the rank of the shift. Bold:
+less than plain.
 
 {adam}
 

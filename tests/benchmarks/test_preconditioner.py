@@ -12,7 +12,7 @@ from benchmarks.preconditioner.optimizer import RuleOptimizer
 from benchmarks.preconditioner.report import beating_plain, write
 from benchmarks.preconditioner.rules import Rule, start, step
 from benchmarks.preconditioner.sweep import Cell, OutOfTime, Results, climb, tune
-from benchmarks.preconditioner.tasks import TASKS, make_task
+from benchmarks.preconditioner.tasks import RANK, TASKS, make_task
 from benchmarks.preconditioner.training import train
 from lora_one.backends.numpy import ops
 from lora_one.backends.torch.optimizer import LoraPair
@@ -165,10 +165,8 @@ def test_the_verdict_asks_for_every_task(tmp_path):
 
     def row(place, task, rate, loss):
         job = "screen" if task in ("main", "harder") else "full"
-        reg = 0.0 if place == "none" else 1e-2
-        rank = 8 if job == "screen" else 4
-        return {"job": job, "task": task, "rank": rank, "optimizer": "adam", "place": place, "damping": "absolute",
-                "reg": reg, "rate": rate, "seed": 0, "loss": loss, "exact_match": None}  # fmt: skip
+        rule = {"optimizer": "adam", "place": place, "damping": "absolute", "reg": 0.0 if place == "none" else 1e-2}
+        return {"job": job, "task": task, "rank": RANK[task], "rate": rate, "seed": 0, "loss": loss} | rule
 
     rows = [row("none", task, rate, loss) for task in TASKS for rate, loss in ((1e-3, 0.9), (3e-3, 0.5), (1e-2, None))]
     rows += [row("basis", task, 1e-3, 0.4) for task in TASKS]
