@@ -1,5 +1,6 @@
 """docs/preconditioner.md and its picture, from the rows in results/preconditioner.json."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Iterator
@@ -45,11 +46,11 @@ as the theory does, from the gradient itself (`scale="gradient"`), and once more
 
 {verdict}
 
-## At full length
+## The best of them, by seeds
 
-The embedded Llama, r = 8, {full.steps} steps of batch {full.batch_size}: plain Adam and the two best places of the
-short job below, each at its best rate in quarter decades (chosen by seed 0). Mean over the seeds, and their standard
-deviation.
+The embedded Llama, r = 8: plain Adam and the best places of the table below, each at its best rate in quarter decades,
+chosen by seed 0. Mean over the seeds, and their standard deviation. The short job is {screen.steps} steps of batch
+{screen.batch_size}, the full one {full.steps} of {full.batch_size}.
 
 {finals}
 
@@ -78,7 +79,8 @@ As the table for Adam.
 ## What this does not show
 
 One 0.9 M parameter model and two kinds of regression; single seeds but for the first table; {count} runs in all.
-A cell without a number was not run: `python -m benchmarks.preconditioner` goes on from here.
+A cell without a number, and a reg that is not listed, was not run: `python -m benchmarks.preconditioner` goes on from
+here.
 """
 
 
@@ -163,17 +165,17 @@ def cell(row: dict[str, Any], plain: dict[str, Any] | None) -> str:
 
 
 def finals(results: Results) -> str:
-    """The full job's table."""
-    lines = ["| | task | rate | seeds | exact match, % | held-out loss |", "|---|---|---|---|---|---|"]
-    for task in LLAMA:
-        for rule in rules_in(results, "adam"):
-            best = results.best(Cell("full", task, 8, rule))
-            if best is None:
-                continue
-            rows = [row for row in results.rows if same_cell(row, best) and row["rate"] == best["rate"]]
-            matches = spread([100 * row["exact_match"] for row in rows if row["exact_match"] is not None], ".1f")
-            losses = spread([loss_of(row) for row in rows], ".3f")
-            lines.append(f"| {rule.name} | {task} | {best['rate']:.2g} | {len(rows)} | {matches} | {losses} |")
+    """The rules that were run with several seeds or in the full job."""
+    lines = ["| job | task | | rate | seeds | held-out loss | exact match, % |", "|---" * 7 + "|"]
+    for job, task, rule in itertools.product(JOBS, LLAMA, rules_in(results, "adam")):
+        best = results.best(Cell(job, task, RANK[task], rule))
+        rows = [] if best is None else [r for r in results.rows if same_cell(r, best) and r["rate"] == best["rate"]]
+        if best is None or (job == "screen" and len(rows) == 1):
+            continue
+        losses = spread([loss_of(row) for row in rows], ".3f")
+        matches = spread([100 * row["exact_match"] for row in rows if row["exact_match"] is not None], ".1f")
+        name = {"screen": "short"}.get(job, job)
+        lines.append(f"| {name} | {task} | {rule.name} | {best['rate']:.2g} | {len(rows)} | {losses} | {matches} |")
     return "\n".join(lines)
 
 
