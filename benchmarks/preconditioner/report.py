@@ -53,8 +53,8 @@ So `lora_one.optimizer` stays plain unless asked. What the tables say, as far as
 - `basis` with relative reg 1 is ahead of plain Adam on both Llama tasks in the short job, with every seed, and ends
   level with it at full length (one seed; on the harder task one rate): it is faster over the first steps.
 - In the theory's setting, from the gradient itself and at the shift's own rank, the paper's form wins: by orders of
-  magnitude with momentum SGD and, in the linear case, with Adam. From the default start and at twice that rank it loses:
-  half of the pair starts at zero there. `basis` with relative reg 1 does not win on regression.
+  magnitude with momentum SGD and, in the linear case, with Adam. From the default start and at twice that rank it
+  loses: half of the pair starts at zero there. `basis` with relative reg 1 does not win on regression.
 
 ## The best of them, by seeds
 
@@ -89,8 +89,8 @@ As the table for Adam.
 ## What this does not show
 
 One 0.9 M parameter model and two kinds of regression; single seeds but for the first table; {count} runs in all.
-The climb finds a local minimum over the rate. A cell without a number, and a reg that is not listed, was not run: `python -m benchmarks.preconditioner` goes on from
-here.
+The climb over the rate finds a local minimum. A cell without a number, and a reg that is not listed, was not run:
+`python -m benchmarks.preconditioner` goes on from here.
 """
 
 
