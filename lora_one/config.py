@@ -27,8 +27,8 @@ class Config:
         eta: the step size of scale="gradient".
         targets: "all-linear" (every linear layer but the output layer), a sequence of module names, or a regular
             expression that the whole module path must match: PEFT's meaning.
-        modules_to_save: names of modules, a new head for instance, that are trained whole beside the LoRA layers and kept
-            with the adapter: PEFT's meaning. PyTorch only. Fit a new head before `init`: docs/heads.md.
+        modules_to_save: names of modules, a new head for instance, that are trained whole beside the LoRA layers and
+            kept with the adapter: PEFT's meaning. PyTorch only. Fit a new head before `init`: docs/heads.md.
         gradient: "sketch" never forms a gradient of a weight; "exact" does, layer by layer where it can.
         passes: backward passes over the batches for the sketch, >= 2.
         oversample: columns that the sketch probes beyond `rank`.

@@ -66,7 +66,11 @@ def main() -> None:
                 continue
             began = time.perf_counter()
             contender = (CONTENDERS if key.group == "main" else ABLATIONS[key.group])[key.contender]
-            row = {**key._asdict(), **run(task, contender, key.rank, key.rate, key.seed), **machine}
+            row = {
+                **key._asdict(),
+                **run(task, contender, key.rank, key.rate, key.seed, key.group == "sketch"),
+                **machine,
+            }
             rows.append(row)
             done.add(key)
             write_rows(rows, options.result)

@@ -115,7 +115,9 @@ def ours(**options: Any) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
 LOWER = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 
 CONTENDERS: dict[str, Contender] = {
-    "full fine-tuning": Contender(full, LOWER, lambda m, rate: torch.optim.AdamW(m.parameters(), lr=rate, weight_decay=0.0)),
+    "full fine-tuning": Contender(
+        full, LOWER, lambda m, rate: torch.optim.AdamW(m.parameters(), lr=rate, weight_decay=0.0)
+    ),
     "LoRA": Contender(lora(use_rslora=False)),
     "rsLoRA": Contender(lora(use_rslora=True)),
     "PiSSA": Contender(pissa),

@@ -76,9 +76,7 @@ def interval(values: Sequence[float]) -> Interval:
     count = len(values)
     if count < 2:
         return Interval(values[0], math.nan, count)
-    return Interval(
-        statistics.mean(values), T_975[count - 1] * statistics.stdev(values) / math.sqrt(count), count
-    )
+    return Interval(statistics.mean(values), T_975[count - 1] * statistics.stdev(values) / math.sqrt(count), count)
 
 
 def trailing_mean(losses: Sequence[float], width: int = 10) -> list[float]:

@@ -40,10 +40,8 @@ def test_the_head_gets_no_lora_and_the_layers_start_as_without_it():
     """Which gradient a layer has does not depend on who else is trained."""
     case, model, report = started()
     assert [layer.name for layer in report.layers] == ["up", "shared"]
-    targets = ("up", "shared")
-    alone, _ = lora_one.init(
-        copy.deepcopy(case.model), case.batches, case.loss_fn, lora_one.Config(rank=4, gradient="exact", targets=targets)
-    )
+    config = lora_one.Config(rank=4, gradient="exact", targets=("up", "shared"))
+    _, alone, _ = started(config)
     for ours, theirs in zip(find_sites(model), find_sites(alone), strict=True):
         assert torch.equal(ours.lora_A.weight, theirs.lora_A.weight)
         assert torch.equal(ours.lora_B.weight, theirs.lora_B.weight)
