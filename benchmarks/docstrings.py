@@ -1,6 +1,7 @@
 """Text that every machine with Python has: the docstrings of the standard library, by the package they are from."""
 
 import ast
+import functools
 import sysconfig
 from collections import Counter
 from pathlib import Path
@@ -30,6 +31,7 @@ def classified_docstrings(classes: int, largest: int, seed: int = 0) -> tuple[li
     return [found[i] for i in rng.permutation(len(found))], names
 
 
+@functools.cache
 def _texts() -> list[tuple[str, str]]:
     """(top-level package, docstring) of all functions, classes and modules, each text once."""
     root = Path(sysconfig.get_paths()["stdlib"])

@@ -12,8 +12,9 @@ from .markdown import table, with_interval
 # In the order of the page; the order of a table's rows is CONTENDERS'.
 TITLES = {
     "sort": "The embedded Llama: sort letters",
+    "sort-long": "The same for longer: 200 steps of batch 32",
     "desc": "The embedded Llama, a harder shift: sort letters descending, in upper case",
-    "t5": "A tiny T5, text to text: sort letters descending, in upper case",
+    "t5": "A tiny T5, text to text: the largest letter, in upper case",
     "minilm": "A pretrained encoder (MiniLM): which package is a docstring from",
 }
 CONTENDERS = (
@@ -36,7 +37,7 @@ RANKS = (4, 8, 32)
 HOW = """## Fine-tuning quality
 
 `python -m benchmarks.quality` makes the runs; `benchmarks/results/quality.json` holds every one of them with its whole
-loss curve. A run is short (100 steps of batch 16; 40 on MiniLM), on one thread, in float32, by AdamW without weight
+loss curve. A run is short (100 steps of batch 16; on MiniLM 40), on one thread, in float32, by AdamW without weight
 decay on a linear schedule after 10 steps of warm-up. Within a seed all contenders see the same batches. LoRA, rsLoRA,
 PiSSA, LoRA-GA and LoRA+ are PEFT's own, alpha 16 (PiSSA: r), each with its paper's settings; LoRA-One is
 `lora_one.init` and `lora_one.optimizer` with their defaults, which is rsLoRA's scale and plain AdamW.

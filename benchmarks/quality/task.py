@@ -19,8 +19,7 @@ class Task:
         train, valid, test: items; `valid` chooses learning rates, `test` is only reported.
         collate: items -> a batch.
         loss_fn: (model, batch) -> mean loss.
-        score: (model, items) -> the share that it gets right.
-        score_name: what that share is called.
+        score: (model, items) -> the share that it gets right: exact match or accuracy.
         targets: of LoRA: every linear layer but the output layer, as a regular expression of whole module paths.
         modules_to_save: the new head, where there is one: trained along, whole.
         steps, batch_size: of a run.
@@ -28,7 +27,6 @@ class Task:
     """
 
     name: str
-    title: str
     base: nn.Module
     train: Sequence[Any]
     valid: Sequence[Any]
@@ -36,7 +34,6 @@ class Task:
     collate: Callable[[Sequence[Any]], Any]
     loss_fn: Callable[[nn.Module, Any], Tensor]
     score: Callable[[nn.Module, Sequence[Any]], float]
-    score_name: str
     steps: int
     batch_size: int
     targets: str

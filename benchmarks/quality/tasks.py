@@ -13,14 +13,16 @@ from benchmarks.t5 import pretrain as t5
 from lora_one import demo
 from lora_one.backends.torch.tuner import open_tuner
 from lora_one.data import TokenSequence, encode, read_examples
+from lora_one.demo import tasks as demo_tasks
 
 from .task import Task
 
 HARDER = demo.TRAIN.parent / "harder"
-VALID = 256  # of the training file's end
+VALID = 256  # of the training items' end
+SPLITS: tuple[tuple[demo_tasks.Split, int], ...] = (("train", 2048), ("test", 256))
 
 
-def _llama(name: str, title: str, folder: Path) -> Task:
+def _llama(name: str, folder: Path, steps: int = 100, batch_size: int = 16) -> Task:
     tuner = open_tuner(demo.MODEL, "float32", "cpu")
     train, test = (
         [encode(tuner.tokenizer, example) for example in read_examples(folder / f"{split}.jsonl")]
@@ -37,7 +39,6 @@ def _llama(name: str, title: str, folder: Path) -> Task:
 
     return Task(
         name=name,
-        title=title,
         base=tuner.model,
         train=train[:-VALID],
         valid=train[-VALID:],
@@ -45,33 +46,36 @@ def _llama(name: str, title: str, folder: Path) -> Task:
         collate=lambda items: tuner.batches(items, len(items))[0],
         loss_fn=tuner.loss_fn,
         score=score,
-        score_name="exact match",
-        steps=100,
-        batch_size=16,
+        steps=steps,
+        batch_size=batch_size,
         targets=r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
     )
 
 
 def sort() -> Task:
     """The embedded Llama on its task."""
-    return _llama("sort", "embedded Llama: sort letters", demo.TRAIN.parent)
+    return _llama("sort", demo.TRAIN.parent)
+
+
+def sort_long() -> Task:
+    """The same for longer: four times the data."""
+    return _llama("sort-long", demo.TRAIN.parent, steps=200, batch_size=32)
 
 
 def desc() -> Task:
     """The embedded Llama on the shift that is harder for it."""
-    return _llama("desc", "embedded Llama: sort letters descending, in upper case", HARDER)
+    return _llama("desc", HARDER)
 
 
-def t5_desc() -> Task:
-    """A tiny text-to-text model on the same shift."""
+def t5_top() -> Task:
+    """A tiny text-to-text model, which knows the largest letter of a word, on: that letter in upper case."""
     tokenizer = t5.open_tokenizer()
+    top = demo_tasks.Task("top", demo_tasks.word(3, 8), lambda text: max(text).upper())
     train, test = (
-        [(str(example.prompt), example.completion) for example in read_examples(HARDER / f"{split}.jsonl")]
-        for split in ("train", "test")
+        [(item["prompt"], item["completion"]) for item in top.items(split, count)] for split, count in SPLITS
     )
     return Task(
         name="t5",
-        title="tiny T5: sort letters descending, in upper case",
         base=t5.open_model(),
         train=train[:-VALID],
         valid=train[-VALID:],
@@ -79,18 +83,22 @@ def t5_desc() -> Task:
         collate=lambda items: t5.collate(tokenizer, list(items)),
         loss_fn=lambda model, batch: model(**batch).loss,
         score=lambda model, items: t5.exact_match(model, tokenizer, list(items)),
-        score_name="exact match",
         steps=100,
         batch_size=16,
         targets=r".*\.(q|k|v|o|wi|wo)",
     )
 
 
-def classification(fit_head: bool) -> Task:
-    """MiniLM telling which package of the standard library a docstring is from; its head fitted first, or random."""
+def classification(fit_head: bool, largest: int = 225) -> Task:
+    """MiniLM telling which package of the standard library a docstring is from; its head fitted first, or random.
+
+    Args:
+        largest: texts that a package gives at most.
+    """
     encoder, tokenizer = load_minilm()
-    texts, classes = classified_docstrings(classes=16, largest=225)
-    test, valid, train = texts[:256], texts[256:512], texts[512:]
+    texts, classes = classified_docstrings(classes=16, largest=largest)
+    held = len(texts) // 10
+    test, valid, train = texts[:held], texts[held : 2 * held], texts[2 * held :]
     torch.manual_seed(0)
     model = Classifier(encoder, len(classes))
 
@@ -116,7 +124,6 @@ def classification(fit_head: bool) -> Task:
         model.fit_head([collate(train[i : i + 64]) for i in range(0, len(train), 64)])
     return Task(
         name="minilm",
-        title="MiniLM: which package is a docstring from",
         base=model,
         train=train,
         valid=valid,
@@ -124,7 +131,6 @@ def classification(fit_head: bool) -> Task:
         collate=collate,
         loss_fn=loss_fn,
         score=score,
-        score_name="accuracy",
         steps=40,
         batch_size=16,
         init_batches=4,
@@ -135,8 +141,9 @@ def classification(fit_head: bool) -> Task:
 
 TASKS: dict[str, Callable[[], Task]] = {
     "sort": sort,
+    "sort-long": sort_long,
     "desc": desc,
-    "t5": t5_desc,
+    "t5": t5_top,
     "minilm": lambda: classification(fit_head=True),
     "minilm-random": lambda: classification(fit_head=False),
 }

@@ -40,11 +40,12 @@ def build(tokenizer: Any) -> T5ForConditionalGeneration:
     config = T5Config(
         vocab_size=128,  # the tokenizer's 100, padded to a multiple of 64
         d_model=128,
-        d_kv=16,
+        d_kv=32,
         d_ff=256,
         num_layers=2,
-        num_heads=8,  # each has its own idea of distance: the only positions that T5 has
+        num_heads=4,
         dropout_rate=0.0,
+        tie_word_embeddings=False,  # since transformers 5: tied, but the decoder's outputs are not scaled
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.pad_token_id,

@@ -1,18 +1,22 @@
 """A new head that is trained whole beside the LoRA layers: `Config(modules_to_save=...)`."""
 
 import copy
+import re
+from pathlib import Path
 
 import numpy as np
 import peft
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForSequenceClassification as Auto
 
 import lora_one
 from lora_one.backends.torch.attach import find_sites
 from lora_one.errors import ConfigError, ModelError
 from tests.backends.torch.models import classifier, mlp, squared_error
 
+HEADS = Path(__file__).parents[3] / "docs" / "heads.md"
 CONFIG = lora_one.Config(rank=4, modules_to_save=("down",), gradient="exact")
 
 
@@ -135,3 +139,23 @@ def test_a_failing_init_takes_the_head_back():
 def test_one_name_is_not_a_sequence_of_letters():
     with pytest.raises(ConfigError, match="modules_to_save must be a sequence of module names, got 'head'"):
         lora_one.Config(modules_to_save="head")
+
+
+def test_the_documented_recipe(tmp_path, monkeypatch):
+    """docs/heads.md, word for word, on a tiny encoder: the fit lowers the loss, and the adapter carries the head."""
+    monkeypatch.chdir(tmp_path)
+    case = classifier()
+    case.model.bert.save_pretrained("encoder")
+    batches = [{**batch, "labels": batch["labels"] + 5} for batch in case.batches]
+    code = re.search(r"```python\n(.*?)```", HEADS.read_text(encoding="utf-8"), re.DOTALL)[1].replace("...\n", "")
+    fit, rest = code.split("config = ")
+    names = {"lora_one": lora_one, "torch": torch, "batches": batches, "AutoModelForSequenceClassification": Auto}
+    exec(fit, names)
+    with torch.no_grad():
+        fitted = float(sum(names["model"].eval()(**batch).loss for batch in batches))
+        untrained = Auto.from_pretrained("encoder", num_labels=16).eval()
+        assert fitted < 0.8 * float(sum(untrained(**batch).loss for batch in batches))
+        exec("config = " + rest, names)
+        expected = names["model"].eval()(**batches[0]).logits
+        again = lora_one.load(Auto.from_pretrained("encoder", num_labels=16), "adapter").eval()
+        assert torch.equal(again(**batches[0]).logits, expected)
