@@ -30,6 +30,6 @@ def make_page(results: Path = RESULTS, docs: Path = PAGE.parent) -> str:
         heads.section(results / "heads.json", results / "quality.json"),
         earlier.energy(results / "energy_minilm.json"),
         earlier.gamma(results / "gamma.json"),
-        other_pages.section(docs),
+        other_pages.section(docs, results),
     ]
     return "\n".join(part for part in parts if part)

@@ -46,14 +46,9 @@ def _group(rows: Sequence[Row], group: str, task: str) -> str:
             with_interval(interval([row["score"] for row in runs]), 100),
             with_interval(interval([row["test_loss"] for row in runs]), 1, 3),
             with_interval(interval([sum(row["losses"][:FIRST]) / FIRST for row in runs]), 1, 2),
+            f"{sum(row['seconds_init'] for row in runs) / len(runs):.1f}",
         ]
         lines.append(cells)
-    header = [
-        "",
-        *(["share of the best energy, worst layer"] if energy else []),
-        "seeds",
-        "score, %",
-        "test loss",
-        "loss of steps 1-20",
-    ]
+    header = ["", *(["energy, worst layer"] if energy else []), "seeds", "exact match, %", "test loss"]
+    header += ["loss of steps 1-20", "seconds of the start"]
     return f"### {_GROUPS[group]} ({task}, rate {mine[0]['rate']:g})\n\n{table(header, lines)}"

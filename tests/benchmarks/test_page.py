@@ -33,11 +33,20 @@ def test_numbers_of_made_up_rows(tmp_path):
     write_rows(rows, tmp_path / "quality.json")
     page = make_page(tmp_path, tmp_path)
     # mean of 40 and 50, t(1) 12.706 x 7.071 / sqrt(2) = 63.5
-    assert "| LoRA | 0.002 | 2 | 45.0 ± 63.5 | 0.250 ± 0.000 | 3.00 ± 0.00 | 100 | 1.0 + 2.0 |" in page
+    assert "| LoRA | 0.002 | 2 | 45.0 ± 63.5 | 0.250 ± 0.000 | 3.00 ± 0.00 | 100 | 3.0 | 1.0 + 2.0 |" in page
     # LoRA-One is at LoRA's final loss of 1.0 as soon as there are ten losses to average
-    assert "| LoRA-One | 0.002 | 2 | 55.0 ± 63.5 | 0.250 ± 0.000 | 1.00 ± 0.00 | 10 (10.0x) | 1.0 + 2.0 |" in page
+    assert "| LoRA-One | 0.002 | 2 | 55.0 ± 63.5 | 0.250 ± 0.000 | 1.00 ± 0.00 | 10 (10.0x) | 1.2 | 1.0 + 2.0 |" in page
     assert "| sort | **+10.0 ± 0.0** |" in page
     assert "| LoRA-One | 3 rates, 2 seeds | not run | not run | not run | not run |" in page
+
+
+def test_other_pages_are_linked_where_they_are(tmp_path):
+    (tmp_path / "speed.md").write_text("")
+    (tmp_path / "step.json").write_text("{}")
+    (tmp_path / "speed-init.png").write_bytes(b"")
+    page = make_page(tmp_path, tmp_path)
+    assert "[speed.md](speed.md), [step.json](../benchmarks/results/step.json)" in page
+    assert "![speed-init](speed-init.png)" in page and "theory" not in page
 
 
 def test_markdown():

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification as Auto
 
 import lora_one
 from lora_one.backends.torch.attach import find_sites
-from lora_one.errors import ConfigError, ModelError
+from lora_one.errors import CheckpointError, ConfigError, ModelError
 from tests.backends.torch.models import classifier, mlp, squared_error
 
 HEADS = Path(__file__).parents[3] / "docs" / "heads.md"
@@ -85,6 +85,20 @@ def test_a_trained_head_is_saved_and_loaded_and_opens_in_peft(tmp_path):
     fresh = started()[1]
     assert torch.equal(output(case, lora_one.load(fresh, tmp_path)), expected)
     assert torch.equal(case.model.down.weight, fresh.base_model.model.down.original_module.weight)
+
+
+def test_a_head_that_only_one_side_has_is_an_error(tmp_path):
+    """PEFT would pass over it without a word."""
+    case, model, _ = started()
+    plain = started(lora_one.Config(rank=4, targets=("up", "shared")))[1]
+    lora_one.save(model, tmp_path / "with")
+    lora_one.save(plain, tmp_path / "without")
+    before = output(case, plain)
+    with pytest.raises(CheckpointError, match=r"down\.weight: the file has it, the model has no such module to save"):
+        lora_one.load(plain, tmp_path / "with")
+    assert torch.equal(output(case, plain), before)
+    with pytest.raises(CheckpointError, match=r"down\.bias: the model keeps it whole, the file has none"):
+        lora_one.load(model, tmp_path / "without")
 
 
 def test_merge_keeps_the_trained_head():
