@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.quality.results import Row, read_rows, select
+from benchmarks.quality.results import Interval, Row, read_rows, select
 from benchmarks.quality.summary import Summary, paired, summarize
 
 from .markdown import table, with_interval
@@ -93,7 +93,7 @@ def _verdict(rows: Sequence[Row]) -> str:
     ) + table(["", *(f"over {peer}" for peer in peers)], lines)
 
 
-def _signed(difference) -> str:
+def _signed(difference: Interval) -> str:
     text = with_interval(difference, 100, 1, "+")
     return f"**{text}**" if abs(difference.mean) > difference.half else text
 

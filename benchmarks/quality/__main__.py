@@ -34,6 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="*", default=["sweep", "seeds"], choices=["sweep", "seeds", "ablations"])
     parser.add_argument("--ranks", nargs="*", type=int, default=[8])
     parser.add_argument("--only", nargs="*", default=list(MAIN), choices=list(CONTENDERS), metavar="CONTENDER")
+    parser.add_argument("--rates", nargs="*", type=float, default=[], help="these alone, not each contender's grid")
     parser.add_argument("--ablate", nargs="*", default=list(ABLATIONS), choices=list(ABLATIONS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--result", type=Path, default=RESULT)
@@ -48,7 +49,7 @@ def planned(options: argparse.Namespace, rows: list[Row], task: str) -> Iterator
             continue
         for rank in options.ranks:
             if stage == "sweep":
-                yield from sweep(rows, task, options.only, rank)
+                yield from sweep(rows, task, options.only, rank, options.rates)
             else:
                 yield from repeat(rows, task, options.only, rank, options.seeds)
 

@@ -9,10 +9,15 @@ from .results import Key, Row, best_rate, missing_edge, select
 RANK = 8
 
 
-def sweep(rows: Sequence[Row], task: str, names: Sequence[str], rank: int) -> Iterator[Key]:
-    """Seed 0 at every rate of the contender's grid, and beyond it while the best is at an edge."""
+def sweep(
+    rows: Sequence[Row], task: str, names: Sequence[str], rank: int, rates: Sequence[float] = ()
+) -> Iterator[Key]:
+    """Seed 0 at every rate of the contender's grid, and beyond it while the best is at an edge; or at `rates` alone."""
     for name in names:
         key = partial(Key, task, "main", name, rank, seed=0)
+        if rates:
+            yield from (key(rate) for rate in rates)
+            continue
         yield from (key(rate) for rate in CONTENDERS[name].rates)
         while (rate := missing_edge(_of(rows, task, name, rank))) is not None:
             yield key(rate)

@@ -79,6 +79,10 @@ def test_a_sweep_goes_on_until_its_best_is_inside(optimum):
     ]
 
 
+def test_rates_that_are_asked_for_are_all_that_is_swept():
+    assert [key.rate for key in sweep([], "sort", ["LoRA"], 8, [1e-3, 5e-3])] == [1e-3, 5e-3]
+
+
 def test_summary_compares_seed_by_seed():
     falls = [4.0] * 10 + [1.0] * 10
     lora = [row(rate, valid_loss=abs(rate - 2e-3), losses=falls) for rate in (1e-3, 2e-3, 5e-3)]
