@@ -37,7 +37,8 @@ def _quality(rows: Sequence[Row], alone: float) -> str:
             s = summarize(rows, task, name, 8, None)
             if s:
                 score, loss = with_interval(s.score, 100), with_interval(s.test_loss, 1, 3)
-                lines.append([f"{name}, {head} head", f"{s.rate:g}", str(s.score.count), score, loss])
+                edge = " (edge)" if s.edge else ""
+                lines.append([f"{name}, {head} head", f"{s.rate:g}{edge}", str(s.score.count), score, loss])
     if not lines:
         return ""
     return (
