@@ -45,9 +45,10 @@ PiSSA, LoRA-GA and LoRA+ are PEFT's own, alpha 16 (PiSSA: r), each with its pape
 Every contender has a sweep of its own over learning rates 1, 2, 5, 10, ... times a power of ten, five at least, which
 goes on while the best is at an edge; the best is the one of least loss on a validation set at seed 0. Then come more
 seeds at that rate, and the test set. ± is the half width of a 95 % interval by Student's t over seeds; a value without
-it is of one seed. *Steps to LoRA's loss*: the first step at which the mean of the last ten training losses is at or
-below what LoRA, with the same seed, ends with; in brackets how many times fewer that is than LoRA took. *Seconds* are
-processor seconds: of the start, and of the training; *seconds to it* include the start.
+it is of one seed; a rate marked (edge) is of a sweep that is not finished. *Steps to LoRA's loss*: the first step at
+which the mean of the last ten training losses is at or below what LoRA, with the same seed, ends with; in brackets how
+many times fewer that is than LoRA took. *Seconds* are processor seconds: of the start, and of the training; *seconds to
+it* include the start.
 """
 
 
