@@ -19,8 +19,8 @@ _GROUPS = {
 HEAD = """## Ablations
 
 `python -m benchmarks.quality --stages ablations --tasks sort --seeds 3`: one factor at a time, everything else as in
-the tables above, at LoRA-One's best rate there (for reg at that of the preconditioned one). A seed changes the score by about five
-points, so that a single one tells only what is far apart.
+the tables above, at LoRA-One's best rate there (for reg at that of the preconditioned one). A seed changes the score by
+about five points, so that a single one tells only what is far apart.
 """
 
 
