@@ -18,6 +18,7 @@ import torch
 import lora_one
 from benchmarks.minilm import contrastive_loss, docstring_pairs, load_minilm, pair_batches
 from lora_one.backends.torch import TorchSession, ops
+from lora_one.backends.torch.batches import LossFn
 from lora_one.core.alignment import captured_energy
 from lora_one.core.factors import Factors
 
@@ -32,7 +33,6 @@ def main() -> None:
     base, tokenizer = load_minilm()
     batches = pair_batches(tokenizer, docstring_pairs(64), 16)
     gradients = exact_gradients(base, batches)
-    best = {name: float(np.sum(np.linalg.svd(g, compute_uv=False)[:RANK] ** 2)) for name, g in gradients.items()}
 
     rows = []
     print("passes   k    worst  median   told, worst its error   bound  seconds")
@@ -42,10 +42,7 @@ def main() -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the pooler is not part of the loss
                 model, report = lora_one.init(copy.deepcopy(base), batches, contrastive_loss, config)
-            shares = [
-                float(captured_energy(np_ops, g, factors_of(model, name))) * float(np.sum(g**2)) / best[name]
-                for name, g in gradients.items()
-            ]
+            shares = list(shares_of_best(gradients, {name: factors_of(model, name) for name in gradients}).values())
             told = [layer for layer in report.layers if layer.name in gradients]
             estimates = [layer.share_of_best for layer in told]
             errors = [abs(estimate - share) for estimate, share in zip(estimates, shares, strict=True)]
@@ -73,13 +70,26 @@ def main() -> None:
     RESULT.write_text(json.dumps({"rank": RANK, "layers": len(gradients), **machine, "rows": rows}, indent=1) + "\n")
 
 
-def exact_gradients(model: torch.nn.Module, batches: list) -> dict[str, np.ndarray]:
-    """G of every linear layer that has one, float64 arrays of the float32 gradients, (out, in)."""
+def exact_gradients(
+    model: torch.nn.Module, batches: list, loss_fn: LossFn = contrastive_loss, targets: str = "all-linear"
+) -> dict[str, np.ndarray]:
+    """G of every target layer that has one, float64 arrays of the float32 gradients, (out, in)."""
     gradients: dict[str, np.ndarray] = {}
-    session = TorchSession(copy.deepcopy(model), batches, contrastive_loss, lora_one.Config(gradient="exact"))
+    config = lora_one.Config(gradient="exact", targets=targets)
+    session = TorchSession(copy.deepcopy(model), batches, loss_fn, config)
     with session:
         session.exact_pass(lambda name, g: gradients.update({name: ops.to_numpy(g).astype(np.float64)}))
     return gradients
+
+
+def shares_of_best(gradients: dict[str, np.ndarray], factors: dict[str, Factors]) -> dict[str, float]:
+    """Each layer's energy in the directions of its factors, over the best that their rank can hold."""
+    found = {}
+    for name, g in gradients.items():
+        rank = factors[name].lora_A.shape[0]
+        best = np.sum(np.linalg.svd(g, compute_uv=False)[:rank] ** 2)
+        found[name] = float(captured_energy(np_ops, g, factors[name])) * float(np.sum(g**2) / best)
+    return found
 
 
 def factors_of(model: torch.nn.Module, name: str) -> Factors:

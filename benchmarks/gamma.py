@@ -19,7 +19,14 @@ import torch
 from torch import nn
 
 import lora_one
-from benchmarks.minilm import contrastive_loss, docstring_pairs, embed, load_minilm, module_docstrings, pair_batches
+from benchmarks.minilm import (
+    Classifier,
+    contrastive_loss,
+    docstring_pairs,
+    load_minilm,
+    module_docstrings,
+    pair_batches,
+)
 from lora_one import demo
 from lora_one.backends.torch.tuner import open_tuner
 from lora_one.data import encode, read_examples
@@ -27,33 +34,6 @@ from lora_one.data import encode, read_examples
 GAMMAS: tuple[float, ...] = (8.0, 32.0, 128.0, 512.0, 2048.0, 8192.0)
 RESULT = Path(__file__).parent / "results" / "gamma.json"
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
-
-
-class Classifier(nn.Module):
-    """The encoder with a linear head on its sentence embedding, fitted while the encoder is frozen."""
-
-    def __init__(self, encoder: nn.Module, classes: int):
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(384, classes)
-
-    def forward(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.head(embed(self.encoder, tokens))
-
-    def fit_head(self, batches: list[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> None:
-        with torch.no_grad():
-            x = torch.cat([embed(self.encoder, tokens) for tokens, _ in batches])
-        y = torch.cat([labels for _, labels in batches])
-        optimizer = torch.optim.LBFGS(self.head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
-        def closure() -> torch.Tensor:
-            optimizer.zero_grad()
-            penalty = 1e-4 * self.head.weight.pow(2).sum()
-            loss = nn.functional.cross_entropy(self.head(x), y) + penalty
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
 
 
 def demo_case(folder: Path) -> tuple[nn.Module, list[Any], list[Any], LossFn, Any]:

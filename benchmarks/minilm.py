@@ -84,3 +84,31 @@ def embed(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
     hidden = model(**tokens).last_hidden_state  # (batch, length, hidden)
     mask = tokens["attention_mask"][..., None].to(hidden.dtype)
     return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+class Classifier(nn.Module):
+    """The encoder with a linear head on its sentence embedding, fitted while the encoder is frozen."""
+
+    def __init__(self, encoder: nn.Module, classes: int):
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(384, classes)
+
+    def forward(self, tokens: dict[str, Tensor]) -> Tensor:
+        return self.head(embed(self.encoder, tokens))
+
+    def fit_head(self, batches: list[tuple[dict[str, Tensor], Tensor]]) -> None:
+        """Logistic regression on the encoder's embeddings; labels (batch,)."""
+        with torch.no_grad():
+            x = torch.cat([embed(self.encoder, tokens) for tokens, _ in batches])
+        y = torch.cat([labels for _, labels in batches])
+        optimizer = torch.optim.LBFGS(self.head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            penalty = 1e-4 * self.head.weight.pow(2).sum()
+            loss = nn.functional.cross_entropy(self.head(x), y) + penalty
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)

@@ -30,7 +30,8 @@ def init(
         batches: a re-iterable collection of batches (a list, a DataLoader): the sketch reads it `config.passes` times.
             A few dozen sequences are enough. Tensors are moved to the model's device.
         loss_fn: (model, batch) -> mean loss, a scalar. Default: `model(**batch).loss`.
-        config: see `Config`. For a PeftModel rank, alpha, use_rslora, targets and dropout are the adapter's own.
+        config: see `Config`. For a PeftModel rank, alpha, use_rslora, targets, modules_to_save and dropout are the
+            adapter's own.
         backend: the framework's name, as a check; it is read off the model.
 
     Returns:

@@ -27,6 +27,8 @@ class Config:
         eta: the step size of scale="gradient".
         targets: "all-linear" (every linear layer but the output layer), a sequence of module names, or a regular
             expression that the whole module path must match: PEFT's meaning.
+        modules_to_save: names of modules, a new head for instance, that are trained whole beside the LoRA layers and
+            kept with the adapter: PEFT's meaning. PyTorch only. Fit a new head before `init`: docs/heads.md.
         gradient: "sketch" never forms a gradient of a weight; "exact" does, layer by layer where it can.
         passes: backward passes over the batches for the sketch, >= 2.
         oversample: columns that the sketch probes beyond `rank`.
@@ -41,6 +43,7 @@ class Config:
     gamma: float | Literal["auto"] = DEFAULT_GAMMA
     eta: float = 1.0
     targets: str | Sequence[str] = "all-linear"
+    modules_to_save: Sequence[str] = ()
     gradient: Literal["sketch", "exact"] = "sketch"
     passes: int = 4
     oversample: int = 16
@@ -50,6 +53,9 @@ class Config:
     def __post_init__(self) -> None:
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
+        if isinstance(self.modules_to_save, str) or not all(isinstance(m, str) and m for m in self.modules_to_save):
+            raise ConfigError(f"modules_to_save must be a sequence of module names, got {self.modules_to_save!r}")
+        object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
         _check_integer("rank", self.rank, least=1)
         _check_integer("passes", self.passes, least=2)
         _check_integer("oversample", self.oversample, least=0)

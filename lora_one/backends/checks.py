@@ -20,6 +20,15 @@ def check_reiterable(batches: Iterable[Any], config: Config) -> None:
         )
 
 
+def check_no_modules_to_save(config: Config, framework: str) -> None:
+    """Raises ConfigError where a framework's LoRA layers come without modules that are trained whole."""
+    if config.modules_to_save:
+        raise ConfigError(
+            f"modules_to_save is for PyTorch models, got {config.modules_to_save} for a model of {framework}: leave it "
+            "out, and train the head as your own parameters beside the LoRA ones"
+        )
+
+
 def check_optimizer_settings(reg: Any, damping: str, loraplus_lr_ratio: float = 1.0) -> None:
     """Raises ConfigError for a setting of `lora_one.optimizer` that cannot be. A traced `reg` is let through."""
     if isinstance(reg, (int, float)) and reg < 0:

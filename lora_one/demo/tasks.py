@@ -51,7 +51,7 @@ def split_of(prompt: str) -> Split:
     return "test" if zlib.crc32(prompt.encode()) % 8 == 0 else "train"
 
 
-def _word(low: int, high: int) -> Callable[[random.Random], str]:
+def word(low: int, high: int) -> Callable[[random.Random], str]:
     """A drawer of words of `low` to `high` letters, every length equally likely."""
     return lambda rng: "".join(rng.choices(ascii_lowercase, k=rng.randint(low, high)))
 
@@ -84,21 +84,21 @@ def _next(text: str) -> str:
 
 PRETRAIN = [
     Task("add", _sum, _add, weight=2.0),  # carrying takes the longest to learn
-    Task("copy", _word(3, 8), str),
-    Task("rev", _word(3, 8), lambda text: text[::-1]),
-    Task("up", _word(3, 8), str.upper),
-    Task("next", _word(3, 8), _next),
-    Task("max", _word(3, 8), max),
-    Task("min", _word(3, 8), min),
-    Task("dbl", _word(3, 6), lambda text: "".join(letter * 2 for letter in text)),
+    Task("copy", word(3, 8), str),
+    Task("rev", word(3, 8), lambda text: text[::-1]),
+    Task("up", word(3, 8), str.upper),
+    Task("next", word(3, 8), _next),
+    Task("max", word(3, 8), max),
+    Task("min", word(3, 8), min),
+    Task("dbl", word(3, 6), lambda text: "".join(letter * 2 for letter in text)),
     Task("over", _above, _smallest_above),
 ]
 
 # New to the model but related to what it knows, and spelled with characters that it has seen: `main` goes on from
 # `min` and `over`; `harder` also has to put together the other direction and upper case.
 FINETUNE = {
-    "main": Task("sort", _word(4, 8), lambda text: "".join(sorted(text))),
-    "harder": Task("desc", _word(3, 6), lambda text: "".join(sorted(text.upper(), reverse=True))),
+    "main": Task("sort", word(4, 8), lambda text: "".join(sorted(text))),
+    "harder": Task("desc", word(3, 6), lambda text: "".join(sorted(text.upper(), reverse=True))),
 }
 
 

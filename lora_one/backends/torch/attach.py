@@ -1,6 +1,7 @@
 """LoRA on a PyTorch model, by PEFT's own layers: attaching, finding the layers, and taking it all back."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +42,14 @@ class Site:
 
 def attach_lora(model: nn.Module, config: Config) -> peft.PeftModel:
     """A new PeftModel around a plain model, whose base modules stay the same objects. `Snapshot` takes it back."""
+    _check_modules_to_save(model, config.modules_to_save)
     lora_config = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         use_rslora=config.use_rslora,
         lora_dropout=config.dropout,
         target_modules=config.targets if isinstance(config.targets, str) else list(config.targets),
+        modules_to_save=list(config.modules_to_save) or None,
         task_type=_task_type(model),
     )
     # PEFT draws a random start, which is overwritten: the user's random stream should not notice.
@@ -128,11 +131,23 @@ def check_adapter_fits(model: peft.PeftModel, config: Config) -> None:
              if asked not in (usual, has)]  # fmt: skip
     if config.targets != default.targets:
         wrong.append(f"targets {config.targets!r}")
+    kept = lora_config.modules_to_save or ()
+    if not set(config.modules_to_save) <= set(kept):
+        wrong.append(f"modules_to_save {config.modules_to_save} (the adapter's: {tuple(kept)})")
     if wrong:
         raise ModelError(
             "a PeftModel keeps its adapter's own settings, but the Config asks for "
             f"{'; '.join(wrong)}: leave them out of the Config, or hand in the model without its adapter"
         )
+
+
+def _check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
+    """PEFT passes over names that the model does not have; here they are an error."""
+    paths = [path for path, _ in model.named_modules()]
+    unknown = [name for name in names if not any(f".{path}".endswith(f".{name}") for path in paths)]
+    if unknown:
+        children = ", ".join(name for name, _ in model.named_children())
+        raise ModelError(f"modules_to_save must name modules of the model, got {unknown}; at its top are: {children}")
 
 
 def _require_lora(model: peft.PeftModel) -> None:

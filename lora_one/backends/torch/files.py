@@ -62,7 +62,7 @@ def _require_adapter(model: nn.Module, verb: str) -> peft.PeftModel:
 
 
 def _missing(model: peft.PeftModel, folder: AdapterFolder) -> list[str]:
-    """LoRA layers of the model that the folder does not have, or has with another rank or scale."""
+    """What the model has and the folder has not, or has with another rank, and modules that only one of them keeps."""
     problems = []
     for site in find_sites(model):
         name = site.layer.name
@@ -70,6 +70,13 @@ def _missing(model: peft.PeftModel, folder: AdapterFolder) -> list[str]:
             problems.append(f"{name}: the model has LoRA here, the file has none")
         elif site.layer.rank != folder.lora_A[name][0]:
             problems.append(f"{name}: the model has rank {site.layer.rank}, the file {folder.lora_A[name][0]}")
+    # PEFT passes over what only one side has: a trained head would be lost without a word.
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    kept = {key for key in state if ".lora_" not in key}
+    problems += [f"{key}: the model keeps it whole, the file has none" for key in sorted(kept - set(folder.others))]
+    problems += [
+        f"{key}: the file has it, the model has no such module to save" for key in folder.others if key not in kept
+    ]
     return problems
 
 

@@ -1,0 +1,35 @@
+"""docs/results.md, made of the JSON in benchmarks/results: `make_page` is a function of those files alone."""
+
+from pathlib import Path
+
+from . import ablations, earlier, heads, other_pages, quality
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+
+INTRODUCTION = """# Results
+
+This page is made by `python -m benchmarks.page` from the JSON files in `benchmarks/results/`; nothing in it is typed by
+hand but the sentences around the numbers. Each part names the command that made its numbers: all run offline. LoRA-One
+does not win everywhere, and the tables say where.
+"""
+
+
+def make_page(results: Path = RESULTS, docs: Path = PAGE.parent) -> str:
+    """The page's text.
+
+    Args:
+        results: the JSON files; a part whose file is not there is left out.
+        docs: the folder of the page, to link what else is in it.
+    """
+    parts = [
+        INTRODUCTION,
+        quality.section(results / "quality.json"),
+        ablations.section(results / "quality.json"),
+        heads.section(results / "heads.json", results / "quality.json"),
+        earlier.energy(results / "energy_minilm.json"),
+        earlier.gamma(results / "gamma.json"),
+        other_pages.section(docs, results),
+    ]
+    return "\n".join(part for part in parts if part)

@@ -1,0 +1,1 @@
+"""Fine-tuning quality: who learns what, how fast, at which learning rate."""

@@ -1,0 +1,156 @@
+"""Who is compared: how each starts, and what it is trained with. The peers are PEFT's own."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+import torch
+from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora.config import LoraGAConfig
+from torch import nn
+
+import lora_one
+
+from .task import Task
+
+ALPHA = 16.0
+Start = Callable[[Task, int, int], tuple[nn.Module, lora_one.Report | None]]  # (task, rank, seed) -> model, report
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to fine-tune.
+
+    Attributes:
+        start: the model as training finds it.
+        rates: the first learning rates to try; the sweep goes on where the best is at an edge.
+        optimizer: (model, learning rate) -> optimizer.
+    """
+
+    start: Start
+    rates: tuple[float, ...] = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
+    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] = field(
+        default=lambda model, rate: lora_one.optimizer(model, learning_rate=rate)
+    )
+
+
+def full(task: Task, rank: int, seed: int) -> tuple[nn.Module, None]:
+    """All weights are trained."""
+    return task.model(), None
+
+
+def _lora_config(task: Task, rank: int, **options: Any) -> peft.LoraConfig:
+    """LoRA as PEFT configures it: alpha 16 unless the method wants another."""
+    settings: dict[str, Any] = {"lora_alpha": ALPHA, "target_modules": task.targets}
+    return peft.LoraConfig(r=rank, modules_to_save=list(task.modules_to_save) or None, **(settings | options))
+
+
+def lora(use_rslora: bool) -> Start:
+    """A drawn by Kaiming's uniform, B = 0."""
+
+    def start(task: Task, rank: int, seed: int) -> tuple[nn.Module, None]:
+        return peft.get_peft_model(task.model(), _lora_config(task, rank, use_rslora=use_rslora)), None
+
+    return start
+
+
+def pissa(task: Task, rank: int, seed: int) -> tuple[nn.Module, None]:
+    """The leading singular triples of W; alpha = r, as in its paper (arXiv 2404.02948)."""
+    config = _lora_config(task, rank, lora_alpha=rank, init_lora_weights="pissa")
+    return peft.get_peft_model(task.model(), config), None
+
+
+def lora_ga(task: Task, rank: int, seed: int) -> tuple[nn.Module, None]:
+    """Singular triples of the gradient, the base weight corrected; rsLoRA and gamma 16, as in arXiv 2407.05000."""
+    model = task.model()
+    config = _lora_config(
+        task, rank, use_rslora=True, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(stable_gamma=16)
+    )
+
+    def read_gradients() -> None:
+        for batch in task.start_batches(seed):
+            task.loss_fn(model, batch).backward()
+
+    peft.tuners.lora.preprocess_loraga(model, config, read_gradients)
+    return peft.get_peft_model(model, config), None
+
+
+def lora_one_start(batches: int | None = None, targets: str | None = None, **options: Any) -> Start:
+    """Ours.
+
+    Args:
+        batches: that the start reads, where it is not the task's number.
+        targets: of LoRA, where they are not the task's.
+        options: settings of `lora_one.Config`.
+    """
+
+    def start(task: Task, rank: int, seed: int) -> tuple[nn.Module, lora_one.Report]:
+        config = lora_one.Config(
+            rank=rank,
+            alpha=ALPHA,
+            targets=targets or task.targets,
+            modules_to_save=task.modules_to_save,
+            seed=seed,
+            **options,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", lora_one.initialization.InitWarning)
+            return lora_one.init(task.model(), task.start_batches(seed, batches), task.loss_fn, config)
+
+    return start
+
+
+def loraplus(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """PEFT's: B at 16 times A's rate, as in arXiv 2402.12354."""
+    return create_loraplus_optimizer(model, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=16.0, weight_decay=0.0)
+
+
+def ours(**options: Any) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
+    """`lora_one.optimizer` with options."""
+    return lambda model, rate: lora_one.optimizer(model, learning_rate=rate, **options)
+
+
+LOWER = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
+
+CONTENDERS: dict[str, Contender] = {
+    "full fine-tuning": Contender(
+        full, LOWER, lambda m, rate: torch.optim.AdamW(m.parameters(), lr=rate, weight_decay=0.0)
+    ),
+    "LoRA": Contender(lora(use_rslora=False)),
+    "rsLoRA": Contender(lora(use_rslora=True)),
+    "PiSSA": Contender(pissa),
+    "LoRA-GA": Contender(lora_ga),
+    "LoRA+": Contender(lora(use_rslora=False), LOWER, loraplus),
+    "LoRA-One": Contender(lora_one_start()),
+    "LoRA-One, exact gradient": Contender(lora_one_start(gradient="exact")),
+    "LoRA-One, gamma auto": Contender(lora_one_start(gamma="auto")),
+    "LoRA-One, preconditioned": Contender(lora_one_start(), optimizer=ours(precondition=True)),
+    "LoRA-One, B at 4x the rate": Contender(lora_one_start(), optimizer=ours(loraplus_lr_ratio=4.0)),
+    "LoRA-One, B at 16x the rate": Contender(lora_one_start(), LOWER, ours(loraplus_lr_ratio=16.0)),
+    "LoRA-One, gamma 16": Contender(lora_one_start(gamma=16.0)),
+}
+MAIN = tuple(CONTENDERS)
+
+ATTENTION = r".*\.(q_proj|k_proj|v_proj|o_proj)"
+# One factor at a time, at LoRA-One's own best rate of the main table.
+ABLATIONS: dict[str, dict[str, Contender]] = {
+    "sketch": {
+        f"passes {passes}, oversample {oversample}": Contender(lora_one_start(passes=passes, oversample=oversample))
+        for passes, oversample in ((2, 0), (2, 8), (3, 8), (4, 16))
+    }
+    | {"exact": CONTENDERS["LoRA-One, exact gradient"]},
+    "init batches": {str(count): Contender(lora_one_start(count)) for count in (1, 8, 64)},
+    "gamma": {f"{gamma:g}": Contender(lora_one_start(gamma=gamma)) for gamma in (4.0, 16.0, 64.0, 128.0, 512.0)},
+    "reg": {
+        f"{reg:g}": Contender(lora_one_start(), optimizer=ours(precondition=True, reg=reg))
+        for reg in (1e-6, 1e-4, 1e-2, 1.0)
+    },
+    "targets": {
+        "all linear layers": CONTENDERS["LoRA-One"],
+        "attention": Contender(lora_one_start(targets=ATTENTION)),
+        "query and value": Contender(lora_one_start(targets=r".*\.(q_proj|v_proj)")),
+        "feed-forward": Contender(lora_one_start(targets=r".*\.(gate_proj|up_proj|down_proj)")),
+    },
+}

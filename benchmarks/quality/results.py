@@ -1,0 +1,95 @@
+"""The rows on disk, and the questions that are asked of them. Needs no framework."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULT = Path(__file__).parents[1] / "results" / "quality.json"
+LADDER = tuple(float(f"{digit}e{power}") for power in range(-6, 1) for digit in (1, 2, 5))
+# Student's t, 97.5 %, by degrees of freedom.
+T_975 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+Row = dict[str, Any]
+
+
+class Key(NamedTuple):
+    """What makes a run: the same key is the same run. `group` is "main", or the factor that an ablation varies."""
+
+    task: str
+    group: str
+    contender: str
+    rank: int
+    rate: float
+    seed: int
+
+
+class Interval(NamedTuple):
+    """A mean and the half width of its 95 % interval by Student's t; nan for a single value."""
+
+    mean: float
+    half: float
+    count: int
+
+
+def key_of(row: Row) -> Key:
+    """The key of a row."""
+    return Key(*(row[name] for name in Key._fields))
+
+
+def read_rows(path: Path = RESULT) -> list[Row]:
+    """All rows there are."""
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def write_rows(rows: Iterable[Row], path: Path = RESULT) -> None:
+    """Write rows, one a line, in place of what was there: a kill in between leaves the old file."""
+    part = path.with_suffix(".part")
+    part.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    part.replace(path)
+
+
+def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """The rows with these values."""
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def best_rate(rows: Sequence[Row]) -> float:
+    """The rate of the least validation loss among the runs of one contender with seed 0."""
+    first = select(rows, seed=0)
+    return min(first, key=lambda row: _worst_if_nan(row["valid_loss"]))["rate"]
+
+
+def missing_edge(rows: Sequence[Row]) -> float | None:
+    """The rate to try next, if the best of a sweep is at its edge."""
+    rates = sorted(row["rate"] for row in select(rows, seed=0))
+    best = best_rate(rows)
+    index = LADDER.index(best)
+    if best == rates[0]:
+        return LADDER[index - 1]
+    return LADDER[index + 1] if best == rates[-1] else None
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and 95 % interval of some runs."""
+    count = len(values)
+    if count < 2:
+        return Interval(values[0], math.nan, count)
+    return Interval(statistics.mean(values), T_975[count - 1] * statistics.stdev(values) / math.sqrt(count), count)
+
+
+def trailing_mean(losses: Sequence[float], width: int = 10) -> list[float]:
+    """At each step, the mean of the last `width` losses; nan for the first width - 1."""
+    return [math.nan] * (width - 1) + [
+        sum(losses[i - width + 1 : i + 1]) / width for i in range(width - 1, len(losses))
+    ]
+
+
+def steps_to_reach(losses: Sequence[float], goal: float) -> int | None:
+    """The first step after which the trailing mean is not above `goal`; None if there is none."""
+    return next((step for step, mean in enumerate(trailing_mean(losses), start=1) if mean <= goal), None)
+
+
+def _worst_if_nan(x: float) -> float:
+    return math.inf if math.isnan(x) else x

@@ -1,0 +1,149 @@
+"""The tasks: two for the embedded Llama, one for a tiny T5, one for a real pretrained encoder."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.docstrings import classified_docstrings
+from benchmarks.minilm import Classifier, load_minilm
+from benchmarks.t5 import pretrain as t5
+from lora_one import demo
+from lora_one.backends.torch.tuner import open_tuner
+from lora_one.data import TokenSequence, encode, read_examples
+from lora_one.demo import tasks as demo_tasks
+
+from .task import Task
+
+HARDER = demo.TRAIN.parent / "harder"
+VALID = 256  # of the training items' end
+SPLITS: tuple[tuple[demo_tasks.Split, int], ...] = (("train", 2048), ("test", 256))
+
+
+def _llama(name: str, folder: Path, steps: int = 100, batch_size: int = 16) -> Task:
+    tuner = open_tuner(demo.MODEL, "float32", "cpu")
+    train, test = (
+        [encode(tuner.tokenizer, example) for example in read_examples(folder / f"{split}.jsonl")]
+        for split in ("train", "test")
+    )
+
+    def score(model: Any, items: Sequence[TokenSequence]) -> float:
+        tuner.model = model
+        answers = tuner.generate([item.tokens[: item.prompt_length] for item in items], max_new_tokens=10)
+        eos = [tuner.tokenizer.eos_token_id]
+        return sum(
+            answer + eos == item.tokens[item.prompt_length :] for answer, item in zip(answers, items, strict=True)
+        ) / len(items)
+
+    return Task(
+        name=name,
+        base=tuner.model,
+        train=train[:-VALID],
+        valid=train[-VALID:],
+        test=test,
+        collate=lambda items: tuner.batches(items, len(items))[0],
+        loss_fn=tuner.loss_fn,
+        score=score,
+        steps=steps,
+        batch_size=batch_size,
+        targets=r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+    )
+
+
+def sort() -> Task:
+    """The embedded Llama on its task."""
+    return _llama("sort", demo.TRAIN.parent)
+
+
+def sort_long() -> Task:
+    """The same for longer: four times the data."""
+    return _llama("sort-long", demo.TRAIN.parent, steps=200, batch_size=32)
+
+
+def desc() -> Task:
+    """The embedded Llama on the shift that is harder for it."""
+    return _llama("desc", HARDER)
+
+
+def t5_top() -> Task:
+    """A tiny text-to-text model, which knows the largest letter of a word, on: that letter in upper case."""
+    tokenizer = t5.open_tokenizer()
+    top = demo_tasks.Task("top", demo_tasks.word(3, 8), lambda text: max(text).upper())
+    train, test = (
+        [(item["prompt"], item["completion"]) for item in top.items(split, count)] for split, count in SPLITS
+    )
+    return Task(
+        name="t5",
+        base=t5.open_model(),
+        train=train[:-VALID],
+        valid=train[-VALID:],
+        test=test,
+        collate=lambda items: t5.collate(tokenizer, list(items)),
+        loss_fn=lambda model, batch: model(**batch).loss,
+        score=lambda model, items: t5.exact_match(model, tokenizer, list(items)),
+        steps=100,
+        batch_size=16,
+        targets=r".*\.(q|k|v|o|wi|wo)",
+    )
+
+
+def classification(fit_head: bool, largest: int = 225) -> Task:
+    """MiniLM telling which package of the standard library a docstring is from; its head fitted first, or random.
+
+    Args:
+        largest: texts that a package gives at most.
+    """
+    encoder, tokenizer = load_minilm()
+    texts, classes = classified_docstrings(classes=16, largest=largest)
+    held = len(texts) // 10
+    test, valid, train = texts[:held], texts[held : 2 * held], texts[2 * held :]
+    torch.manual_seed(0)
+    model = Classifier(encoder, len(classes))
+
+    def collate(items: Sequence[tuple[int, str]]) -> tuple[dict[str, Tensor], Tensor]:
+        tokens = tokenizer(
+            [text for _, text in items], return_tensors="pt", padding=True, truncation=True, max_length=32
+        )
+        return dict(tokens), torch.tensor([label for label, _ in items])
+
+    def loss_fn(model: nn.Module, batch: tuple[dict[str, Tensor], Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    @torch.no_grad()
+    def score(model: nn.Module, items: Sequence[tuple[int, str]]) -> float:
+        model.eval()
+        right = 0
+        for i in range(0, len(items), 64):
+            tokens, labels = collate(items[i : i + 64])
+            right += int((model(tokens).argmax(-1) == labels).sum())
+        return right / len(items)
+
+    if fit_head:
+        model.fit_head([collate(train[i : i + 64]) for i in range(0, len(train), 64)])
+    return Task(
+        name="minilm",
+        base=model,
+        train=train,
+        valid=valid,
+        test=test,
+        collate=collate,
+        loss_fn=loss_fn,
+        score=score,
+        steps=40,
+        batch_size=16,
+        init_batches=4,
+        targets=r"encoder\.encoder\..*\.(query|key|value|dense)",
+        modules_to_save=("head",),
+    )
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "sort": sort,
+    "sort-long": sort_long,
+    "desc": desc,
+    "t5": t5_top,
+    "minilm": lambda: classification(fit_head=True),
+    "minilm-random": lambda: classification(fit_head=False),
+}

@@ -1,0 +1,55 @@
+"""docs/results.md is what the generator makes of the committed JSON."""
+
+import re
+
+from benchmarks.page import PAGE, make_page
+from benchmarks.page.markdown import table, with_interval
+from benchmarks.quality.results import Interval, write_rows
+from tests.benchmarks.test_quality import row
+
+
+def test_the_committed_page_is_the_generated_one():
+    assert PAGE.read_text(encoding="utf-8") == make_page()
+
+
+def test_every_picture_and_page_it_links_is_there():
+    links = re.findall(r"\]\((?!http)([^)#]+)", PAGE.read_text(encoding="utf-8"))
+    assert any(link.endswith(".png") for link in links)
+    assert [link for link in links if not (PAGE.parent / link).is_file()] == []
+
+
+def test_without_results_there_is_an_introduction_and_nothing_else(tmp_path):
+    page = make_page(tmp_path, tmp_path)
+    assert page.startswith("# Results") and page.count("#") == 1
+
+
+def test_numbers_of_made_up_rows(tmp_path):
+    """Two contenders whose table can be worked out by hand."""
+    rows = []
+    for contender, level, losses in (("LoRA", 0.4, [3.0] * 80 + [1.0] * 20), ("LoRA-One", 0.5, [1.0] * 100)):
+        for rate in (1e-3, 2e-3, 5e-3):
+            rows.append(row(rate, 0, abs(rate - 2e-3), contender, losses, score=level, test_loss=0.25))
+        rows.append(row(2e-3, 1, 0.0, contender, losses, score=level + 0.1, test_loss=0.25))
+    write_rows(rows, tmp_path / "quality.json")
+    page = make_page(tmp_path, tmp_path)
+    # mean of 40 and 50, t(1) 12.706 x 7.071 / sqrt(2) = 63.5
+    assert "| LoRA | 0.002 | 2 | 45.0 ± 63.5 | 0.250 ± 0.000 | 3.00 ± 0.00 | 100 | 3.0 | 1.0 + 2.0 |" in page
+    # LoRA-One is at LoRA's final loss of 1.0 as soon as there are ten losses to average
+    assert "| LoRA-One | 0.002 | 2 | 55.0 ± 63.5 | 0.250 ± 0.000 | 1.00 ± 0.00 | 10 (10.0x) | 1.2 | 1.0 + 2.0 |" in page
+    assert "| sort | **+10.0 ± 0.0** |" in page
+    assert "| LoRA-One | 3 rates, 2 seeds | not run | not run | not run | not run |" in page
+
+
+def test_other_pages_are_linked_where_they_are(tmp_path):
+    (tmp_path / "speed.md").write_text("")
+    (tmp_path / "step.json").write_text("{}")
+    (tmp_path / "speed-init.png").write_bytes(b"")
+    page = make_page(tmp_path, tmp_path)
+    assert "[speed.md](speed.md), [step.json](../benchmarks/results/step.json)" in page
+    assert "![speed-init](speed-init.png)" in page and "theory" not in page
+
+
+def test_markdown():
+    assert table(["", "x"], [["a", "1"]]) == "|  | x |\n| --- | ---: |\n| a | 1 |\n"
+    assert with_interval(Interval(0.5, 0.25, 3), 100) == "50.0 ± 25.0"
+    assert with_interval(Interval(-0.5, float("nan"), 1), 1, 2, "+") == "-0.50"
