@@ -24,8 +24,9 @@ PARTS = {
     "jax": ("JAX", "fine-tuning Flax models (NNX, Linen) and any pytree, on TPU, GPU or CPU"),
     "mlx": ("MLX", "fine-tuning mlx-lm models, float or quantised, on Apple silicon, CUDA or CPU"),
     "cli": ("Command", "the `lora-one` command, recipes in YAML, plots"),
+    "recipes": ("Recipes", "data sets of the hub or in its layout, benchmarks after the training"),
 }
-_MODULES = {"mlx": "mlx.core", "mlx-lm": "mlx_lm", "pyyaml": "yaml"}  # where a package's module has another name
+_MODULES = {"mlx": "mlx.core", "mlx-lm": "mlx_lm", "lm-eval": "lm_eval", "pillow": "PIL", "pyyaml": "yaml"}  # where a package's module has another name
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def precondition(
         gradient: their gradients, same shapes.
     """
     inverses = damped_inverse(ops, ops.stack(grams(ops, pair)), reg, damping)  # (2, ..., r, r): one solve
-    return apply_inverses(ops, gradient, inverses[0], inverses[1])
+    return apply_inverses(ops, gradient, inverses[0, ...], inverses[1, ...])
 
 
 def apply_inverses(ops: Ops, gradient: Factors, inverse_b: Array, inverse_a: Array) -> Factors:

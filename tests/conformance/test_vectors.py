@@ -25,7 +25,7 @@ def test_the_committed_file_is_what_the_generator_makes(tmp_path):
             for name, answer in answers.items():
                 twin = other.answers[working][name]
                 assert relative_error(answer.value, twin.value) <= 1e-5
-                assert answer.amplification == pytest.approx(twin.amplification, rel=0.2)
+                assert answer.amplification == pytest.approx(twin.amplification, rel=0.5)
 
 
 def test_inputs_are_exact_in_float32_and_those_for_narrow_dtypes_in_bfloat16():
