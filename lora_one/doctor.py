@@ -26,7 +26,8 @@ PARTS = {
     "cli": ("Command", "the `lora-one` command, recipes in YAML, plots"),
     "recipes": ("Recipes", "data sets of the hub or in its layout, benchmarks after the training"),
 }
-_MODULES = {"mlx": "mlx.core", "mlx-lm": "mlx_lm", "lm-eval": "lm_eval", "pillow": "PIL", "pyyaml": "yaml"}  # where a package's module has another name
+# where a package's module has another name
+_MODULES = {"mlx": "mlx.core", "mlx-lm": "mlx_lm", "lm-eval": "lm_eval", "pillow": "PIL", "pyyaml": "yaml"}
 
 
 @dataclass(frozen=True)
