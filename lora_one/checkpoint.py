@@ -3,7 +3,6 @@
 A folder has `adapter_config.json`, `adapter_model.safetensors`, and, if lora-one wrote it, `lora_one.json`.
 """
 
-import importlib.metadata
 import json
 import math
 import re
@@ -19,6 +18,7 @@ from .core.factors import Factors
 from .errors import CheckpointError
 from .report import Report
 from .tensors import read_tensors, wider
+from .versions import installed_versions
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -163,12 +163,7 @@ def check_folder(folder: AdapterFolder, linear: Mapping[str, tuple[int, int]]) -
 
 def write_metadata(path: Path, backend: str, report: Report | None) -> None:
     """Write `lora_one.json`: the report with its configuration, and the versions of what made the adapter."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    versions = installed_versions(_PACKAGES)
     metadata = {"backend": backend, "versions": versions, "report": None if report is None else report.to_dict()}
     (path / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
 

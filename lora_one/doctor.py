@@ -1,6 +1,5 @@
 """What of lora-one works on this machine: frameworks, devices and versions, and what each missing piece would give."""
 
-import importlib.metadata
 import json
 import platform
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, probe
+from .versions import installed_version
 
 TESTED = Path(__file__).with_name("tested.json")  # part -> package -> the version that the tests run with
 PATIENCE = 180  # seconds: a first import from a slow disk takes a while
@@ -117,7 +117,7 @@ _STATES = {"ready": "ready", "missing": "not installed", "broken": "broken"}
 
 def _examine(name: str, tested: dict[str, str]) -> Part:
     title, gives = PARTS[name]
-    packages = [Package(package, _version(package), version) for package, version in tested.items()]
+    packages = [Package(package, installed_version(package), version) for package, version in tested.items()]
     modules = {package.name: _MODULES.get(package.name, package.name) for package in packages}
     absent = [modules[package.name] for package in packages if package.installed is None]
     found = _probe(name, [module for module in modules.values() if module not in absent])
@@ -159,13 +159,6 @@ def _failed(part: str, error: str) -> dict[str, Any]:
 
 def _end(code: int) -> str:
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended Python with status {code}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _numbers(version: str) -> tuple[int, ...]:

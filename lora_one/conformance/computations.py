@@ -118,13 +118,7 @@ def _sketch(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array
     state = spectrum.start(ops, omega, gradient.shape[0])
     found: list[Array] = []
     for passes in range(1, params["passes"] + 1):
-        probe = spectrum.probe(ops, state)
-        if probe.lora_A is not None:
-            of_b = ops.matmul(gradient, ops.matrix_transpose(probe.lora_A))  # (out, k) = G V
-            state = spectrum.advance(ops, state, of_b)
-        elif probe.lora_B is not None:
-            of_a = ops.matmul(ops.matrix_transpose(probe.lora_B), gradient)  # (k, in) = Q^T G
-            state = spectrum.advance(ops, state, of_a)
+        state = spectrum.advance_on(ops, state, gradient)
         if passes >= 2:
             found.extend(spectrum.finish(ops, state, params["rank"]))
     return found

@@ -3,22 +3,15 @@
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from lora_one.versions import installed_versions
 
 from .suite import Result
 from .vectors import VERSION
 
-
-def installed_versions() -> dict[str, str]:
-    """Of lora-one and of the packages that the results depend on, where they are installed."""
-    found = {}
-    for package in ("lora-one", "numpy", "torch", "jax", "jaxlib", "optax", "mlx"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+# Those that the results depend on.
+_PACKAGES = ("lora-one", "numpy", "torch", "jax", "jaxlib", "optax", "mlx")
 
 
 @dataclass(frozen=True)
@@ -32,7 +25,7 @@ class Conformance:
 
     results: Sequence[Result]
     notes: Sequence[str] = ()
-    versions: dict[str, str] = field(default_factory=installed_versions)
+    versions: dict[str, str] = field(default_factory=lambda: installed_versions(_PACKAGES))
 
     @property
     def passed(self) -> bool:

@@ -116,11 +116,7 @@ def _converged(ops: Ops, g: Array, omega: Array, rank: int, limit: int) -> tuple
     settled = False
     while _columns(state.left) + omega.shape[1] <= limit:
         for _ in range(2):
-            lora_A, lora_B = probe(ops, state)
-            if lora_A is not None:
-                state = advance(ops, state, ops.matmul(g, ops.matrix_transpose(lora_A)))
-            else:
-                state = advance(ops, state, ops.matmul(ops.matrix_transpose(lora_B), g))
+            state = advance_on(ops, state, g)
         if state.passes < 6:
             continue
         u, s, vt = _thin_svd(ops, _projected(ops, state, state.passes))
@@ -188,6 +184,14 @@ def advance(ops: Ops, state: SketchState, gradient: Array) -> SketchState:
     left, left_g = (*state.left, state.block[:, :d]), (*state.left_g, z)
     block = _new_directions(ops, ops.matrix_transpose(z), state.right, state.block)
     return state._replace(left=left, left_g=left_g, block=block)
+
+
+def advance_on(ops: Ops, state: SketchState, gradient: Array) -> SketchState:
+    """The state after a pass over a G that is there as a matrix, (out, in), in the place of a backward pass."""
+    lora_A, lora_B = probe(ops, state)
+    if lora_A is not None:
+        return advance(ops, state, ops.matmul(gradient, ops.matrix_transpose(lora_A)))  # (out, k) = G V
+    return advance(ops, state, ops.matmul(ops.matrix_transpose(lora_B), gradient))  # (k, in) = Q^T G
 
 
 def finish(ops: Ops, state: SketchState, rank: int) -> Spectrum:

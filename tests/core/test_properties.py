@@ -10,7 +10,7 @@ import lora_one
 from lora_one.backends.numpy import ops
 from lora_one.core.factors import Factors, normalized_factors
 from lora_one.core.precondition import precondition
-from lora_one.core.spectrum import advance, draw_omega, exact_spectrum, finish, probe, start
+from lora_one.core.spectrum import advance_on, draw_omega, exact_spectrum, finish, start
 from lora_one.core.step import gradient_descent
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -41,8 +41,7 @@ def sketched(g: np.ndarray, omega: np.ndarray, passes: int = 3) -> np.ndarray:
     """B0 A0 by the sketch."""
     state = start(ops, omega, g.shape[0])
     for _ in range(passes):
-        ask = probe(ops, state)
-        state = advance(ops, state, g @ ask.lora_A.T if ask.lora_B is None else ask.lora_B.T @ g)
+        state = advance_on(ops, state, g)
     pair = normalized_factors(ops, finish(ops, state, 3), 128.0)
     return pair.lora_B @ pair.lora_A
 

@@ -4,13 +4,12 @@ import importlib
 import importlib.util
 import os
 
+from lora_one.backends import BACKENDS
 from lora_one.conformance.target import Target
 from lora_one.errors import BackendError, ConfigError
 
-# name -> the package that must be there. The environment variable names those that must not be left out.
-FRAMEWORKS = {"numpy": "numpy", "torch": "torch", "jax": "jax", "mlx": "mlx"}
 DTYPES = ("float32", "float64", "bfloat16")
-REQUIRED = "LORA_ONE_BACKENDS"
+REQUIRED = "LORA_ONE_BACKENDS"  # the environment variable that names backends which must not be left out
 
 
 def backends(asked: str | None = None) -> list[str]:
@@ -22,14 +21,14 @@ def backends(asked: str | None = None) -> list[str]:
     """
     required = [name.strip() for name in os.environ.get(REQUIRED, "").split(",") if name.strip()]
     wanted = [asked] if asked else required
-    unknown = [name for name in wanted if name not in FRAMEWORKS]
+    unknown = [name for name in wanted if name not in BACKENDS]
     if unknown:
-        raise ConfigError(f"backend must be one of {', '.join(FRAMEWORKS)}, got {', '.join(unknown)}")
+        raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, got {', '.join(unknown)}")
     missing = [name for name in wanted if not _installed(name)]
     if missing:
         source = "asked for" if asked else f"required by {REQUIRED}"
         raise BackendError(f"{', '.join(missing)}: {source}, not installed: pip install 'lora-one[{missing[0]}]'")
-    return wanted or [name for name in FRAMEWORKS if _installed(name)]
+    return wanted or [name for name in BACKENDS if _installed(name)]
 
 
 def open_target(backend: str, dtype: str, device: str | None = None) -> Target | None:
@@ -46,4 +45,4 @@ def open_target(backend: str, dtype: str, device: str | None = None) -> Target |
 
 
 def _installed(backend: str) -> bool:
-    return importlib.util.find_spec(FRAMEWORKS[backend]) is not None
+    return importlib.util.find_spec(backend) is not None  # each is named after its package
