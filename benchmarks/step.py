@@ -2,13 +2,14 @@
 
     python -m benchmarks.step              # everything (a quarter of an hour), to benchmarks/results/step.json
     python -m benchmarks.step --smoke      # two rounds of tiny shapes, to check that it runs
-    python -m benchmarks.step --only torch # of torch, jax, mlx
+    python -m benchmarks.step --only torch # of torch, jax, mlx; the file keeps what it has of the others
 
 Contenders of one framework and size take turns, each in a process of its own. A number is the median over rounds of the
 median wall time of a step; memory is the peak over the state that the step starts with (factors, gradients, moments).
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -78,10 +79,14 @@ def torch_step(contender: str, size: str, rank: int) -> dict[str, float]:
         holder.weight.grad = torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
     del values
     parameters = [p for p in model.parameters() if p.requires_grad]
+    new_gradients = None
     if contender == "fused AdamW":
         optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=True)
     elif contender == "PEFT Riemannian":
         optimizer = create_riemannian_optimizer(model, torch.optim.AdamW, lr=RATE, reg=REG, fused=True)
+        # It multiplies the inverses into `.grad` itself: without the next backward pass they would grow by each step.
+        gradients = [p.grad for p in parameters]
+        new_gradients = partial(torch._foreach_copy_, gradients, [g.clone() for g in gradients])
     elif contender == "plain loop":
         optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=True)
         optimizer.step = partial(_plain_loop, optimizer.step, lora_pairs(model))
@@ -89,7 +94,7 @@ def torch_step(contender: str, size: str, rank: int) -> dict[str, float]:
         optimizer = lora_one.optimizer(model, RATE, precondition=True, reg=REG)
     # Activations come and go in a training step, and leave the allocator with memory in hand.
     torch.empty(31 * MIB, dtype=torch.uint8)
-    return _measured(optimizer.step, size)
+    return _measured(optimizer.step, size, new_gradients)
 
 
 def _plain_loop(adamw_step: Callable[[], Any], pairs: list[Any]) -> None:
@@ -180,12 +185,12 @@ def mlx_step(contender: str, size: str, rank: int) -> dict[str, float]:
     return _measured(run, size)
 
 
-def _measured(run: Callable[[], Any], size: str) -> dict[str, float]:
+def _measured(run: Callable[[], Any], size: str, before: Callable[[], Any] | None = None) -> dict[str, float]:
     warm_up, repeats = (1, 2) if size == "smoke" else (2, 5) if size.startswith("7B") else (10, 40)
     run()  # the moments come into being
     with PeakMemory() as memory:
         run()
-    return {"ms": 1e3 * median_seconds(run, warm_up, repeats), "peak_mib": memory.peak / MIB}
+    return {"ms": 1e3 * median_seconds(run, warm_up, repeats, before), "peak_mib": memory.peak / MIB}
 
 
 def compare(framework: str, size: str, rank: int, rounds: int) -> dict[str, Any]:
@@ -238,6 +243,16 @@ def draw(comparisons: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _of(comparison: dict[str, Any]) -> tuple[str, str, int]:
+    return comparison["framework"], comparison["size"], comparison["rank"]
+
+
+def _place(comparison: dict[str, Any]) -> tuple[int, int, int]:
+    """Where a comparison stands in the table: as COMPARISONS has them."""
+    framework, size, rank = _of(comparison)
+    return list(COMPARISONS).index(framework), list(SIZES).index(size), rank
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes only")
@@ -249,12 +264,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     packages = versions("torch", "peft", "jax", "optax", "mlx", "numpy")
     comparisons: list[dict[str, Any]] = []
+    if options.out.exists() and not options.smoke:
+        comparisons = json.loads(options.out.read_text(encoding="utf-8"))["comparisons"]
     for framework in options.only:
         chosen = [
             (size, rank) for size, rank in COMPARISONS[framework] if size in options.sizes and rank in options.ranks
         ]
         for size, rank in [("smoke", 4)] if options.smoke else chosen:
-            comparisons.append(compare(framework, size, rank, 1 if options.smoke else options.rounds))
+            new = compare(framework, size, rank, 1 if options.smoke else options.rounds)
+            comparisons = sorted([*(c for c in comparisons if _of(c) != _of(new)), new], key=_place)
             save(options.out, versions=packages, comparisons=comparisons)
             draw(comparisons, options.out.with_suffix(".png"))
     print(ratios(comparisons))

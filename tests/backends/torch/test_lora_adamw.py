@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_one.backends.numpy import ops as numpy_ops
-from lora_one.backends.torch import LoraOneAdamW, TorchOps, lora_adamw
-from lora_one.backends.torch.lora_adamw import LoraPair
+from lora_one.backends.torch import LoraOneAdamW, TorchOps, directions
+from lora_one.backends.torch.directions import LoraPair
 from lora_one.backends.torch.narrow import narrow_matmul
 from lora_one.core import step
 from lora_one.core.factors import Factors
@@ -55,12 +55,13 @@ def specs_step(pair, gradient, state, rate_B, decay_B):
     )
 
 
-@pytest.mark.parametrize("batch_bytes", [0, 2**20], ids=["pair by pair", "together"])
+@pytest.mark.parametrize("way", ["stacked", "stacked, a batch each", "one by one", "one by one, no memory"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-def test_twenty_steps_are_the_specs_with_two_rates_and_gradients_that_come_and_go(
-    monkeypatch, batch_bytes, dtype, tolerance
-):
-    monkeypatch.setitem(lora_adamw._BATCH_BYTES, "cpu", batch_bytes)
+def test_twenty_steps_are_the_specs_with_two_rates_and_gradients_that_come_and_go(monkeypatch, way, dtype, tolerance):
+    if way.startswith("stacked"):
+        monkeypatch.setattr(directions, "_ONE_BY_ONE", set())
+    monkeypatch.setattr(directions, "_STACKED_BYTES", 0 if way == "stacked, a batch each" else 2**20)
+    monkeypatch.setattr(directions, "_CACHED_BYTES", 0 if way == "one by one, no memory" else 2**16)
     pairs = make_pairs(dtype=dtype)
     lora_A, lora_B = (list(side) for side in zip(*pairs, strict=True))
     groups = [{"params": lora_A + lora_B[:2]}, {"params": lora_B[2:], "lr": 3e-2, "weight_decay": 0.1}]
@@ -98,7 +99,8 @@ class Launches(TorchDispatchMode):
         return result
 
 
-def test_launches_do_not_grow_with_the_layers():
+def test_launches_do_not_grow_with_the_layers_where_launches_count(monkeypatch):
+    monkeypatch.setattr(directions, "_ONE_BY_ONE", set())
     counts = []
     for layers in (2, 12):
         pairs = make_pairs([(8, 32, 32), (8, 32, 48)] * layers, torch.float32)
