@@ -1,29 +1,30 @@
 """The preconditioned gradients of many LoRA pairs, in the way that each kind of device is quick at.
 
 An accelerator waits for launches: pairs that are alike are stacked, and go in as many of them as one pair would. A CPU
-waits for memory: a stacked copy costs as much as the products of narrow factors, and fresh pages more, so that there
-the pairs go one by one, into memory that is used again while it is still in the cache.
+waits for memory: fresh pages cost as much as the products of narrow factors, so that results go to memory that is used
+again while it is still in the cache; and factors that are wide enough for BLAS are not copied into stacks.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_one.core.factors import Factors
-from lora_one.core.precondition import Damping, apply_inverses, damped_inverse, grams, precondition
+from lora_one.core.precondition import Damping, apply_inverses, damped_inverse, grams
 
+from .narrow import narrow_matmul
 from .ops import TorchOps
 
-_OPS = TorchOps()
-_ONE_BY_ONE = {"cpu"}  # device types
+_STACKED_BELOW = {"cpu": 16}  # device type -> the rank from which pairs go one by one; elsewhere none does
 
-# Bytes of factors that go together: one by one, few enough that AdamW finds their directions in the cache; stacked, all
+# Bytes of factors that go together: on a CPU few enough that AdamW finds their directions in the cache; elsewhere all
 # that a model usually has, and a bound on the memory it takes.
-_CACHED_BYTES = 4 * 2**20
-_STACKED_BYTES = 256 * 2**20
+_TOGETHER = {"cpu": 4 * 2**20}
+_TOGETHER_ELSEWHERE = 256 * 2**20
 
 
 class LoraPair(NamedTuple):
@@ -42,84 +43,93 @@ def directions(pairs: Iterable[LoraPair], reg: float, damping: Damping) -> Itera
     A batch is to be used before the next is asked for, which may take its memory. In each factor's dtype, whatever the
     precision of global flags and autocast: the caller sees to that (`full_precision`).
     """
-    on: dict[bool, list[LoraPair]] = defaultdict(list)
+    alike: dict[Any, list[LoraPair]] = defaultdict(list)
     for pair in pairs:
-        if pair.lora_A.grad is not None or pair.lora_B.grad is not None:
-            on[pair.lora_A.device.type in _ONE_BY_ONE].append(pair)
-    yield from _one_by_one(on[True], reg, damping)
-    yield from _stacked(on[False], reg, damping)
-
-
-def _one_by_one(pairs: list[LoraPair], reg: float, damping: Damping) -> Iterator[Batch]:
-    of_rank: dict[Any, list[LoraPair]] = defaultdict(list)
-    for pair in pairs:
-        of_rank[pair.lora_A.shape[0], _wide(pair)].append(pair)
-    for (_, dtype), alike in of_rank.items():
-        memory = _Memory(_CACHED_BYTES, dtype)
-        gram = zip(*(grams(memory, Factors(*pair)) for pair in alike), strict=True)
-        inverses = damped_inverse(_OPS, torch.stack([torch.stack(side) for side in gram]), reg, damping)  # (2, n, r, r)
-        memory.start_again()
-        batch: Batch = []
-        for pair, inverse_b, inverse_a in zip(alike, *(side.unbind() for side in inverses), strict=True):
-            if batch and not memory.has_room_for(pair):
-                yield batch
-                batch = []
-                memory.start_again()
-            direction = apply_inverses(memory, _gradient(pair), inverse_b, inverse_a)
-            batch += _where_there_is_a_gradient(pair, direction)
-        yield batch
+        a, b = pair
+        if a.grad is None and b.grad is None:
+            continue
+        rank, stacked = a.shape[0], a.shape[0] < _STACKED_BELOW.get(a.device.type, a.shape[0] + 1)
+        alike[stacked, rank, a.dtype, b.dtype, a.device, *((a.shape, b.shape) if stacked else ())].append(pair)
+    for (stacked, *_), some in alike.items():
+        yield from (_stacked if stacked else _one_by_one)(some, reg, damping)
 
 
 def _stacked(pairs: list[LoraPair], reg: float, damping: Damping) -> Iterator[Batch]:
-    of_kind: dict[Any, list[LoraPair]] = defaultdict(list)
-    for pair in pairs:
-        a, b = pair
-        of_kind[a.shape, b.shape, a.dtype, b.dtype, a.device].append(pair)
-    for alike in of_kind.values():
-        count = max(1, _STACKED_BYTES // sum(factor.nbytes for factor in alike[0]))
-        for start in range(0, len(alike), count):
-            some = alike[start : start + count]
-            gradient = Factors(*map(torch.stack, zip(*map(_gradient, some), strict=True)))
-            factors = Factors(*map(torch.stack, zip(*some, strict=True)))  # (n, r, in), (n, out, r)
-            direction = precondition(_OPS, factors, gradient, reg, damping)
-            batch: Batch = []
-            for pair, *its in zip(some, *(side.unbind() for side in direction), strict=True):
-                batch += _where_there_is_a_gradient(pair, Factors(*its))
-            yield batch
+    ops = _Memory(pairs[0])
+    count = max(1, ops.limit // sum(factor.nbytes for factor in pairs[0]))
+    for start in range(0, len(pairs), count):
+        some = pairs[start : start + count]
+        ops.start_again()
+        factors = Factors(*map(ops.stack, zip(*some, strict=True)))  # (n, r, in), (n, out, r)
+        inverse_b, inverse_a = damped_inverse(ops, torch.stack(grams(ops, factors)), reg, damping)  # each (n, r, r)
+        ops.start_again()
+        gradient = Factors(*map(ops.stack, zip(*map(_gradient, some), strict=True)))
+        direction = apply_inverses(ops, gradient, inverse_b, inverse_a)
+        yield _batch(some, zip(*(side.unbind() for side in direction), strict=True))
 
 
-class _Memory(TorchOps):
-    """Products of matrices go, one after the other, into memory that is there already."""
-
-    def __init__(self, size: int, dtype: torch.dtype):
-        self._all = torch.empty(size // dtype.itemsize, dtype=dtype)
-        self._used = 0
-
-    def start_again(self) -> None:
-        self._used = 0
-
-    def has_room_for(self, pair: LoraPair) -> bool:
-        return self._used + sum(factor.numel() for factor in pair) <= self._all.numel()
-
-    def at_least_float32(self, x: Tensor) -> Tensor:
-        return x if x.dtype == self._all.dtype else x.to(self._all.dtype)
-
-    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        rows, columns = a.shape[0], b.shape[1]
-        start = self._used
-        self._used += rows * columns
-        if self._used > self._all.numel():  # a pair that is larger than all of it
-            return torch.mm(a, b)
-        return torch.mm(a, b, out=self._all.as_strided((rows, columns), (columns, 1), start))
-
-
-def _wide(pair: LoraPair) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(pair.lora_A.dtype, pair.lora_B.dtype), torch.float32)
+def _one_by_one(pairs: list[LoraPair], reg: float, damping: Damping) -> Iterator[Batch]:
+    ops = _Memory(pairs[0])
+    sides = zip(*(grams(ops, Factors(*pair)) for pair in pairs), strict=True)
+    inverses = [damped_inverse(ops, torch.stack(side), reg, damping).unbind() for side in sides]  # of B's, of A's
+    some: list[LoraPair] = []
+    its: list[Factors] = []
+    size = ops.start_again()
+    for pair, inverse_b, inverse_a in zip(pairs, *inverses, strict=True):
+        if some and (size := size + sum(factor.nbytes for factor in pair)) > ops.limit:
+            yield _batch(some, its)
+            some, its = [], []
+            size = ops.start_again()
+        some.append(pair)
+        its.append(apply_inverses(ops, _gradient(pair), inverse_b, inverse_a))
+    yield _batch(some, its)
 
 
 def _gradient(pair: LoraPair) -> Factors:
     return Factors(*(torch.zeros_like(factor) if factor.grad is None else factor.grad for factor in pair))
 
 
-def _where_there_is_a_gradient(pair: LoraPair, direction: Factors) -> Batch:
-    return [(p, its.to(p.dtype)) for p, its in zip(pair, direction, strict=True) if p.grad is not None]
+def _batch(pairs: list[LoraPair], its: Iterable[Sequence[Tensor]]) -> Batch:
+    return [
+        (factor, direction.to(factor.dtype))
+        for pair, both in zip(pairs, its, strict=True)
+        for factor, direction in zip(pair, both, strict=True)
+        if factor.grad is not None
+    ]
+
+
+class _Memory(TorchOps):
+    """Stacks and products go, one after the other, into memory that is there already; what has no room is allocated."""
+
+    def __init__(self, like: LoraPair):
+        a, b = like
+        self.limit = _TOGETHER.get(a.device.type, _TOGETHER_ELSEWHERE)  # bytes of factors
+        # Elsewhere the framework keeps freed memory itself. Factors and their directions, or gradients and directions.
+        count = 2 * self.limit // a.dtype.itemsize if a.device.type in _TOGETHER else 0
+        self._dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        self._all = torch.empty(count, dtype=self._dtype, device=a.device)
+        self._used = 0
+
+    def start_again(self) -> int:
+        self._used = 0
+        return 0
+
+    def at_least_float32(self, x: Tensor) -> Tensor:
+        return x if x.dtype == self._dtype else x.to(self._dtype)
+
+    def stack(self, xs: Sequence[Tensor], axis: int = 0) -> Tensor:
+        if xs[0].dtype != self._dtype:
+            return torch.stack(tuple(xs), axis)
+        return torch.stack(tuple(xs), axis, out=self._take((len(xs), *xs[0].shape)))
+
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        if a.ndim == 2:
+            return torch.mm(a, b, out=self._take((a.shape[0], b.shape[1])))
+        return narrow_matmul(a, b, self._take((*a.shape[:-1], b.shape[-1])))
+
+    def _take(self, shape: tuple[int, ...]) -> Tensor:
+        start, count = self._used, math.prod(shape)
+        if start + count > self._all.numel():
+            return self._all.new_empty(shape)
+        self._used += count
+        return self._all[start : start + count].view(shape)

@@ -55,13 +55,13 @@ def specs_step(pair, gradient, state, rate_B, decay_B):
     )
 
 
-@pytest.mark.parametrize("way", ["stacked", "stacked, a batch each", "one by one", "one by one, no memory"])
+@pytest.mark.parametrize(
+    "way", ["stacked", "stacked, elsewhere", "stacked, each alone", "one by one", "one by one, each alone"]
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
 def test_twenty_steps_are_the_specs_with_two_rates_and_gradients_that_come_and_go(monkeypatch, way, dtype, tolerance):
-    if way.startswith("stacked"):
-        monkeypatch.setattr(directions, "_ONE_BY_ONE", set())
-    monkeypatch.setattr(directions, "_STACKED_BYTES", 0 if way == "stacked, a batch each" else 2**20)
-    monkeypatch.setattr(directions, "_CACHED_BYTES", 0 if way == "one by one, no memory" else 2**16)
+    monkeypatch.setattr(directions, "_STACKED_BELOW", {} if way.startswith("stacked") else {"cpu": 8})
+    monkeypatch.setattr(directions, "_TOGETHER", {} if "elsewhere" in way else {"cpu": 0 if "alone" in way else 2**16})
     pairs = make_pairs(dtype=dtype)
     lora_A, lora_B = (list(side) for side in zip(*pairs, strict=True))
     groups = [{"params": lora_A + lora_B[:2]}, {"params": lora_B[2:], "lr": 3e-2, "weight_decay": 0.1}]
@@ -100,7 +100,7 @@ class Launches(TorchDispatchMode):
 
 
 def test_launches_do_not_grow_with_the_layers_where_launches_count(monkeypatch):
-    monkeypatch.setattr(directions, "_ONE_BY_ONE", set())
+    monkeypatch.setattr(directions, "_STACKED_BELOW", {})
     counts = []
     for layers in (2, 12):
         pairs = make_pairs([(8, 32, 32), (8, 32, 48)] * layers, torch.float32)
@@ -189,4 +189,6 @@ def test_narrow_products_are_products(columns):
     x, y = (torch.randn(3, 480, columns, dtype=torch.float64) for _ in range(2))
     m = torch.randn(3, columns, columns, dtype=torch.float64)
     for a, b in ((x.mT, y), (x, m), (x.mT, x), (x.mT.contiguous(), x), (m, x.mT)):
-        np.testing.assert_allclose(narrow_matmul(a, b), a.numpy() @ b.numpy(), atol=1e-12)
+        out = torch.empty(3, a.shape[1], b.shape[2], dtype=torch.float64)
+        for got in (narrow_matmul(a, b), narrow_matmul(a, b, out), out):
+            np.testing.assert_allclose(got, a.numpy() @ b.numpy(), atol=1e-12)
