@@ -3,7 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from lora_one.core.spectrum import SketchState, _converged, advance, draw_omega, exact_spectrum, finish, probe, start
+from lora_one.core.krylov import leading_triplets
+from lora_one.core.spectrum import SketchState, advance, draw_omega, exact_spectrum, finish, probe, start
 from tests.arrays import ARRAYS, Arrays, best_rank, spectrum_matrix
 
 SHAPES = [(40, 40), (60, 24), (24, 60), (9, 9)]
@@ -231,7 +232,7 @@ def test_exact_of_a_large_gradient_converges_to_lapacks_triplets(arrays):
     g = large(0.7 ** np.arange(60))
     gradient = arrays.of(g)
     omega = arrays.of(draw_omega(0, "layer", 320, 20))
-    assert _converged(arrays.ops, gradient, omega, 4, limit=80) is not None  # the dense SVD is not what is tested here
+    assert leading_triplets(arrays.ops, gradient, omega, 4, limit=80) is not None  # the dense SVD is not what is tested here
     spectrum = exact_spectrum(arrays.ops, gradient, 4)
     arrays.assert_close(descent(arrays, spectrum), -best_rank(g, 4))
     arrays.assert_close(spectrum.s, np.linalg.svd(g, compute_uv=False)[:4])
@@ -256,7 +257,7 @@ def test_exact_of_a_large_flat_gradient_falls_back_to_the_dense_svd(dtype):
     decay[3:] -= 1e-4 * np.arange(317)
     g = large(decay)
     omega = arrays.of(draw_omega(0, "layer", 320, 20))
-    assert _converged(arrays.ops, arrays.of(g), omega, 5, limit=80) is None
+    assert leading_triplets(arrays.ops, arrays.of(g), omega, 5, limit=80) is None
     spectrum = exact_spectrum(arrays.ops, arrays.of(g), 5)
     arrays.assert_close(spectrum.s, decay[:5])
     arrays.assert_close(spectrum.norm, np.asarray(np.linalg.norm(decay)))
