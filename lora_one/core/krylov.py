@@ -7,8 +7,8 @@ such that
     G^T Q_j = [V_1 ... V_j] (...) + V_{j+1} R
 
 (Golub, Luk and Overton 1981; how fast it converges: Musco and Musco 2015, arXiv 1504.05477). A triplet (u, s, v) of H,
-times the blocks, satisfies G v = s u by construction and fails G^T u = s v by V_{j+1} R u_j alone, where u_j is the part
-of u that belongs to Q_j. So the next block, which is needed anyway, says how exact the triplets are.
+times the blocks, satisfies G v = s u by construction and fails G^T u = s v by V_{j+1} R u_j alone, where u_j is the
+part of u that belongs to Q_j. So the next block, which is needed anyway, says how exact the triplets are.
 """
 
 import numpy as np
@@ -44,8 +44,7 @@ def leading_triplets(ops: Ops, g: Array, omega: Array, rank: int, limit: int) ->
         u, s, _ = ops.svd(h)
         settled = _largest(ops, ops.matmul(r, u[-k:, :rank]), s[0]) <= LAPACK_RESIDUAL * ops.eps(g)
         right = ops.concat([right, v], axis=1)
-        h = _below(ops, ops.matrix_transpose(h), r)  # (K + k, K)
-        h = ops.matrix_transpose(h)
+        h = ops.matrix_transpose(_below(ops, ops.matrix_transpose(h), r))  # (K, K + k)
         if settled:
             # That block is in what is returned, whose error is smaller still.
             u, s, vt = ops.svd(h)
@@ -64,7 +63,7 @@ def _below(ops: Ops, h: Array, r: Array) -> Array:
 
 
 def _new_block(ops: Ops, x: Array, known: Array, floor: Array) -> tuple[Array, Array]:
-    """Orthonormal q, (n, k), and r, (k, k), such that x = known (...) + q r; columns of q are zero where that is all."""
+    """Orthonormal q, (n, k), and r with x = known (...) + q r; columns of q are zero where x has nothing new."""
     q, r = ops.qr(_project_out(ops, x, known))
     identity = ops.eye(r.shape[0], like=r)
     for _ in range(3):
