@@ -119,6 +119,6 @@ def _check_positive(name: str, value: Any, otherwise: str = "") -> None:
         raise ConfigError(f"{name} must be a number > 0{otherwise}, got {value!r}")
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

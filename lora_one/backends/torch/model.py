@@ -195,16 +195,18 @@ def _disabled(site: Site) -> Iterator[None]:
 
 @contextmanager
 def _no_cache(model: nn.Module) -> Iterator[None]:
-    """No key-value cache while gradients are wanted: it would only take memory, and checkpointing warns about it."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "use_cache"):
-        yield
-        return
-    before, config.use_cache = config.use_cache, False
+    """No key-value cache while gradients are wanted: it takes memory, and recomputing would write it twice."""
+    # A decoder inside an encoder-decoder has a configuration of its own.
+    every = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(config): config for config in every if hasattr(config, "use_cache")}.values()
+    found = [(config, config.use_cache) for config in configs]
+    for config, _ in found:
+        config.use_cache = False
     try:
         yield
     finally:
-        config.use_cache = before
+        for config, use_cache in found:
+            config.use_cache = use_cache
 
 
 def _evaluation_mode(model: nn.Module) -> None:

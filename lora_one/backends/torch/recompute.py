@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-import psutil
+import psutil  # type: ignore[import-untyped]  # accelerate depends on it
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_one.errors import ModelError
 
+CACHES = ("cache", "past_key_values", "layer_past")  # arguments of transformers' blocks
 SHARE_OF_FREE = 0.5  # what a forward pass may keep; the other half is for the loss, the gradients and their SVDs
 
 
@@ -22,9 +23,11 @@ class Recompute:
     """
 
     def __init__(self, model: nn.Module, recompute: Literal["auto"] | bool, device: torch.device):
-        self._blocks = [] if recompute is False else [module for module in model.modules() if _is_block(module)]
-        if recompute is True and not self._blocks:
+        blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if recompute is True and not blocks:
             raise ModelError("recompute=True needs blocks that transformers can checkpoint, and the model has none")
+        checkpointed = [block for block in blocks if block.gradient_checkpointing and block.training]
+        self._blocks = [] if recompute is False else [block for block in blocks if block not in checkpointed]
         free = _free_memory(device) if recompute == "auto" else 0
         self._budget = float("inf") if free is None else SHARE_OF_FREE * free
         self._kept = self._last = 0  # bytes: by this batch's blocks so far, by the last of them
@@ -46,7 +49,8 @@ class Recompute:
         self._kept = 0
 
     def _forward(self, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        # A cache would be written a second time.
+        if not torch.is_grad_enabled() or any(kwargs.get(name) is not None for name in CACHES):
             return forward(*args, **kwargs)
         if self._budget == 0.0 or self._kept + self._last > self._budget:
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
@@ -71,11 +75,6 @@ class _Saved:
             self._seen.add(storage.data_ptr())
             self.bytes += storage.nbytes()
         return x.detach()  # x itself would be a reference cycle where it is an output
-
-
-def _is_block(module: nn.Module) -> bool:
-    """Whether it is one of transformers' blocks and not checkpointed already."""
-    return isinstance(module, GradientCheckpointingLayer) and not (module.gradient_checkpointing and module.training)
 
 
 def _free_memory(device: torch.device) -> int | None:

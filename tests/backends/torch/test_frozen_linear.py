@@ -46,6 +46,25 @@ def test_a_product_of_rows(calls):
     assert len(calls) == 1
 
 
+LAYOUTS = {
+    "expanded": torch.randn(7, generator=torch.Generator().manual_seed(0)).expand(50, 7),
+    "one number": torch.ones(()).expand(50, 7),  # as the gradient of a sum is
+    "strided": torch.randn(100, 14, generator=torch.Generator().manual_seed(0))[::2, ::2],
+    "transposed": torch.randn(7, 50, generator=torch.Generator().manual_seed(0)).mT,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_however_the_memory_lies(layout):
+    x, dense = LAYOUTS[layout], torch.randn(50, 9, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(product_of_rows(x.mT, dense.mT), x.contiguous().mT @ dense)
+    torch.testing.assert_close(product_of_rows(dense.mT, x.mT), dense.mT @ x.contiguous())
+    layer = nn.Linear(7, 4).requires_grad_(False)
+    with onednn_linears(layer):
+        y = layer(x)
+    torch.testing.assert_close(y, layer(x.contiguous()))
+
+
 class Doubled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)

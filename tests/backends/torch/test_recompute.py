@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import lora_one
 from lora_one.backends.torch import TorchSession
@@ -48,10 +49,11 @@ def test_true_recomputes_every_block_and_false_none():
         assert counts == [forwards * len(case.batches)] * 2
 
 
-def block_bytes(case, config) -> int:
+def block_bytes(index: int) -> int:
     """What a block keeps in an exact pass, counted without the code under test."""
     saved = {}
-    block = case.model.model.layers[1]
+    case = llama()
+    block = case.model.model.layers[index]
     weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
 
     def pack(x):
@@ -59,7 +61,7 @@ def block_bytes(case, config) -> int:
         return x
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
-    with TorchSession(case.model, case.batches[:1], None, dataclasses.replace(config, recompute=False)) as session:
+    with TorchSession(case.model, case.batches[:1], None, dataclasses.replace(EXACT, recompute=False)) as session:
         block.register_forward_pre_hook(lambda *_: hooks.__enter__())
         block.register_forward_hook(lambda *_: hooks.__exit__())
         session.exact_pass(lambda *_: None)
@@ -69,7 +71,7 @@ def block_bytes(case, config) -> int:
 @pytest.mark.parametrize(("fits", "expected"), [(0, [3, 4]), (1, [2, 4]), (2, [2, 2]), (None, [2, 2])])
 def test_auto_keeps_what_fits_in_half_of_the_free_memory(monkeypatch, fits, expected):
     """Two blocks, two batches. The very first block is kept at any rate: there is nothing yet to judge it by."""
-    one = block_bytes(llama(), EXACT)
+    one = block_bytes(1)
     free = None if fits is None else int(2 * one * (fits + 0.5))
     monkeypatch.setattr(module, "_free_memory", lambda device: free)
     case = llama()
@@ -82,13 +84,25 @@ def test_auto_keeps_what_fits_in_half_of_the_free_memory(monkeypatch, fits, expe
 
 
 def test_what_a_block_keeps_is_counted_to_the_byte(monkeypatch):
+    first, second = block_bytes(0), block_bytes(1)
+    assert first < second  # the first one's input needs no gradient
     found = []
     monkeypatch.setattr(Recompute, "next_batch", lambda self: found.append((self._last, self._kept)))
     case = llama()
     case.batches.pop()
     start(case)
-    one = block_bytes(llama(), EXACT)
-    assert found == [(one, 2 * one)]
+    assert found == [(second, first + second)]
+
+
+def test_a_block_that_is_given_a_cache_is_not_run_twice():
+    case = llama()
+    counts = count_forwards(case.model)
+
+    def loss_fn(model, batch):
+        return model(**batch, past_key_values=DynamicCache()).loss
+
+    start(case._replace(loss_fn=loss_fn), recompute=True)
+    assert counts == [len(case.batches)] * 2
 
 
 def test_checkpointing_that_is_on_already_is_left_alone():
