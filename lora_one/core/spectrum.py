@@ -27,10 +27,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .krylov import leading_triplets
 from .ops import Array, Ops
 
-EXACT_OVERSAMPLE = 16  # columns beyond the rank in the passes over a G in memory
-LAPACK_RESIDUAL = 16.0  # in units of eps s_1: ||G v_i - s_i u_i|| by LAPACK's float32 SVD of a 2048 x 768 gradient
+EXACT_OVERSAMPLE = 8  # columns beyond the rank in the products with a G in memory
 
 
 class Spectrum(NamedTuple):
@@ -90,9 +90,9 @@ def draw_omega(seed: int, layer: str, in_features: int, columns: int) -> np.ndar
 def exact_spectrum(ops: Ops, gradient: Array, rank: int) -> Spectrum:
     """The `rank` leading singular triplets of -G, as exact as a dense SVD.
 
-    A large G goes through the same passes as a sketch, until what it and the triplets disagree by is down to the
-    rounding error that LAPACK's triplets have too; where that takes too many directions, and where G is small, by the
-    dense SVD. The passes are counted at run time: of a large G this cannot be traced.
+    Of a large G by products with it, until what it and the triplets disagree by is down to the rounding error that
+    LAPACK's triplets have too; where that takes too many directions, and where G is small, by the dense SVD. The
+    products are counted at run time: of a large G this cannot be traced.
 
     Args:
         gradient: G = dL/dW, (out, in), float32 or wider.
@@ -101,34 +101,13 @@ def exact_spectrum(ops: Ops, gradient: Array, rank: int) -> Spectrum:
     limit = min(gradient.shape) // 4  # directions, from where on the dense SVD is the faster one
     width = rank + EXACT_OVERSAMPLE
     omega = None if 3 * width > limit else draw_omega(0, "exact", gradient.shape[1], width)
-    found = None if omega is None else _converged(ops, gradient, ops.asarray(omega, like=gradient), rank, limit)
+    found = None if omega is None else leading_triplets(ops, gradient, ops.asarray(omega, like=gradient), rank, limit)
     if found is None:
         return _descent_seen_whole(ops, *_thin_svd(ops, gradient), rank)
     u, s, vt = found
     zero = ops.zeros((), like=s)
     norm = _frobenius_norm(ops, gradient, _or_one(ops, s[0]))
     return _descent(ops, u, s, vt, rank, norm=norm, norm_error=zero, unseen=zero, best_norm=_norm(ops, s[:rank]))
-
-
-def _converged(ops: Ops, g: Array, omega: Array, rank: int, limit: int) -> tuple[Array, Array, Array] | None:
-    """The leading triplets of G by block Golub-Kahan to rounding error, or None if `limit` directions do not do."""
-    state = start(ops, omega, g.shape[0])
-    settled = False
-    while _columns(state.left) + omega.shape[1] <= limit:
-        for _ in range(2):
-            state = advance_on(ops, state, g)
-        if state.passes < 6:
-            continue
-        u, s, vt = _thin_svd(ops, _projected(ops, state, state.passes))
-        u, s, vt = ops.matmul(ops.concat(state.left, axis=1), u[:, :rank]), s[:rank], vt[:rank, :]
-        if settled:
-            return u, s, vt
-        # G^T u_i = s_i v_i holds by construction: the other half says how far this is from being triplets of G.
-        rest = (ops.matmul(g, ops.matrix_transpose(vt)) - u * s) / _or_one(ops, s[0])  # (out, r)
-        worst = ops.sqrt(ops.max(ops.sum(rest * rest, axis=0)))
-        # Two more passes then, for what is left to be rounding alone.
-        settled = float(ops.to_numpy(worst)) <= LAPACK_RESIDUAL * ops.eps(g)
-    return None
 
 
 def _frobenius_norm(ops: Ops, g: Array, scale: Array) -> Array:
