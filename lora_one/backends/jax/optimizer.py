@@ -206,7 +206,7 @@ def _direction(layout: Layout, pair: Leaves, gradient: Leaves, reg: Any, damping
 
 
 def _mirrored(layout: Layout, leaves: Leaves) -> Factors:
-    """A pair of leaves as the spec's pair of the transposed layer: (n, r, out) and (n, in, r); n only if there is a stack.
+    """A pair of leaves as the spec's pair of the transposed layer: (n, r, out) and (n, in, r); n only for a stack.
 
     The preconditioner treats the sides alike, so these are the same numbers, and no array is transposed.
     """
