@@ -40,13 +40,13 @@ SIZES: dict[str, Shapes] = {
 # framework -> (size, rank) of each comparison
 COMPARISONS = {
     "torch": [("7B", 8), ("7B", 16), ("7B", 64), ("0.5B", 8), ("embedded", 8)],
-    "jax": [("7B, 200 pairs", 8), ("embedded", 8)],
-    "mlx": [("7B", 8), ("embedded", 8)],
+    "jax": [("7B, 200 pairs", 8), ("7B, 200 pairs", 16), ("7B, 200 pairs", 64), ("0.5B", 8), ("embedded", 8)],
+    "mlx": [("7B", 8), ("0.5B", 8), ("embedded", 8)],
 }
 CONTENDERS = {
     "torch": ["fused AdamW", "lora-one", "plain loop", "PEFT Riemannian"],
-    "jax": ["optax.adamw", "lora-one"],
-    "mlx": ["AdamW", "lora-one"],
+    "jax": ["optax.adamw", "lora-one", "plain loop"],
+    "mlx": ["AdamW", "lora-one", "plain loop"],
 }
 
 
@@ -130,11 +130,18 @@ def jax_step(contender: str, size: str, rank: int) -> dict[str, float]:
         pairs = enumerate(factors(size, rank, seed))
         return {f"layer{n}": {"lora_a": jnp.asarray(a.T), "lora_b": jnp.asarray(b.T)} for n, (a, b) in pairs}
 
-    tx = optax.adamw(RATE, weight_decay=0.0) if contender == "optax.adamw" else lora_adamw(RATE, reg=REG)
+    def plain_loop(pair: Any, grads: Any) -> Any:
+        a, b, eye = pair["lora_a"], pair["lora_b"], jnp.eye(rank)
+        new_a = jnp.linalg.solve(b @ b.T + REG * eye, grads["lora_a"].T).T  # (in, r)
+        return {"lora_a": new_a, "lora_b": jnp.linalg.solve(a.T @ a + REG * eye, grads["lora_b"])}
+
+    tx = lora_adamw(RATE, reg=REG) if contender == "lora-one" else optax.adamw(RATE, weight_decay=0.0)
     params, grads = tree(0), tree(1)
     state = tx.init(params)
 
     def step(params: Any, state: Any, grads: Any) -> Any:
+        if contender == "plain loop":
+            grads = {name: plain_loop(params[name], grads[name]) for name in params}
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -156,17 +163,25 @@ def mlx_step(contender: str, size: str, rank: int) -> dict[str, float]:
     import mlx.core as mx
     from mlx.optimizers import AdamW
 
-    from lora_one.backends.mlx import LoraOneAdamW
+    from lora_one.backends.mlx import LoraOneAdamW, MlxOps
+    from lora_one.core.factors import Factors
+    from lora_one.core.precondition import precondition
 
     def tree(seed: int) -> Any:
         pairs = enumerate(factors(size, rank, seed))
         return {f"layer{n}": {"lora_a": mx.array(a.T), "lora_b": mx.array(b.T)} for n, (a, b) in pairs}
 
     params, grads = tree(0), tree(1)
-    if contender == "AdamW":
-        optimizer = AdamW(RATE, bias_correction=True, weight_decay=0.0)
-    else:
+
+    def plain_loop(pair: Any, grads: Any) -> Any:
+        given = [Factors(x["lora_a"].T, x["lora_b"].T) for x in (pair, grads)]
+        direction = precondition(MlxOps(), *given, REG)
+        return {"lora_a": direction.lora_A.T, "lora_b": direction.lora_B.T}
+
+    if contender == "lora-one":
         optimizer = LoraOneAdamW(RATE, params, REG, weight_decay=0.0)
+    else:
+        optimizer = AdamW(RATE, bias_correction=True, weight_decay=0.0)
     optimizer.init(params)
     held = [params]
     del params
@@ -174,6 +189,8 @@ def mlx_step(contender: str, size: str, rank: int) -> dict[str, float]:
     mx.eval(held, state, grads)
 
     def update(params: Any, grads: Any) -> Any:
+        if contender == "plain loop":
+            grads = {name: plain_loop(params[name], grads[name]) for name in params}
         return optimizer.apply_gradients(grads, params)
 
     compiled = mx.compile(update, inputs=state, outputs=state)

@@ -64,10 +64,10 @@ def _below(ops: Ops, h: Array, r: Array) -> Array:
 
 def _new_block(ops: Ops, x: Array, known: Array, floor: Array) -> tuple[Array, Array]:
     """Orthonormal q, (n, k), and r with x = known (...) + q r; columns of q are zero where x has nothing new."""
-    q, r = ops.qr(_project_out(ops, x, known))
+    q, r = ops.qr(minus_projection(ops, x, known))
     identity = ops.eye(r.shape[0], like=r)
     for _ in range(3):
-        q, again = ops.qr(_project_out(ops, q, known))
+        q, again = ops.qr(minus_projection(ops, q, known))
         r = ops.matmul(again, r)
         # Twice is enough (Kahan; Parlett 1980), unless a first column was itself rounding noise, mostly inside `known`.
         if float(ops.to_numpy(ops.max(-abs(ops.sum(again * identity, axis=0))))) < -0.5:
@@ -75,7 +75,8 @@ def _new_block(ops: Ops, x: Array, known: Array, floor: Array) -> tuple[Array, A
     return _without_noise(ops, q, r, floor)
 
 
-def _project_out(ops: Ops, x: Array, known: Array) -> Array:
+def minus_projection(ops: Ops, x: Array, known: Array) -> Array:
+    """x, (n, k), less its projection on the orthonormal `known`, (n, K)."""
     return x - ops.matmul(known, ops.matmul(ops.matrix_transpose(known), x))
 
 
