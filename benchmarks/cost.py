@@ -247,13 +247,28 @@ def main(arguments: list[str] | None = None) -> None:
         rows = [compared(row, TINY, work, machine) for row in measured_rows("tiny float32", TINY, work, measure)]
         write(rows, {"tiny float32": machine}, options.smoke)
         return
-    rows, rates = _found() if options.only or options.recount else ([], {})
-    for name in [] if options.recount else [options.only] if options.only else names:
+    if options.recount:
+        write(*_merged([], {}))
+        return
+    rows: list[dict[str, Any]] = []
+    rates = {}
+    for name in [options.only] if options.only else names:
         rates[name] = measured(name.split()[1], time.process_time)
-        fresh = measured_rows(name, *_case(name), in_own_process)
-        rows = [row for row in rows if row["model"] != name] + fresh
-    rows = [compared(row, *_case(row["model"]), rates[row["model"]]) for row in rows]
-    write(sorted(rows, key=lambda row: names.index(row["model"])), rates)
+        rows += measured_rows(name, *_case(name), in_own_process)
+        write(*_merged(rows, rates))
+
+
+def _merged(
+    fresh: list[dict[str, Any]], rates: dict[str, Hardware]
+) -> tuple[list[dict[str, Any]], dict[str, Hardware]]:
+    """Fresh rows, and those of other models that are in the result file; all with what is estimated now."""
+    rows = list(fresh)
+    if RESULT.is_file():
+        last = json.loads(RESULT.read_text(encoding="utf-8"))
+        rates = {name: Hardware(**found) for name, found in last["rates"].items()} | rates
+        rows += [row for row in last["rows"] if row["model"] not in {row["model"] for row in fresh}]
+    rows.sort(key=lambda row: (list(SIZES).index(row["model"].split()[0]), row["model"]))
+    return [compared(row, *_case(row["model"]), rates[row["model"]]) for row in rows], rates
 
 
 def _case(name: str) -> tuple[dict[str, Any], Workload]:
@@ -261,14 +276,6 @@ def _case(name: str) -> tuple[dict[str, Any], Workload]:
     size, dtype = name.split()
     work = Workload(batch_size=SEQUENCES[size], seq_len=256, init_batches=2, dtype=dtype, config=Config(rank=8))
     return SIZES[size], work
-
-
-def _found() -> tuple[list[dict[str, Any]], dict[str, Hardware]]:
-    """Rows and rates of the last run."""
-    if not RESULT.is_file():
-        return [], {}
-    last = json.loads(RESULT.read_text(encoding="utf-8"))
-    return last["rows"], {name: Hardware(**rates) for name, rates in last["rates"].items()}
 
 
 def write(rows: list[dict[str, Any]], rates: dict[str, Hardware], smoke: Path | None = None) -> None:

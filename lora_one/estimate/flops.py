@@ -1,5 +1,6 @@
 """Floating-point operations of a training step and of an init, a multiplication and an addition as two."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,7 +45,8 @@ class Decompositions(NamedTuple):
     """Operations between passes, by the rate at which they run, and how many calls they take."""
 
     qr: int
-    svd: int
+    svd: int  # of what is projected on all directions
+    dense_svd: int  # of a whole gradient
     thin: int
     calls: int
 
@@ -94,8 +96,9 @@ def _attention(model: Architecture, block: Block, work: Workload) -> int:
 
 def sketch_flops(targets: list[list[Linear]], work: Workload) -> Decompositions:
     """Between all passes of the sketch, and in its end, on all targets."""
-    every = [x for block in targets for x in block]
-    return _all_of([(x.copies, _sketch(x, work.width, work.config.passes)) for x in every])
+    last = work.config.passes  # it also looks at what the last two passes have changed
+    checks = range(max(2, last - 2), last + 1)
+    return _all_of([(x.copies, _passes(x, work.width, last, checks)) for block in targets for x in block])
 
 
 def exact_flops(targets: list[list[Linear]], rank: int) -> Decompositions:
@@ -115,26 +118,26 @@ def _exact(linear: Linear, rank: int) -> Decompositions:
     n, m = sorted((linear.out_features, linear.in_features))
     products, dense = exact_products(linear, rank)
     width = rank + EXACT_OVERSAMPLE
-    found = _sketch(linear, width, products, checks=max(0, products // 2 - 2)) if products else _NOTHING
-    own = Decompositions(0, 0, products * 2 * m * n * width, 0)
+    found = _passes(linear, width, products, range(6, products + 1, 2)) if products else _NOTHING
+    own = _NOTHING._replace(thin=products * 2 * m * n * width)
     if dense:  # QR and 22 n^3 (Golub and Van Loan, 4th ed., figure 8.6.1)
-        own = own._replace(svd=22 * n**3 + (6 * m * n * n if m > n else 0), calls=6)
+        own = own._replace(dense_svd=22 * n**3 + (6 * m * n * n if m > n else 0), calls=6)
     return _sum(found, own)
 
 
-_NOTHING = Decompositions(0, 0, 0, 0)
+_NOTHING = Decompositions(0, 0, 0, 0, 0)
 _CALLS_A_PASS, _CALLS_A_CHECK = 28, 50  # as torch dispatches them
 
 
-def _sketch(linear: Linear, width: int, passes: int, checks: int = 2) -> Decompositions:
+def _passes(linear: Linear, width: int, passes: int, checks: Iterable[int]) -> Decompositions:
     """QRs (Householder: 4 m k^2 for a thin Q of (m, k)), projections on earlier blocks, and SVDs of what is projected.
 
     Args:
-        checks: SVDs along the way; there is one more at the end.
+        checks: the passes after which there is an SVD.
     """
     k = min(width, linear.out_features, linear.in_features)
     known = [0, 0]
-    qr, thin = 4 * linear.in_features * k * k, 0  # of omega
+    qr, svd, thin, calls = 4 * linear.in_features * k * k, 0, 0, passes * _CALLS_A_PASS  # the QR is omega's
     for number in range(1, passes + 1):
         side = number % 2  # odd passes yield directions of the outputs, even ones of the inputs
         rows = linear.out_features if side else linear.in_features
@@ -142,10 +145,13 @@ def _sketch(linear: Linear, width: int, passes: int, checks: int = 2) -> Decompo
         qr += rounds * 4 * rows * k * k
         thin += rounds * 4 * rows * k * known[side]
         known[side] += k
-    rows, columns = linear.in_features, k * ((passes + 1) // 2)
-    each = (4 * rows * columns**2, 22 * columns**3, 2 * (rows + linear.out_features) * columns * k)
-    qr, svd, thin = qr + (checks + 1) * each[0], (checks + 1) * each[1], thin + (checks + 1) * each[2]
-    return Decompositions(qr, svd, thin, passes * _CALLS_A_PASS + (checks + 1) * _CALLS_A_CHECK)
+    for number in checks:
+        columns = k * ((number + 1) // 2)
+        qr += 4 * linear.in_features * columns**2
+        svd += 22 * columns**3
+        thin += 2 * (linear.in_features + linear.out_features) * columns * k
+        calls += _CALLS_A_CHECK
+    return Decompositions(qr, svd, 0, thin, calls)
 
 
 def _all_of(counted: list[tuple[int, Decompositions]]) -> Decompositions:

@@ -20,6 +20,7 @@ class Hardware:
         qr_flops, svd_flops: of decompositions of small matrices, per second, as reached.
         memory: bytes there are; None if not known.
         float32_flops: of dense products in float32, at the peak.
+        dense_svd_flops: of decompositions of whole gradients, as reached; None: as of small matrices.
         attention_flops: of attention, as reached; None: as other products.
         thin: (columns, rate as reached) of float32 products with matrices of so few columns, by columns; empty: they
             run at the speed of memory.
@@ -36,6 +37,7 @@ class Hardware:
     svd_flops: float
     memory: float | None = None
     float32_flops: float | None = None
+    dense_svd_flops: float | None = None
     attention_flops: float | None = None
     thin: tuple[tuple[int, float], ...] = ()
     first_touch: float = math.inf

@@ -30,7 +30,8 @@ def by_numpy(size: int = 1024, clock: Clock = time.perf_counter) -> Hardware:
     """
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, size, size)).astype(np.float32)
-    out, thin, square = np.empty_like(a), a.reshape(-1, 32), a[: size // 4, : size // 4].copy()
+    out, thin = np.empty_like(a), a.reshape(-1, 32)
+    small, square = a[:48, :48].copy(), a[: size // 3, : size // 3].copy()
     source, copy = np.ones((2, 64 * size * size // 4), np.float32)
     rows, columns = thin.shape
 
@@ -44,7 +45,8 @@ def by_numpy(size: int = 1024, clock: Clock = time.perf_counter) -> Hardware:
         efficiency=1.0,
         bandwidth=2 * source.nbytes / _least(lambda: np.copyto(copy, source), clock),
         qr_flops=4 * rows * columns**2 / _least(lambda: np.linalg.qr(thin), clock),
-        svd_flops=22 * (size // 4) ** 3 / _least(lambda: np.linalg.svd(square), clock),
+        svd_flops=22 * small.shape[0] ** 3 / _least(lambda: np.linalg.svd(small), clock),
+        dense_svd_flops=22 * square.shape[0] ** 3 / _least(lambda: np.linalg.svd(square), clock),
         thin=tuple((k, thin_rate(k)) for k in THIN_COLUMNS),
         first_touch=source.nbytes / _least(lambda: np.ones(source.size, np.float32), clock),
         heap=True,
@@ -99,7 +101,7 @@ def by_torch(dtype: str, size: int = 1024, clock: Clock = time.perf_counter) -> 
 
     kind = getattr(torch, dtype)
     source, copy = torch.ones(2, 64 * size * size // 4)
-    tall, square = draw(2 * size, 24), draw(48, 48)
+    tall, small, square = draw(2 * size, 24), draw(48, 48), draw(size // 3, size // 3)
     with torch.enable_grad():
         return Hardware(
             name=f"this machine's CPU, as PyTorch in {dtype}",
@@ -107,7 +109,8 @@ def by_torch(dtype: str, size: int = 1024, clock: Clock = time.perf_counter) -> 
             efficiency=1.0,
             bandwidth=2 * source.nbytes / _least(lambda: copy.copy_(source), clock),
             qr_flops=4 * tall.numel() * 24 / _least(lambda: torch.linalg.qr(tall), clock),
-            svd_flops=22 * 48**3 / _least(lambda: torch.linalg.svd(square), clock),
+            svd_flops=22 * 48**3 / _least(lambda: torch.linalg.svd(small), clock),
+            dense_svd_flops=22 * (size // 3) ** 3 / _least(lambda: torch.linalg.svd(square), clock),
             float32_flops=dense(torch.float32),
             attention_flops=attention(),
             thin=tuple((k, thin(k)) for k in THIN_COLUMNS),

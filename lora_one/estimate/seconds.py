@@ -70,6 +70,7 @@ def _casts(targets: Targets, work: Workload) -> int:
 
 def _decompositions(count: flops.Decompositions, width: int, machine: Hardware) -> float:
     work = count.qr / machine.qr_flops + count.svd / machine.svd_flops + count.thin / machine.thin_rate(width)
+    work += count.dense_svd / (machine.dense_svd_flops or machine.svd_flops)
     return work + count.calls * machine.call
 
 
