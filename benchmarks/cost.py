@@ -1,17 +1,22 @@
 """How far off is `lora-one estimate`? Measured peak memory and time of a step and of both inits, over estimated.
 
-    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.cost
+    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.cost [--only "100M float32" | --recount]
 
-writes results/cost.json, docs/cost.png and what `estimate` says of its error.
+writes results/cost.json, docs/cost.png and what `estimate` says of its error; with --only, that model's rows alone, and
+with --recount, nothing is measured: the rows that are there are compared with what is estimated now, at the rates that
+were measured with them.
 
-Random Llamas, each job in a process of its own. Memory is the resident set's peak over what it was with the model
-loaded, as Linux counts it; time is the processor's on one thread, which is wall time on an idle core. Rerun it after a
-change to the PyTorch init or step: the estimate's error is read from here.
+Random Llamas, each job in two processes of its own. In one, every tensor has a mapping of its own, so that the resident
+set's peak over what it was with the model loaded is the bytes that tensors took, as an accelerator's allocator would
+count them. The other is as a user's, glibc's heap with its holes; there, time is taken too: the processor's on one
+thread, which is wall time on an idle core. A tiny model goes the same way first, so that code and what libraries keep
+are not counted. Rerun it after a change to the PyTorch init or step: the estimate's error is read from here.
 """
 
 import argparse
 import ctypes
 import dataclasses
+import gc
 import json
 import multiprocessing
 import platform
@@ -19,16 +24,19 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_one.config import Config
-from lora_one.estimate import MEASURED, Workload, estimate
+from lora_one.estimate import MEASURED, Column, Workload, estimate
 from lora_one.estimate.architecture import architecture
-from lora_one.estimate.hardware import Hardware, measured
+from lora_one.estimate.hardware import Hardware
+from lora_one.estimate.memory import PROCESS
+from lora_one.estimate.rates import measured
 
 RESULT = Path(__file__).parent / "results" / "cost.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "cost.png"
 MIB = 2**20
+M_MMAP_THRESHOLD = -3  # of malloc.h
 JOBS = ("training step", "init, sketch", "init, exact")
 
 
@@ -45,18 +53,46 @@ def _llama(hidden: int, intermediate: int, layers: int, vocabulary: int, heads: 
     }
 
 
-# (config.json, dtype, sequences of 256 tokens, jobs); 154 dense SVDs at 350M would take longer than all the rest.
-RUNS: dict[str, tuple[dict[str, Any], str, int, tuple[str, ...]]] = {
-    "25M float32": (_llama(384, 1024, 8, 16000, 6), "float32", 2, JOBS),
-    "100M float32": (_llama(768, 2048, 10, 16000, 12), "float32", 1, JOBS),
-    "350M float32": (_llama(1024, 2816, 22, 32000, 16), "float32", 1, JOBS[:2]),
-    "100M bfloat16": (_llama(768, 2048, 10, 16000, 12), "bfloat16", 1, JOBS[:2]),
-}
-SMOKE = {"tiny float32": (_llama(64, 128, 2, 256, 4), "float32", 1, JOBS)}
+SIZES = {"25M": _llama(384, 1024, 8, 16000, 6), "100M": _llama(768, 2048, 10, 16000, 12),
+         "350M": _llama(1024, 2816, 22, 32000, 16)}  # fmt: skip
+SEQUENCES = {"25M": 2, "100M": 1, "350M": 1}  # of 256 tokens
+DTYPES = ("float32", "bfloat16")
+TINY = _llama(64, 128, 2, 256, 4)
 
 
-def measure(job: str, config: dict[str, Any], work: Workload) -> tuple[int, float]:
-    """Bytes over the loaded model, and seconds, of a job in this process."""
+class Measured(NamedTuple):
+    """Of a job, in its process: bytes over the loaded model, bytes of the process without the model, seconds."""
+
+    memory: int
+    process: int
+    seconds: float
+
+
+def measure(job: str, config: dict[str, Any], work: Workload, own_mappings: bool = False) -> Measured:
+    """A job in this process.
+
+    Args:
+        own_mappings: each tensor gets a mapping of its own, which is gone when the tensor is.
+    """
+    if own_mappings:
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 128 * 1024)
+    _prepared(job, TINY, dataclasses.replace(work, batch_size=1, seq_len=64))()
+    run = _prepared(job, config, work)
+    if job == "training step":
+        run()  # Adam's moments exist from the first step on, and kernels are chosen in it
+    gc.collect()
+    loaded = _loaded()
+    seconds = []
+    for _ in range(3 if job == "training step" else 1):
+        began = time.process_time()
+        run()
+        seconds.append(time.process_time() - began)
+    model = work.item * architecture(config).parameters
+    return Measured(_status("VmHWM") - loaded, loaded - model, statistics.median(seconds))
+
+
+def _prepared(job: str, config: dict[str, Any], work: Workload) -> Callable[[], object]:
+    """The job on a new random model."""
     import numpy as np
     import torch
     import transformers
@@ -70,22 +106,13 @@ def measure(job: str, config: dict[str, Any], work: Workload) -> tuple[int, floa
     tokens = np.random.default_rng(0).integers(3, config["vocab_size"], (work.batch_size, work.seq_len))
     ids = torch.tensor(tokens)
     batches = [{"input_ids": ids, "labels": ids}] * work.init_batches
-    run = _step(model, batches[0], work.config) if job == "training step" else None
-    loaded = _loaded()
-    began = time.process_time()
-    if run is None:
-        gradient = "exact" if "exact" in job else "sketch"
-        lora_one.init(model, batches, config=dataclasses.replace(work.config, gradient=gradient))
-        seconds = time.process_time() - began
-    else:
-        run()  # Adam's moments exist from the first step on, and kernels are chosen in it
-        began = time.process_time()
-        run()
-        seconds = time.process_time() - began
-    return _status("VmHWM") - loaded, seconds
+    if job == "training step":
+        return _step(model, batches[0], work.config)
+    gradient: Any = "exact" if "exact" in job else "sketch"
+    return lambda: lora_one.init(model, batches, config=dataclasses.replace(work.config, gradient=gradient))
 
 
-def _step(model: Any, batch: dict[str, Any], config: Config) -> Any:
+def _step(model: Any, batch: dict[str, Any], config: Config) -> Callable[[], object]:
     import peft
 
     import lora_one
@@ -114,104 +141,152 @@ def _loaded() -> int:
     return _status("VmRSS")
 
 
-def in_own_process(job: str, config: dict[str, Any], work: Workload) -> tuple[int, float]:
+def in_own_process(*arguments: Any) -> Measured:
     """`measure` in a fresh interpreter."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, (job, config, work))
+        return pool.apply(measure, arguments)
 
 
-def compare(
-    name: str,
-    config: dict[str, Any],
-    jobs: tuple[str, ...],
-    work: Workload,
-    machine: Hardware,
-    run: Callable[..., tuple[int, float]],
+def measured_rows(
+    name: str, config: dict[str, Any], work: Workload, run: Callable[..., Measured]
 ) -> list[dict[str, Any]]:
-    """Each job, measured and estimated."""
-    found = estimate(architecture(config, name), work, machine)
+    """Each job, measured."""
     rows = []
-    for job in jobs:
-        column = found.columns[job]
-        memory, seconds = run(job, config, work)
-        # Of what is estimated, the base weights, and in a step the factors, are there before.
-        before = sum(column.memory.get(x, 0) for x in ("base weights", *(("LoRA factors",) if job == JOBS[0] else ())))
-        above = column.total_memory - before
-        assert column.total_seconds is not None
+    for job in JOBS:
+        live, usual = (run(job, config, work, own_mappings) for own_mappings in (True, False))
         rows.append(
             {
                 "model": name,
-                "parameters": found.parameters,
                 "job": job,
-                "memory_mib": memory / MIB,
-                "estimated_memory_mib": above / MIB,
-                "memory_ratio": memory / above,
-                "seconds": seconds,
-                "estimated_seconds": column.total_seconds,
-                "time_ratio": seconds / column.total_seconds,
-                "estimated_parts": {"memory": column.memory, "seconds": column.seconds},
+                "live_mib": live.memory / MIB,
+                "resident_mib": usual.memory / MIB,
+                "process_mib": usual.process / MIB,
+                "seconds": usual.seconds,
+                "seconds_own_mappings": live.seconds,
             }
         )
-        row = rows[-1]
-        print(
-            f"{name:14} {job:14} memory {row['memory_mib']:7.0f} / {row['estimated_memory_mib']:7.0f} MiB "
-            f"= {row['memory_ratio']:.2f}   time {seconds:6.2f} / {column.total_seconds:6.2f} s "
-            f"= {row['time_ratio']:.2f}",
-            flush=True,
-        )
     return rows
+
+
+def compared(row: dict[str, Any], config: dict[str, Any], work: Workload, machine: Hardware) -> dict[str, Any]:
+    """A measured row, and what is estimated beside it."""
+    found = estimate(architecture(config, row["model"]), work, machine)
+    column = found.columns[row["job"]]
+    tensors, resident = _above_the_model(row["job"], column)
+    estimated = {
+        "estimated_live_mib": tensors / MIB,
+        "estimated_resident_mib": resident / MIB,
+        "estimated_seconds": column.total_seconds,
+        "estimated_parts": {"memory": column.memory, "seconds": column.seconds},
+    }
+    row = {**row, "parameters": found.parameters, **estimated}
+    for measured_key, estimated_key, ratio in COMPARED.values():
+        row[ratio] = row[measured_key] / row[estimated_key]
+    shown = [f"{what} {row[a]:.2f} / {row[b]:.2f} = {row[ratio]:.2f}" for what, (a, b, ratio) in COMPARED.items()]
+    print(f"{row['model']:14} {row['job']:14}", *(f"{text:32}" for text in shown), flush=True)
+    return row
+
+
+# What is compared: keys of a row that hold what was measured, estimated, and their ratio.
+COMPARED = {
+    "live": ("live_mib", "estimated_live_mib", "live_ratio"),
+    "resident": ("resident_mib", "estimated_resident_mib", "resident_ratio"),
+    "time": ("seconds", "estimated_seconds", "time_ratio"),
+}
+
+
+def _above_the_model(job: str, column: Column) -> tuple[int, int]:
+    """Bytes that are estimated but not there before the job: of tensors, and resident."""
+    there = ("base weights", *(("LoRA factors", "Adam moments") if job == "training step" else ()))
+    before = sum(column.memory.get(part, 0) for part in there)
+    assert column.resident is not None
+    return column.total_memory - before, column.resident - round(PROCESS) - before
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
     """What `lora-one estimate` says of its error: measured over estimated."""
     spreads = {}
-    for what in ("memory", "time"):
-        ratios = [row[f"{what}_ratio"] for row in result["rows"]]
+    for what, (_, _, ratio) in COMPARED.items():
+        ratios = [row[ratio] for row in result["rows"]]
         values = {"least": min(ratios), "median": statistics.median(ratios), "most": max(ratios)}
         spreads[what] = {key: round(value, 3) for key, value in values.items()}
     return {"device": result["device"], "runs": len(result["rows"]), **spreads}
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Measured against estimated, memory and time."""
+    """Measured against estimated."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    for axes, what, unit in zip(figure.subplots(1, 2), ("memory_mib", "seconds"), ("MiB", "s"), strict=True):
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    for axes, (what, (ours, theirs, _)) in zip(figure.subplots(1, 3), COMPARED.items(), strict=True):
         for job, marker in zip(JOBS, "osD", strict=True):
-            mine = [row for row in rows if row["job"] == job]
-            axes.loglog([r[f"estimated_{what}"] for r in mine], [r[what] for r in mine], marker, label=job)
-        ends = [f(r[key] for r in rows for key in (what, f"estimated_{what}")) for f in (min, max)]
+            for dtype, fill in zip(DTYPES, ("full", "none"), strict=True):
+                mine = [row for row in rows if row["job"] == job and row["model"].endswith(dtype)]
+                points = [row[theirs] for row in mine], [row[ours] for row in mine]
+                axes.loglog(*points, marker, fillstyle=fill, label=f"{job}, {dtype}")
+        ends = [f(row[key] for row in rows for key in (ours, theirs)) for f in (min, max)]
         axes.loglog(ends, ends, "k-", lw=0.8)
-        axes.set(xlabel=f"estimated, {unit}", ylabel=f"measured, {unit}", title=what.split("_")[0])
+        unit = "s" if what == "time" else "MiB"
+        axes.set(xlabel=f"estimated, {unit}", ylabel=f"measured, {unit}", title=what)
         axes.grid(alpha=0.3)
-        axes.legend()
+    axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, write."""
+    names = [f"{size} {dtype}" for size in SIZES for dtype in DTYPES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=names, help="one model; the other rows stay as they are")
+    parser.add_argument("--recount", action="store_true", help="estimate anew beside what was measured")
     parser.add_argument("--smoke", type=Path, metavar="FILE", help="a tiny model, in this process; writes FILE alone")
     options = parser.parse_args(arguments)
-    machine = measured(clock=time.process_time)
-    rows = []
-    for name, (config, dtype, sequences, jobs) in (SMOKE if options.smoke else RUNS).items():
-        length = 16 if options.smoke else 256
-        work = Workload(batch_size=sequences, seq_len=length, init_batches=2, dtype=dtype, config=Config(rank=8))
-        rows += compare(name, config, jobs, work, machine, measure if options.smoke else in_own_process)
-        write(rows, machine, options.smoke)
+    if options.smoke:
+        work = Workload(seq_len=16, init_batches=2, dtype="float32", config=Config(rank=8))
+        machine = measured("float32", time.process_time)
+        rows = [compared(row, TINY, work, machine) for row in measured_rows("tiny float32", TINY, work, measure)]
+        write(rows, {"tiny float32": machine}, options.smoke)
+        return
+    if options.recount:
+        write(*_merged([], {}))
+        return
+    rows: list[dict[str, Any]] = []
+    rates = {}
+    for name in [options.only] if options.only else names:
+        rates[name] = measured(name.split()[1], time.process_time)
+        rows += measured_rows(name, *_case(name), in_own_process)
+        write(*_merged(rows, rates))
 
 
-def write(rows: list[dict[str, Any]], machine: Hardware, smoke: Path | None) -> None:
+def _merged(
+    fresh: list[dict[str, Any]], rates: dict[str, Hardware]
+) -> tuple[list[dict[str, Any]], dict[str, Hardware]]:
+    """Fresh rows, and those of other models that are in the result file; all with what is estimated now."""
+    rows = list(fresh)
+    if RESULT.is_file():
+        last = json.loads(RESULT.read_text(encoding="utf-8"))
+        rates = {name: Hardware(**found) for name, found in last["rates"].items()} | rates
+        rows += [row for row in last["rows"] if row["model"] not in {row["model"] for row in fresh}]
+    rows.sort(key=lambda row: (list(SIZES).index(row["model"].split()[0]), row["model"]))
+    return [compared(row, *_case(row["model"]), rates[row["model"]]) for row in rows], rates
+
+
+def _case(name: str) -> tuple[dict[str, Any], Workload]:
+    """The config and the workload of a model."""
+    size, dtype = name.split()
+    work = Workload(batch_size=SEQUENCES[size], seq_len=256, init_batches=2, dtype=dtype, config=Config(rank=8))
+    return SIZES[size], work
+
+
+def write(rows: list[dict[str, Any]], rates: dict[str, Hardware], smoke: Path | None = None) -> None:
     """All result files, or of a smoke run its one."""
     import torch
 
     result = {
-        "what": "rank 8, 2 init batches, 4 passes, sdpa; memory is the resident peak over the loaded model",
+        "what": "rank 8, 2 init batches, 4 passes, sdpa; memory is the peak over the loaded model",
         "device": f"one thread of a {platform.machine()} CPU",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "rates": dataclasses.asdict(machine),
+        "rates": {name: dataclasses.asdict(machine) for name, machine in rates.items()},
         "rows": rows,
     }
     text = json.dumps(result, indent=1) + "\n"

@@ -8,7 +8,7 @@ from typing import Any
 
 from .architecture import Architecture, lora_parameters, read_architecture, target_linears
 from .hardware import Hardware
-from .memory import exact_memory, loraga_memory, sketch_memory, step_memory
+from .memory import exact_memory, loraga_memory, resident_bytes, sketch_memory, step_memory
 from .seconds import exact_seconds, sketch_seconds, step_seconds
 from .workload import Workload
 
@@ -19,9 +19,16 @@ __all__ = ["Column", "Estimate", "Workload", "estimate", "measured_error", "read
 
 @dataclass(frozen=True)
 class Column:
-    """One job's parts. Bytes, seconds; seconds is None for what this library does not run."""
+    """One job's parts, in bytes and seconds.
+
+    Attributes:
+        memory: of tensors, at the peak.
+        resident: bytes of the whole process at the peak; None where tensors are not in the process's heap.
+        seconds: None for what this library does not run.
+    """
 
     memory: dict[str, int]
+    resident: int | None
     seconds: dict[str, float] | None
 
     @property
@@ -69,6 +76,7 @@ class Estimate:
             "jobs": {
                 job: {
                     "memory": {**column.memory, "total": column.total_memory},
+                    "resident": column.resident,
                     "seconds": None if column.seconds is None else {**column.seconds, "total": column.total_seconds},
                 }
                 for job, column in self.columns.items()
@@ -86,14 +94,23 @@ def estimate(model: Architecture, work: Workload, machine: Hardware) -> Estimate
     """
     wanted = work.config.targets
     targets = target_linears(model, wanted if isinstance(wanted, str) else tuple(wanted))
-    columns = {
-        "training step": Column(step_memory(model, targets, work), step_seconds(model, targets, work, machine)),
-        "init, sketch": Column(sketch_memory(model, targets, work), sketch_seconds(model, targets, work, machine)),
-        "init, exact": Column(exact_memory(model, targets, work), exact_seconds(model, targets, work, machine)),
+    memory = {
+        "training step": step_memory(model, targets, work),
+        "init, sketch": sketch_memory(model, targets, work),
+        "init, exact": exact_memory(model, targets, work),
     }
     loraga = loraga_memory(model, targets, work)
     if loraga is not None:
-        columns["PEFT LoRA-GA"] = Column(loraga, None)
+        memory["PEFT LoRA-GA"] = loraga
+    seconds = {
+        "training step": step_seconds(model, targets, work, machine),
+        "init, sketch": sketch_seconds(model, targets, work, machine),
+        "init, exact": exact_seconds(model, targets, work, machine),
+    }
+    columns = {
+        job: Column(parts, resident_bytes(parts, model, work) if machine.heap else None, seconds.get(job))
+        for job, parts in memory.items()
+    }
     rank = work.config.rank
     return Estimate(
         model=model,
@@ -115,15 +132,21 @@ def _notes(
     small = {x.name for block in targets for x in block if min(x.out_features, x.in_features) < rank}
     if small:
         notes.append(f"rank {rank} is above the size of {', '.join(sorted(small))}: `init` asks to leave it out")
-    experts = {x.copies for block in model.blocks for x in block.linears if x.copies > 1}
-    if experts and work.config.targets == "all-linear":
-        notes.append(f'the {max(experts)} stacked experts a block are no targets here: name them with "experts"')
+    routed = [x for block in model.blocks for x in block.linears if not x.module]
+    if routed and work.config.targets == "all-linear":
+        notes.append(
+            f"router and {max(x.copies for x in routed)} stacked experts a block are not counted as targets. PEFT's "
+            "all-linear may take them, and `init` on PyTorch then refuses: name linear layers there, as --targets "
+            "q_proj,k_proj,v_proj,o_proj. On MLX experts may be targets (q_proj,...,experts)"
+        )
     if machine.memory is not None:
         for job, column in columns.items():
             if column.total_memory > machine.memory:
                 notes.append(f"{job}: more than the {machine.memory / 1e9:.0f} GB of one {machine.name}")
     if work.dtype != "float32" and "NumPy" in machine.name:
-        notes.append("the rate is NumPy's in float32: this machine's rate in " + work.dtype + " may be quite another")
+        notes.append(
+            f"PyTorch is not installed: the rates are NumPy's in float32, those in {work.dtype} may differ much"
+        )
     return notes
 
 

@@ -24,14 +24,52 @@ def block_bytes(model: Architecture, block: Block, targets: list[Linear], work: 
     )
 
 
+def block_total(model: Architecture, targets: list[list[Linear]], work: Workload, rank: int) -> int:
+    """Kept by all blocks and the last norm, without checkpointing."""
+    # The last norm keeps what the first does not: its input, the embedding, needs no gradient.
+    return sum(block_bytes(model, b, t, work, rank) for b, t in zip(model.blocks, targets, strict=True))
+
+
 def kept_bytes(model: Architecture, targets: list[list[Linear]], work: Workload, rank: int) -> int:
     """Kept by all blocks and the last norm: what the backward pass starts with, but for the loss."""
-    first_norm = _norm_item(model, work) * model.hidden * work.tokens
-    blocks = [block_bytes(model, b, t, work, rank) for b, t in zip(model.blocks, targets, strict=True)]
     if not work.checkpointing:
-        return sum(blocks)  # the last norm keeps what the first does not: its input, the embedding, needs no gradient
-    inputs = len(blocks) * work.tokens * model.hidden * work.item
-    return inputs + max(blocks) + first_norm
+        return block_total(model, targets, work, rank)
+    return work.tokens * model.hidden * (len(model.blocks) * work.item + _norm_item(model, work))
+
+
+def recomputed_bytes(model: Architecture, targets: list[list[Linear]], work: Workload, rank: int) -> int:
+    """One block's, while the backward pass is in it; they come when the loss's are gone. 0 without checkpointing."""
+    if not work.checkpointing:
+        return 0
+    return max(block_bytes(model, b, t, work, rank) for b, t in zip(model.blocks, targets, strict=True))
+
+
+def backward_bytes(model: Architecture, targets: list[list[Linear]], work: Workload, rank: int) -> int:
+    """What the backward pass adds to what is kept, once the loss's are gone: a block's, and gradients on their way."""
+    width = work.tokens * max(block.mlp_width for block in model.blocks)
+    # Of the gate's and of the up layer's output; PEFT's factors have theirs in float32 beside them.
+    passing = 2 * width * (work.item + (FLOAT32 if rank and work.item != FLOAT32 else 0))
+    return recomputed_bytes(model, targets, work, rank) + passing
+
+
+def tapped_bytes(model: Architecture, targets: list[list[Linear]], work: Workload, columns: int) -> int:
+    """`kept_bytes` with a tap on each target in the place of LoRA.
+
+    Args:
+        columns: of the product with its input that each tap keeps, in float32; 0: it keeps the input itself.
+    """
+    if not columns or work.checkpointing:
+        return kept_bytes(model, targets, work, 0)
+    products = FLOAT32 * columns * work.tokens * sum(x.rows for block in targets for x in block)
+    return kept_bytes(model, [[] for _ in model.blocks], work, 0) + products
+
+
+def cast_bytes(targets: list[list[Linear]], work: Workload) -> int:
+    """What a tap takes while it forms its product: its layer's input and output gradient in float32."""
+    if work.item == FLOAT32:
+        return 0
+    sizes = [x.rows * (x.in_features + x.out_features) for block in targets for x in block]
+    return FLOAT32 * work.tokens * max(sizes)
 
 
 def loss_bytes(model: Architecture, work: Workload) -> int:

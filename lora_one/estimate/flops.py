@@ -1,61 +1,91 @@
 """Floating-point operations of a training step and of an init, a multiplication and an addition as two."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from lora_one.core.spectrum import EXACT_OVERSAMPLE
 
 from .architecture import Architecture, Block, Linear
 from .workload import Workload
+
+# Products with G, or with its transpose, until its leading triplets are exact: 8 to 16 on random Llamas, mean 11.6.
+EXACT_PRODUCTS = 12
+
+
+class Kinds(NamedTuple):
+    """Operations by the rate at which they run."""
+
+    dense: int  # products with a weight of the base model
+    attention: int
+    thin: int  # products with a matrix of r or k columns, in float32
+    gradients: int  # whole gradients of weights, in float32
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
 
 
 @dataclass(frozen=True)
 class Flops:
     """Of one forward and backward pass over one batch."""
 
-    forward: int
-    backward: int
-    again: int  # forward once more, under checkpointing
+    forward: Kinds
+    backward: Kinds
+    again: Kinds  # forward once more, under checkpointing
 
     @property
-    def total(self) -> int:
-        """All three."""
-        return self.forward + self.backward + self.again
+    def kinds(self) -> Kinds:
+        """Of all three."""
+        return Kinds(*(sum(values) for values in zip(self.forward, self.backward, self.again, strict=True)))
+
+
+class Decompositions(NamedTuple):
+    """Operations between passes, by the rate at which they run, and how many calls they take."""
+
+    qr: int
+    svd: int  # of what is projected on all directions
+    dense_svd: int  # of a whole gradient
+    thin: int
+    calls: int
 
 
 def pass_flops(
     model: Architecture,
     targets: list[list[Linear]],
     work: Workload,
-    rank: int,
-    gradients: int = 2,
-    weights: bool = False,
+    lora: int = 0,
+    sketch: int = 0,
+    exact: bool = False,
 ) -> Flops:
-    """A forward and backward pass with LoRA of a rank on the targets; of rank 0, without.
-
-    A frozen weight costs 2 operations a token forward and 2 backward (its input's gradient alone); a trained one 4.
+    """A forward and backward pass. A frozen weight costs 2 operations a token forward and 2 backward.
 
     Args:
-        gradients: how many of the pair's two factors want a gradient: 2 in training, 1 in a pass of the sketch.
-        weights: the targets' own gradients are formed as well: the exact init, and LoRA-GA.
+        lora: rank of the LoRA layers on the targets, which are trained; 0 without.
+        sketch: columns of the products of each target's G that are formed beside the pass: G V, or Q^T G.
+        exact: each target's G is formed.
     """
-    tokens, reads_embedding = work.tokens, "attention input"
-    base = sum(linear.used_weights for block in model.blocks for linear in block.linears)
-    base += model.hidden * model.vocabulary
-    forward = backward = 2 * tokens * base
+    tokens, embedded = work.tokens, "attention input"
+    head = 2 * tokens * model.hidden * model.vocabulary
+    base = 2 * tokens * sum(linear.used_weights for block in model.blocks for linear in block.linears)
     # Nothing below the first block's first layers needs a gradient.
-    backward -= 2 * tokens * sum(x.used_weights for x in model.blocks[0].linears if x.reads == reads_embedding)
+    stops = 2 * tokens * sum(x.used_weights for x in model.blocks[0].linears if x.reads == embedded)
     attention = sum(_attention(model, block, work) for block in model.blocks)
-    forward, backward = forward + attention, backward + 2 * attention
+    forward = backward = gradients = 0
     for index, block in enumerate(targets):
         for x in block:
-            pair = 2 * tokens * rank * x.rows * (x.in_features + x.out_features)
-            forward += pair
+            outer, inner = 2 * tokens * x.rows * x.out_features, 2 * tokens * x.rows * x.in_features
+            forward += lora * (outer + inner)
             # Through B always, through A unless the embedding is all that is below; and a gradient a factor.
-            below = 0 if index == 0 and x.reads == reads_embedding else x.in_features
-            backward += 2 * tokens * rank * x.rows * (x.out_features + below)
-            backward += gradients * pair // 2
-            if weights:
-                backward += 2 * tokens * x.used_weights
-    blocks_forward = forward - 2 * tokens * model.hidden * model.vocabulary
-    return Flops(forward, backward, blocks_forward if work.checkpointing else 0)
+            backward += lora * (outer + (0 if index == 0 and x.reads == embedded else inner) + outer + inner)
+            backward += sketch * (outer + inner)
+            gradients += 2 * tokens * x.used_weights * exact
+    return Flops(
+        Kinds(base + head, attention, forward, 0),
+        Kinds(base + head - stops, 2 * attention, backward, gradients),
+        Kinds(base, attention, forward, 0) if work.checkpointing else Kinds(0, 0, 0, 0),
+    )
 
 
 def _attention(model: Architecture, block: Block, work: Workload) -> int:
@@ -64,32 +94,72 @@ def _attention(model: Architecture, block: Block, work: Workload) -> int:
     return 4 * work.tokens * seen * model.heads * model.head_dim
 
 
-def sketch_flops(targets: list[list[Linear]], work: Workload) -> int:
-    """QR and projections between all passes, and the last SVD (Householder: 4 m k^2 for a thin Q of (m, k))."""
-    total = 0
-    for x in (x for block in targets for x in block):
-        k = min(work.width, x.out_features, x.in_features)
-        known = {0: 0, 1: 0}
-        count = 4 * x.in_features * k * k  # of omega
-        for number in range(1, work.config.passes + 1):
-            side = number % 2  # odd passes yield directions of the outputs, even ones of the inputs
-            rows = x.out_features if side else x.in_features
-            rounds = 3 if known[side] else 1
-            count += rounds * (4 * rows * k * k + 4 * rows * k * known[side])
-            known[side] += k
-        columns = k * ((work.config.passes + 1) // 2)
-        count += 6 * max(x.out_features, x.in_features) * columns * columns + 22 * columns**3
-        total += x.copies * count
-    return total
+def sketch_flops(targets: list[list[Linear]], work: Workload) -> Decompositions:
+    """Between all passes of the sketch, and in its end, on all targets."""
+    last = work.config.passes  # it also looks at what the last two passes have changed
+    checks = range(max(2, last - 2), last + 1)
+    return _all_of([(x.copies, _passes(x, work.width, last, checks)) for block in targets for x in block])
 
 
-def exact_flops(targets: list[list[Linear]]) -> int:
-    """A dense thin SVD of each gradient: QR and 22 n^3 (Golub and Van Loan, 4th ed., figure 8.6.1)."""
-    total = 0
-    for x in (x for block in targets for x in block):
-        n, m = sorted((x.out_features, x.in_features))
-        total += x.copies * (22 * n**3 + (6 * m * n * n if m > n else 0))
-    return total
+def exact_flops(targets: list[list[Linear]], rank: int) -> Decompositions:
+    """From all targets' gradients to their triplets: by block Golub-Kahan, or a dense SVD where that does not pay."""
+    return _all_of([(x.copies, _exact(x, rank)) for block in targets for x in block])
+
+
+def exact_products(linear: Linear, rank: int) -> tuple[int, bool]:
+    """Products with a target's G, and whether it takes the dense SVD: in their place, or after them."""
+    limit, width = min(linear.out_features, linear.in_features) // 4, rank + EXACT_OVERSAMPLE
+    if 3 * width > limit:
+        return 0, True
+    return min(EXACT_PRODUCTS, 2 * (limit // width)), EXACT_PRODUCTS * width > 2 * limit
+
+
+def _exact(linear: Linear, rank: int) -> Decompositions:
+    n, m = sorted((linear.out_features, linear.in_features))
+    products, dense = exact_products(linear, rank)
+    width = rank + EXACT_OVERSAMPLE
+    found = _passes(linear, width, products, range(6, products + 1, 2)) if products else _NOTHING
+    own = _NOTHING._replace(thin=products * 2 * m * n * width)
+    if dense:  # QR and 22 n^3 (Golub and Van Loan, 4th ed., figure 8.6.1)
+        own = own._replace(dense_svd=22 * n**3 + (6 * m * n * n if m > n else 0), calls=6)
+    return _sum(found, own)
+
+
+_NOTHING = Decompositions(0, 0, 0, 0, 0)
+_CALLS_A_PASS, _CALLS_A_CHECK = 28, 50  # as torch dispatches them
+
+
+def _passes(linear: Linear, width: int, passes: int, checks: Iterable[int]) -> Decompositions:
+    """QRs (Householder: 4 m k^2 for a thin Q of (m, k)), projections on earlier blocks, and SVDs of what is projected.
+
+    Args:
+        checks: the passes after which there is an SVD.
+    """
+    k = min(width, linear.out_features, linear.in_features)
+    known = [0, 0]
+    qr, svd, thin, calls = 4 * linear.in_features * k * k, 0, 0, passes * _CALLS_A_PASS  # the QR is omega's
+    for number in range(1, passes + 1):
+        side = number % 2  # odd passes yield directions of the outputs, even ones of the inputs
+        rows = linear.out_features if side else linear.in_features
+        rounds = 3 if known[side] else 1
+        qr += rounds * 4 * rows * k * k
+        thin += rounds * 4 * rows * k * known[side]
+        known[side] += k
+    for number in checks:
+        columns = k * ((number + 1) // 2)
+        qr += 4 * linear.in_features * columns**2
+        svd += 22 * columns**3
+        thin += 2 * (linear.in_features + linear.out_features) * columns * k
+        calls += _CALLS_A_CHECK
+    return Decompositions(qr, svd, 0, thin, calls)
+
+
+def _all_of(counted: list[tuple[int, Decompositions]]) -> Decompositions:
+    return _sum(*(Decompositions(*(copies * value for value in each)) for copies, each in counted))
+
+
+def _sum(*counts: Decompositions) -> Decompositions:
+    return Decompositions(*(sum(values) for values in zip(_NOTHING, *counts, strict=True)))
 
 
 def precondition_flops(targets: list[list[Linear]], rank: int) -> int:

@@ -1,15 +1,11 @@
-"""How fast a machine is: peaks of known accelerators, and a quick measurement of this one."""
+"""How fast a machine is: peaks of known accelerators, two numbers that are given, or this machine, measured."""
 
-import time
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, replace
-
-import numpy as np
 
 from lora_one.errors import ConfigError
 
 TERA, GIGA = 1e12, 1e9
-Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -19,10 +15,18 @@ class Hardware:
     Attributes:
         name: as shown.
         flops: of dense products in the model's dtype, per second, at the peak.
-        efficiency: the share of that peak that a training step reaches.
+        efficiency: the share of the peaks that a training step reaches.
         bandwidth: bytes per second, to and from memory.
         qr_flops, svd_flops: of decompositions of small matrices, per second, as reached.
         memory: bytes there are; None if not known.
+        float32_flops: of dense products in float32, at the peak.
+        dense_svd_flops: of decompositions of whole gradients, as reached; None: as of small matrices.
+        attention_flops: of attention, as reached; None: as other products.
+        thin: (columns, rate as reached) of float32 products with matrices of so few columns, by columns; empty: they
+            run at the speed of memory.
+        first_touch: bytes per second of memory that the process writes for the first time.
+        call: seconds that an operation of the framework takes besides its work.
+        heap: tensors come from the C library's heap, which keeps holes: see `memory.resident_bytes`.
     """
 
     name: str
@@ -32,18 +36,48 @@ class Hardware:
     qr_flops: float
     svd_flops: float
     memory: float | None = None
+    float32_flops: float | None = None
+    dense_svd_flops: float | None = None
+    attention_flops: float | None = None
+    thin: tuple[tuple[int, float], ...] = ()
+    first_touch: float = math.inf
+    call: float = 0.0
+    heap: bool = False
+
+    @property
+    def dense_rate(self) -> float:
+        """Of products with the base weights, as reached."""
+        return self.flops * self.efficiency
+
+    @property
+    def float32_rate(self) -> float:
+        """Of dense products in float32, as reached."""
+        return (self.float32_flops or self.flops) * self.efficiency
+
+    @property
+    def attention_rate(self) -> float:
+        """Of attention, as reached."""
+        return self.attention_flops or self.dense_rate
+
+    def thin_rate(self, columns: int) -> float:
+        """Of float32 products of a wide matrix with one of so few columns, as reached."""
+        if not self.thin:  # each number of the wide matrix, 4 bytes, is used in 2 operations a column
+            return min(self.float32_rate, self.bandwidth * columns / 2)
+        below = [pair for pair in self.thin if pair[0] <= columns] or [self.thin[0]]
+        above = [pair for pair in self.thin if pair[0] > columns] or [self.thin[-1]]
+        (low, slow), (high, fast) = below[-1], above[0]
+        share = 0.0 if high == low else min(1.0, max(0.0, (columns - low) / (high - low)))
+        return slow + share * (fast - slow)
 
 
-# Dense peaks from the makers' data sheets: TFLOP/s in bfloat16 and in float32 (without TF32), GB/s, GB.
+# Dense peaks of one accelerator, SXM boards of the A100 (80 GB), H100 and H200: TFLOP/s in bfloat16 (half of the data
+# sheets' figures "with sparsity") and in float32 outside of the tensor cores, GB/s, GB. Apple states no TFLOP/s.
 _PEAKS = {
     "A100": (312.0, 19.5, 2039.0, 80.0),
     "H100": (989.0, 67.0, 3350.0, 80.0),
     "H200": (989.0, 67.0, 4800.0, 141.0),
     "L4": (121.0, 30.3, 300.0, 24.0),
     "RTX4090": (165.2, 82.6, 1008.0, 24.0),
-    "M2Max": (13.6, 13.6, 400.0, 96.0),
-    "M3Max": (14.2, 14.2, 400.0, 128.0),
-    "M4Max": (18.4, 18.4, 546.0, 128.0),
 }
 ASSUMED_EFFICIENCY = 0.4  # what large training runs report of the peak; not measured here
 # Thin QRs and small SVDs are bound by latency and run far below the peak. An assumption too, and a cautious one.
@@ -62,11 +96,13 @@ def known(name: str, dtype: str) -> Hardware:
     half, single, bandwidth, memory = _PEAKS[name]
     flops = TERA * (single if dtype == "float32" else half)
     slow = ASSUMED_DECOMPOSITION * single * TERA
-    return Hardware(name, flops, ASSUMED_EFFICIENCY, bandwidth * GIGA, slow, slow, memory * GIGA)
+    return Hardware(
+        name, flops, ASSUMED_EFFICIENCY, bandwidth * GIGA, slow, slow, memory * GIGA, float32_flops=single * TERA
+    )
 
 
 def given(tflops: float, bandwidth: float) -> Hardware:
-    """A machine of which two numbers are known: TFLOP/s in the model's dtype, and GB/s."""
+    """A machine of which two numbers are known: TFLOP/s in the model's dtype (float32 is taken as fast), and GB/s."""
     for name, value in (("tflops", tflops), ("bandwidth", bandwidth)):
         if not value > 0:
             raise ConfigError(f"{name} must be > 0, got {value}")
@@ -86,42 +122,14 @@ def choose(
         raise ConfigError("give either hardware, or both tflops and bandwidth, or none of them")
     if tflops is not None and bandwidth is not None:
         hardware = given(tflops, bandwidth)
+    elif name is not None:
+        hardware = known(name, dtype)
     else:
-        hardware = measured() if name is None else known(name, dtype)
+        from .rates import measured
+
+        hardware = measured(dtype)
     if efficiency is None:
         return hardware
     if not 0 < efficiency <= 1:
         raise ConfigError(f"efficiency must be in (0, 1], got {efficiency}")
     return replace(hardware, efficiency=efficiency)
-
-
-def measured(size: int = 1024, clock: Clock = time.perf_counter) -> Hardware:
-    """This machine's CPU by NumPy's float32 products, copies and decompositions: about a second.
-
-    Args:
-        size: of the square matrices; what fits a cache flatters the machine.
-        clock: in seconds.
-    """
-    rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((2, size, size)).astype(np.float32)
-    out, thin, square = np.empty_like(a), a.reshape(-1, 32), a[: size // 4, : size // 4].copy()
-    source, copy = np.ones((2, 64 * size * size // 4), np.float32)
-    rows, columns = thin.shape
-    return Hardware(
-        name="this machine's CPU, as NumPy in float32",
-        flops=2 * size**3 / _least(lambda: np.matmul(a, b, out=out), clock),
-        efficiency=1.0,
-        bandwidth=2 * source.nbytes / _least(lambda: np.copyto(copy, source), clock),
-        qr_flops=4 * rows * columns**2 / _least(lambda: np.linalg.qr(thin), clock),
-        svd_flops=22 * (size // 4) ** 3 / _least(lambda: np.linalg.svd(square), clock),
-    )
-
-
-def _least(run: Callable[[], object], clock: Clock, repeats: int = 3) -> float:
-    """Seconds of a call, after one that warms up: the least, since what else the machine does only adds to it."""
-    times = []
-    for _ in range(repeats + 1):
-        began = clock()
-        run()
-        times.append(clock() - began)
-    return min(times[1:])

@@ -11,6 +11,9 @@ from .workload import Workload
 ACTIVATION_TRAFFIC = 6
 LOSS_TRAFFIC = 3
 ADAM_TRAFFIC = 7  # parameter, gradient and two moments read; parameter and moments written
+# Calls of the framework in a forward and backward pass, as torch dispatches them: of a block, and more for a LoRA layer
+# or for a tap.
+BLOCK_CALLS, LORA_CALLS, TAP_CALLS = 190, 27, 16
 
 Parts = dict[str, float]
 Targets = list[list[Linear]]
@@ -22,43 +25,70 @@ def step_seconds(model: Architecture, targets: Targets, work: Workload, machine:
     parameters = lora_parameters(targets, rank)
     optimizer = ADAM_TRAFFIC * FLOAT32 * parameters / machine.bandwidth
     if work.precondition:
-        optimizer += flops.precondition_flops(targets, rank) / (machine.flops * machine.efficiency)
+        optimizer += flops.precondition_flops(targets, rank) / machine.thin_rate(rank)
         optimizer += 6 * FLOAT32 * parameters / machine.bandwidth  # factors and gradients read, new gradients written
+    count = flops.pass_flops(model, targets, work, lora=rank)
+    kept = activations.block_total(model, targets, work, rank)
     return {
-        "forward and backward": _pass(
-            model, targets, work, machine, flops.pass_flops(model, targets, work, rank), rank
-        ),
+        "forward and backward": _pass(model, targets, work, machine, count, rank, kept, LORA_CALLS),
         "optimizer": optimizer,
     }
 
 
 def sketch_seconds(model: Architecture, targets: Targets, work: Workload, machine: Hardware) -> Parts:
     """All passes over all init batches, and the linear algebra between them."""
-    count = flops.pass_flops(model, targets, work, work.width, gradients=1)
-    once = _pass(model, targets, work, machine, count, work.width)
+    count = flops.pass_flops(model, targets, work, sketch=work.width)
+    kept = activations.block_total(model, targets, work, 0) + _casts(targets, work)
+    once = _pass(model, targets, work, machine, count, work.width, kept, TAP_CALLS)
     return {
         "forward and backward": work.config.passes * work.init_batches * once,
-        "QR and SVD": flops.sketch_flops(targets, work) / machine.qr_flops,
+        "QR and SVD": _decompositions(flops.sketch_flops(targets, work), work.width, machine),
     }
 
 
 def exact_seconds(model: Architecture, targets: Targets, work: Workload, machine: Hardware) -> Parts:
-    """One pass over all init batches, and an SVD a layer."""
-    count = flops.pass_flops(model, targets, work, rank=0, weights=True)
-    gradients = 3 * FLOAT32 * sum(x.weights for block in targets for x in block) / machine.bandwidth
+    """One pass over all init batches, and the leading triplets of each layer's gradient."""
+    count = flops.pass_flops(model, targets, work, exact=True)
+    kept = activations.block_total(model, targets, work, 0) + _casts(targets, work)
+    once = _pass(model, targets, work, machine, count, 1, kept, TAP_CALLS)
+    gradients = FLOAT32 * sum(x.weights for block in targets for x in block)
+    once += gradients * (3 / machine.bandwidth + 1 / machine.first_touch)
+    rank = work.config.rank
+    width = rank + flops.EXACT_OVERSAMPLE
     return {
-        "forward and backward": work.init_batches * (_pass(model, targets, work, machine, count, 0) + gradients),
-        "QR and SVD": flops.exact_flops(targets) / machine.svd_flops,
+        "forward and backward": work.init_batches * once,
+        "QR and SVD": _decompositions(flops.exact_flops(targets, rank), width, machine),
     }
 
 
+def _casts(targets: Targets, work: Workload) -> int:
+    """Bytes of the float32 copies that a tap makes of its layer's input and output gradient."""
+    if work.item == FLOAT32:
+        return 0
+    return FLOAT32 * work.tokens * sum(x.rows * (x.in_features + x.out_features) for block in targets for x in block)
+
+
+def _decompositions(count: flops.Decompositions, width: int, machine: Hardware) -> float:
+    work = count.qr / machine.qr_flops + count.svd / machine.svd_flops + count.thin / machine.thin_rate(width)
+    work += count.dense_svd / (machine.dense_svd_flops or machine.svd_flops)
+    return work + count.calls * machine.call
+
+
 def _pass(
-    model: Architecture, targets: Targets, work: Workload, machine: Hardware, count: flops.Flops, rank: int
+    model: Architecture,
+    targets: Targets,
+    work: Workload,
+    machine: Hardware,
+    count: flops.Flops,
+    columns: int,
+    kept: int,
+    layer_calls: int,
 ) -> float:
-    kept = sum(
-        activations.block_bytes(model, block, mine, work, rank)
-        for block, mine in zip(model.blocks, targets, strict=True)
-    )
+    kinds = count.kinds
+    seconds = kinds.dense / machine.dense_rate + kinds.attention / machine.attention_rate
+    seconds += kinds.thin / machine.thin_rate(columns) + kinds.gradients / machine.float32_rate
+    calls = BLOCK_CALLS * len(model.blocks) + layer_calls * sum(len(block) for block in targets)
+    loss = activations.loss_bytes(model, work)
     weights = weight_bytes(model, work) * (3 if work.checkpointing else 2)
-    traffic = weights + ACTIVATION_TRAFFIC * kept + LOSS_TRAFFIC * activations.loss_bytes(model, work)
-    return count.total / (machine.flops * machine.efficiency) + traffic / machine.bandwidth
+    traffic = weights + ACTIVATION_TRAFFIC * kept + LOSS_TRAFFIC * loss
+    return seconds + traffic / machine.bandwidth + (kept + loss) / machine.first_touch + calls * machine.call

@@ -20,6 +20,7 @@ def as_text(found: Estimate) -> str:
         f"{machine.bandwidth / 1e9:.4g} GB/s",
         "",
         *_section("memory, GiB", {job: column.memory for job, column in found.columns.items()}, GIB),
+        *_resident(found),
         "",
         *_section("time, s", {j: c.seconds for j, c in found.columns.items() if c.seconds is not None}, 1.0),
         "",
@@ -40,6 +41,11 @@ def _section(title: str, jobs: Mapping[str, Mapping[str, float]], unit: float) -
     return lines
 
 
+def _resident(found: Estimate) -> list[str]:
+    cells = ["" if c.resident is None else _cell(c.resident / GIB) for c in found.columns.values()]
+    return [f"{'resident, the process':<22}" + "".join(f"{cell:>15}" for cell in cells)] if any(cells) else []
+
+
 def _cell(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
@@ -56,8 +62,8 @@ def _error_lines() -> list[str]:
     if error is None:
         return ["how far off such estimates are has not been measured: python -m benchmarks.cost does it"]
     text = [f"measured over estimated, {error['runs']} runs on {error['device']}:"]
-    for what in ("memory", "time"):
+    for what, meaning in (("live", "memory of tensors"), ("resident", "resident memory"), ("time", "time")):
         spread = error[what]
-        text.append(f"  {what} {spread['least']:.2f} to {spread['most']:.2f}, median {spread['median']:.2f}")
-    text.append("  (memory above the loaded model; the process itself, about 0.5 GiB, comes on top)")
+        text.append(f"  {meaning} {spread['least']:.2f} to {spread['most']:.2f}, median {spread['median']:.2f}")
+    text.append("  (memory above the loaded model; a CUDA context, or the framework on a CPU, comes on top of tensors)")
     return text

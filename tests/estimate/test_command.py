@@ -35,8 +35,8 @@ def test_the_table_and_the_json_say_the_same():
 def test_no_framework_is_imported():
     code = (
         "import sys; from pathlib import Path; from lora_one.estimate import Workload, estimate, read_architecture\n"
-        "from lora_one.estimate.hardware import measured\n"
-        f"estimate(read_architecture({str(CONFIG)!r}), Workload(), measured(64))\n"
+        "from lora_one.estimate.rates import by_numpy\n"
+        f"estimate(read_architecture({str(CONFIG)!r}), Workload(), by_numpy(64))\n"
         "print([n for n in ('torch', 'jax', 'mlx', 'transformers', 'typer') if n in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -49,5 +49,6 @@ def test_the_benchmark_in_small(tmp_path):
     rows = json.loads(file.read_text())["rows"]
     assert [row["job"] for row in rows] == ["training step", "init, sketch", "init, exact"]
     for row in rows:
-        assert row["memory_ratio"] == row["memory_mib"] / row["estimated_memory_mib"]
-        assert row["seconds"] > 0
+        for measured, estimated, ratio in cost.COMPARED.values():
+            assert row[ratio] == row[measured] / row[estimated]
+            assert row[estimated] > 0

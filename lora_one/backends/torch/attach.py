@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import PreTrainedModel
@@ -76,7 +77,7 @@ def find_sites(model: peft.PeftModel) -> list[Site]:
 
     Raises:
         ModelError: no LoRA, several active adapters, merged ones, or a kind of adapter whose start is another problem
-            (DoRA, embeddings, convolutions, a bias in lora_B).
+            (DoRA, embeddings, convolutions, a bias in lora_B; routers and experts that are one parameter).
     """
     _require_lora(model)
     adapters = model.active_adapters
@@ -91,7 +92,10 @@ def find_sites(model: peft.PeftModel) -> list[Site]:
             problems.append(f"{path}: LoRA on an embedding")
         if adapter not in module.lora_A:
             continue
-        if not isinstance(module.lora_A[adapter], nn.Linear):
+        if isinstance(module, ParamWrapper):
+            # PEFT's "all-linear" does so in a mixture of experts, whose router returns more than a product.
+            problems.append(f"{path}: LoRA on its parameter {module.parameter_name!r}; name linear layers as targets")
+        elif not isinstance(module.lora_A[adapter], nn.Linear):
             problems.append(f"{path}: LoRA on a {type(module.get_base_layer()).__name__}")
         elif adapter in module.lora_variant:
             problems.append(f"{path}: {type(module.lora_variant[adapter]).__name__}")

@@ -1,0 +1,89 @@
+"""Memory at the peak, against what PyTorch's allocator hands out while small models run."""
+
+import dataclasses
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+import lora_one
+from lora_one.config import Config
+from lora_one.estimate import Workload
+from lora_one.estimate.memory import exact_memory, sketch_memory, step_memory
+
+from .models import shape_of, small
+from .test_costs import targets_of
+
+MEMORY = {"step": step_memory, "sketch": sketch_memory, "exact": exact_memory}
+
+
+def _prepared(job, config, work):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=getattr(torch, work.dtype), attn_implementation=work.attention
+    )
+    ids = torch.randint(3, 300, (work.batch_size, work.seq_len))
+    batch = {"input_ids": ids, "labels": ids}
+    if work.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    if job != "step":
+        settings = dataclasses.replace(work.config, gradient=job)
+        return lambda: lora_one.init(model, [batch] * work.init_batches, config=settings)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=work.config.rank, target_modules="all-linear"))
+    optimizer = lora_one.optimizer(model)
+
+    def run():
+        model(**batch, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    run()  # Adam's moments are there from the first step on
+    return run
+
+
+def _peak(run) -> int:
+    """Bytes of all tensors, at most, over what was there before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    nodes, changes = list(profile.profiler.kineto_results.experimental_event_tree()), []
+    while nodes:
+        node = nodes.pop()
+        nodes += node.children
+        if node.name == "[memory]":
+            changes.append((node.start_time_ns, node.extra_fields.alloc_size))
+    return int(np.cumsum([size for _, size in sorted(changes, key=lambda change: change[0])]).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("job", "vocabulary", "checkpointing", "init_batches", "attention"),
+    [
+        ("step", 2048, False, 1, "sdpa"),  # the peak is in the loss
+        ("step", 2048, False, 1, "eager"),
+        ("step", 320, False, 1, "sdpa"),  # or in the backward pass
+        ("step", 320, True, 1, "sdpa"),
+        ("sketch", 2048, False, 2, "sdpa"),
+        ("sketch", 320, True, 1, "sdpa"),
+        ("exact", 2048, False, 1, "sdpa"),
+        ("exact", 2048, False, 2, "sdpa"),
+    ],
+)
+def test_the_peak_is_what_the_allocator_hands_out(job, vocabulary, checkpointing, init_batches, attention, dtype):
+    config = small("llama")
+    config.update({"vocab_size": vocabulary, "hidden_size": 128, "intermediate_size": 352})
+    work = Workload(
+        batch_size=2,
+        seq_len=96,
+        init_batches=init_batches,
+        dtype=dtype,
+        attention=attention,
+        checkpointing=checkpointing,
+        config=Config(rank=8),
+    )
+    model = shape_of(config)
+    parts = MEMORY[job](model, targets_of(model), work)
+    before = parts["base weights"] + (parts["LoRA factors"] + parts["Adam moments"] if job == "step" else 0)
+    assert _peak(_prepared(job, config, work)) == pytest.approx(sum(parts.values()) - before, rel=0.05)
