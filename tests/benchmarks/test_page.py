@@ -53,6 +53,12 @@ def test_ablations_are_compared_within_a_seed(tmp_path):
     assert "| exact | 0.900 ± 0.000 | 2 | 65.0 ± 127.1 | 1.000 ± 0.000 | 1.00 ± 0.00 |  | 1.0 |" in page
 
 
+def test_what_gamma_auto_chose_is_in_its_name(tmp_path):
+    rows = [row(seed=s, contender="LoRA-One, gamma auto") | {"gamma": g} for s, g in enumerate((512.0, 128.0, 512.0))]
+    write_rows(rows, tmp_path / "quality.json")
+    assert "| LoRA-One, gamma auto: 128, 512 | 0.001 (edge) | 3 |" in make_page(tmp_path, tmp_path)
+
+
 def test_what_the_head_alone_can_do_is_beside_its_task(tmp_path):
     write_rows([row() | {"task": "minilm"}], tmp_path / "quality.json")
     (tmp_path / "heads.json").write_text('{"fitted_head_alone": 0.425, "overlap": {}, "rank": 8, "layers": 36}')
