@@ -20,10 +20,9 @@ _GROUPS = {
 
 HEAD = """## Ablations
 
-`python -m benchmarks.quality --stages ablations --tasks sort --seeds 3`, for MiniLM with `--ablate sketch`: one factor
-at a time, everything else as in the tables above, at LoRA-One's best rate there (for reg at that of the preconditioned
-one). A seed changes the score by about five points, so the last column but one compares within a seed; **bold** where
-the interval leaves out 0.
+`python -m benchmarks.quality --stages ablations --tasks sort --seeds 3`: one factor at a time, everything else as in
+the tables above, at LoRA-One's best rate there (for reg at that of the preconditioned one). A seed changes the score by
+about five points, so the last column but one compares within a seed; **bold** where the interval leaves out 0.
 """
 
 

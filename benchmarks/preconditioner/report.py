@@ -57,9 +57,9 @@ below 1.
 ## The best of them, by seeds
 
 The embedded Llama: plain Adam and the best places of the table below, each at its best rate in quarter decades, chosen
-by seed 0. Mean over the seeds, and their standard deviation; *below plain*: with how many seeds, each rule at its own
-rate. The short job is {screen.steps} steps of batch {screen.batch_size}, the full one {full.steps} of
-{full.batch_size}.
+by seed 0; (edge): its climb is not finished. Mean over the seeds, and their standard deviation; *below plain*: with how
+many seeds, each rule at its own rate. The short job is {screen.steps} steps of batch {screen.batch_size}, the full one
+{full.steps} of {full.batch_size}.
 
 {finals}
 
@@ -227,8 +227,8 @@ def finals(results: Results) -> str:
         losses = spread([loss_of(row) for row in rows.values()], ".3f")
         matches = spread([100 * row["exact_match"] for row in rows.values() if row["exact_match"] is not None], ".1f")
         lines.append(
-            f"| {JOB_NAMES[job]} | {task} | {rank} | {rule.name} | {rows[0]['rate']:.2g} | {len(rows)} | {losses} "
-            f"| {below} | {matches} |"
+            f"| {JOB_NAMES[job]} | {task} | {rank} | {rule.name} | {climbed(results, rows[0])} | {len(rows)} "
+            f"| {losses} | {below} | {matches} |"
         )
     return "\n".join(lines)
 
@@ -269,6 +269,12 @@ def at_best_rate(results: Results, cell: Cell) -> dict[int, dict[str, Any]]:
     best = results.best(cell)
     rows = [] if best is None else [r for r in results.rows if same_cell(r, best) and r["rate"] == best["rate"]]
     return {row["seed"]: row for row in rows}
+
+
+def climbed(results: Results, best: dict[str, Any]) -> str:
+    """The best rate, and whether a neighbour on either side was tried."""
+    rates = {row["rate"] for row in results.rows if same_cell(row, best)}
+    return f"{best['rate']:.2g}" + (" (edge)" if best["rate"] in (min(rates), max(rates)) else "")
 
 
 def loss_first(row: dict[str, Any]) -> float:

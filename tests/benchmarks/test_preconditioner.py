@@ -201,6 +201,6 @@ def test_seeds_are_compared_within_task_and_seed(tmp_path):
     path.write_text(json.dumps(rows))
     results = Results(path)
     found = finals(results) + pairs_table(results)
-    assert "| full | main | 4 | none | 0.001 | 2 | 0.200 ± 0.000 |  | 50.0 ± 0.0 |" in found
-    assert "| full | main | 4 | basis, relative 1 | 0.001 | 2 | 0.250 ± 0.212 | 1 of 2 | 50.0 ± 0.0 |" in found
+    assert "| full | main | 4 | none | 0.001 (edge) | 2 | 0.200 ± 0.000 |  | 50.0 ± 0.0 |" in found
+    assert "| full | main | 4 | basis, relative 1 | 0.001 (edge) | 2 | 0.250 ± 0.212 | 1 of 2 | 50.0 ± 0.0 |" in found
     assert "| full | 4 | basis, relative 1 | 4 | 2 | 0.71 | 0.33 |" in found  # (1/2 x 2 x 1/4 x 1)^(1/4)
