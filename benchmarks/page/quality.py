@@ -239,8 +239,8 @@ LIMITS = """### What these tables do not show
   between neighbours can be the ladder's.
 - The LoRA-One variants with other rates for B, or other gammas, were tried because we looked for what helps LoRA-One;
   the peers got their papers' settings. Read them as ablations, not as contenders.
-- Processor seconds are of one thread of a shared machine, which was up to 1.7 times faster for some rows than for others:
-  compare start and training within a row, not rows. The start reads eight batches four times: in runs this short
+- Processor seconds are of one thread of a shared machine, up to 1.7 times faster for some rows than for others: compare
+  start and training within a row, not rows. The start reads eight batches four times: in runs this short
   that is a third of the training, so that fewer steps to LoRA's loss are not fewer seconds. A start of one batch costs
   an eighth of that (see the ablations), and a longer run does not pay more.
 - A seed changes the score by several points (the order of the data, the items that the start reads): three to five

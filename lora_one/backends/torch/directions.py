@@ -50,12 +50,15 @@ def directions(pairs: Iterable[LoraPair], reg: float, damping: Damping) -> Itera
             continue
         rank, stacked = a.shape[0], a.shape[0] < _STACKED_BELOW.get(a.device.type, a.shape[0] + 1)
         alike[stacked, rank, a.dtype, b.dtype, a.device, *((a.shape, b.shape) if stacked else ())].append(pair)
+    memories: dict[Any, _Memory] = {}
     for (stacked, *_), some in alike.items():
-        yield from (_stacked if stacked else _one_by_one)(some, reg, damping)
+        kind = some[0].lora_A.device, _wide(some[0])
+        if kind not in memories:
+            memories[kind] = _Memory(*kind)
+        yield from (_stacked if stacked else _one_by_one)(memories[kind], some, reg, damping)
 
 
-def _stacked(pairs: list[LoraPair], reg: float, damping: Damping) -> Iterator[Batch]:
-    ops = _Memory(pairs[0])
+def _stacked(ops: "_Memory", pairs: list[LoraPair], reg: float, damping: Damping) -> Iterator[Batch]:
     count = max(1, ops.limit // sum(factor.nbytes for factor in pairs[0]))
     for start in range(0, len(pairs), count):
         some = pairs[start : start + count]
@@ -68,21 +71,28 @@ def _stacked(pairs: list[LoraPair], reg: float, damping: Damping) -> Iterator[Ba
         yield _batch(some, zip(*(side.unbind() for side in direction), strict=True))
 
 
-def _one_by_one(pairs: list[LoraPair], reg: float, damping: Damping) -> Iterator[Batch]:
-    ops = _Memory(pairs[0])
+def _one_by_one(ops: "_Memory", pairs: list[LoraPair], reg: float, damping: Damping) -> Iterator[Batch]:
+    ops.start_again()
     sides = zip(*(grams(ops, Factors(*pair)) for pair in pairs), strict=True)
     inverses = [damped_inverse(ops, torch.stack(side), reg, damping).unbind() for side in sides]  # of B's, of A's
     some: list[LoraPair] = []
     its: list[Factors] = []
     size = ops.start_again()
     for pair, inverse_b, inverse_a in zip(pairs, *inverses, strict=True):
-        if some and (size := size + sum(factor.nbytes for factor in pair)) > ops.limit:
+        its_size = sum(factor.nbytes for factor in pair)
+        if some and size + its_size > ops.limit:
             yield _batch(some, its)
             some, its = [], []
             size = ops.start_again()
+        size += its_size
         some.append(pair)
         its.append(apply_inverses(ops, _gradient(pair), inverse_b, inverse_a))
     yield _batch(some, its)
+
+
+def _wide(pair: LoraPair) -> torch.dtype:
+    a, b = pair
+    return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
 
 
 def _gradient(pair: LoraPair) -> Factors:
@@ -101,13 +111,12 @@ def _batch(pairs: list[LoraPair], its: Iterable[Sequence[Tensor]]) -> Batch:
 class _Memory(TorchOps):
     """Stacks and products go, one after the other, into memory that is there already; what has no room is allocated."""
 
-    def __init__(self, like: LoraPair):
-        a, b = like
-        self.limit = _TOGETHER.get(a.device.type, _TOGETHER_ELSEWHERE)  # bytes of factors
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.limit = _TOGETHER.get(device.type, _TOGETHER_ELSEWHERE)  # bytes of factors
         # Elsewhere the framework keeps freed memory itself. Factors and their directions, or gradients and directions.
-        count = 2 * self.limit // a.dtype.itemsize if a.device.type in _TOGETHER else 0
-        self._dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-        self._all = torch.empty(count, dtype=self._dtype, device=a.device)
+        count = 2 * self.limit // dtype.itemsize if device.type in _TOGETHER else 0
+        self._dtype = dtype
+        self._all = torch.empty(count, dtype=dtype, device=device)
         self._used = 0
 
     def start_again(self) -> int:
