@@ -1,44 +1,50 @@
-"""Text that every machine with Python has: the docstrings of the standard library, by the package they are from."""
+"""Text that every machine with Python has: the docstrings of the standard library, their words in order or not."""
 
 import ast
 import functools
+import random
 import sysconfig
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+ORDERS = ("as written", "halves exchanged", "reversed", "shuffled")
 
 
-def classified_docstrings(classes: int, largest: int, seed: int = 0) -> tuple[list[tuple[int, str]], list[str]]:
-    """Docstrings with the number of the top-level package or module they are from, in a seeded order.
+def disordered_docstrings(words: int = 8, seed: int = 0) -> list[tuple[int, str]]:
+    """(index in ORDERS, text) pairs in a seeded order: the first `words` words of each docstring, each text once.
 
-    Args:
-        classes: packages, those with the most docstrings.
-        largest: texts that a package gives at most.
-
-    Returns:
-        (class, text) pairs, and the packages' names. Both depend on Python's version.
+    What a docstring is and how many there are depends on Python's version.
     """
-    texts = _texts()
-    names = [name for name, _ in Counter(name for name, _ in texts).most_common(classes)]
-    rng = np.random.default_rng(seed)
+    texts = list(beginnings(words))
+    rng = random.Random(seed)
+    rng.shuffle(texts)
     found = []
-    for index, name in enumerate(names):
-        mine = [text for package, text in texts if package == name]
-        found += [(index, mine[i]) for i in rng.permutation(len(mine))[:largest]]
-    return [found[i] for i in rng.permutation(len(found))], names
+    for text in texts:
+        order = rng.randrange(len(ORDERS))
+        found.append((order, " ".join(_reorder(text.split(), order, rng))))
+    return found
+
+
+def _reorder(words: list[str], order: int, rng: random.Random) -> list[str]:
+    half = len(words) // 2
+    match ORDERS[order]:
+        case "halves exchanged":
+            return words[half:] + words[:half]
+        case "reversed":
+            return words[::-1]
+        case "shuffled":
+            return rng.sample(words, len(words))
+        case _:
+            return words
 
 
 @functools.cache
-def _texts() -> list[tuple[str, str]]:
-    """(top-level package, docstring) of all functions, classes and modules, each text once."""
+def beginnings(words: int) -> dict[str, None]:
+    """The first words of all functions', classes' and modules' docstrings that have as many."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found: dict[str, str] = {}
+    found: dict[str, None] = {}
     for file in sorted(root.rglob("*.py")):
-        path = file.relative_to(root)
-        if _LEFT_OUT & set(path.parts):
+        if _LEFT_OUT & set(file.relative_to(root).parts):
             continue
         try:
             tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -46,7 +52,7 @@ def _texts() -> list[tuple[str, str]]:
             continue
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)):
-                text = " ".join((ast.get_docstring(node) or "").split())
-                if len(text) > 40:
-                    found.setdefault(text, path.with_suffix("").parts[0])
-    return [(package, text) for text, package in found.items()]
+                first = (ast.get_docstring(node) or "").split()[:words]
+                if len(first) == words:
+                    found.setdefault(" ".join(first))
+    return found

@@ -90,10 +90,14 @@ class PeakMemory:
         self.peak = _status("VmHWM") - self._before
 
 
-def median_seconds(run: Callable[[], Any], warm_up: int = 3, repeats: int = 15) -> float:
-    """Median wall time of one call, after `warm_up` others."""
+def median_seconds(
+    run: Callable[[], Any], warm_up: int = 3, repeats: int = 15, before: Callable[[], Any] | None = None
+) -> float:
+    """Median wall time of one call, after `warm_up` others; `before` each, what does not count."""
     times = []
     for number in range(warm_up + repeats):
+        if before is not None:
+            before()
         began = time.perf_counter()
         run()
         if number >= warm_up:

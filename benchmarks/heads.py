@@ -1,4 +1,4 @@
-"""Does a random head spoil the start? MiniLM as a classifier of docstrings, its head random or fitted first.
+"""Does a random head spoil the start? MiniLM as a classifier of word orders, its head random or fitted first.
 
     python -m benchmarks.heads
     python -m benchmarks.quality --tasks minilm minilm-random --only LoRA LoRA-One      what comes of it
@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.energy import exact_gradients, shares_of_best
 from benchmarks.quality.task import Task
-from benchmarks.quality.tasks import classification
+from benchmarks.quality.tasks import word_order
 from lora_one.core.factors import Factors
 
 RESULT = Path(__file__).parent / "results" / "heads.json"
@@ -51,7 +51,7 @@ def starts(random: Task, fitted: Task) -> tuple[dict[str, np.ndarray], dict[str,
 
 def main() -> None:
     """Measure, print, and write benchmarks/results/heads.json."""
-    random, fitted = classification(fit_head=False), classification(fit_head=True)
+    random, fitted = word_order(fit_head_on=0), word_order(fit_head_on=4096)
     wanted, taken = starts(random, fitted)
     overlap = {}
     for label, factors in taken.items():

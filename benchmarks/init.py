@@ -2,6 +2,7 @@
 
     python -m benchmarks.init                                 # everything: an hour on two cores
     python -m benchmarks.init --cases 97.5M --what seconds    # one part; the rest of the result stays
+    python -m benchmarks.init --only sketch --rounds 1 --append    # one round more; medians are of all rounds
     python -m benchmarks.init --plot                          # draws docs/init.png from the result
 
 Every contender runs in processes of its own, in turn. Times are medians; the ratios are of CPU time, which on one
@@ -13,6 +14,7 @@ allocator's habits.
 import argparse
 import json
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ K = RANK + 16  # the sketch's width by default
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: larger blocks are mapped and unmapped one by one
 STEP = f"LoRA step, r = {K}"
 PEER = "PEFT LoRA-GA"
+ROUNDS = {"seconds": "rounds", "peak_mib": "peak_rounds"}
 
 
 def contenders(case: str, folder: str) -> dict[str, Contender]:
@@ -39,13 +42,15 @@ def contenders(case: str, folder: str) -> dict[str, Contender]:
         STEP: one("training_step", rank=K),
         PEER: one("lora_ga"),
         "exact": one("ours", gradient="exact"),
-        "exact, checkpointing": one("ours", gradient="exact", checkpointing=True),
+        "exact, recompute": one("ours", gradient="exact", recompute=True),
         "sketch": one("ours", gradient="sketch"),
-        "sketch, checkpointing": one("ours", gradient="sketch", checkpointing=True),
+        "sketch, recompute": one("ours", gradient="sketch", recompute=True),
     }
     if CASES[case].dtype == "float32":
         found["PEFT EVA"] = one("eva")
         found["authors' recipe"] = one("authors")
+        found["exact, MKL"] = one("ours", gradient="exact", onednn=False)
+        found["sketch, MKL"] = one("ours", gradient="sketch", onednn=False)
     if case == "tiny":
         for backend in ("jax", "mlx"):
             found[f"exact, {backend}"] = one("ours", gradient="exact", backend=backend)
@@ -54,25 +59,33 @@ def contenders(case: str, folder: str) -> dict[str, Contender]:
 
 
 def run(case: str, folder: Path, what: list[str], rounds: int, only: list[str] | None) -> dict[str, dict[str, Any]]:
-    """name -> "seconds", "peak_mib", "energy", ... of each contender."""
+    """name -> the rounds of each part that was measured, for `with_medians`."""
     chosen = {name: c for name, c in contenders(case, str(folder)).items() if only is None or name in only}
     found: dict[str, dict[str, Any]] = {name: {} for name in chosen}
     for part in what:
         before = dict(os.environ)
         os.environ.update(GIVE_BACK if part == "peak_mib" else {})
         try:
-            measured = measure(chosen, rounds if part == "seconds" else 1)
+            measured = measure(chosen, rounds if part == "seconds" else 1)  # peaks hardly vary
         finally:
             os.environ.clear()
             os.environ.update(before)
         for name, result in measured.items():
-            of_the_other = {"seconds", "cpu_seconds", "outside"} if part == "peak_mib" else {"peak_mib"}
-            found[name] |= {key: value for key, value in result["median"].items() if key not in of_the_other}
-            if part == "seconds":
-                found[name]["rounds"] = [
-                    {key: row[key] for key in ("seconds", "cpu_seconds")} for row in result["rounds"]
-                ]
+            found[name][ROUNDS[part]] = [_of_part(part, row) for row in result["rounds"]]
     return found
+
+
+def with_medians(numbers: dict[str, Any], new: dict[str, Any], append: bool) -> dict[str, Any]:
+    """A contender's numbers with new rounds in the place of the same part's old ones, or after them."""
+    rounds = {key: (numbers.get(key, []) if append else []) + rows for key, rows in new.items()}
+    medians = {key: statistics.median(row[key] for row in rows) for rows in rounds.values() for key in rows[0]}
+    return numbers | medians | rounds
+
+
+def _of_part(part: str, row: dict[str, float]) -> dict[str, float]:
+    """A round for time says nothing about the peak, whose rounds are slower."""
+    of_the_other = {"seconds", "cpu_seconds", "outside"} if part == "peak_mib" else {"peak_mib"}
+    return {key: value for key, value in row.items() if key not in of_the_other}
 
 
 def ratios(found: dict[str, dict[str, Any]]) -> str:
@@ -129,6 +142,8 @@ def draw(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
             axes.barh(heights, values, 0.8 / len(cases), label=case)
         axes.axvline(1.0, color="black", linewidth=0.8)
         axes.set(title=f"{title} over {PEER}'s", xscale="log")
+        axes.set_xticks(ticks := [0.2, 0.5, 1, 2, 5, 10], [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         if cases:
@@ -142,6 +157,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of contenders")
     parser.add_argument("--what", nargs="+", choices=("seconds", "peak_mib"), default=["seconds", "peak_mib"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--append", action="store_true", help="add to the rounds that are there, do not replace them")
     parser.add_argument("--smoke", action="store_true", help="the tiny model, one round")
     parser.add_argument("--plot", action="store_true", help="draw the result that is there, and measure nothing")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -153,7 +169,8 @@ def main() -> None:
     for case in ["tiny"] if options.smoke else options.cases:
         found = run(case, prepared(case), options.what, 1 if options.smoke else options.rounds, options.only)
         for name, numbers in found.items():
-            results.setdefault(case, {}).setdefault(name, {}).update(numbers)
+            of_case = results.setdefault(case, {})
+            of_case[name] = with_medians(of_case.get(name, {}), numbers, options.append)
         packages = harness.versions("torch", "transformers", "peft", "jax", "mlx", "lora-one")
         harness.save(options.out, rank=RANK, k=K, versions=packages, cases=results)
         print(f"\n{case}\n{ratios(results[case])}\n", flush=True)

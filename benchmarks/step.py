@@ -2,13 +2,14 @@
 
     python -m benchmarks.step              # everything (a quarter of an hour), to benchmarks/results/step.json
     python -m benchmarks.step --smoke      # two rounds of tiny shapes, to check that it runs
-    python -m benchmarks.step --only torch # of torch, jax, mlx
+    python -m benchmarks.step --only torch # of torch, jax, mlx; the file keeps what it has of the others
 
 Contenders of one framework and size take turns, each in a process of its own. A number is the median over rounds of the
 median wall time of a step; memory is the peak over the state that the step starts with (factors, gradients, moments).
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -39,13 +40,13 @@ SIZES: dict[str, Shapes] = {
 # framework -> (size, rank) of each comparison
 COMPARISONS = {
     "torch": [("7B", 8), ("7B", 16), ("7B", 64), ("0.5B", 8), ("embedded", 8)],
-    "jax": [("7B, 200 pairs", 8), ("embedded", 8)],
-    "mlx": [("7B", 8), ("embedded", 8)],
+    "jax": [("7B, 200 pairs", 8), ("7B, 200 pairs", 16), ("7B, 200 pairs", 64), ("0.5B", 8), ("embedded", 8)],
+    "mlx": [("7B", 8), ("0.5B", 8), ("embedded", 8)],
 }
 CONTENDERS = {
     "torch": ["fused AdamW", "lora-one", "plain loop", "PEFT Riemannian"],
-    "jax": ["optax.adamw", "lora-one"],
-    "mlx": ["AdamW", "lora-one"],
+    "jax": ["optax.adamw", "lora-one", "plain loop"],
+    "mlx": ["AdamW", "lora-one", "plain loop"],
 }
 
 
@@ -78,10 +79,14 @@ def torch_step(contender: str, size: str, rank: int) -> dict[str, float]:
         holder.weight.grad = torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
     del values
     parameters = [p for p in model.parameters() if p.requires_grad]
+    new_gradients = None
     if contender == "fused AdamW":
         optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=True)
     elif contender == "PEFT Riemannian":
         optimizer = create_riemannian_optimizer(model, torch.optim.AdamW, lr=RATE, reg=REG, fused=True)
+        # It multiplies the inverses into `.grad` itself: without the next backward pass they would grow by each step.
+        gradients = [p.grad for p in parameters]
+        new_gradients = partial(torch._foreach_copy_, gradients, [g.clone() for g in gradients])
     elif contender == "plain loop":
         optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=True)
         optimizer.step = partial(_plain_loop, optimizer.step, lora_pairs(model))
@@ -89,7 +94,7 @@ def torch_step(contender: str, size: str, rank: int) -> dict[str, float]:
         optimizer = lora_one.optimizer(model, RATE, precondition=True, reg=REG)
     # Activations come and go in a training step, and leave the allocator with memory in hand.
     torch.empty(31 * MIB, dtype=torch.uint8)
-    return _measured(optimizer.step, size)
+    return _measured(optimizer.step, size, new_gradients)
 
 
 def _plain_loop(adamw_step: Callable[[], Any], pairs: list[Any]) -> None:
@@ -125,11 +130,18 @@ def jax_step(contender: str, size: str, rank: int) -> dict[str, float]:
         pairs = enumerate(factors(size, rank, seed))
         return {f"layer{n}": {"lora_a": jnp.asarray(a.T), "lora_b": jnp.asarray(b.T)} for n, (a, b) in pairs}
 
-    tx = optax.adamw(RATE, weight_decay=0.0) if contender == "optax.adamw" else lora_adamw(RATE, reg=REG)
+    def plain_loop(pair: Any, grads: Any) -> Any:
+        a, b, eye = pair["lora_a"], pair["lora_b"], jnp.eye(rank)
+        new_a = jnp.linalg.solve(b @ b.T + REG * eye, grads["lora_a"].T).T  # (in, r)
+        return {"lora_a": new_a, "lora_b": jnp.linalg.solve(a.T @ a + REG * eye, grads["lora_b"])}
+
+    tx = lora_adamw(RATE, reg=REG) if contender == "lora-one" else optax.adamw(RATE, weight_decay=0.0)
     params, grads = tree(0), tree(1)
     state = tx.init(params)
 
     def step(params: Any, state: Any, grads: Any) -> Any:
+        if contender == "plain loop":
+            grads = {name: plain_loop(params[name], grads[name]) for name in params}
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -151,17 +163,25 @@ def mlx_step(contender: str, size: str, rank: int) -> dict[str, float]:
     import mlx.core as mx
     from mlx.optimizers import AdamW
 
-    from lora_one.backends.mlx import LoraOneAdamW
+    from lora_one.backends.mlx import LoraOneAdamW, MlxOps
+    from lora_one.core.factors import Factors
+    from lora_one.core.precondition import precondition
 
     def tree(seed: int) -> Any:
         pairs = enumerate(factors(size, rank, seed))
         return {f"layer{n}": {"lora_a": mx.array(a.T), "lora_b": mx.array(b.T)} for n, (a, b) in pairs}
 
     params, grads = tree(0), tree(1)
-    if contender == "AdamW":
-        optimizer = AdamW(RATE, bias_correction=True, weight_decay=0.0)
-    else:
+
+    def plain_loop(pair: Any, grads: Any) -> Any:
+        given = [Factors(x["lora_a"].T, x["lora_b"].T) for x in (pair, grads)]
+        direction = precondition(MlxOps(), *given, REG)
+        return {"lora_a": direction.lora_A.T, "lora_b": direction.lora_B.T}
+
+    if contender == "lora-one":
         optimizer = LoraOneAdamW(RATE, params, REG, weight_decay=0.0)
+    else:
+        optimizer = AdamW(RATE, bias_correction=True, weight_decay=0.0)
     optimizer.init(params)
     held = [params]
     del params
@@ -169,6 +189,8 @@ def mlx_step(contender: str, size: str, rank: int) -> dict[str, float]:
     mx.eval(held, state, grads)
 
     def update(params: Any, grads: Any) -> Any:
+        if contender == "plain loop":
+            grads = {name: plain_loop(params[name], grads[name]) for name in params}
         return optimizer.apply_gradients(grads, params)
 
     compiled = mx.compile(update, inputs=state, outputs=state)
@@ -180,12 +202,12 @@ def mlx_step(contender: str, size: str, rank: int) -> dict[str, float]:
     return _measured(run, size)
 
 
-def _measured(run: Callable[[], Any], size: str) -> dict[str, float]:
+def _measured(run: Callable[[], Any], size: str, before: Callable[[], Any] | None = None) -> dict[str, float]:
     warm_up, repeats = (1, 2) if size == "smoke" else (2, 5) if size.startswith("7B") else (10, 40)
     run()  # the moments come into being
     with PeakMemory() as memory:
         run()
-    return {"ms": 1e3 * median_seconds(run, warm_up, repeats), "peak_mib": memory.peak / MIB}
+    return {"ms": 1e3 * median_seconds(run, warm_up, repeats, before), "peak_mib": memory.peak / MIB}
 
 
 def compare(framework: str, size: str, rank: int, rounds: int) -> dict[str, Any]:
@@ -238,6 +260,16 @@ def draw(comparisons: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _of(comparison: dict[str, Any]) -> tuple[str, str, int]:
+    return comparison["framework"], comparison["size"], comparison["rank"]
+
+
+def _place(comparison: dict[str, Any]) -> tuple[int, int, int]:
+    """Where a comparison stands in the table: as COMPARISONS has them."""
+    framework, size, rank = _of(comparison)
+    return list(COMPARISONS).index(framework), list(SIZES).index(size), rank
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes only")
@@ -249,12 +281,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     packages = versions("torch", "peft", "jax", "optax", "mlx", "numpy")
     comparisons: list[dict[str, Any]] = []
+    if options.out.exists() and not options.smoke:
+        comparisons = json.loads(options.out.read_text(encoding="utf-8"))["comparisons"]
     for framework in options.only:
         chosen = [
             (size, rank) for size, rank in COMPARISONS[framework] if size in options.sizes and rank in options.ranks
         ]
         for size, rank in [("smoke", 4)] if options.smoke else chosen:
-            comparisons.append(compare(framework, size, rank, 1 if options.smoke else options.rounds))
+            new = compare(framework, size, rank, 1 if options.smoke else options.rounds)
+            comparisons = sorted([*(c for c in comparisons if _of(c) != _of(new)), new], key=_place)
             save(options.out, versions=packages, comparisons=comparisons)
             draw(comparisons, options.out.with_suffix(".png"))
     print(ratios(comparisons))

@@ -32,6 +32,9 @@ class Config:
         gradient: "sketch" never forms a gradient of a weight; "exact" does, layer by layer where it can.
         passes: backward passes over the batches for the sketch, >= 2.
         oversample: columns that the sketch probes beyond `rank`.
+        recompute: whether the blocks of a transformers model compute their activations again in the backward pass: all
+            of them (True), none (False), or with "auto" those whose activations no longer fit in half of the memory
+            that is free. It costs up to a forward pass more. PyTorch only: elsewhere it is up to the model.
         seed: of the sketch's test matrices.
         dropout: of the LoRA layers, while training.
     """
@@ -47,6 +50,7 @@ class Config:
     gradient: Literal["sketch", "exact"] = "sketch"
     passes: int = 4
     oversample: int = 16
+    recompute: Literal["auto"] | bool = "auto"
     seed: int = 0
     dropout: float = 0.0
 
@@ -64,6 +68,7 @@ class Config:
         _check_positive("eta", self.eta)
         _check_choice("scale", self.scale, ("normalized", "gradient"))
         _check_choice("gradient", self.gradient, ("sketch", "exact"))
+        _check_choice("recompute", self.recompute, ("auto", True, False))
         if self.gamma != "auto":
             _check_positive("gamma", self.gamma, otherwise=' or "auto"')
         if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
@@ -114,6 +119,6 @@ def _check_positive(name: str, value: Any, otherwise: str = "") -> None:
         raise ConfigError(f"{name} must be a number > 0{otherwise}, got {value!r}")
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

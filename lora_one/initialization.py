@@ -9,7 +9,7 @@ import numpy as np
 from .backends.interface import Layer, PassResult, Session
 from .config import Config
 from .core.factors import Factors, gradient_factors, normalized_factors, plain_factors
-from .core.ops import Array, Ops
+from .core.ops import Array, Ops, as_one_program
 from .core.spectrum import Spectrum, advance, draw_omega, exact_spectrum, finish, probe, start
 from .errors import BatchError, GradientError, ModelError
 from .report import GammaTrial, LayerReport, Report, layer_report
@@ -196,10 +196,11 @@ def _assign_spectral(
         return None, []
 
     gamma = config.first_gamma
+    spectral_factors = as_one_program(session.ops, normalized_factors, ("gamma",))
     trials: list[GammaTrial] = []
     while True:
         for name, spectrum in spectra.items():
-            session.assign(name, normalized_factors(session.ops, spectrum, gamma))
+            session.assign(name, spectral_factors(spectrum, gamma=gamma))
         if config.gamma != "auto":
             return gamma, []
         trials.append(GammaTrial(gamma, session.mean_loss().loss))

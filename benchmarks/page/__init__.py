@@ -25,7 +25,7 @@ def make_page(results: Path = RESULTS, docs: Path = PAGE.parent) -> str:
     """
     parts = [
         INTRODUCTION,
-        quality.section(results / "quality.json"),
+        quality.section(results / "quality.json", results / "heads.json"),
         ablations.section(results / "quality.json"),
         heads.section(results / "heads.json", results / "quality.json"),
         earlier.energy(results / "energy_minilm.json"),

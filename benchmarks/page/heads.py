@@ -21,9 +21,9 @@ def section(file: Path, runs: Path) -> str:
     ]
     return (
         "## A new head\n\n"
-        "`python -m benchmarks.heads`: MiniLM as a classifier, LoRA in the encoder, the head trained along. The "
-        "gradient that a start should read is the one below a fitted head. This is the share of its energy, of the "
-        f"best possible at rank {found['rank']}, in the start's directions ({found['layers']} layers).\n\n"
+        "`python -m benchmarks.heads`: MiniLM as a classifier of word orders, LoRA in the encoder, the head trained "
+        "along. The gradient that a start should read is the one below a fitted head. This is the share of its energy, "
+        f"of the best possible at rank {found['rank']}, in the start's directions ({found['layers']} layers).\n\n"
         + table(["the start reads", "median layer", "least", "largest"], overlap)
         + _quality(read_rows(runs), found["fitted_head_alone"])
         + "\nHow to fit a head first: [heads.md](heads.md).\n"

@@ -16,6 +16,7 @@ FIRST_RATE = {
     "momentum": {"none": 1e-1, "before": 1e-3, "after": 1e-3},
 }
 SEEDS = (0, 1, 2)
+RANKS = (8, 4, 32)  # in which the full job is made
 
 
 def carry_out(results: Results) -> None:
@@ -23,11 +24,12 @@ def carry_out(results: Results) -> None:
     for dampings in (COARSE, DAMPINGS):
         screen(results, "screen", LLAMA, rules("adam", dampings))
         for task in LLAMA:
-            confirm(results, "screen", task)
+            confirm(results, "screen", task, RANK[task], places=2)
+        for rank in RANKS:
+            for task in LLAMA:
+                confirm(results, "full", task, rank, places=1)
         for optimizer in PLACES:
             screen(results, "full", REGRESSION, rules(optimizer, dampings))
-        for task in LLAMA:
-            confirm(results, "full", task)
         for rank in (4, 32):
             screen(results, "screen", LLAMA, finalists(results, "adam", "screen", LLAMA)[:3], rank)
         screen(results, "screen", LLAMA, rules("momentum", dampings))
@@ -72,13 +74,13 @@ def finalists(results: Results, optimizer: str, job: str, tasks: Iterable[str]) 
     return [plain, *sorted(best, key=loss)]
 
 
-def confirm(results: Results, job: str, task: str) -> None:
-    """Plain Adam and the two best places: the best rate in quarter decades by one seed, then the other seeds at it."""
+def confirm(results: Results, job: str, task: str, rank: int, places: int) -> None:
+    """Plain Adam and the best places: the best rate in quarter decades by one seed, then the other seeds at it."""
     rates: dict[Rule, float] = {}
-    for rule in finalists(results, "adam", "screen", LLAMA)[:3]:
+    for rule in finalists(results, "adam", "screen", LLAMA)[: 1 + places]:
         short = results.best(Cell("screen", task, RANK[task], rule))
         assert short is not None
-        rates[rule] = tune(results, Cell(job, task, RANK[task], rule), short["rate"], per_decade=4)["rate"]
+        rates[rule] = tune(results, Cell(job, task, rank, rule), short["rate"], per_decade=4)["rate"]
     for seed in SEEDS[1:]:  # outermost: a seed is another start
         for rule, rate in rates.items():
-            results.get(Cell(job, task, RANK[task], rule, seed), rate)
+            results.get(Cell(job, task, rank, rule, seed), rate)

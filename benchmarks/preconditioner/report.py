@@ -9,13 +9,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .plan import PLACES
+from .plan import PLACES, RANKS
 from .rules import Rule
 from .sweep import Cell, Results, loss_of, rule_of
 from .tasks import LLAMA, RANK, TASKS
 from .training import JOBS
 
 DOCS = Path(__file__).parents[2] / "docs"
+OPTIMIZERS = {"adam": "Adam", "momentum": "momentum SGD"}
+JOB_NAMES = {"screen": "short", "full": "full"}
 PLACE_COLORS = {"before": "tab:red", "mean": "tab:purple", "after": "tab:blue", "basis": "tab:green"}
 
 PAGE = """# Does preconditioning pay?
@@ -42,27 +44,29 @@ its own learning rate: a climb over half decades that ends below both neighbours
 Tasks: the embedded Llama's two (*main*: sort, *harder*: sort descending in upper case), and regression on a shift of
 rank 4 and condition number 100 in 64 x 64, linear and through a ReLU, {full.steps} full-batch steps. Regression starts
 as the theory does, from the gradient itself (`scale="gradient"`), and once more from the default start, which is small
-(*gamma 128*).
+(*gamma 128*), at r = 8, twice the rank of the shift: half of the pair has nothing to begin with.
 
 {verdict}
 
-So `lora_one.optimizer` stays plain unless asked. What the tables say, as far as they go:
+With growing reg `before` tends to plain Adam, which does not see a scale. Where P has helped, and how much: the least
+loss at any damping over plain's, below 1 is better, and in brackets at how many of the dampings that were run it is
+below 1.
 
-- Before the moments, where the paper and PEFT have it, P does harm to the Llama at every damping that was run. The more
-  reg, the less harm: in the limit it is plain Adam.
-- `basis` with relative reg 1 is ahead of plain Adam on both Llama tasks in the short job, with every seed, and ends
-  level with it at full length (one seed; on the harder task one rate): it is faster over the first steps.
-- In the theory's setting, from the gradient itself and at the shift's own rank, the paper's form wins: by orders of
-  magnitude with momentum SGD and, in the linear case, with Adam. From the default start and at twice that rank it
-  loses: half of the pair starts at zero there. `basis` with relative reg 1 does not win on regression.
+{places}
 
 ## The best of them, by seeds
 
-The embedded Llama, r = 8: plain Adam and the best places of the table below, each at its best rate in quarter decades,
-chosen by seed 0. Mean over the seeds, and their standard deviation. The short job is {screen.steps} steps of batch
-{screen.batch_size}, the full one {full.steps} of {full.batch_size}.
+The embedded Llama: plain Adam and the best places of the table below, each at its best rate in quarter decades, chosen
+by seed 0. Mean over the seeds, and their standard deviation; *below plain*: with how many seeds, each rule at its own
+rate. The short job is {screen.steps} steps of batch {screen.batch_size}, the full one {full.steps} of
+{full.batch_size}.
 
 {finals}
+
+Over both tasks, pairs of runs with the same task and seed, the loss over plain's (geometric mean): at the end, on
+held-out data, and the mean training loss of the first 20 steps.
+
+{pairs}
 
 ## Adam
 
@@ -98,7 +102,9 @@ def write(results: Results, docs: Path = DOCS) -> None:
     """The page and the picture."""
     text = PAGE.format(
         verdict=verdict(results),
+        places=places_table(results),
         finals=finals(results),
+        pairs=pairs_table(results),
         adam=sweep_table(results, "adam", RANK),
         momentum=sweep_table(results, "momentum", RANK),
         ranks="\n\n".join(rank_table(results, rank) for rank in (4, 8, 32)),
@@ -126,15 +132,51 @@ def beating_plain(results: Results, optimizer: str) -> list[Rule]:
 
 
 def verdict(results: Results) -> str:
-    """The answer, from the numbers."""
+    """The answer, and what follows from it for `lora_one.optimizer`, from the numbers."""
     lines = []
-    for optimizer, name in (("adam", "Adam"), ("momentum", "momentum SGD")):
+    for optimizer, name in OPTIMIZERS.items():
         winners = beating_plain(results, optimizer)
         if winners:
             lines.append(f"**Ahead of plain {name} on every task: {'; '.join(rule.name for rule in winners)}.**")
         else:
             lines.append(f"**No rule that was run is ahead of plain {name} on every task.**")
+    if beating_plain(results, "adam"):
+        lines.append("\nBy that, it should be what `lora_one.optimizer` does by default.")
+    else:
+        lines.append("\nSo `lora_one.optimizer` is plain unless asked.")
     return "\n".join(lines)
+
+
+def places_table(results: Results) -> str:
+    """Optimizer and place by task: the least loss over plain's, and how many dampings are below plain."""
+    lines = [f"| | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
+    for optimizer, name in OPTIMIZERS.items():
+        for place in PLACES[optimizer]:
+            chosen = [rule for rule in rules_in(results, optimizer) if rule.place == place]
+            cells = [ratio_cell(ratios(results, task, chosen)) for task in TASKS]
+            if any(cells):
+                lines.append(f"| {name}: {place} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ratios(results: Results, task: str, chosen: Iterable[Rule]) -> list[float]:
+    """Each rule's loss over the plain one's, both at their best rates; of those that were run."""
+    found = []
+    for rule in chosen:
+        rows = [results.best(Cell(job_of(task), task, RANK[task], r)) for r in (rule, plain_of(rule))]
+        if None not in rows:
+            found.append(loss_of(rows[0]) / loss_of(rows[1]))  # type: ignore[arg-type]
+    return found
+
+
+def ratio_cell(found: list[float]) -> str:
+    """The least of them, and how many are below 1."""
+    return f"{min(found):.3g} ({sum(x < 1 for x in found)} of {len(found)})" if found else ""
+
+
+def plain_of(rule: Rule) -> Rule:
+    """The rule without a preconditioner."""
+    return Rule(rule.optimizer)
 
 
 def rules_in(results: Results, optimizer: str | None = None) -> list[Rule]:
@@ -176,17 +218,62 @@ def cell(row: dict[str, Any], plain: dict[str, Any] | None) -> str:
 
 def finals(results: Results) -> str:
     """The rules that were run with several seeds or in the full job."""
-    lines = ["| job | task | | rate | seeds | held-out loss | exact match, % |", "|---" * 7 + "|"]
-    for job, task, rule in itertools.product(JOBS, LLAMA, rules_in(results, "adam")):
-        best = results.best(Cell(job, task, RANK[task], rule))
-        rows = [] if best is None else [r for r in results.rows if same_cell(r, best) and r["rate"] == best["rate"]]
-        if best is None or (job == "screen" and len(rows) == 1):
-            continue
-        losses = spread([loss_of(row) for row in rows], ".3f")
-        matches = spread([100 * row["exact_match"] for row in rows if row["exact_match"] is not None], ".1f")
-        name = {"screen": "short"}.get(job, job)
-        lines.append(f"| {name} | {task} | {rule.name} | {best['rate']:.2g} | {len(rows)} | {losses} | {matches} |")
+    lines = ["| job | task | r | | rate | seeds | held-out loss | below plain | exact match, % |", "|---" * 9 + "|"]
+    for job, rank, task, rule in seeded(results):
+        rows = at_best_rate(results, Cell(job, task, rank, rule))
+        plain = at_best_rate(results, Cell(job, task, rank, plain_of(rule)))
+        both = rows.keys() & plain.keys() if rule.place != "none" else set()
+        below = f"{sum(loss_of(rows[seed]) < loss_of(plain[seed]) for seed in both)} of {len(both)}" if both else ""
+        losses = spread([loss_of(row) for row in rows.values()], ".3f")
+        matches = spread([100 * row["exact_match"] for row in rows.values() if row["exact_match"] is not None], ".1f")
+        lines.append(
+            f"| {JOB_NAMES[job]} | {task} | {rank} | {rule.name} | {rows[0]['rate']:.2g} | {len(rows)} | {losses} "
+            f"| {below} | {matches} |"
+        )
     return "\n".join(lines)
+
+
+def pairs_table(results: Results) -> str:
+    """Job, rank and rule: over the runs that share task and seed with a plain one, the mean ratios of losses."""
+    lines = ["| job | r | | pairs | below plain | loss at the end | of the first 20 steps |", "|---" * 7 + "|"]
+    found: dict[tuple[str, int, Rule], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for job, rank, task, rule in seeded(results):
+        if rule.place != "none":
+            rows = at_best_rate(results, Cell(job, task, rank, rule))
+            plain = at_best_rate(results, Cell(job, task, rank, plain_of(rule)))
+            pairs = found.setdefault((job, rank, rule), [])
+            pairs += [(rows[seed], plain[seed]) for seed in sorted(rows.keys() & plain.keys())]
+    for (job, rank, rule), pairs in found.items():
+        if pairs:
+            end, first = (
+                statistics.geometric_mean([measure(ours) / measure(theirs) for ours, theirs in pairs])
+                for measure in (loss_of, loss_first)
+            )
+            below = sum(loss_of(ours) < loss_of(theirs) for ours, theirs in pairs)
+            lines.append(
+                f"| {JOB_NAMES[job]} | {rank} | {rule.name} | {len(pairs)} | {below} | {end:.2f} | {first:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def seeded(results: Results) -> Iterator[tuple[str, int, str, Rule]]:
+    """(job, rank, task, rule) of what was run on the Llama with several seeds or in the full job."""
+    for job, rank, task, rule in itertools.product(JOBS, RANKS, LLAMA, rules_in(results, "adam")):
+        count = len(at_best_rate(results, Cell(job, task, rank, rule)))
+        if count > 1 or (job == "full" and count):
+            yield job, rank, task, rule
+
+
+def at_best_rate(results: Results, cell: Cell) -> dict[int, dict[str, Any]]:
+    """The rows of a cell at its best rate, by seed."""
+    best = results.best(cell)
+    rows = [] if best is None else [r for r in results.rows if same_cell(r, best) and r["rate"] == best["rate"]]
+    return {row["seed"]: row for row in rows}
+
+
+def loss_first(row: dict[str, Any]) -> float:
+    """The mean training loss of the first 20 steps; infinite where the run diverged."""
+    return math.inf if row["loss_first_20"] is None else row["loss_first_20"]
 
 
 def same_cell(row: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -4,6 +4,8 @@
     python -m benchmarks.quality --tasks sort --stages sweep seeds
     python -m benchmarks.quality --tasks sort --stages sweep seeds --ranks 4 32 --only LoRA LoRA-One
     python -m benchmarks.quality --tasks sort --stages ablations --seeds 3
+    python -m benchmarks.quality --result mine.json --tasks t5      # rows to a file of your own, and from there
+    python -m benchmarks.quality --merge mine.json                  # to the others
 
 Rows go to benchmarks/results/quality.json as they are made; runs that it has are not made again, so that the plan may
 be stopped, gone on with and extended. `python -m benchmarks.page` makes docs/results.md of it.
@@ -21,7 +23,7 @@ import torch
 
 from .contenders import ABLATIONS, CONTENDERS, MAIN
 from .plan import ablate, repeat, sweep
-from .results import RESULT, Key, Row, key_of, read_rows, write_rows
+from .results import RESULT, Key, Row, key_of, merge, read_rows, write_rows
 from .run import run
 from .tasks import TASKS
 
@@ -38,6 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ablate", nargs="*", default=list(ABLATIONS), choices=list(ABLATIONS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="take these files' rows; make no runs")
     return parser.parse_args()
 
 
@@ -58,6 +61,14 @@ def main() -> None:
     """Make the runs that are asked for and not there yet."""
     options = arguments()
     rows = read_rows(options.result)
+    if options.merge:
+        for file in options.merge:
+            if not file.is_file():
+                raise FileNotFoundError(file)
+            rows = merge(rows, read_rows(file))
+        write_rows(rows, options.result)
+        print(f"{len(rows)} runs in {options.result}")
+        return
     machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
     done = {key_of(row) for row in rows}
     for name in options.tasks:

@@ -50,6 +50,23 @@ def write_rows(rows: Iterable[Row], path: Path = RESULT) -> None:
     part.replace(path)
 
 
+def merge(rows: Sequence[Row], others: Iterable[Row]) -> list[Row]:
+    """`rows`, then those of `others` whose keys are new.
+
+    Raises:
+        ValueError: runs that both have, with different numbers; it names them all.
+    """
+    found = {key_of(row): row for row in rows}
+    conflicts = []
+    for row in others:
+        if repr(found.setdefault(key_of(row), row)) != repr(row):  # repr: nan is not equal to itself
+            conflicts.append(key_of(row))
+    if conflicts:
+        named = "\n".join(" ".join(map(str, key)) for key in conflicts)
+        raise ValueError(f"{len(conflicts)} runs are in both with different numbers; remove one of each:\n{named}")
+    return list(found.values())
+
+
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     """The rows with these values."""
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]

@@ -57,8 +57,8 @@ def final_loss(row: Row) -> float:
     return sum(row["losses"][-LAST:]) / LAST
 
 
-def paired(one: Summary, other: Summary, measure: str) -> Interval | None:
+def paired(ones: Sequence[Row], others: Sequence[Row], measure: str) -> Interval | None:
     """The difference of a measure, one - other, by seed; None without two seeds that both have."""
-    theirs = {row["seed"]: row[measure] for row in other.rows}
-    differences = [row[measure] - theirs[row["seed"]] for row in one.rows if row["seed"] in theirs]
+    theirs = {row["seed"]: row[measure] for row in others}
+    differences = [row[measure] - theirs[row["seed"]] for row in ones if row["seed"] in theirs]
     return interval(differences) if len(differences) > 1 else None

@@ -21,11 +21,16 @@ def check_reiterable(batches: Iterable[Any], config: Config) -> None:
 
 
 def check_no_modules_to_save(config: Config, framework: str) -> None:
-    """Raises ConfigError where a framework's LoRA layers come without modules that are trained whole."""
+    """Raises ConfigError for what is PyTorch's alone: modules trained whole beside LoRA, blocks recomputed by us."""
     if config.modules_to_save:
         raise ConfigError(
             f"modules_to_save is for PyTorch models, got {config.modules_to_save} for a model of {framework}: leave it "
             "out, and train the head as your own parameters beside the LoRA ones"
+        )
+    if config.recompute is True:
+        raise ConfigError(
+            f"recompute=True is for PyTorch models, got it for a model of {framework}: leave it out, and checkpoint in "
+            "the model itself"
         )
 
 

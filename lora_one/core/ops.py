@@ -6,7 +6,8 @@ standard where it has one. The standard's own namespace is not enough: MLX has n
 decompositions run on a CPU stream only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,8 @@ class Ops(Protocol):
 
     No method hides randomness, device moves or precision: results live where the inputs live, and `matmul` is as
     precise as the dtype allows (no TF32, no bf16 passes), whatever the user's global flags say.
+
+    A framework may offer one more, `compiled(function, static)`: see `as_one_program`.
     """
 
     name: str
@@ -88,3 +91,17 @@ class Ops(Protocol):
     def concat(self, xs: Sequence[Array], axis: int = 0) -> Array: ...
 
     def stack(self, xs: Sequence[Array], axis: int = 0) -> Array: ...
+
+
+def as_one_program(ops: Ops, function: Callable[..., Any], static: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """`function(ops, ...)` without its first argument, compiled once for each shape if `ops` can.
+
+    For a framework whose eager operations are programs of their own, each to be compiled, that is most of a first call.
+
+    Args:
+        function: of this package: pure, and defined in a module, since what is compiled for it is kept.
+        static: the arguments, to be given by name, that are no arrays.
+    """
+    compiled = getattr(ops, "compiled", None)
+    made: Callable[..., Any] = partial(function, ops) if compiled is None else compiled(function, static)
+    return made

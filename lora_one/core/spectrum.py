@@ -27,10 +27,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .ops import Array, Ops
+from .krylov import leading_triplets, minus_projection
+from .ops import Array, Ops, as_one_program
 
-EXACT_OVERSAMPLE = 16  # columns beyond the rank in the passes over a G in memory
-LAPACK_RESIDUAL = 16.0  # in units of eps s_1: ||G v_i - s_i u_i|| by LAPACK's float32 SVD of a 2048 x 768 gradient
+EXACT_OVERSAMPLE = 8  # columns beyond the rank in the products with a G in memory
 
 
 class Spectrum(NamedTuple):
@@ -90,9 +90,9 @@ def draw_omega(seed: int, layer: str, in_features: int, columns: int) -> np.ndar
 def exact_spectrum(ops: Ops, gradient: Array, rank: int) -> Spectrum:
     """The `rank` leading singular triplets of -G, as exact as a dense SVD.
 
-    A large G goes through the same passes as a sketch, until what it and the triplets disagree by is down to the
-    rounding error that LAPACK's triplets have too; where that takes too many directions, and where G is small, by the
-    dense SVD. The passes are counted at run time: of a large G this cannot be traced.
+    Of a large G by products with it, until what it and the triplets disagree by is down to the rounding error that
+    LAPACK's triplets have too; where that takes too many directions, and where G is small, by the dense SVD. The
+    products are counted at run time: of a large G this cannot be traced.
 
     Args:
         gradient: G = dL/dW, (out, in), float32 or wider.
@@ -101,34 +101,13 @@ def exact_spectrum(ops: Ops, gradient: Array, rank: int) -> Spectrum:
     limit = min(gradient.shape) // 4  # directions, from where on the dense SVD is the faster one
     width = rank + EXACT_OVERSAMPLE
     omega = None if 3 * width > limit else draw_omega(0, "exact", gradient.shape[1], width)
-    found = None if omega is None else _converged(ops, gradient, ops.asarray(omega, like=gradient), rank, limit)
+    found = None if omega is None else leading_triplets(ops, gradient, ops.asarray(omega, like=gradient), rank, limit)
     if found is None:
         return _descent_seen_whole(ops, *_thin_svd(ops, gradient), rank)
     u, s, vt = found
     zero = ops.zeros((), like=s)
     norm = _frobenius_norm(ops, gradient, _or_one(ops, s[0]))
     return _descent(ops, u, s, vt, rank, norm=norm, norm_error=zero, unseen=zero, best_norm=_norm(ops, s[:rank]))
-
-
-def _converged(ops: Ops, g: Array, omega: Array, rank: int, limit: int) -> tuple[Array, Array, Array] | None:
-    """The leading triplets of G by block Golub-Kahan to rounding error, or None if `limit` directions do not do."""
-    state = start(ops, omega, g.shape[0])
-    settled = False
-    while _columns(state.left) + omega.shape[1] <= limit:
-        for _ in range(2):
-            state = advance_on(ops, state, g)
-        if state.passes < 6:
-            continue
-        u, s, vt = _thin_svd(ops, _projected(ops, state, state.passes))
-        u, s, vt = ops.matmul(ops.concat(state.left, axis=1), u[:, :rank]), s[:rank], vt[:rank, :]
-        if settled:
-            return u, s, vt
-        # G^T u_i = s_i v_i holds by construction: the other half says how far this is from being triplets of G.
-        rest = (ops.matmul(g, ops.matrix_transpose(vt)) - u * s) / _or_one(ops, s[0])  # (out, r)
-        worst = ops.sqrt(ops.max(ops.sum(rest * rest, axis=0)))
-        # Two more passes then, for what is left to be rounding alone.
-        settled = float(ops.to_numpy(worst)) <= LAPACK_RESIDUAL * ops.eps(g)
-    return None
 
 
 def _frobenius_norm(ops: Ops, g: Array, scale: Array) -> Array:
@@ -174,7 +153,8 @@ def advance(ops: Ops, state: SketchState, gradient: Array) -> SketchState:
     """
     if state.passes % 2 == 0:
         if state.passes == 0:
-            state = _estimate_residual(ops, state, gradient)
+            residual = as_one_program(ops, _estimate_residual)(gradient, state.mixing)
+            state = state._replace(scale=residual[0], residual=residual[1], residual_variance=residual[2])
         d = min(state.block.shape[1], state.block.shape[0] - _columns(state.right))
         y = gradient[:, :d]  # (out, d) = G V
         right, g_right = (*state.right, state.block[:, :d]), (*state.g_right, y)
@@ -207,29 +187,43 @@ def finish(ops: Ops, state: SketchState, rank: int) -> Spectrum:
     if rank > s.shape[0]:
         raise ValueError(f"rank must be <= {s.shape[0]}, the directions probed, got {rank}")
     if _columns(state.left) == state.left[0].shape[0] or _columns(state.right) == state.right[0].shape[0]:
-        return _descent_seen_whole(ops, u, s, vt, rank)
+        return as_one_program(ops, _descent_seen_whole, ("rank",))(u, s, vt, rank=rank)
+    earlier = range(max(2, state.passes - 2), state.passes)
+    before = tuple(_thin_svd(ops, _projected(ops, state, passes))[1] for passes in earlier)
+    residual = (state.scale, state.residual, state.residual_variance)
+    norms = as_one_program(ops, _norms, ("rank",))(s, before, state.left_g[0], residual, rank=rank)
+    return as_one_program(ops, _descent, ("rank",))(u, s, vt, rank=rank, **norms)
 
+
+def _norms(
+    ops: Ops,
+    s: Array,
+    before: tuple[Array, ...],
+    first_left_g: Array,
+    of_residual: tuple[Array, Array, Array],
+    rank: int,
+) -> dict[str, Array]:
+    """norm, norm_error, unseen and best_norm of `Spectrum`.
+
+    Args:
+        s: singular values of the projected G, (K,).
+        before: of what it was two passes ago and one pass ago, as far as there were two passes by then.
+        first_left_g: Q_1^T G, (k, in).
+        of_residual: (scale, residual, residual_variance) of the state.
+    """
     # ||G||_F^2 = ||Q_1^T G||_F^2 + residual: the first term is known, and the second was estimated from probes that are
     # independent of the basis it refers to. What later passes found is part of that residual.
-    scale = _or_one(ops, state.scale)
+    unit, residual, variance = of_residual
+    scale = _or_one(ops, unit)
     seen = _square_sum(ops, s / scale)
-    first = _square_sum(ops, state.left_g[0] / scale)
-    unseen = _at_least_zero(ops, first + state.residual - seen)
+    first = _square_sum(ops, first_left_g / scale)
+    unseen = _at_least_zero(ops, first + residual - seen)
     norm = ops.sqrt(seen + unseen)
-    error = ops.sqrt(state.residual_variance) / (2.0 * _or_one(ops, norm))  # d sqrt(x) = dx / (2 sqrt(x))
-    captured = _square_sum(ops, s[:rank] / scale)
-    to_come = _energy_to_come(ops, state, rank, captured, unseen)
-    return _descent(
-        ops,
-        u,
-        s,
-        vt,
-        rank,
-        norm=norm * state.scale,
-        norm_error=error * state.scale,
-        unseen=ops.sqrt(unseen) * state.scale,
-        best_norm=ops.sqrt(captured + to_come) * state.scale,
-    )
+    error = ops.sqrt(variance) / (2.0 * _or_one(ops, norm))  # d sqrt(x) = dx / (2 sqrt(x))
+    energies = [_square_sum(ops, x[:rank] / scale) for x in (*before, s)]
+    best = ops.sqrt(energies[-1] + _energy_to_come(ops, energies, unseen))
+    norms = {"norm": norm, "norm_error": error, "unseen": ops.sqrt(unseen), "best_norm": best}
+    return {name: value * unit for name, value in norms.items()}
 
 
 def _projected(ops: Ops, state: SketchState, passes: int) -> Array:
@@ -239,24 +233,20 @@ def _projected(ops: Ops, state: SketchState, passes: int) -> Array:
     return ops.concat(state.g_right[: passes // 2 + 1], axis=1)
 
 
-def _energy_to_come(ops: Ops, state: SketchState, rank: int, captured: Array, unseen: Array) -> Array:
+def _energy_to_come(ops: Ops, energies: list[Array], unseen: Array) -> Array:
     """What more passes would still add to the energy of the r leading directions, (), in units of scale^2.
 
     Each pass adds a roughly constant fraction of what the one before it added, so that the rest is a geometric series.
     It cannot be more than all that is unseen, which is what remains to be said after two passes.
+
+    Args:
+        energies: after the last three passes, the latest last; fewer if there were fewer.
     """
-    if state.passes < 3:
+    if len(energies) == 1:
         return unseen
-    scale = _or_one(ops, state.scale)
-    energies = [captured]
-    for passes in (state.passes - 1, state.passes - 2):
-        if passes < 2:
-            energies.append(ops.zeros((), like=captured))
-            continue
-        _, s, _ = _thin_svd(ops, _projected(ops, state, passes))
-        energies.append(_square_sum(ops, s[:rank] / scale))
-    last = _at_least_zero(ops, energies[0] - energies[1])
-    before = _at_least_zero(ops, energies[1] - energies[2])
+    latest, one_ago, two_ago = energies[-1], energies[-2], energies[-3] if len(energies) > 2 else 0.0
+    last = _at_least_zero(ops, latest - one_ago)
+    before = _at_least_zero(ops, one_ago - two_ago)
     ratio = _smaller(last / _or_one(ops, before), 0.9)
     return _smaller(last * ratio / (1.0 - ratio), unseen)
 
@@ -277,18 +267,21 @@ def _new_directions(ops: Ops, x: Array, known: tuple[Array, ...], block: Array) 
 
 
 def _project_out(ops: Ops, x: Array, known: tuple[Array, ...]) -> Array:
+    minus = as_one_program(ops, minus_projection)
     for q in known:
-        x = x - ops.matmul(q, ops.matmul(ops.matrix_transpose(q), x))
+        x = minus(x, q)
     return x
 
 
-def _estimate_residual(ops: Ops, state: SketchState, g_right: Array) -> SketchState:
+def _estimate_residual(ops: Ops, g_right: Array, mixing: Array) -> tuple[Array, Array, Array]:
     """What range(G omega) misses of G, by leaving one column out (Epperly and Tropp 2024, arXiv 2207.06342, sec. 2.3).
+
+    (scale, residual, residual_variance) of `SketchState`.
 
     Column j of omega is independent of the range of all other columns, so the squared distance of G omega_j from that
     range is an unbiased estimate of what a sketch of k - 1 columns misses: slightly too large for one of k.
     """
-    y = ops.matmul(g_right, state.mixing)  # (out, k) = G omega
+    y = ops.matmul(g_right, mixing)  # (out, k) = G omega
     scale = ops.max(abs(y))
     y = y / _or_one(ops, scale)  # squares must neither overflow nor underflow
     k = y.shape[1]
@@ -299,7 +292,7 @@ def _estimate_residual(ops: Ops, state: SketchState, g_right: Array) -> SketchSt
     distance = 1.0 / ops.sum(inverse * identity, axis=0)  # (k,), squared
     mean = ops.sum(distance) / k
     variance = _square_sum(ops, distance - mean) / (k * max(k - 1, 1))
-    return state._replace(scale=scale, residual=mean, residual_variance=variance)
+    return scale, mean, variance
 
 
 def _thin_svd(ops: Ops, x: Array) -> tuple[Array, Array, Array]:

@@ -7,14 +7,14 @@ import pytest
 
 from benchmarks.energy import shares_of_best
 from benchmarks.heads import starts
-from benchmarks.quality.tasks import classification
+from benchmarks.quality.tasks import word_order
 
 
 @pytest.fixture(scope="module")
 def shares():
     """The median over the last block's layers, by what the start reads."""
     small = {"batch_size": 8, "init_batches": 2, "targets": r"encoder\.encoder\.layer\.5\..*\.(query|key|value|dense)"}
-    tasks = [replace(classification(fit_head, largest=20), **small) for fit_head in (False, True)]
+    tasks = [replace(word_order(fit_head_on=count), **small) for count in (0, 512)]
     wanted, taken = starts(*tasks)
     return {label: np.median(list(shares_of_best(wanted, factors).values())) for label, factors in taken.items()}
 

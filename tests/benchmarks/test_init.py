@@ -31,8 +31,9 @@ def test_ours_hold_the_best_energy(folder, backend, gradient, least):
     assert numbers["seconds"] > 0 and numbers["peak_mib"] >= 0
 
 
-def test_checkpointing_changes_no_energy(folder):
-    assert ours("tiny", folder, "exact", checkpointing=True)["energy"] > 1 - 1e-4
+def test_recomputing_changes_no_energy_and_the_time_outside_the_model_is_a_share(folder):
+    numbers = ours("tiny", folder, "exact", recompute=True)
+    assert numbers["energy"] > 1 - 1e-4 and 0 < numbers["outside"] < 1
 
 
 def test_peers_hold_what_their_methods_aim_at(folder):
@@ -50,9 +51,21 @@ def test_the_yardstick_is_forward_and_backward_alone(folder):
 
 
 def test_a_result_is_measured_tabled_and_drawn(folder, tmp_path):
-    found = init.run("tiny", folder, ["seconds"], 1, [init.PEER])
-    assert len(found[init.PEER]["rounds"]) == 1 and found[init.PEER]["energy_A"] > 0.9
+    rounds = init.run("tiny", folder, ["seconds"], 1, [init.PEER])[init.PEER]
+    assert len(rounds["rounds"]) == 1 and "peak_mib" not in rounds["rounds"][0]
+    found = {init.PEER: init.with_medians({}, rounds, append=False)}
+    assert found[init.PEER]["energy_A"] > 0.9
     found["exact"] = {key: 2 * found[init.PEER][key] for key in ("seconds", "cpu_seconds")}
     assert "| exact " in init.ratios(found) and "| 2 " in init.ratios(found)
     init.draw({"tiny": found | {"exact": {"cpu_seconds": 1.0}}}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_medians_are_of_all_rounds_where_new_ones_are_appended():
+    numbers = init.with_medians({}, {"rounds": [{"seconds": 1.0}, {"seconds": 2.0}]}, append=False)
+    assert numbers == {"seconds": 1.5, "rounds": [{"seconds": 1.0}, {"seconds": 2.0}]}
+    numbers = init.with_medians(
+        numbers, {"rounds": [{"seconds": 9.0}], "peak_rounds": [{"peak_mib": 5.0}]}, append=True
+    )
+    assert (numbers["seconds"], numbers["peak_mib"], len(numbers["rounds"])) == (2.0, 5.0, 3)
+    assert init.with_medians(numbers, {"rounds": [{"seconds": 7.0}]}, append=False)["seconds"] == 7.0

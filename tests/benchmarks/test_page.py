@@ -40,6 +40,31 @@ def test_numbers_of_made_up_rows(tmp_path):
     assert "| LoRA-One | 3 rates, 2 seeds | not run | not run | not run | not run |" in page
 
 
+def test_ablations_are_compared_within_a_seed(tmp_path):
+    """A sketch that loses 5 and 15 points to the exact gradient: 10, and t(1) 12.706 x 7.071 / sqrt(2) = 63.5."""
+    ablated = {"group": "sketch", "energy": 0.9, "task": "minilm"}
+    scores = {"passes 2, oversample 0": (0.5, 0.6), "exact": (0.55, 0.75)}
+    rows = [row(seed=s, contender=n, score=x) | ablated for n, both in scores.items() for s, x in enumerate(both)]
+    write_rows(rows, tmp_path / "quality.json")
+    page = make_page(tmp_path, tmp_path)
+    assert "seeds | accuracy, % | test loss | loss of steps 1-20 | points over exact | seconds of the start |" in page
+    assert "| passes 2, oversample 0 | 0.900 ± 0.000 | 2 | 55.0 ± 63.5 |" in page
+    assert "| 1.00 ± 0.00 | -10.0 ± 63.5 | 1.0 |" in page
+    assert "| exact | 0.900 ± 0.000 | 2 | 65.0 ± 127.1 | 1.000 ± 0.000 | 1.00 ± 0.00 |  | 1.0 |" in page
+
+
+def test_what_gamma_auto_chose_is_in_its_name(tmp_path):
+    rows = [row(seed=s, contender="LoRA-One, gamma auto") | {"gamma": g} for s, g in enumerate((512.0, 128.0, 512.0))]
+    write_rows(rows, tmp_path / "quality.json")
+    assert "| LoRA-One, gamma auto: 128, 512 | 0.001 (edge) | 3 |" in make_page(tmp_path, tmp_path)
+
+
+def test_what_the_head_alone_can_do_is_beside_its_task(tmp_path):
+    write_rows([row() | {"task": "minilm"}], tmp_path / "quality.json")
+    (tmp_path / "heads.json").write_text('{"fitted_head_alone": 0.425, "overlap": {}, "rank": 8, "layers": 36}')
+    assert "\n\nThe fitted head alone, from which all go on, is right in 42.5 %.\n\n|" in make_page(tmp_path, tmp_path)
+
+
 def test_other_pages_are_linked_where_they_are(tmp_path):
     (tmp_path / "speed.md").write_text("")
     (tmp_path / "step.json").write_text("{}")

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.preconditioner import sweep
 from benchmarks.preconditioner.optimizer import RuleOptimizer
-from benchmarks.preconditioner.report import beating_plain, write
+from benchmarks.preconditioner.report import beating_plain, finals, pairs_table, write
 from benchmarks.preconditioner.rules import Rule, start, step
 from benchmarks.preconditioner.sweep import Cell, OutOfTime, Results, climb, tune
 from benchmarks.preconditioner.tasks import RANK, TASKS, make_task
@@ -178,5 +178,29 @@ def test_the_verdict_asks_for_every_task(tmp_path):
     write(Results(path), tmp_path)
     page = (tmp_path / "preconditioner.md").read_text()
     assert "**Ahead of plain Adam on every task: basis, absolute 0.01.**" in page
+    assert "it should be what `lora_one.optimizer` does by default" in page
+    # absolute 0.01, of every place: 0.4 over plain's 0.5, and before's 0.6 on the last
+    assert "| Adam: before" + " | 0.8 (1 of 1)" * 4 + " | 1.2 (0 of 1) |" in page
+    assert "| Adam: after" + " | 0.8 (1 of 1)" * 4 + " |  |" in page
     assert "| none" + " | 0.5 (0.003)" * 5 + " |" in page
     assert "| before, absolute 0.01" + " | **0.4** (0.001)" * 4 + " | 0.6 (0.001) |" in page
+
+
+def test_seeds_are_compared_within_task_and_seed(tmp_path):
+    """Two tasks of two seeds: a rule's losses over plain's are 1/2, 2, 1/4, 1, at the end; a third at the start."""
+    numbers = {"main": ((0.2, 0.1), (0.2, 0.4)), "harder": ((0.4, 0.1), (0.3, 0.3))}
+    rows = []
+    for task, seeds in numbers.items():
+        for seed, losses in enumerate(seeds):
+            for place, loss, first in zip(("none", "basis"), losses, (3.0, 1.0), strict=True):
+                rule = {"optimizer": "adam", "place": place, "damping": "relative", "reg": float(place == "basis")}
+                rule |= {"damping": "absolute"} if place == "none" else {}
+                at = {"job": "full", "task": task, "rank": 4, "rate": 1e-3, "seed": seed}
+                rows.append(at | rule | {"loss": loss, "loss_first_20": first, "exact_match": 0.5})
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    results = Results(path)
+    found = finals(results) + pairs_table(results)
+    assert "| full | main | 4 | none | 0.001 | 2 | 0.200 ± 0.000 |  | 50.0 ± 0.0 |" in found
+    assert "| full | main | 4 | basis, relative 1 | 0.001 | 2 | 0.250 ± 0.212 | 1 of 2 | 50.0 ± 0.0 |" in found
+    assert "| full | 4 | basis, relative 1 | 4 | 2 | 0.71 | 0.33 |" in found  # (1/2 x 2 x 1/4 x 1)^(1/4)

@@ -9,7 +9,8 @@ import pytest
 import scipy.stats
 import torch
 
-from benchmarks.docstrings import classified_docstrings
+from benchmarks.docstrings import ORDERS, beginnings, disordered_docstrings
+from benchmarks.quality.__main__ import main
 from benchmarks.quality.contenders import CONTENDERS
 from benchmarks.quality.plan import repeat, sweep
 from benchmarks.quality.results import (
@@ -18,6 +19,7 @@ from benchmarks.quality.results import (
     best_rate,
     interval,
     key_of,
+    merge,
     missing_edge,
     read_rows,
     steps_to_reach,
@@ -95,7 +97,7 @@ def test_summary_compares_seed_by_seed():
     assert found.rate == 2e-3 and found.swept == 3 and not found.edge
     assert found.score.mean == pytest.approx(0.75) and found.first.mean == 1.0
     assert found.steps == [10, 10] and reference.steps == [20, 20]
-    difference = paired(found, reference, "score")
+    difference = paired(found.rows, reference.rows, "score")
     assert difference.mean == pytest.approx(0.35) and difference.count == 2
 
 
@@ -141,9 +143,39 @@ def test_starts_that_should_not_change_the_function_do_not_and_ours_does(task):
     assert again["losses"] == ours["losses"] and again["score"] == ours["score"]
 
 
-def test_docstrings_are_classified_once_each():
-    texts, names = classified_docstrings(classes=16, largest=50)
-    counts = Counter(label for label, _ in texts)
-    assert len(names) == len(set(names)) == len(counts) == 16 and max(counts.values()) == 50
-    assert len({text for _, text in texts}) == len(texts)
-    assert classified_docstrings(classes=16, largest=50) == (texts, names)
+def test_docstrings_are_in_the_order_that_they_are_labelled_with():
+    """Against the text as it was written, found by its words; no text comes twice, so splits cannot share one."""
+    written = beginnings(8)
+    bags = Counter(tuple(sorted(text.split())) for text in written)
+    known = {bag: text.split() for text in written if bags[bag := tuple(sorted(text.split()))] == 1}
+    texts = disordered_docstrings()
+    assert len(texts) == len(written) > 3000 and texts == disordered_docstrings()
+    orders = Counter()
+    for order, text in texts:
+        words = text.split()
+        if (original := known.get(tuple(sorted(words)))) is not None:
+            back = {"as written": words, "reversed": words[::-1], "halves exchanged": words[4:] + words[:4]}
+            assert back.get(ORDERS[order], original) == original
+            orders[ORDERS[order]] += 1
+            orders["untouched"] += words == original
+    assert min(orders[name] for name in ORDERS) > len(texts) / 5
+    assert orders["untouched"] == pytest.approx(orders["as written"], abs=20)  # but for repeated words
+
+
+def test_merging_takes_what_is_new_and_refuses_what_differs(tmp_path):
+    ours, theirs = [row(seed=0), row(seed=1, valid_loss=math.nan)], [row(seed=1, valid_loss=math.nan), row(seed=2)]
+    assert [r["seed"] for r in merge(ours, theirs)] == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"1 runs .*\nsort main LoRA 8 0.001 2"):
+        merge([*ours, row(seed=2, test_loss=0.9)], theirs)
+
+
+def test_the_command_merges_files(tmp_path, monkeypatch, capsys):
+    mine, all_of_them = tmp_path / "mine.json", tmp_path / "all.json"
+    write_rows([row(seed=0)], all_of_them)
+    write_rows([row(seed=1)], mine)
+    monkeypatch.setattr("sys.argv", ["quality", "--result", str(all_of_them), "--merge", str(mine)])
+    main()
+    assert [r["seed"] for r in read_rows(all_of_them)] == [0, 1] and "2 runs" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["quality", "--result", str(all_of_them), "--merge", str(tmp_path / "none.json")])
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        main()

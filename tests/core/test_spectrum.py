@@ -3,7 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from lora_one.core.spectrum import SketchState, _converged, advance, draw_omega, exact_spectrum, finish, probe, start
+from lora_one.core.krylov import leading_triplets
+from lora_one.core.spectrum import SketchState, advance, draw_omega, exact_spectrum, finish, probe, start
 from tests.arrays import ARRAYS, Arrays, best_rank, spectrum_matrix
 
 SHAPES = [(40, 40), (60, 24), (24, 60), (9, 9)]
@@ -231,7 +232,7 @@ def test_exact_of_a_large_gradient_converges_to_lapacks_triplets(arrays):
     g = large(0.7 ** np.arange(60))
     gradient = arrays.of(g)
     omega = arrays.of(draw_omega(0, "layer", 320, 20))
-    assert _converged(arrays.ops, gradient, omega, 4, limit=80) is not None  # the dense SVD is not what is tested here
+    assert leading_triplets(arrays.ops, gradient, omega, 4, limit=80) is not None  # not the dense SVD
     spectrum = exact_spectrum(arrays.ops, gradient, 4)
     arrays.assert_close(descent(arrays, spectrum), -best_rank(g, 4))
     arrays.assert_close(spectrum.s, np.linalg.svd(g, compute_uv=False)[:4])
@@ -256,7 +257,7 @@ def test_exact_of_a_large_flat_gradient_falls_back_to_the_dense_svd(dtype):
     decay[3:] -= 1e-4 * np.arange(317)
     g = large(decay)
     omega = arrays.of(draw_omega(0, "layer", 320, 20))
-    assert _converged(arrays.ops, arrays.of(g), omega, 5, limit=80) is None
+    assert leading_triplets(arrays.ops, arrays.of(g), omega, 5, limit=80) is None
     spectrum = exact_spectrum(arrays.ops, arrays.of(g), 5)
     arrays.assert_close(spectrum.s, decay[:5])
     arrays.assert_close(spectrum.norm, np.asarray(np.linalg.norm(decay)))
@@ -267,3 +268,27 @@ def test_a_large_zero_gradient(arrays):
     assert not arrays.numpy(spectrum.s).any()
     assert arrays.numpy(spectrum.norm) == 0
     assert np.isfinite(arrays.numpy(spectrum.u)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_triplets_where_a_block_is_partly_rounding_noise(dtype):
+    """Rank 30 in blocks of 20: the second has 10 true directions, and 10 that must not repeat what is known already.
+    Most rows and columns are zero, so that the noise lies where the known directions do."""
+    arrays = Arrays("numpy", dtype)
+    decay = 0.95 ** np.arange(30)
+    g = np.zeros((400, 320))
+    g[::10, ::8] = spectrum_matrix(40, 40, decay)
+    omega = arrays.of(draw_omega(0, "layer", 320, 20))
+    found = leading_triplets(arrays.ops, arrays.of(g), omega, 12, limit=80)
+    assert found is not None
+    u, s, vt = (np.asarray(x, dtype=np.float64) for x in found)
+    arrays.assert_close(s, decay[:12])
+    arrays.assert_close((u * s) @ vt, best_rank(g, 12))
+
+
+def test_triplets_of_a_matrix_with_fewer_directions_than_asked_for():
+    arrays = Arrays("numpy", "float64")
+    g = spectrum_matrix(400, 320, np.array([3.0, 2.0, 1.0]))
+    u, s, vt = leading_triplets(arrays.ops, g, draw_omega(0, "layer", 320, 16), 8, limit=80)
+    arrays.assert_close(s, np.r_[3.0, 2.0, 1.0, np.zeros(5)])
+    arrays.assert_close((u * s) @ vt, g)

@@ -7,12 +7,15 @@ r, out...), the convention of qwix and tunix; each matrix of the stack is one Lo
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from lora_one.core.factors import Factors
+from lora_one.core.spectrum import Probe
 
 
 @dataclass(frozen=True)
@@ -58,18 +61,37 @@ class Layout:
         """As `a_spec`, for lora_b: the output side's."""
         return (*(spec[axis] for axis in self.stack), None, *(spec[axis] for axis in self.outs))
 
+    @partial(jax.jit, static_argnums=0)  # operation by operation, each would be compiled on its own
     def leaves(self, pairs: list[Factors]) -> tuple[Array, Array]:
         """(lora_a, lora_b) from one pair of the spec a matrix: lora_A (r, in), lora_B (out, r)."""
         a = jnp.stack([pair.lora_A.T for pair in pairs])  # (n, in, r)
         b = jnp.stack([pair.lora_B.T for pair in pairs])  # (n, r, out)
         return a.reshape(self.a_shape(a.shape[-1])), b.reshape(self.b_shape(b.shape[1]))
 
+    def probed(self, probes: list[Probe]) -> tuple[Array, Array]:
+        """(lora_a, lora_b) from one probe a matrix: zero is the factor that the probes leave out."""
+        pairs = []
+        for a, b in probes:
+            if a is not None:
+                pairs.append(Factors(a, jnp.zeros((self.out_features, a.shape[0]), a.dtype)))
+            else:
+                assert b is not None
+                pairs.append(Factors(jnp.zeros((b.shape[1], self.in_features), b.dtype), b))
+        a, b = self.leaves(pairs)
+        return a, b
+
+    @partial(jax.jit, static_argnums=0)
     def pairs(self, a: Array, b: Array) -> list[Factors]:
         """The inverse of `leaves`."""
-        rank = a.shape[-1]
-        a = a.reshape(self.count, self.in_features, rank)
-        b = b.reshape(self.count, rank, self.out_features)
-        return [Factors(a[i].T, b[i].T) for i in range(self.count)]
+        return [Factors(*pair) for pair in zip(self.lora_As(a), self.lora_Bs(b), strict=True)]
+
+    def lora_As(self, a: Array) -> list[Array]:
+        """The spec's lora_A, (r, in), of each matrix, from the leaf."""
+        return [one.T for one in a.reshape(self.count, self.in_features, a.shape[-1])]
+
+    def lora_Bs(self, b: Array) -> list[Array]:
+        """The spec's lora_B, (out, r), of each matrix, from the leaf."""
+        return [one.T for one in b.reshape(self.count, -1, self.out_features)]
 
     def product(self, a: Array, b: Array) -> Array:
         """What B A adds to the kernel, in its shape and order of axes, in float32 or wider."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from lora_one.errors import BatchError, ModelError
 from lora_one.memory import process_peak
 
 from .adopt import find_adapters
+from .layout import Layout
 from .nnx import NnxBinding
 from .ops import JaxOps
 from .oracle import Oracle
@@ -77,35 +79,21 @@ class JaxSession:
         return one if everywhere is None else jax.device_put(one, everywhere)
 
     def sketch_pass(self, probes: Mapping[str, Probe]) -> tuple[PassResult, dict[str, Array | None]]:
-        given = {name: self._installed(site, probes) for name, site in self._sites.items()}
-        result, gradients = self._run(given)
-        wanted: dict[str, Array | None] = {}
-        for name, (site, index) in self._of.items():
-            pair = gradients[site.name][index]
-            wanted[name] = pair.lora_B if probes[name].lora_A is not None else pair.lora_A
-        return result, wanted
+        result, gradients = self._gradients(probes)
+        return result, dict(gradients)
 
     def exact_pass(self, consume: Callable[[str, Array], None]) -> PassResult:
         """G is the gradient of lora_B beside lora_A = I, or of lora_A beside lora_B = I: the smaller identity is taken.
 
         So no gradient of a kernel is asked for, which may be quantised. All layers' G exist at the same time.
         """
-        given, from_b = {}, {}
-        for name, site in self._sites.items():
-            layout = site.layout
-            like = self.like(site.layers()[0].name)
-            from_b[name] = layout.in_features <= layout.out_features
-            k = min(layout.in_features, layout.out_features)
-            eye = self.ops.eye(k, like)
-            if from_b[name]:
-                pair = Factors(eye, self.ops.zeros((layout.out_features, k), like))
-            else:
-                pair = Factors(self.ops.zeros((k, layout.in_features), like), eye)
-            given[name] = Leaves(*layout.leaves([pair] * layout.count))
-        result, gradients = self._run(given)
-        for name, (site, index) in self._of.items():
-            pair = gradients[site.name][index]
-            consume(name, pair.lora_B if from_b[site.name] else pair.lora_A)
+        probes = {}
+        for layer in self.layers:
+            eye = self.ops.eye(min(layer.in_features, layer.out_features), self.like(layer.name))
+            probes[layer.name] = Probe(eye, None) if layer.in_features <= layer.out_features else Probe(None, eye)
+        result, gradients = self._gradients(probes)
+        for name, gradient in gradients.items():
+            consume(name, gradient)
         return result
 
     def mean_loss(self) -> PassResult:
@@ -124,22 +112,14 @@ class JaxSession:
         statistics = device.memory_stats() if device.platform != "cpu" else None
         return statistics.get("peak_bytes_in_use") if statistics else process_peak()
 
-    def _installed(self, site: Site, probes: Mapping[str, Probe]) -> Leaves:
-        pairs = []
-        for layer in site.layers():
-            a, b = probes[layer.name]
-            if a is not None:
-                pairs.append(Factors(a, self.ops.zeros((layer.out_features, a.shape[0]), like=a)))
-            else:
-                assert b is not None
-                pairs.append(Factors(self.ops.zeros((b.shape[1], layer.in_features), like=b), b))
-        return Leaves(*site.layout.leaves(pairs))
-
-    def _run(self, given: dict[str, Leaves]) -> tuple[PassResult, dict[str, list[Factors]]]:
-        """Mean gradients at scale 1 with these factors installed, a pair a matrix.
+    def _gradients(self, probes: Mapping[str, Probe]) -> tuple[PassResult, dict[str, Array]]:
+        """The mean gradient of each layer's zero factor beside its probe, at scale 1.
 
         A layer that fixes its rank takes the columns in several turns; the other layers rest meanwhile.
         """
+        layouts = tuple(site.layout for site in self._sites.values())
+        in_order = [[probes[layer.name] for layer in site.layers()] for site in self._sites.values()]
+        given = dict(zip(self._sites, _installed(layouts, in_order), strict=True))
         turns = max(
             -(-leaves.a.shape[-1] // self._sites[name].width) if self._sites[name].width else 1
             for name, leaves in given.items()
@@ -149,18 +129,14 @@ class JaxSession:
             placed = {name: self._sites[name].place(_columns(self._sites[name], x, turn)) for name, x in given.items()}
             loss, count, gradients = self.oracle.gradients(self._batches, placed)
             for name, leaves in gradients.items():
-                collected[name].append(leaves)
-        return PassResult(loss, count), {
-            name: self._joined(self._sites[name], parts, given[name].a.shape[-1]) for name, parts in collected.items()
-        }
-
-    def _joined(self, site: Site, parts: list[Leaves], columns: int) -> list[Factors]:
-        parts = [site.whole(part) for part in (parts if site.width else parts[:1])]
-        axis = len(site.layout.stack)
-        a = jnp.concatenate([part.a for part in parts], axis=-1)[..., :columns] / site.native
-        b = jnp.concatenate([part.b for part in parts], axis=axis)
-        b = jax.lax.slice_in_dim(b, 0, columns, axis=axis) / site.native
-        return site.layout.pairs(a, b)
+                collected[name].append(self._sites[name].whole(leaves))
+        joined = [_joined(site, collected[name], given[name].a.shape[-1]) for name, site in self._sites.items()]
+        natives = tuple(site.native for site in self._sites.values())
+        of_b = tuple(some[0].lora_A is not None for some in in_order)
+        matrices = _at_scale_1(layouts, natives, of_b, joined)
+        names = [layer.name for site in self._sites.values() for layer in site.layers()]
+        found = dict(zip(names, matrices, strict=True))
+        return PassResult(loss, count), found
 
 
 def _columns(site: Site, leaves: Leaves, turn: int) -> Leaves:
@@ -178,6 +154,35 @@ def _columns(site: Site, leaves: Leaves, turn: int) -> Leaves:
         jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)]),
         jnp.pad(b, [(0, missing if i == axis else 0) for i in range(b.ndim)]),
     )
+
+
+def _joined(site: Site, turns: list[Leaves], columns: int) -> Leaves:
+    """The gradients of all columns from those of each turn."""
+    if site.width is None:
+        return turns[0]
+    axis = len(site.layout.stack)
+    a = jnp.concatenate([part.a for part in turns], axis=-1)[..., :columns]
+    b = jnp.concatenate([part.b for part in turns], axis=axis)
+    return Leaves(a, jax.lax.slice_in_dim(b, 0, columns, axis=axis))
+
+
+# All layers' in one program, here and below: eager, each operation would be compiled, for each shape.
+@partial(jax.jit, static_argnums=0)
+def _installed(layouts: tuple[Layout, ...], probes: list[list[Probe]]) -> list[Leaves]:
+    """The leaves of each site with its probes, one a matrix."""
+    return [Leaves(*layout.probed(some)) for layout, some in zip(layouts, probes, strict=True)]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _at_scale_1(
+    layouts: tuple[Layout, ...], natives: tuple[float, ...], of_b: tuple[bool, ...], gradients: list[Leaves]
+) -> list[Array]:
+    """Of each matrix the gradient of lora_B or of lora_A, from the leaves' at the sites' own scales."""
+    found: list[Array] = []
+    for layout, native, side, leaves in zip(layouts, natives, of_b, gradients, strict=True):
+        matrices = layout.lora_Bs(leaves.b) if side else layout.lora_As(leaves.a)
+        found += [matrix / native for matrix in matrices]
+    return found
 
 
 def bind(model: Any, config: Config, batches: Iterable[Any], loss_fn: LossFn) -> Binding:

@@ -1,6 +1,8 @@
 """`Ops` on JAX arrays, on whatever device or mesh they are, traced or not."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
+from functools import cache, partial, reduce
 from typing import Any
 
 import jax
@@ -14,6 +16,9 @@ class JaxOps:
     """See `lora_one.core.ops.Ops`."""
 
     name = "jax"
+
+    def compiled(self, function: Callable[..., Any], static: tuple[str, ...]) -> Callable[..., Any]:
+        return _compiled(function, static)
 
     def asarray(self, x: np.ndarray, like: Array) -> Array:
         # NumPy narrows first: under x64 a float64 array would promote what it meets, without it warn.
@@ -37,6 +42,8 @@ class JaxOps:
         return float(jnp.finfo(x.dtype).eps)
 
     def matmul(self, a: Array, b: Array) -> Array:
+        if a.shape[-1] <= _FEW and jnp.result_type(a, b).itemsize >= 4:
+            return _outer_products(a, b)
         return jnp.matmul(a, b, precision=lax.Precision.HIGHEST, out_sharding=_product_sharding(a, b))
 
     def matrix_transpose(self, x: Array) -> Array:
@@ -83,6 +90,27 @@ class JaxOps:
 
     def stack(self, xs: Sequence[Array], axis: int = 0) -> Array:
         return jnp.stack(list(xs), axis=axis)
+
+
+@cache
+def _compiled(function: Callable[..., Any], static: tuple[str, ...]) -> Callable[..., Any]:
+    made: Callable[..., Any] = jax.jit(partial(function, JaxOps()), static_argnames=static)
+    return made
+
+
+# Terms up to which a product is spelt out. Each is an operation to compile; beyond, arithmetic is what counts.
+_FEW = 8
+
+
+@jax.jit
+def _outer_products(a: Array, b: Array) -> Array:
+    """a @ b as the sum of k outer products, (..., m, k) and (..., k, n).
+
+    XLA computes it inside whatever elementwise operation comes next (Adam's moments), where a dot's result would be
+    written to memory and read again.
+    """
+    terms = [a[..., :, k, None] * b[..., k, None, :] for k in range(a.shape[-1])]
+    return reduce(operator.add, terms)
 
 
 def _product_sharding(a: Array, b: Array) -> Any:

@@ -1,6 +1,7 @@
 """AdamW for LoRA, with the r x r preconditioner, as optax gradient transformations."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from lora_one.errors import ConfigError, ModelError
 from .layout import Layout, plain_layout
 from .model import stacks_of
 from .ops import JaxOps
+from .sites import Leaves
 
 _OPS = JaxOps()
 Path = tuple[str, ...]
@@ -66,11 +68,8 @@ def scale_by_lora_preconditioner(
         if len(values) != len(gradients):
             raise ModelError(f"updates and params must be the same tree, got {len(gradients)} and {len(values)} leaves")
         for paths, layout in _pairs(params, stack_axes):
-            pair = _stacked(layout, values[paths.a], values[paths.b])
-            gradient = _stacked(layout, gradients[paths.a], gradients[paths.b])
-            direction = precondition(_OPS, pair, gradient, added, damping)
-            gradients[paths.a] = _OPS.matrix_transpose(direction.lora_A).reshape(values[paths.a].shape)
-            gradients[paths.b] = _OPS.matrix_transpose(direction.lora_B).reshape(values[paths.b].shape)
+            pair, gradient = (Leaves(x[paths.a], x[paths.b]) for x in (values, gradients))
+            gradients[paths.a], gradients[paths.b] = _direction(layout, pair, gradient, added, damping)
         return jax.tree.unflatten(structure, gradients), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -199,12 +198,23 @@ def _layout_of(path: Path, a: tuple[int, ...], b: tuple[int, ...], stack: int | 
     return plain_layout((*a[:-1], *b[n + 1 :]), len(a) - 1 - n, len(b) - 1 - n)
 
 
-def _stacked(layout: Layout, a: Array, b: Array) -> Factors:
-    """A pair of leaves as the spec's (n, r, in) and (n, out, r); n only where there is a stack."""
-    rank, stack = a.shape[-1], [layout.shape[axis] for axis in layout.stack]
-    a = a.reshape(*stack, layout.in_features, rank)
-    b = b.reshape(*stack, rank, layout.out_features)
-    return Factors(_OPS.matrix_transpose(a), _OPS.matrix_transpose(b))
+# One trace serves all pairs of a shape; in a step that is compiled as a whole, nothing else of it is left.
+@partial(jax.jit, static_argnames=("layout", "damping"))
+def _direction(layout: Layout, pair: Leaves, gradient: Leaves, reg: Any, damping: Damping) -> Leaves:
+    found = precondition(_OPS, _mirrored(layout, pair), _mirrored(layout, gradient), reg, damping)
+    return Leaves(found.lora_B.reshape(pair.a.shape), found.lora_A.reshape(pair.b.shape))
+
+
+def _mirrored(layout: Layout, leaves: Leaves) -> Factors:
+    """A pair of leaves as the spec's pair of the transposed layer: (n, r, out) and (n, in, r); n only for a stack.
+
+    The preconditioner treats the sides alike, so these are the same numbers, and no array is transposed.
+    """
+    rank, stack = leaves.a.shape[-1], [layout.shape[axis] for axis in layout.stack]
+    return Factors(
+        leaves.b.reshape(*stack, rank, layout.out_features),
+        leaves.a.reshape(*stack, layout.in_features, rank),
+    )
 
 
 def _scale_b(ratio: float) -> optax.GradientTransformation:

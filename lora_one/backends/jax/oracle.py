@@ -66,7 +66,7 @@ class Oracle:
             return value
 
         mean, count = self._over(batches, run)
-        return mean, count, jax.tree.map(lambda x: x / count, total)
+        return mean, count, _mean(total, count)
 
     def mean_loss(self, batches: Iterable[Any]) -> tuple[float, int]:
         """(mean loss, batches) with the factors that are in the model."""
@@ -80,6 +80,11 @@ class Oracle:
             self._batch += 1
             total += check_finite_loss(float(run(*arrays_and_rest(batch))), self._batch)
         return total / self._batch, self._batch
+
+
+@jax.jit
+def _mean(total: Gradients, count: int) -> Gradients:
+    return jax.tree.map(lambda x: x / count, total)
 
 
 def _zeros(x: jax.Array) -> jax.Array:

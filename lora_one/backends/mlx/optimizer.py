@@ -57,17 +57,30 @@ class LoraOneAdamW(AdamW):
     def apply_gradients(self, gradients: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
         if self.pairs:
             gradients = self._preconditioned(gradients, parameters)
+        self._corrections: dict[mx.Dtype, tuple[mx.array, mx.array]] = {}
         updated: dict[str, Any] = super().apply_gradients(gradients, parameters)
         return updated
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
-        # As core.step has it, and not super()'s: MLX takes 1 - 0.999^t in float32, of which four digits are left.
         gradient, wide = _OPS.at_least_float32(gradient), _OPS.at_least_float32(parameter)
-        (b1, b2), rate, steps = self.betas, self.learning_rate, self.step.astype(wide.dtype)
+        (b1, b2), rate = self.betas, self.learning_rate
+        # Once for all parameters: computed for each, it would be in mx.compile's loops, at every entry.
+        if wide.dtype not in self._corrections:
+            self._corrections[wide.dtype] = self._bias_corrections(self.step.astype(wide.dtype))
+        of_mean, of_root = self._corrections[wide.dtype]
         state["m"] = mean = b1 * state["m"] + (1.0 - b1) * gradient
         state["v"] = square = b2 * state["v"] + (1.0 - b2) * mx.square(gradient)
-        direction = _corrected(mean, b1, steps) / (mx.sqrt(_corrected(square, b2, steps)) + self.eps)
+        direction = of_mean * mean / (of_root * mx.sqrt(square) + self.eps)
         return (wide * (1.0 - rate * self.weight_decay) - rate * direction).astype(parameter.dtype)
+
+    def _bias_corrections(self, steps: mx.array) -> tuple[mx.array, mx.array]:
+        """What the mean and the root of the mean square are multiplied by, (), to the last digits.
+
+        As core.step has it, and not super()'s: MLX takes 1 - 0.999^t in float32, of which four digits are left.
+        """
+        b1, b2 = self.betas
+        of_mean, of_square = (1.0 / -mx.expm1(steps * math.log(b)) if b > 0 else mx.ones_like(steps) for b in (b1, b2))
+        return of_mean, mx.sqrt(of_square)
 
     def _preconditioned(self, gradients: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
         arrays = flat(gradients)
@@ -95,20 +108,19 @@ class LoraOneAdamW(AdamW):
         return tree
 
 
-def _corrected(moment: mx.array, beta: float, steps: mx.array) -> mx.array:
-    """moment / (1 - beta^steps), to the last digits also for beta near 1."""
-    return moment / -mx.expm1(steps * math.log(beta)) if beta > 0 else moment
-
-
 def _factors(module: Any) -> Factors:
-    """A LoRA layer's arrays, or their gradients, as (..., r, in) and (..., out, r): experts lead."""
+    """A LoRA layer's arrays, or their gradients, as the spec's: experts' (e, r, in) and (e, out, r) are, and a dense
+    layer's (in, r) and (r, out) are those of the transposed layer.
+
+    The preconditioner treats the sides alike, so the numbers are the same, and no array is transposed.
+    """
     a, b = module["lora_a"], module["lora_b"]
-    return Factors(a, b) if a.ndim == 3 else Factors(a.T, b.T)
+    return Factors(a, b) if a.ndim == 3 else Factors(b, a)
 
 
 def _mlx_lm(pair: Factors) -> tuple[mx.array, mx.array]:
-    """The inverse of `_factors`."""
-    return (pair.lora_A, pair.lora_B) if pair.lora_A.ndim == 3 else (pair.lora_A.T, pair.lora_B.T)
+    """The inverse of `_factors`: lora_a, lora_b."""
+    return (pair.lora_A, pair.lora_B) if pair.lora_A.ndim == 3 else (pair.lora_B, pair.lora_A)
 
 
 def _child(tree: Any, path: str) -> Any:

@@ -18,7 +18,8 @@ from .snapshot import Snapshot
 
 def save(model: nn.Module, path: Path) -> None:
     """See `lora_one.save`."""
-    _require_adapter(model, "save").save_pretrained(str(path))
+    # PEFT would add a copy of the base weight where LoRA is on the output layer; the base weight is never changed here.
+    _require_adapter(model, "save").save_pretrained(str(path), save_embedding_layers=False)
 
 
 def merge(model: nn.Module) -> nn.Module:

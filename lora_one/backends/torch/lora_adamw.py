@@ -2,35 +2,19 @@
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from lora_one.core.factors import Factors
-from lora_one.core.precondition import Damping, precondition
+from lora_one.core.precondition import Damping
 from lora_one.errors import ModelError
 
-from .ops import TorchOps
+from .directions import Batch, LoraPair, directions
 from .precision import full_precision
-
-_OPS = TorchOps()
 
 # Without the hooks that torch.optim wraps around `step`: they are called around ours, once.
 _ADAMW_STEP = inspect.unwrap(torch.optim.AdamW.step)
-
-# Bytes of factors that go through the step together. On a CPU few enough that factors, gradients and their copies stay
-# in the cache until AdamW has read them; elsewhere all that a model usually has, and a bound on the memory it takes.
-_BATCH_BYTES = {"cpu": 8 * 2**20}
-_BATCH_BYTES_ELSEWHERE = 256 * 2**20
-
-
-class LoraPair(NamedTuple):
-    """The parameters of one LoRA layer."""
-
-    lora_A: nn.Parameter  # (r, in)
-    lora_B: nn.Parameter  # (out, r)
 
 
 class LoraOneAdamW(torch.optim.AdamW):
@@ -39,8 +23,8 @@ class LoraOneAdamW(torch.optim.AdamW):
     gA <- (B^T B + reg I)^-1 gA and gB <- gB (A A^T + reg I)^-1, in float32 or wider, from the current A and B; all
     other parameters follow plain AdamW. `step` leaves every `.grad` as the backward pass made it.
 
-    Pairs of the same shapes are stacked and go together, so that a step launches as many kernels for 100 layers as for
-    ten (on a CPU: in batches that fit its cache). Nothing waits for the device.
+    On an accelerator pairs of the same shapes go together, so that a step launches as many kernels for 100 layers as
+    for ten; on a CPU one by one, without copies (see `directions`). Nothing waits for the device.
 
     Args:
         params: parameters or groups, as for torch.optim.AdamW.
@@ -79,46 +63,24 @@ class LoraOneAdamW(torch.optim.AdamW):
         factors = {id(factor) for pair in self.pairs for factor in pair}
         self._adamw([{**g, "params": [p for p in g["params"] if id(p) not in factors]} for g in self.param_groups])
         if self.pairs:
+            group_of = self._groups_of_factors()
             with full_precision(self.pairs[0].lora_A.device):  # once, and not at each product
-                for pairs, groups in self._batches():
-                    self._step_together(pairs, groups)
+                for batch in directions(self.pairs, self.reg, self.damping):
+                    self._step_along(batch, group_of)
         return loss
 
-    def _step_together(self, pairs: list[LoraPair], groups: tuple[int, int]) -> None:
-        """One step of pairs that are alike in shapes, dtypes, device and groups."""
-        lora_A, lora_B = zip(*pairs, strict=True)
-        stacked = Factors(_stack(lora_A), _stack(lora_B))  # (n, r, in), (n, out, r)
-        raw = Factors([p.grad for p in lora_A], [p.grad for p in lora_B])
-        gradient = Factors(*(_gradients(*side) for side in zip(stacked, raw, strict=True)))
-        direction = precondition(_OPS, stacked, gradient, self.reg, self.damping)
+    def _step_along(self, batch: Batch, group_of: dict[int, int]) -> None:
+        """One step of some factors, with their directions in the place of their gradients."""
+        gradients = [factor.grad for factor, _ in batch]
+        of_group: dict[int, list[torch.nn.Parameter]] = defaultdict(list)
         try:
-            for factors, gradients, directions in zip((lora_A, lora_B), raw, direction, strict=True):
-                if gradients[0] is not None:
-                    for factor, its in zip(factors, directions.to(factors[0].dtype).unbind(), strict=True):
-                        factor.grad = its
-            self._adamw(
-                [{**self.param_groups[g], "params": side} for g, side in zip(groups, (lora_A, lora_B), strict=True)]
-            )
+            for factor, direction in batch:
+                factor.grad = direction
+                of_group[group_of[id(factor)]].append(factor)
+            self._adamw([{**self.param_groups[index], "params": its} for index, its in of_group.items()])
         finally:
-            for factors, gradients in zip((lora_A, lora_B), raw, strict=True):
-                for factor, its in zip(factors, gradients, strict=True):
-                    factor.grad = its
-
-    def _batches(self) -> Iterator[tuple[list[LoraPair], tuple[int, int]]]:
-        """The pairs that have gradients, those that are alike together, and the groups of their lora_A and lora_B."""
-        group_of = self._groups_of_factors()
-        alike: dict[Any, list[LoraPair]] = defaultdict(list)
-        for pair in self.pairs:
-            a, b = pair
-            missing = a.grad is None, b.grad is None
-            if not all(missing):
-                groups = group_of[id(a)], group_of[id(b)]
-                alike[groups, missing, a.shape, b.shape, a.dtype, b.dtype, a.device].append(pair)
-        for (groups, *_), pairs in alike.items():
-            limit = _BATCH_BYTES.get(pairs[0].lora_A.device.type, _BATCH_BYTES_ELSEWHERE)
-            count = max(1, limit // sum(factor.nbytes for factor in pairs[0]))
-            for start in range(0, len(pairs), count):
-                yield pairs[start : start + count], groups
+            for (factor, _), gradient in zip(batch, gradients, strict=True):
+                factor.grad = gradient
 
     def _adamw(self, groups: list[dict[str, Any]]) -> None:
         """torch.optim.AdamW's own step, of these groups alone."""
@@ -153,12 +115,3 @@ def _distinct(pairs: Iterable[LoraPair]) -> list[LoraPair]:
                 )
             seen.add(id(factor))
     return found
-
-
-def _stack(xs: tuple[Tensor, ...]) -> Tensor:
-    return xs[0][None] if len(xs) == 1 else torch.stack(xs)
-
-
-def _gradients(factors: Tensor, gradients: list[Tensor | None]) -> Tensor:
-    """Stacked gradients of stacked factors; zeros where there are none."""
-    return torch.zeros_like(factors) if gradients[0] is None else _stack(tuple(gradients))  # type: ignore[arg-type]

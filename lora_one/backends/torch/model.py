@@ -20,8 +20,10 @@ from lora_one.memory import process_peak
 from .attach import Site, attach_lora, check_adapter_fits, find_sites
 from .batches import LossFn, default_loss, losses
 from .distributed import is_parallel, mean_over_processes, sum_over_processes
+from .frozen_linear import onednn_linears
 from .ops import TorchOps
-from .precision import no_reduced_matmul
+from .precision import full_precision, no_reduced_matmul
+from .recompute import Recompute
 from .snapshot import Snapshot
 from .tap import WHOLE, Product, product_of, tap
 
@@ -81,6 +83,8 @@ class TorchSession:
         self._context.enter_context(_no_cache(self.model))
         self._context.enter_context(no_reduced_matmul())
         self._context.enter_context(torch.enable_grad())
+        self._context.enter_context(onednn_linears(self.model))
+        self._recompute = self._context.enter_context(Recompute(self.model, self._config.recompute, self._device))
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
@@ -99,7 +103,11 @@ class TorchSession:
         return result, gradients
 
     def exact_pass(self, consume: Callable[[str, Tensor], None]) -> PassResult:
-        return self._tapped(dict.fromkeys(self._sites, WHOLE), consume)
+        def consume_precisely(name: str, gradient: Tensor) -> None:
+            with full_precision(gradient.device):  # once, and not at each of its many small operations
+                consume(name, gradient)
+
+        return self._tapped(dict.fromkeys(self._sites, WHOLE), consume_precisely)
 
     def _tapped(self, products: Mapping[str, Product], consume: Callable[[str, Tensor], None]) -> PassResult:
         """Run all batches backward and hand on each layer's mean product, as soon as it is whole.
@@ -116,12 +124,13 @@ class TorchSession:
             # In the last batch a layer's sum is whole before the backward pass goes on below it: free it here, so that
             # with one batch never more than one full gradient exists.
             if last_of.batch and calls[name] == 0 and not is_parallel():
-                consume(name, sums.pop(name) / last_of.count)
+                consume(name, _divided(sums.pop(name), last_of.count))
 
         def backward(loss: Tensor, last: bool) -> None:
             last_of.batch, last_of.count = last, last_of.count + 1
             loss.backward()
             calls.clear()
+            self._recompute.next_batch()
 
         with ExitStack() as stack:
             for name, product in products.items():
@@ -135,7 +144,7 @@ class TorchSession:
                 layer = self._sites[name].layer
                 sums[name] = product.zero(layer.out_features, layer.in_features, self.like(name))
             if name in sums:
-                consume(name, sum_over_processes(sums.pop(name)) / result.batches)
+                consume(name, _divided(sum_over_processes(sums.pop(name)), result.batches))
         return result
 
     def mean_loss(self) -> PassResult:
@@ -162,6 +171,10 @@ class TorchSession:
         return process_peak()
 
 
+def _divided(total: Tensor, count: int) -> Tensor:
+    return total if count == 1 else total / count
+
+
 class _Position:
     """Where a pass is: batches so far, and whether this one is the last."""
 
@@ -182,19 +195,26 @@ def _disabled(site: Site) -> Iterator[None]:
 
 @contextmanager
 def _no_cache(model: nn.Module) -> Iterator[None]:
-    """No key-value cache while gradients are wanted: it would only take memory, and checkpointing warns about it."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "use_cache"):
-        yield
-        return
-    before, config.use_cache = config.use_cache, False
+    """No key-value cache while gradients are wanted: it takes memory, and recomputing would write it twice."""
+    # A decoder inside an encoder-decoder has a configuration of its own.
+    every = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(config): config for config in every if hasattr(config, "use_cache")}.values()
+    found = [(config, config.use_cache) for config in configs]
+    for config, _ in found:
+        config.use_cache = False
     try:
         yield
     finally:
-        config.use_cache = before
+        for config, use_cache in found:
+            config.use_cache = use_cache
 
 
 def _evaluation_mode(model: nn.Module) -> None:
-    """Dropout off. Layers that checkpoint their activations do so only while `training`, so they alone keep it."""
+    """Dropout off. Layers that checkpoint their activations do so only while `training`, so they alone keep it.
+
+    And bitsandbytes' 4-bit layers, which have no dropout, get it: without it, on a CPU with bfloat16 instructions, they
+    repack their weights for good.
+    """
     for module in model.modules():
-        module.training = module.training and getattr(module, "gradient_checkpointing", False) is True
+        checkpoints = module.training and getattr(module, "gradient_checkpointing", False) is True
+        module.training = checkpoints or hasattr(module, "support_avx512bf16_for_cpu")

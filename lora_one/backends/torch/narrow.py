@@ -2,13 +2,14 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 # Float32 lanes of the widest vector register. BLAS leaves most of it empty on matrices of fewer columns.
 _LANES = 16
 
 
-def narrow_matmul(a: Tensor, b: Tensor) -> Tensor:
+def narrow_matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b for batches (n, ., .); where an operand is tall with few columns, g rows of it are read as one.
 
     Reading (rows, r) as (rows / g, g r) costs nothing where the memory is contiguous. Then
@@ -16,15 +17,15 @@ def narrow_matmul(a: Tensor, b: Tensor) -> Tensor:
         x^T y   is the sum of the g diagonal r x r blocks of the product of the two readings,
         x m     is the reading times the block-diagonal matrix of g copies of m,
 
-    g times the arithmetic in fewer than half the time (r = 8, g = 2).
+    g times the arithmetic in fewer than half the time (r = 8, g = 2). `out`, if it is given, is contiguous.
     """
     if a.device.type != "cpu" or a.ndim != 3 or b.ndim != 3 or a.shape[0] != b.shape[0]:
-        return a @ b
+        return torch.matmul(a, b, out=out)
     if a.mT.is_contiguous() and b.is_contiguous() and (g := _fold(a.shape[2], a.shape[1], b.shape[2])) > 1:
-        return _gram(a.mT, b, g)
+        return _gram(a.mT, b, g, out)
     if a.is_contiguous() and (g := _fold(a.shape[1], *b.shape[1:])) > 1:
-        return _apply(a, b, g)
-    return a @ b
+        return _apply(a, b, g, out)
+    return torch.matmul(a, b, out=out)
 
 
 def _fold(rows: int, *columns: int) -> int:
@@ -34,16 +35,17 @@ def _fold(rows: int, *columns: int) -> int:
     return math.gcd(rows, max(1, _LANES // max(columns)))
 
 
-def _gram(x: Tensor, y: Tensor, g: int) -> Tensor:
+def _gram(x: Tensor, y: Tensor, g: int, out: Tensor | None) -> Tensor:
     n, rows, p = x.shape
     q = y.shape[2]
     blocks = x.view(n, rows // g, g * p).mT @ y.view(n, rows // g, g * q)  # (n, g p, g q)
-    return blocks.view(n, g, p, g, q).diagonal(dim1=1, dim2=3).sum(-1)  # (n, p, q)
+    return torch.sum(blocks.view(n, g, p, g, q).diagonal(dim1=1, dim2=3), -1, out=out)  # (n, p, q)
 
 
-def _apply(x: Tensor, m: Tensor, g: int) -> Tensor:
+def _apply(x: Tensor, m: Tensor, g: int, out: Tensor | None) -> Tensor:
     n, rows, p = x.shape
     q = m.shape[2]
     blocks = m.new_zeros(n, g, p, g, q)
     blocks.diagonal(dim1=1, dim2=3).copy_(m[..., None])  # (n, p, q, g)
-    return (x.view(n, rows // g, g * p) @ blocks.view(n, g * p, g * q)).view(n, rows, q)
+    folded = None if out is None else out.view(n, rows // g, g * q)
+    return torch.matmul(x.view(n, rows // g, g * p), blocks.view(n, g * p, g * q), out=folded).view(n, rows, q)

@@ -11,7 +11,8 @@ from lora_one.backends.checks import check_optimizer_settings
 from lora_one.core.precondition import Damping
 from lora_one.errors import ModelError
 
-from .lora_adamw import LoraOneAdamW, LoraPair
+from .directions import LoraPair
+from .lora_adamw import LoraOneAdamW
 
 
 def lora_pairs(model: nn.Module) -> list[LoraPair]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_one.core.spectrum import Probe
 
+from .frozen_linear import product_of_rows
 from .precision import full_precision
 
 
@@ -32,7 +33,7 @@ class Product(NamedTuple):
         return self.form(dy, x if self.keep is None else self.keep(x))
 
 
-WHOLE = Product(None, lambda dy, x: dy.mT @ x)  # G, (out, in)
+WHOLE = Product(None, lambda dy, x: product_of_rows(dy.mT, x.mT))  # G, (out, in)
 
 
 def product_of(probe: Probe) -> Product:

@@ -10,6 +10,7 @@ from lora_one.core.factors import Factors, normalized_factors
 from lora_one.core.precondition import precondition
 from lora_one.core.spectrum import advance, draw_omega, exact_spectrum, finish, probe, start
 from tests.arrays import best_rank, spectrum_matrix
+from tests.backends.jax.models import counted_compilations
 
 G = spectrum_matrix(12, 9, 0.6 ** np.arange(9))
 
@@ -54,11 +55,35 @@ def test_exact_spectrum_alignment_and_step_trace():
 
 def test_products_ask_for_the_highest_precision_and_leave_the_users_flags():
     before = jax.config.jax_default_matmul_precision
-    x = jnp.ones((4, 3))
-    for jaxpr in (jax.make_jaxpr(ops.matmul)(x, x.T), jax.make_jaxpr(ops.cholesky_solve)(x.T @ x, x.T)):
-        dots = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
-        assert all(eqn.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2 for eqn in dots)
+    x = jnp.ones((4, 9))
+    [dot] = [eqn for eqn in jax.make_jaxpr(ops.matmul)(x, x.T).eqns if eqn.primitive.name == "dot_general"]
+    assert dot.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
     assert jax.config.jax_default_matmul_precision == before
+
+
+@pytest.mark.parametrize("terms", [1, 8, 9])
+def test_products_of_few_terms_are_the_same_products(terms):
+    """Spelt out to 8 terms, with stacks on either side, and never for dtypes whose sums must be wider."""
+    rng = np.random.default_rng(0)
+    for left, right in (((5, terms), (terms, 7)), ((2, 5, terms), (terms, 7)), ((2, 5, terms), (2, terms, 7))):
+        a, b = rng.standard_normal(left), rng.standard_normal(right)
+        got = ops.matmul(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
+        np.testing.assert_allclose(got, a @ b, rtol=1e-5, atol=1e-6)
+        assert "dot_general" in str(
+            jax.make_jaxpr(ops.matmul)(jnp.asarray(a, jnp.bfloat16), jnp.asarray(b, jnp.bfloat16))
+        )
+
+
+def test_another_layer_of_a_shape_compiles_nothing():
+    rng = np.random.default_rng(0)
+    with counted_compilations() as found:
+        for number in range(2):
+            before = len(found)
+            sketch(
+                jnp.asarray(rng.standard_normal((13, 10)), jnp.float32),
+                jnp.asarray(rng.standard_normal((10, 5)), jnp.float32),
+            )
+            assert (len(found) > before) == (number == 0)
 
 
 def test_asarray_takes_the_dtype_of_like_and_never_promotes():

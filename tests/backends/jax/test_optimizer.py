@@ -90,6 +90,20 @@ def test_stacks_and_several_axes_are_folded_matrix_by_matrix():
         np.testing.assert_allclose(flat[2].lora_B, expected.lora_B, rtol=2e-4, atol=1e-5)
 
 
+def test_a_compiled_step_keeps_no_preconditioned_gradient_in_memory():
+    """They are computed inside Adam's loops: what the step needs besides its arguments is a few r x r matrices."""
+    shapes = {"kernel_lora_a": (1024, 8), "kernel_lora_b": (8, 1024)}
+    params = {f"{n}": tree(n, shapes)["layer"] for n in range(2)}
+    tx = lora_adamw(1e-2, reg=1e-2)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 8 * 1024 / 2
+
+
 def test_shapes_that_leave_the_stack_open_need_a_word():
     params = tree(0, {"lora_a": (4, 5, 4), "lora_b": (4, 4, 7)})
     with pytest.raises(ModelError, match=r"fit with 0 or 1 stacked axes: say which with stack_axes="):

@@ -108,6 +108,22 @@ def test_one_batched_solve_a_step(monkeypatch):
     assert calls == [(2 * (attention + experts), 4, 4)]
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_bias_corrections_are_computed_once_a_step(dtype, monkeypatch):
+    """Not once a parameter: mx.compile would put them into each one's loop."""
+    calls = []
+    corrections = LoraOneAdamW._bias_corrections
+    monkeypatch.setattr(
+        LoraOneAdamW, "_bias_corrections", lambda self, steps: calls.append(steps.dtype) or corrections(self, steps)
+    )
+    parameters = {name: mx.ones((3, 2), dtype) for name in "abc"}
+    optimizer = LoraOneAdamW(1e-2)
+    optimizer.init(parameters)
+    for _ in range(2):
+        parameters = optimizer.apply_gradients(parameters, parameters)
+    assert calls == [mx.float32] * 2
+
+
 def by_hand(model, optimizer, batches, accumulate=1):
     """What mlx-lm's train does, without compilation."""
     loss_and_gradient = nn.value_and_grad(model, lambda model, batch: default_loss(model, *batch)[0])

@@ -194,6 +194,17 @@ def test_a_classifiers_head_travels_with_the_adapter(tmp_path):
     assert torch.equal(output(case, again), output(case, model))
 
 
+def test_lora_on_the_output_layer_travels_without_the_base_weight(tmp_path):
+    case = llama()
+    config = lora_one.Config(rank=2, targets=r".*(q_proj|lm_head)", passes=2, oversample=2)
+    model, _ = lora_one.init(copy.deepcopy(case.model), case.batches, case.loss_fn, config)
+    lora_one.save(model, tmp_path)
+    names = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    assert any("lm_head" in name for name in names) and all(".lora_" in name for name in names)
+    ours = lora_one.load(copy.deepcopy(case.model), tmp_path)
+    assert torch.equal(output(case, ours), output(case, model))
+
+
 def test_reports_that_are_not_there(tmp_path):
     with pytest.raises(CheckpointError, match="lora-one did not write it"):
         read_report(tmp_path)

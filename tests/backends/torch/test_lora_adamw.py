@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_one.backends.numpy import ops as numpy_ops
-from lora_one.backends.torch import LoraOneAdamW, TorchOps, lora_adamw
-from lora_one.backends.torch.lora_adamw import LoraPair
+from lora_one.backends.torch import LoraOneAdamW, TorchOps, directions
+from lora_one.backends.torch.directions import LoraPair
 from lora_one.backends.torch.narrow import narrow_matmul
 from lora_one.core import step
 from lora_one.core.factors import Factors
@@ -55,12 +55,13 @@ def specs_step(pair, gradient, state, rate_B, decay_B):
     )
 
 
-@pytest.mark.parametrize("batch_bytes", [0, 2**20], ids=["pair by pair", "together"])
+@pytest.mark.parametrize(
+    "way", ["stacked", "stacked, elsewhere", "stacked, each alone", "one by one", "one by one, each alone"]
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-def test_twenty_steps_are_the_specs_with_two_rates_and_gradients_that_come_and_go(
-    monkeypatch, batch_bytes, dtype, tolerance
-):
-    monkeypatch.setitem(lora_adamw._BATCH_BYTES, "cpu", batch_bytes)
+def test_twenty_steps_are_the_specs_with_two_rates_and_gradients_that_come_and_go(monkeypatch, way, dtype, tolerance):
+    monkeypatch.setattr(directions, "_STACKED_BELOW", {} if way.startswith("stacked") else {"cpu": 8})
+    monkeypatch.setattr(directions, "_TOGETHER", {} if "elsewhere" in way else {"cpu": 0 if "alone" in way else 2**16})
     pairs = make_pairs(dtype=dtype)
     lora_A, lora_B = (list(side) for side in zip(*pairs, strict=True))
     groups = [{"params": lora_A + lora_B[:2]}, {"params": lora_B[2:], "lr": 3e-2, "weight_decay": 0.1}]
@@ -98,7 +99,8 @@ class Launches(TorchDispatchMode):
         return result
 
 
-def test_launches_do_not_grow_with_the_layers():
+def test_launches_do_not_grow_with_the_layers_where_launches_count(monkeypatch):
+    monkeypatch.setattr(directions, "_STACKED_BELOW", {})
     counts = []
     for layers in (2, 12):
         pairs = make_pairs([(8, 32, 32), (8, 32, 48)] * layers, torch.float32)
@@ -187,4 +189,6 @@ def test_narrow_products_are_products(columns):
     x, y = (torch.randn(3, 480, columns, dtype=torch.float64) for _ in range(2))
     m = torch.randn(3, columns, columns, dtype=torch.float64)
     for a, b in ((x.mT, y), (x, m), (x.mT, x), (x.mT.contiguous(), x), (m, x.mT)):
-        np.testing.assert_allclose(narrow_matmul(a, b), a.numpy() @ b.numpy(), atol=1e-12)
+        out = torch.empty(3, a.shape[1], b.shape[2], dtype=torch.float64)
+        for got in (narrow_matmul(a, b), narrow_matmul(a, b, out), out):
+            np.testing.assert_allclose(got, a.numpy() @ b.numpy(), atol=1e-12)

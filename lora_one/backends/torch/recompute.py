@@ -1,0 +1,87 @@
+"""Activations that are computed again in the backward pass, where keeping them would take too much memory."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import psutil  # type: ignore[import-untyped]  # accelerate depends on it
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lora_one.errors import ModelError
+
+CACHES = ("cache", "past_key_values", "layer_past")  # arguments of transformers' blocks
+SHARE_OF_FREE = 0.5  # what a forward pass may keep; the other half is for the loss, the gradients and their SVDs
+
+
+class Recompute:
+    """Transformers' blocks keep what their backward pass needs while it fits; the others keep their inputs alone.
+
+    Used as a context manager. What a block will keep is not foretold: it is what the one before it kept.
+    """
+
+    def __init__(self, model: nn.Module, recompute: Literal["auto"] | bool, device: torch.device):
+        blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if recompute is True and not blocks:
+            raise ModelError("recompute=True needs blocks that transformers can checkpoint, and the model has none")
+        checkpointed = [block for block in blocks if block.gradient_checkpointing and block.training]
+        self._blocks = [] if recompute is False else [block for block in blocks if block not in checkpointed]
+        free = _free_memory(device) if recompute == "auto" else 0
+        self._budget = float("inf") if free is None else SHARE_OF_FREE * free
+        self._kept = self._last = 0  # bytes: by this batch's blocks so far, by the last of them
+
+    def __enter__(self) -> "Recompute":
+        self._found = [vars(block).get("forward") for block in self._blocks]
+        for block in self._blocks:
+            block.forward = partial(self._forward, block, block.forward)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for block, forward in zip(self._blocks, self._found, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+    def next_batch(self) -> None:
+        """What the batch before kept is gone."""
+        self._kept = 0
+
+    def _forward(self, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # A cache would be written a second time.
+        if not torch.is_grad_enabled() or any(kwargs.get(name) is not None for name in CACHES):
+            return forward(*args, **kwargs)
+        if self._budget == 0.0 or self._kept + self._last > self._budget:
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        saved = _Saved(block)
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x):
+            y = forward(*args, **kwargs)
+        self._last = saved.bytes
+        self._kept += self._last
+        return y
+
+
+class _Saved:
+    """Counts the bytes that autograd saves: each storage once, a block's own parameters not at all."""
+
+    def __init__(self, block: nn.Module):
+        self.bytes = 0
+        self._seen = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+
+    def pack(self, x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return x.detach()  # x itself would be a reference cycle where it is an output
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes that may still be allocated on a device; None where that is not known."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return None
