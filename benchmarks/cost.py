@@ -1,6 +1,7 @@
 """How far off is `lora-one estimate`? Measured peak memory and time of a step and of both inits, over estimated.
 
-    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.cost [--only "100M float32" | --recount]
+    export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+    python -m benchmarks.cost [--only "100M float32" [--job "init, exact"] | --recount]
 
 writes results/cost.json, docs/cost.png and what `estimate` says of its error; with --only, that model's rows alone, and
 with --recount, nothing is measured: the rows that are there are compared with what is estimated now, at the rates that
@@ -22,7 +23,7 @@ import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,11 +149,11 @@ def in_own_process(*arguments: Any) -> Measured:
 
 
 def measured_rows(
-    name: str, config: dict[str, Any], work: Workload, run: Callable[..., Measured]
+    name: str, config: dict[str, Any], work: Workload, run: Callable[..., Measured], jobs: Sequence[str] = JOBS
 ) -> list[dict[str, Any]]:
-    """Each job, measured."""
+    """Each of the jobs, measured."""
     rows = []
-    for job in JOBS:
+    for job in jobs:
         live, usual = (run(job, config, work, own_mappings) for own_mappings in (True, False))
         rows.append(
             {
@@ -238,6 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
     names = [f"{size} {dtype}" for size in SIZES for dtype in DTYPES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=names, help="one model; the other rows stay as they are")
+    parser.add_argument("--job", choices=JOBS, help="one of the jobs; the other rows stay, at the rates measured now")
     parser.add_argument("--recount", action="store_true", help="estimate anew beside what was measured")
     parser.add_argument("--smoke", type=Path, metavar="FILE", help="a tiny model, in this process; writes FILE alone")
     options = parser.parse_args(arguments)
@@ -254,20 +256,21 @@ def main(arguments: list[str] | None = None) -> None:
     rates = {}
     for name in [options.only] if options.only else names:
         rates[name] = measured(name.split()[1], time.process_time)
-        rows += measured_rows(name, *_case(name), in_own_process)
+        rows += measured_rows(name, *_case(name), in_own_process, [options.job] if options.job else JOBS)
         write(*_merged(rows, rates))
 
 
 def _merged(
     fresh: list[dict[str, Any]], rates: dict[str, Hardware]
 ) -> tuple[list[dict[str, Any]], dict[str, Hardware]]:
-    """Fresh rows, and those of other models that are in the result file; all with what is estimated now."""
+    """Fresh rows, and the others that are in the result file; all with what is estimated now."""
     rows = list(fresh)
     if RESULT.is_file():
+        taken = {(row["model"], row["job"]) for row in fresh}
         last = json.loads(RESULT.read_text(encoding="utf-8"))
         rates = {name: Hardware(**found) for name, found in last["rates"].items()} | rates
-        rows += [row for row in last["rows"] if row["model"] not in {row["model"] for row in fresh}]
-    rows.sort(key=lambda row: (list(SIZES).index(row["model"].split()[0]), row["model"]))
+        rows += [row for row in last["rows"] if (row["model"], row["job"]) not in taken]
+    rows.sort(key=lambda row: (list(SIZES).index(row["model"].split()[0]), row["model"], JOBS.index(row["job"])))
     return [compared(row, *_case(row["model"]), rates[row["model"]]) for row in rows], rates
 
 

@@ -19,7 +19,8 @@ class Hardware:
         bandwidth: bytes per second, to and from memory.
         qr_flops, svd_flops: of decompositions of small matrices, per second, as reached.
         memory: bytes there are; None if not known.
-        float32_flops: of dense products in float32, at the peak.
+        float32_flops: of whole gradients of weights, products in float32, at the peak.
+        init_flops: of products with the weights while `init` runs, which has its own way on a CPU; None: as otherwise.
         dense_svd_flops: of decompositions of whole gradients, as reached; None: as of small matrices.
         attention_flops: of attention, as reached; None: as other products.
         thin: (columns, rate as reached) of float32 products with matrices of so few columns, by columns; empty: they
@@ -37,6 +38,7 @@ class Hardware:
     svd_flops: float
     memory: float | None = None
     float32_flops: float | None = None
+    init_flops: float | None = None
     dense_svd_flops: float | None = None
     attention_flops: float | None = None
     thin: tuple[tuple[int, float], ...] = ()

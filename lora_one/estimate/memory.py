@@ -20,7 +20,7 @@ BLOCK_COPIES = 5  # of the directions: known ones, their products with G, and wh
 # glibc's malloc takes tensors up to this size from a heap, which keeps the holes between long-lived ones. Measured
 # (docs/estimate.md): activations and loss, which come and go, take this many times their bytes there.
 HEAP_LIMIT = 32 * 2**20
-HEAP_SLACK = 1.9
+HEAP_SLACK = 1.8
 PROCESS = 0.45 * 2**30  # Python, torch, transformers and PEFT, imported and used once
 
 Parts = dict[str, int]

@@ -15,8 +15,8 @@ THIN_COLUMNS = (4, 8, 12, 16, 32, 64)
 
 
 def measured(dtype: str, clock: Clock = time.perf_counter) -> Hardware:
-    """By PyTorch in that dtype where it is installed, or else by NumPy in float32."""
-    if importlib.util.find_spec("torch") is None:
+    """By PyTorch in that dtype where the torch extra is installed, or else by NumPy in float32."""
+    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft")):
         return by_numpy(clock=clock)
     return by_torch(dtype, clock=clock)
 
@@ -62,14 +62,17 @@ def by_torch(dtype: str, size: int = 1024, clock: Clock = time.perf_counter) -> 
     """
     import torch
 
+    from lora_one.backends.torch.frozen_linear import product_of_rows
+
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, dtype: Any = torch.float32) -> Any:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    def dense(kind: Any) -> float:
+    def dense(kind: Any, product: Callable[[Any, Any], Any] = lambda a, b: a @ b.T) -> float:
+        """Of a layer in both directions, by a @ b^T."""
         x, w, dy = draw(TOKENS, size, dtype=kind), draw(2 * size, size, dtype=kind), draw(TOKENS, 2 * size, dtype=kind)
-        return 8 * TOKENS * size * size / _least(lambda: (x @ w.T, dy @ w), clock)
+        return 8 * TOKENS * size * size / _least(lambda: (product(x, w), product(dy, w.T)), clock)
 
     def attention() -> float:
         heads = max(1, size // 64)
@@ -111,7 +114,8 @@ def by_torch(dtype: str, size: int = 1024, clock: Clock = time.perf_counter) -> 
             qr_flops=4 * tall.numel() * 24 / _least(lambda: torch.linalg.qr(tall), clock),
             svd_flops=22 * 48**3 / _least(lambda: torch.linalg.svd(small), clock),
             dense_svd_flops=22 * (size // 3) ** 3 / _least(lambda: torch.linalg.svd(square), clock),
-            float32_flops=dense(torch.float32),
+            float32_flops=dense(torch.float32, product_of_rows),
+            init_flops=dense(kind, product_of_rows),
             attention_flops=attention(),
             thin=tuple((k, thin(k)) for k in THIN_COLUMNS),
             first_touch=source.nbytes / _least(lambda: torch.ones(source.numel()), clock),

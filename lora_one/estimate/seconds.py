@@ -1,5 +1,7 @@
 """Wall time of a training step and of an init on a machine, in parts, in seconds."""
 
+from dataclasses import replace
+
 from . import activations, flops
 from .architecture import Architecture, Linear, lora_parameters
 from .hardware import Hardware
@@ -39,7 +41,8 @@ def sketch_seconds(model: Architecture, targets: Targets, work: Workload, machin
     """All passes over all init batches, and the linear algebra between them."""
     count = flops.pass_flops(model, targets, work, sketch=work.width)
     kept = activations.block_total(model, targets, work, 0) + _casts(targets, work)
-    once = _pass(model, targets, work, machine, count, work.width, kept, TAP_CALLS)
+    of_init = replace(machine, flops=machine.init_flops or machine.flops)
+    once = _pass(model, targets, work, of_init, count, work.width, kept, TAP_CALLS)
     return {
         "forward and backward": work.config.passes * work.init_batches * once,
         "QR and SVD": _decompositions(flops.sketch_flops(targets, work), work.width, machine),
@@ -50,7 +53,8 @@ def exact_seconds(model: Architecture, targets: Targets, work: Workload, machine
     """One pass over all init batches, and the leading triplets of each layer's gradient."""
     count = flops.pass_flops(model, targets, work, exact=True)
     kept = activations.block_total(model, targets, work, 0) + _casts(targets, work)
-    once = _pass(model, targets, work, machine, count, 1, kept, TAP_CALLS)
+    of_init = replace(machine, flops=machine.init_flops or machine.flops)
+    once = _pass(model, targets, work, of_init, count, 1, kept, TAP_CALLS)
     gradients = FLOAT32 * sum(x.weights for block in targets for x in block)
     once += gradients * (3 / machine.bandwidth + 1 / machine.first_touch)
     rank = work.config.rank

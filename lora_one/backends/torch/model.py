@@ -197,7 +197,7 @@ def _disabled(site: Site) -> Iterator[None]:
 def _no_cache(model: nn.Module) -> Iterator[None]:
     """No key-value cache while gradients are wanted: it takes memory, and recomputing would write it twice."""
     # A decoder inside an encoder-decoder has a configuration of its own.
-    every = (getattr(module, "config", None) for module in model.modules())
+    every: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in every if hasattr(config, "use_cache")}.values()
     found = [(config, config.use_cache) for config in configs]
     for config, _ in found:
