@@ -71,10 +71,11 @@ def optimizer(
         raise ModelError("precondition=True needs trainable LoRA layers of PEFT, got none")
     groups = [{**group, "params": list(group["params"])} for group in param_groups]
     taken = {id(parameter) for group in groups for parameter in group["params"]}
-    side_b = {id(pair.lora_B) for pair in pairs}
     rest = [parameter for parameter in trainable if id(parameter) not in taken]
-    groups.append({"params": [p for p in rest if id(p) not in side_b]})
-    groups.append({"params": [p for p in rest if id(p) in side_b], "lr": learning_rate * loraplus_lr_ratio})
+    # A group of their own only for a rate of their own: each group is a launch of AdamW.
+    faster = {id(pair.lora_B) for pair in pairs} if loraplus_lr_ratio != 1.0 else set()
+    groups.append({"params": [p for p in rest if id(p) not in faster]})
+    groups.append({"params": [p for p in rest if id(p) in faster], "lr": learning_rate * loraplus_lr_ratio})
     groups = [group for group in groups if group["params"]]
     if fused is None:
         fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trainable)

@@ -141,6 +141,7 @@ def test_loraplus_ratio_is_pefts():
         return {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
 
     assert rates(ours) == rates(theirs)
+    assert len(lora_one.optimizer(model, 1e-3).param_groups) == 1  # each is a launch more
 
 
 def test_param_groups_take_their_parameters_out_of_the_rest():
