@@ -1,6 +1,7 @@
 """How far off is `lora-one estimate`? Measured peak memory and time of a step and of both inits, over estimated.
 
-    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python -m benchmarks.cost [--only "100M float32" [--job "init, exact"] | --recount]
+    export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+    python -m benchmarks.cost [--only "100M float32" [--job "init, exact"] | --recount]
 
 writes results/cost.json, docs/cost.png and what `estimate` says of its error; with --only, that model's rows alone, and
 with --recount, nothing is measured: the rows that are there are compared with what is estimated now, at the rates that
