@@ -14,9 +14,7 @@ BITS, GROUP, GROUP_BYTES = 4, 64, 4  # 4-bit weights: a float32 (bitsandbytes), 
 ADAM_MOMENTS = 2
 # Matrices of the gradient's size that its dense SVD holds at once: G, a copy, U, V and LAPACK's workspace.
 SVD_COPIES = 5
-# Of G where triplets are found by products with it: the backward pass's, and G as the mean over the batches.
-GRADIENT_COPIES = 2
-BLOCK_COPIES = 5  # of the directions: known ones, their products with G, and what is being projected
+BLOCK_COPIES = 6  # of the directions: known ones, their products with G, and what is being projected
 # glibc's malloc takes tensors up to this size from a heap, which keeps the holes between long-lived ones. Measured
 # (docs/estimate.md): activations and loss, which come and go, take this many times their bytes there.
 HEAP_LIMIT = 32 * 2**20
@@ -117,7 +115,8 @@ def _decomposition(linear: Linear, work: Workload) -> int:
     matrix = FLOAT32 * linear.out_features * linear.in_features
     directions = (work.config.rank + EXACT_OVERSAMPLE) * (products + 1) // 2
     blocks = FLOAT32 * directions * (linear.out_features + linear.in_features)
-    return SVD_COPIES * matrix if dense else GRADIENT_COPIES * matrix + BLOCK_COPIES * blocks
+    copies = 1 if work.init_batches == 1 else 2  # the sum over the batches, and the mean
+    return SVD_COPIES * matrix if dense else copies * matrix + BLOCK_COPIES * blocks
 
 
 def loraga_memory(model: Architecture, targets: Targets, work: Workload) -> Parts | None:
