@@ -30,7 +30,7 @@ def test_a_part_that_is_measured_again_takes_the_place_of_its_old_numbers(tmp_pa
     for turn, (framework, size) in enumerate(parts):
         monkeypatch.setattr(harness, "run_in_own_process", lambda _, turn=turn: {"ms": turn + 1, "peak_mib": 1.0})
         monkeypatch.setattr(step, "draw", lambda comparisons, path: None)
-        step.main(["--only", framework, "--sizes", size, "--rounds", "1", "--out", str(out)])
+        step.main(["--only", framework, "--sizes", size, "--ranks", "8", "--rounds", "1", "--out", str(out)])
     found = json.loads(out.read_text(encoding="utf-8"))["comparisons"]
     assert [(c["framework"], c["size"]) for c in found] == [parts[3], parts[1], parts[2]]
     assert [c["contenders"]["lora-one"]["median"]["ms"] for c in found] == [4, 2, 3]

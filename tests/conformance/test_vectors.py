@@ -60,7 +60,7 @@ def test_no_answer_is_uncertain_and_well_posed_ones_are_tight():
     ("name", "module", "function", "wrong"),
     [
         ("exact spectrum", spectrum, "exact_spectrum", lambda o, g, r, f=spectrum.exact_spectrum: f(o, -g, r)),
-        ("sketch, after each pass", spectrum, "_energy_to_come", lambda o, state, rank, captured, unseen: unseen),
+        ("sketch, after each pass", spectrum, "_energy_to_come", lambda o, energies, unseen: unseen),
         ("precondition", precondition, "precondition",
          lambda o, p, g, r, _, f=precondition.precondition: f(o, p, g, 2 * r)),
         ("AdamW", step, "_adamw", lambda o, p, g, m, lr, b, e, wd, f=step._adamw: f(o, p, g, m, lr, b, 1e-6, wd)),
