@@ -77,13 +77,15 @@ def _one_by_one(ops: "_Memory", pairs: list[LoraPair], reg: float, damping: Damp
     inverses = [damped_inverse(ops, torch.stack(side), reg, damping).unbind() for side in sides]  # of B's, of A's
     some: list[LoraPair] = []
     its: list[Factors] = []
-    size = ops.start_again()
+    ops.start_again()
+    size = 0
     for pair, inverse_b, inverse_a in zip(pairs, *inverses, strict=True):
         its_size = sum(factor.nbytes for factor in pair)
         if some and size + its_size > ops.limit:
             yield _batch(some, its)
             some, its = [], []
-            size = ops.start_again()
+            ops.start_again()
+            size = 0
         size += its_size
         some.append(pair)
         its.append(apply_inverses(ops, _gradient(pair), inverse_b, inverse_a))
@@ -119,9 +121,8 @@ class _Memory(TorchOps):
         self._all = torch.empty(count, dtype=dtype, device=device)
         self._used = 0
 
-    def start_again(self) -> int:
+    def start_again(self) -> None:
         self._used = 0
-        return 0
 
     def at_least_float32(self, x: Tensor) -> Tensor:
         return x if x.dtype == self._dtype else x.to(self._dtype)
