@@ -44,6 +44,7 @@ def contenders(case: str, folder: str) -> dict[str, Contender]:
         "exact": one("ours", gradient="exact"),
         "exact, recompute": one("ours", gradient="exact", recompute=True),
         "sketch": one("ours", gradient="sketch"),
+        "sketch, 6 passes": one("ours", gradient="sketch", passes=6),
         "sketch, recompute": one("ours", gradient="sketch", recompute=True),
     }
     if CASES[case].dtype == "float32":

@@ -28,11 +28,11 @@ Numbers = dict[str, float]
 
 
 def ours(
-    case: str, folder: str, gradient: str, backend: str = "torch", recompute: bool = False, onednn: bool = True
+    case: str, folder: str, gradient: str, backend: str = "torch", onednn: bool = True, **settings: Any
 ) -> Numbers:
     """`lora_one.init`. "outside" is the share of the time that is not the model's forward and backward (torch)."""
     spec = CASES[case]
-    config = lora_one.Config(rank=RANK, gradient=gradient, recompute=recompute)  # type: ignore[arg-type]
+    config = lora_one.Config(**{"rank": RANK, "gradient": gradient, "recompute": False, **settings})
     if not onednn:
         frozen_linear._ONEDNN = None
     tuner = _opener(backend)(Path(folder), spec.dtype, "cpu" if backend == "torch" else None)

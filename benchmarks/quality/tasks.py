@@ -95,11 +95,11 @@ def word_order(fit_head_on: int) -> Task:
     The embedding of a frozen encoder says little about order: there is much to learn above what a fitted head can do.
 
     Args:
-        fit_head_on: training texts that the head is fitted on before anything else; 0 leaves it random.
+        fit_head_on: training texts, at most, that the head is fitted on before anything else; 0 leaves it random.
     """
     encoder, tokenizer = load_minilm()
     texts = disordered_docstrings()
-    test, valid, train = texts[:256], texts[256:512], texts[512:]
+    test, valid, train = texts[:1024], texts[1024:1536], texts[1536:]
     torch.manual_seed(0)
     model = Classifier(encoder, len(ORDERS))
 
@@ -133,8 +133,8 @@ def word_order(fit_head_on: int) -> Task:
         collate=collate,
         loss_fn=loss_fn,
         score=score,
-        steps=60,
-        batch_size=8,
+        steps=100,
+        batch_size=16,
         targets=r"encoder\.encoder\..*\.(query|key|value|dense)",
         modules_to_save=("head",),
     )

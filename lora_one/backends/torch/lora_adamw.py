@@ -1,20 +1,20 @@
 """AdamW on r x r preconditioned gradients, many LoRA pairs at a time."""
 
-import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from lora_one.core.precondition import Damping
-from lora_one.errors import ModelError
+from lora_one.errors import ConfigError, ModelError
 
-from .directions import Batch, LoraPair, directions
+from .directions import LoraPair, directions
 from .precision import full_precision
 
-# Without the hooks that torch.optim wraps around `step`: they are called around ours, once.
-_ADAMW_STEP = inspect.unwrap(torch.optim.AdamW.step)
+_SETTINGS = ("lr", "weight_decay", "eps", "amsgrad", "maximize", "foreach", "capturable", "fused")  # of a group
 
 
 class LoraOneAdamW(torch.optim.AdamW):
@@ -34,6 +34,7 @@ class LoraOneAdamW(torch.optim.AdamW):
 
     Raises:
         ModelError: a factor that is not in `params`, or that two different pairs share.
+        ConfigError: a step that a CUDA graph captures, without capturable=True.
     """
 
     def __init__(
@@ -60,35 +61,58 @@ class LoraOneAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_capture()
         factors = {id(factor) for pair in self.pairs for factor in pair}
-        self._adamw([{**g, "params": [p for p in g["params"] if id(p) not in factors]} for g in self.param_groups])
+        for group in self.param_groups:
+            others = [p for p in group["params"] if p.grad is not None and id(p) not in factors]
+            self._adamw(group, others, [p.grad for p in others])
         if self.pairs:
             group_of = self._groups_of_factors()
             with full_precision(self.pairs[0].lora_A.device):  # once, and not at each product
                 for batch in directions(self.pairs, self.reg, self.damping):
-                    self._step_along(batch, group_of)
+                    of_group: dict[int, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+                    for factor, direction in batch:
+                        of_group[group_of[id(factor)]].append((factor, direction))
+                    for index, its in of_group.items():
+                        self._adamw(self.param_groups[index], *map(list, zip(*its, strict=True)))
         return loss
 
-    def _step_along(self, batch: Batch, group_of: dict[int, int]) -> None:
-        """One step of some factors, with their directions in the place of their gradients."""
-        gradients = [factor.grad for factor, _ in batch]
-        of_group: dict[int, list[torch.nn.Parameter]] = defaultdict(list)
-        try:
-            for factor, direction in batch:
-                factor.grad = direction
-                of_group[group_of[id(factor)]].append(factor)
-            self._adamw([{**self.param_groups[index], "params": its} for index, its in of_group.items()])
-        finally:
-            for (factor, _), gradient in zip(batch, gradients, strict=True):
-                factor.grad = gradient
+    def _check_capture(self) -> None:
+        cuda = torch.cuda
+        if torch.compiler.is_compiling() or not (cuda.is_available() and cuda.is_current_stream_capturing()):
+            return
+        if not all(group["capturable"] for group in self.param_groups):
+            raise ConfigError("a step in a CUDA graph needs capturable=True in each param group, got False")
 
-    def _adamw(self, groups: list[dict[str, Any]]) -> None:
-        """torch.optim.AdamW's own step, of these groups alone."""
-        mine, self.param_groups = self.param_groups, groups
-        try:
-            _ADAMW_STEP(self)
-        finally:
-            self.param_groups = mine
+    def _adamw(self, group: dict[str, Any], params: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
+        """torch.optim.AdamW's own step of some parameters of a group, along these in the place of their gradients."""
+        if not params:
+            return
+        states = [self._state_of(p, group) for p in params]
+        adamw(
+            list(params),
+            list(directions),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
+            [state["step"] for state in states],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            grad_scale=getattr(self, "grad_scale", None),  # of torch.amp.GradScaler
+            found_inf=getattr(self, "found_inf", None),
+            has_complex=any(map(torch.is_complex, params)),
+            **{name: group[name] for name in _SETTINGS},
+        )
+
+    def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Its moments; at first zero, in torch.optim.AdamW's own form."""
+        state = self.state[parameter]
+        if not state:
+            device = parameter.device if group["capturable"] or group["fused"] else torch.device("cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]:
+                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state
 
     def _groups_of_factors(self) -> dict[int, int]:
         """id of a parameter -> its group."""

@@ -17,7 +17,7 @@ from lora_one.backends.torch.narrow import narrow_matmul
 from lora_one.core import step
 from lora_one.core.factors import Factors
 from lora_one.core.precondition import precondition
-from lora_one.errors import ModelError
+from lora_one.errors import ConfigError, ModelError
 
 # (r, in, out): tall enough to be folded and not, of ranks that fold by 5, 2 and 1, and alike in every other pair
 SHAPES = [(3, 160, 90), (8, 130, 256), (8, 130, 256), (16, 40, 48), (8, 130, 256), (3, 160, 90), (8, 256, 130)]
@@ -127,8 +127,17 @@ def test_nothing_reads_a_value():
             pairs[0].lora_A.sum().item()
 
 
+def test_a_captured_step_needs_capturable(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    pairs = make_pairs()
+    set_gradients(pairs, 0)
+    with pytest.raises(ConfigError, match="capturable=True"):
+        LoraOneAdamW(parameters(pairs), pairs).step()
+    LoraOneAdamW(parameters(pairs), pairs, capturable=True)._check_capture()
+
+
 def test_the_preconditioner_compiles_as_one_graph():
-    """Not the whole step: Dynamo's own handling of torch.optim breaks the graph at the exchange of gradients."""
     torch.manual_seed(0)
     pair, gradient = (Factors(torch.randn(4, 8, 40), torch.randn(4, 256, 8)) for _ in range(2))
     compiled = torch.compile(partial(precondition, TorchOps(), reg=1e-2), backend="aot_eager", fullgraph=True)
@@ -136,15 +145,35 @@ def test_the_preconditioner_compiles_as_one_graph():
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-def test_a_step_that_was_compiled_is_the_step():
+@pytest.mark.parametrize("kernel", ["fused", "foreach"])
+def test_a_step_that_was_compiled_is_the_step(kernel):
+    """One graph with `foreach`; torch keeps Dynamo out of its fused kernel."""
     pairs, others = make_pairs(SHAPES[:3], torch.float32), make_pairs(SHAPES[:3], torch.float32)
-    optimizer, plain = (LoraOneAdamW(parameters(p), p, reg=1e-2, lr=1e-2, fused=True) for p in (pairs, others))
-    compiled = torch.compile(optimizer.step, backend="eager")
+    optimizer, plain = (LoraOneAdamW(parameters(p), p, reg=1e-2, lr=1e-2, **{kernel: True}) for p in (pairs, others))
+    compiled = torch.compile(optimizer.step, backend="eager", fullgraph=kernel == "foreach")
     for i in range(2):
         set_gradients(pairs, i)
         set_gradients(others, i)
         compiled()
         plain.step()
+    for got, want in zip(parameters(pairs), parameters(others), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_scaler_unscales_and_leaves_out_what_is_not_finite():
+    pairs, others = make_pairs(SHAPES[:3], torch.float32), make_pairs(SHAPES[:3], torch.float32)
+    scaled, plain = (LoraOneAdamW(parameters(p), p, reg=1e-2, lr=1e-2, fused=True) for p in (pairs, others))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for i, finite in enumerate([True, False, True]):
+        set_gradients(pairs, i)
+        scaler.scale(torch.zeros(()))  # makes the scale
+        for p in parameters(pairs):
+            p.grad = p.grad * scaler.get_scale() if finite else p.grad * torch.inf
+        scaler.step(scaled)
+        scaler.update()
+        if finite:
+            set_gradients(others, i)
+            plain.step()
     for got, want in zip(parameters(pairs), parameters(others), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
