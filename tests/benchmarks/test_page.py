@@ -36,7 +36,7 @@ def test_numbers_of_made_up_rows(tmp_path):
     assert "| LoRA | 0.002 | 2 | 45.0 ± 63.5 | 0.250 ± 0.000 | 3.00 ± 0.00 | 100 | 3.0 | 1.0 + 2.0 |" in page
     # LoRA-One is at LoRA's final loss of 1.0 as soon as there are ten losses to average
     assert "| LoRA-One | 0.002 | 2 | 55.0 ± 63.5 | 0.250 ± 0.000 | 1.00 ± 0.00 | 10 (10.0x) | 1.2 | 1.0 + 2.0 |" in page
-    assert "| sort | **+10.0 ± 0.0** |" in page
+    assert "| sort, r = 8 | **+10.0 ± 0.0** |" in page
     assert "| LoRA-One | 3 rates, 2 seeds | not run | not run | not run | not run |" in page
 
 
