@@ -24,8 +24,8 @@ class LoraOneAdamW(torch.optim.AdamW):
     other parameters follow plain AdamW. `step` leaves every `.grad` as the backward pass made it.
 
     On an accelerator pairs of the same shapes go together, so that a step launches as many kernels for 100 layers as
-    for ten; on a CPU a few MiB at a time (see `directions`). Nothing waits for the device. With `foreach=True` the whole
-    step compiles as one graph (`torch.compile(optimizer.step, fullgraph=True)`).
+    for ten; on a CPU a few MiB at a time (see `directions`). Nothing waits for the device. With `foreach=True` the
+    whole step compiles as one graph (`torch.compile(optimizer.step, fullgraph=True)`).
 
     Args:
         params: parameters or groups, as for torch.optim.AdamW.
