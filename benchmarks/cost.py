@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--smoke", type=Path, metavar="FILE", help="a tiny model, in this process; writes FILE alone")
     options = parser.parse_args(arguments)
     if options.smoke:
-        work = Workload(seq_len=16, init_batches=2, dtype="float32", config=Config(rank=8))
+        work = Workload(seq_len=16, init_batches=2, dtype="float32", config=Config(rank=8, passes=4))
         machine = measured("float32", time.process_time)
         rows = [compared(row, TINY, work, machine) for row in measured_rows("tiny float32", TINY, work, measure)]
         write(rows, {"tiny float32": machine}, options.smoke)
@@ -277,7 +277,9 @@ def _merged(
 def _case(name: str) -> tuple[dict[str, Any], Workload]:
     """The config and the workload of a model."""
     size, dtype = name.split()
-    work = Workload(batch_size=SEQUENCES[size], seq_len=256, init_batches=2, dtype=dtype, config=Config(rank=8))
+    work = Workload(
+        batch_size=SEQUENCES[size], seq_len=256, init_batches=2, dtype=dtype, config=Config(rank=8, passes=4)
+    )
     return SIZES[size], work
 
 

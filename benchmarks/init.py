@@ -44,7 +44,7 @@ def contenders(case: str, folder: str) -> dict[str, Contender]:
         "exact": one("ours", gradient="exact"),
         "exact, recompute": one("ours", gradient="exact", recompute=True),
         "sketch": one("ours", gradient="sketch"),
-        "sketch, 6 passes": one("ours", gradient="sketch", passes=6),
+        "sketch, 4 passes": one("ours", gradient="sketch", passes=4),
         "sketch, recompute": one("ours", gradient="sketch", recompute=True),
     }
     if CASES[case].dtype == "float32":
@@ -107,6 +107,7 @@ def ratios(found: dict[str, dict[str, Any]]) -> str:
         "energy A",
         "energy BA",
         "outside",
+        "passes",
     ]
     rows = [
         [
@@ -118,7 +119,7 @@ def ratios(found: dict[str, dict[str, Any]]) -> str:
             numbers.get("peak_mib", ""),
             ratio(name, PEER, "peak_mib"),
             ratio(name, STEP, "peak_mib"),
-            *(numbers.get(key, "") for key in ("energy_A", "energy", "outside")),
+            *(numbers.get(key, "") for key in ("energy_A", "energy", "outside", "passes")),
         ]
         for name, numbers in found.items()
     ]

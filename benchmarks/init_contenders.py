@@ -41,6 +41,7 @@ def ours(
         numbers, (model, report) = _measured(
             lambda: lora_one.init(tuner.model, batches, tuner.loss_fn, config), backend
         )
+    numbers["passes"] = report.passes
     if backend == "torch":  # where gradients are exact, each is decomposed in the backward pass
         numbers["outside"] = 1.0 - (sum(inside) - sum(decomposing)) / numbers["cpu_seconds"]
     with tempfile.TemporaryDirectory() as adapter:

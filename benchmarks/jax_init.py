@@ -35,7 +35,7 @@ def init_passes() -> dict[str, Any]:
     model = transformers.LlamaForCausalLM(config)
     tokens = np.random.default_rng(0).integers(3, 512, (8, 128)).astype(np.int32)
     batches = [{"input_ids": tokens[i : i + 2], "labels": tokens[i : i + 2]} for i in range(0, 8, 2)]
-    settings = lora_one.Config(rank=8)
+    settings = lora_one.Config(rank=8, passes=4)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)

@@ -84,7 +84,7 @@ def training_step(batches: list[Any], rank: int) -> Callable[[nn.Module], None]:
 
 def init(batches: list[Any], **config: Any) -> Callable[[nn.Module], None]:
     def run(model: nn.Module) -> None:
-        lora_one.init(model, batches, config=lora_one.Config(rank=RANK, oversample=OVERSAMPLE, **config))
+        lora_one.init(model, batches, config=lora_one.Config(rank=RANK, oversample=OVERSAMPLE, passes=4, **config))
 
     return run
 

@@ -27,7 +27,7 @@ def init(
         model: a torch.nn.Module: plain, of transformers, or a PeftModel with one active LoRA adapter. A plain model
             gets LoRA attached, in place, by PEFT; the layers of a PeftModel are started again. Or an
             mlx.nn.Module, with mlx-lm's LoRA layers in the same way; its batches and its default loss are mlx-lm's.
-        batches: a re-iterable collection of batches (a list, a DataLoader): the sketch reads it `config.passes` times.
+        batches: a re-iterable collection of batches (a list, a DataLoader): the sketch reads it once a pass.
             A few dozen sequences are enough. Tensors are moved to the model's device.
         loss_fn: (model, batch) -> mean loss, a scalar. Default: `model(**batch).loss`.
         config: see `Config`. For a PeftModel rank, alpha, use_rslora, targets, modules_to_save and dropout are the

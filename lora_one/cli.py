@@ -31,7 +31,7 @@ AlphaOption = Annotated[float | None, typer.Option("--alpha")]
 GammaOption = Annotated[str | None, typer.Option("--gamma", help='A number, or "auto".')]
 TargetsOption = Annotated[str | None, typer.Option("--targets", help='"all-linear", names with commas, or a regex.')]
 GradientOption = Annotated[str | None, typer.Option("--gradient", help="sketch or exact.")]
-PassesOption = Annotated[int | None, typer.Option("--passes", help="Backward passes of the sketch.")]
+PassesOption = Annotated[int | None, typer.Option("--passes", help="Backward passes of the sketch; else 4 to 12.")]
 InitBatchesOption = Annotated[int | None, typer.Option("--init-batches", help="Batches that the start reads.")]
 BatchSizeOption = Annotated[int | None, typer.Option("--batch-size")]
 SeedOption = Annotated[int | None, typer.Option("--seed")]
@@ -161,7 +161,7 @@ def estimate(
     checkpointing: Annotated[bool, typer.Option("--checkpointing")] = False,
     precondition: Annotated[bool, typer.Option("--precondition")] = False,
     targets: Annotated[str, typer.Option("--targets", help='"all-linear", or names with commas.')] = "all-linear",
-    passes: Annotated[int, typer.Option("--passes")] = 4,
+    passes: Annotated[int, typer.Option("--passes", help="Of the sketch; flat gradients take up to 12.")] = 4,
     oversample: Annotated[int, typer.Option("--oversample")] = 16,
     hardware: Annotated[str | None, typer.Option("--hardware", help="H100, ...; default: this CPU, measured.")] = None,
     tflops: Annotated[float | None, typer.Option("--tflops", help="Peak in the dtype.")] = None,

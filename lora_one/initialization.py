@@ -12,8 +12,9 @@ from .core.factors import Factors, gradient_factors, normalized_factors, plain_f
 from .core.ops import Array, Ops, as_one_program
 from .core.spectrum import Spectrum, advance, draw_omega, exact_spectrum, finish, probe, start
 from .errors import BatchError, GradientError, ModelError
-from .report import GammaTrial, LayerReport, Report, layer_report
+from .report import GammaTrial, LayerReport, Report, layer_report, share_of_best
 
+ENOUGH = 0.99  # of the energy of the best rank-r gradient: where passes="auto" stops
 GAMMA_GROWTH = 4.0
 GAMMA_TRIALS = 8
 SAME_LOSS = 1e-3  # well above what rounding, and batches regrouped by a shuffle, make of the same data
@@ -114,7 +115,9 @@ def _sketch(session: Session, config: Config) -> _Spectra:
         width = min(layer.rank + config.oversample, layer.out_features, layer.in_features)
         omega = draw_omega(config.seed, layer.name, layer.in_features, width)
         states[layer.name] = start(ops, ops.asarray(omega, like=session.like(layer.name)), layer.out_features)
-    for number in range(1, config.passes + 1):
+    ranks = {layer.name: layer.rank for layer in session.layers}
+    spectra: dict[str, Spectrum] = {}
+    for number in range(1, config.pass_counts[-1] + 1):
         result, gradients = session.sketch_pass({name: probe(ops, state) for name, state in states.items()})
         for name in list(states):
             gradient = gradients.pop(name)
@@ -132,8 +135,16 @@ def _sketch(session: Session, config: Config) -> _Spectra:
                 ChangingBatchesWarning,
                 stacklevel=5,
             )
-    ranks = {layer.name: layer.rank for layer in session.layers}
-    return _Spectra(first, config.passes, {name: finish(ops, state, ranks[name]) for name, state in states.items()})
+        if number in config.pass_counts:
+            spectra = {name: finish(ops, state, ranks[name]) for name, state in states.items()}
+            if all(_holds_enough(ops, name, spectrum) for name, spectrum in spectra.items()):
+                break
+    return _Spectra(first, number, spectra)
+
+
+def _holds_enough(ops: Ops, layer: str, spectrum: Spectrum) -> bool:
+    values = _values(ops, layer, spectrum)
+    return not values.s[0] > 0 or share_of_best(values) >= ENOUGH
 
 
 def _exact(session: Session) -> _Spectra:

@@ -152,7 +152,7 @@ def layer_report(name: str, shape: tuple[int, int], rank: int, spectrum: Spectru
     if spectrum is None:
         return LayerReport(name, *shape, rank, [0.0] * rank, 0.0, 0.0, 0.0, 0.0, 0.0, start="plain")
     s = np.asarray(spectrum.s, dtype=np.float64)
-    norm, error, unseen, best_norm = (float(x) for x in spectrum[3:])
+    norm, error, unseen = float(spectrum.norm), float(spectrum.norm_error), float(spectrum.unseen)
     captured = np.sum((s / s[0]) ** 2)
     return LayerReport(
         name=name,
@@ -163,8 +163,15 @@ def layer_report(name: str, shape: tuple[int, int], rank: int, spectrum: Spectru
         gradient_norm=norm,
         gradient_norm_error=error,
         energy=float(min(1.0, captured / (norm / s[0]) ** 2)),
-        # Exactly 1 where all of G was seen: the quotient of two roundings need not be.
-        share_of_best=1.0 if unseen == error == 0 else float(min(1.0, captured / (best_norm / s[0]) ** 2)),
+        share_of_best=share_of_best(spectrum),
         # Whatever r directions are best, they hold at most what ours hold and all that no pass has seen.
         share_at_least=float(captured / (captured + (unseen / s[0]) ** 2)),
     )
+
+
+def share_of_best(spectrum: Spectrum) -> float:
+    """`LayerReport.share_of_best`, from a spectrum as NumPy arrays that is not zero."""
+    if spectrum.unseen == spectrum.norm_error == 0:
+        return 1.0  # all of G was seen: the quotient of two roundings need not be 1
+    s = np.asarray(spectrum.s, dtype=np.float64)
+    return float(min(1.0, np.sum((s / s[0]) ** 2) / (float(spectrum.best_norm) / s[0]) ** 2))

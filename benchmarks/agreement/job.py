@@ -56,7 +56,7 @@ def embedded(
     batches = [
         {"input_ids": tokens[at : at + rows], "labels": labels[at : at + rows]} for at in range(0, len(tokens), rows)
     ]
-    return Job(model, batches[:INIT_BATCHES], batches[INIT_BATCHES:], config or Config(), learning_rate)
+    return Job(model, batches[:INIT_BATCHES], batches[INIT_BATCHES:], config or Config(passes=4), learning_rate)
 
 
 def grouped(model: Path) -> Job:
@@ -71,7 +71,7 @@ def grouped(model: Path) -> Job:
         first, stride = rng.integers(0, VOCABULARY, (4, 1)), rng.integers(1, 4, (4, 1))
         tokens = ((first + stride * np.arange(16)) % VOCABULARY).astype(np.int32)
         batches.append({"input_ids": tokens, "labels": np.where(np.arange(16) < 2, IGNORED, tokens)})
-    config = Config(rank=4, oversample=4)
+    config = Config(rank=4, passes=4, oversample=4)
     return Job(model, batches[:INIT_BATCHES], batches[INIT_BATCHES:], config, learning_rate=1e-3)
 
 

@@ -25,7 +25,7 @@ def energy(file: Path) -> str:
         "## How much of the gradient the sketch holds\n\n"
         f"`python -m benchmarks.energy`: share of the best rank-{found['rank']} energy in the factors, over "
         f"{found['layers']} layers of a pretrained encoder on text, beside what the report tells of the worst layer "
-        "without knowing the gradient. The default is 4 passes of 24 columns.\n\n"
+        "without knowing the gradient. The default has 24 columns, and here makes 4 passes.\n\n"
         + table(["", "worst layer", "median", "told: estimate", "told: bound"], lines)
     )
 

@@ -10,7 +10,7 @@ from lora_one.errors import BatchError, ConfigError, GradientError
 
 def check_reiterable(batches: Iterable[Any], config: Config) -> None:
     """Raises BatchError for an iterator that can be read only once where `init` reads the batches several times."""
-    passes = (config.passes if config.gradient == "sketch" else 1) + (config.gamma == "auto")
+    passes = (config.pass_counts[0] if config.gradient == "sketch" else 1) + (config.gamma == "auto")
     if not isinstance(batches, Iterable):
         raise BatchError(f"batches must be iterable, got {type(batches).__name__}")
     if passes > 1 and isinstance(batches, Iterator):

@@ -96,7 +96,7 @@ def _attention(model: Architecture, block: Block, work: Workload) -> int:
 def sketch_flops(targets: list[list[Linear]], work: Workload) -> Decompositions:
     """Between all passes of the sketch, and in its end, on all targets."""
     every = [x for block in targets for x in block]
-    return _all_of([(x.copies, _sketch(x, work.width, work.config.passes)) for x in every])
+    return _all_of([(x.copies, _sketch(x, work.width, work.config.pass_counts[0])) for x in every])
 
 
 def exact_flops(targets: list[list[Linear]], rank: int) -> Decompositions:

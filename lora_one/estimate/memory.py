@@ -55,7 +55,7 @@ def step_memory(model: Architecture, targets: Targets, work: Workload) -> Parts:
 def sketch_memory(model: Architecture, targets: Targets, work: Workload) -> Parts:
     """The init by sketch, in one of its last two passes; from the second batch on the gradients are there early."""
     loss = activations.loss_bytes(model, work)
-    passes = work.config.passes
+    passes = work.config.pass_counts[0]
     moments: list[Parts] = []
     for number in (passes - 1, passes):
         columns = work.width if number % 2 else 0  # what the tap keeps of each input in place of the input itself

@@ -44,7 +44,7 @@ def sketch_seconds(model: Architecture, targets: Targets, work: Workload, machin
     of_init = replace(machine, flops=machine.init_flops or machine.flops)
     once = _pass(model, targets, work, of_init, count, work.width, kept, TAP_CALLS)
     return {
-        "forward and backward": work.config.passes * work.init_batches * once,
+        "forward and backward": work.config.pass_counts[0] * work.init_batches * once,
         "QR and SVD": _decompositions(flops.sketch_flops(targets, work), work.width, machine),
     }
 

@@ -20,7 +20,7 @@ class Workload:
         attention: "sdpa" keeps no attention matrix, "eager" does.
         checkpointing: each block's activations are computed again in the backward pass instead of kept.
         precondition: the r x r preconditioner of `lora_one.optimizer`.
-        config: of `lora_one.init`: rank, passes, oversample and targets count.
+        config: of `lora_one.init`: rank, passes (of "auto" the least), oversample and targets count.
     """
 
     batch_size: int = 1

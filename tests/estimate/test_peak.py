@@ -81,7 +81,7 @@ def test_the_peak_is_what_the_allocator_hands_out(job, vocabulary, checkpointing
         dtype=dtype,
         attention=attention,
         checkpointing=checkpointing,
-        config=Config(rank=8),
+        config=Config(rank=8, passes=4),
     )
     model = shape_of(config)
     parts = MEMORY[job](model, targets_of(model), work)

@@ -261,7 +261,7 @@ def test_models_of_no_backend():
         ({"alpha": -1}, "alpha must be a number > 0, got -1"),
         ({"gamma": "best"}, "gamma must be a number > 0 or \"auto\", got 'best'"),
         ({"gamma": float("inf")}, "gamma must be a number"),
-        ({"passes": 1}, "passes must be an integer >= 2, got 1"),
+        ({"passes": 1}, 'passes must be an integer >= 2 or "auto", got 1'),
         ({"oversample": -1}, "oversample must be an integer >= 0"),
         ({"scale": "unit"}, "scale must be one of 'normalized', 'gradient', got 'unit'"),
         ({"gradient": "full"}, "gradient must be one of 'sketch', 'exact'"),

@@ -1,0 +1,110 @@
+"""The passes of a sketch, on a session whose layers are matrices: no model, no framework."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_one.backends.interface import Layer, PassResult
+from lora_one.backends.numpy import ops
+from lora_one.config import Config
+from lora_one.core.alignment import captured_energy
+from lora_one.core.factors import Factors
+from lora_one.initialization import initialize
+from lora_one.report import Report
+
+RANK = 4
+
+
+class MatrixSession:
+    """A session over a given G for each layer. What the passes probed is counted, the factors are kept."""
+
+    ops = ops
+
+    def __init__(self, gradients: Mapping[str, np.ndarray]) -> None:
+        self.gradients = gradients
+        self.layers = [Layer(name, *g.shape, RANK, 1.0) for name, g in gradients.items()]
+        self.factors: dict[str, Factors] = {}
+        self.passes = 0
+
+    def like(self, layer: str) -> np.ndarray:
+        return self.gradients[layer]
+
+    def sketch_pass(self, probes: Mapping[str, Any]) -> tuple[PassResult, dict[str, np.ndarray | None]]:
+        self.passes += 1
+        products = {name: _product(self.gradients[name], probe) for name, probe in probes.items()}
+        return PassResult(1.0, 1), products
+
+    def assign(self, layer: str, factors: Factors) -> None:
+        self.factors[layer] = factors
+
+    def peak_memory(self) -> None:
+        return None
+
+
+def _product(g: np.ndarray, probe: Any) -> np.ndarray | None:
+    if not g.any():
+        return None
+    return g @ probe.lora_A.T if probe.lora_A is not None else probe.lora_B.T @ g
+
+
+def with_spectrum(s: np.ndarray, shape: tuple[int, int] = (320, 240), seed: int = 0) -> np.ndarray:
+    """A matrix of these singular values and random singular vectors."""
+    rng = np.random.default_rng(seed)
+    u, v = (np.linalg.qr(rng.standard_normal((side, len(s))))[0] for side in shape)
+    return u * s @ v.T
+
+
+STEEP = with_spectrum(0.5 ** np.arange(100))
+FLAT = with_spectrum(1.0 / (1.0 + 0.04 * np.arange(200)), seed=1)
+
+
+def started(config: Config, **gradients: np.ndarray) -> tuple[MatrixSession, Report]:
+    session = MatrixSession(gradients)
+    report = initialize(session, config, "numpy", 0.0)
+    assert session.passes == report.passes
+    return session, report
+
+
+def share(session: MatrixSession, layer: str) -> float:
+    """Of the energy of the best rank-r part of G, what lies in the factors, by LAPACK."""
+    g = session.gradients[layer]
+    best = np.sum(np.linalg.svd(g, compute_uv=False)[:RANK] ** 2)
+    return float(captured_energy(ops, g, session.factors[layer])) * np.linalg.norm(g) ** 2 / best
+
+
+def test_four_passes_are_made_where_they_are_enough():
+    session, report = started(Config(rank=RANK), steep=STEEP)
+    assert report.passes == 4 and share(session, "steep") > 0.9999
+
+
+def test_passes_go_on_in_pairs_until_the_worst_layer_holds_enough():
+    config = Config(rank=RANK)
+    session, report = started(config, steep=STEEP, flat=FLAT)
+    assert report.passes > 4 and report.passes % 2 == 0
+    assert min(layer.share_of_best for layer in report.layers) >= 0.99
+    assert share(session, "flat") >= 0.99  # the truth, not what the report believes
+    asked, fewer = (started(Config(rank=RANK, passes=report.passes - n), steep=STEEP, flat=FLAT) for n in (0, 2))
+    assert min(layer.share_of_best for layer in fewer[1].layers) < 0.99
+    for name, factors in session.factors.items():
+        np.testing.assert_array_equal(factors.lora_A, asked[0].factors[name].lora_A)
+        np.testing.assert_array_equal(factors.lora_B, asked[0].factors[name].lora_B)
+
+
+def test_passes_end_at_twelve_whatever_the_layers_hold():
+    _, report = started(Config(rank=RANK, oversample=0), flatter=with_spectrum(np.linspace(1.0, 0.5, 200)))
+    assert report.passes == 12
+    assert min(layer.share_of_best for layer in report.layers) < 0.99
+
+
+def test_a_layer_without_a_gradient_asks_for_no_more_passes():
+    with pytest.warns(UserWarning, match="have no gradient"):
+        _, report = started(Config(rank=RANK), steep=STEEP, dead=np.zeros((30, 20)))
+    assert report.passes == 4 and report.plain_layers == ["dead"]
+
+
+@pytest.mark.parametrize("passes", [2, 3, 5])
+def test_a_number_of_passes_is_kept_to(passes):
+    _, report = started(Config(rank=RANK, passes=passes), flat=FLAT)
+    assert report.passes == passes
