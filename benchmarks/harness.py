@@ -153,12 +153,14 @@ def _status(key: str) -> int:
 
 
 def _cpu_name() -> str:
+    """With the numbers that tell generations of one name apart."""
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in found:
+        return platform.processor()
+    numbers = ", ".join(f"{key} {found[key]}" for key in ("cpu family", "model") if key in found)
+    return f"{found['model name']} ({numbers})"
 
 
 def main(function: str, settings: str, out: str) -> None:

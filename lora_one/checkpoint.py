@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from .adapter import Adapter, LoraLayer
 from .core.factors import Factors
 from .errors import CheckpointError
+from .plain_lora import tensor_reason
 from .report import Report
 from .tensors import read_tensors, wider
 from .versions import installed_versions
@@ -157,7 +158,7 @@ def check_folder(folder: AdapterFolder, linear: Mapping[str, tuple[int, int]]) -
     kept = tuple(folder.config.get("modules_to_save") or ())
     for key in folder.others:
         if not any(f".{name}." in f".{key}." for name in kept):
-            problems.append(f"{key}: neither lora_A nor lora_B of a linear layer, nor in modules_to_save")
+            problems.append(f"{key}: {tensor_reason(key)}, and is not in modules_to_save")
     return problems
 
 

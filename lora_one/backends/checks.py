@@ -20,7 +20,7 @@ def check_reiterable(batches: Iterable[Any], config: Config) -> None:
         )
 
 
-def check_no_modules_to_save(config: Config, framework: str) -> None:
+def check_no_torch_settings(config: Config, framework: str) -> None:
     """Raises ConfigError for what is PyTorch's alone: modules trained whole beside LoRA, blocks recomputed by us."""
     if config.modules_to_save:
         raise ConfigError(

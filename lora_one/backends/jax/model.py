@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
 
-from lora_one.backends.checks import check_no_modules_to_save, check_reiterable
+from lora_one.backends.checks import check_no_torch_settings, check_reiterable
 from lora_one.backends.interface import Layer, PassResult
 from lora_one.config import Config
 from lora_one.core.factors import Factors
@@ -45,7 +45,7 @@ class JaxSession:
     def __enter__(self) -> "JaxSession":
         config = self._config
         check_reiterable(self._batches, config)
-        check_no_modules_to_save(config, "JAX")
+        check_no_torch_settings(config, "JAX")
         if self._loss_fn is None:
             raise BatchError("a Flax model has no loss of its own: pass loss_fn=(model, batch) -> mean loss")
         self._binding = bind(self.model, config, self._batches, self._loss_fn)

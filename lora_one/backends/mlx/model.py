@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from lora_one.backends.checks import check_finite_loss, check_no_modules_to_save, check_reiterable, with_last
+from lora_one.backends.checks import check_finite_loss, check_no_torch_settings, check_reiterable, with_last
 from lora_one.backends.interface import Layer, PassResult
 from lora_one.config import Config
 from lora_one.core.factors import Factors
@@ -41,7 +41,7 @@ class MlxSession:
 
     def __enter__(self) -> "MlxSession":
         check_reiterable(self._batches, self._config)
-        check_no_modules_to_save(self._config, "MLX")
+        check_no_torch_settings(self._config, "MLX")
         self._found = Snapshot(self.model)
         # The model runs where its user lets it; what `core` computes with the gradients runs on the CPU, where the
         # decompositions are and where float32 products are float32, and not TF32 as on some GPUs.

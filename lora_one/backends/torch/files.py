@@ -1,15 +1,17 @@
 """Adapters of PyTorch models on disk, written and read by PEFT after our own checks."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_one.checkpoint import AdapterFolder, check_folder, read_folder
+from lora_one.checkpoint import WEIGHTS, AdapterFolder, check_folder, read_folder
 from lora_one.errors import CheckpointError, ModelError
 
 from .attach import find_sites
@@ -30,7 +32,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 def load(model: nn.Module, path: Path, trainable: bool) -> peft.PeftModel:
     """See `lora_one.load`."""
-    folder = read_folder(path)
+    folder = _without_base_weights(read_folder(path), model)
     problems = check_folder(folder, _linear_layers(model))
     if isinstance(model, peft.PeftModel) and not problems:
         problems = _missing(model, folder)
@@ -79,6 +81,26 @@ def _missing(model: peft.PeftModel, folder: AdapterFolder) -> list[str]:
         f"{key}: the file has it, the model has no such module to save" for key in folder.others if key not in kept
     ]
     return problems
+
+
+def _without_base_weights(folder: AdapterFolder, model: nn.Module) -> AdapterFolder:
+    """PEFT saves the base weight with LoRA on an output layer. It says nothing where it is the model's own."""
+    same = set()
+    with safe_open(folder.path / WEIGHTS, framework="pt") as file:
+        for key in folder.others:
+            layer = key.removeprefix("base_model.model.").removesuffix(".base_layer.weight")
+            if key == f"base_model.model.{layer}.base_layer.weight" and layer in folder.lora_A:
+                weight = _base_weight(model, layer)
+                if weight is not None and torch.equal(file.get_tensor(key).to(weight), weight):
+                    same.add(key)
+    return replace(folder, others=[key for key in folder.others if key not in same])
+
+
+def _base_weight(model: nn.Module, layer: str) -> torch.Tensor | None:
+    base: Any = model.base_model.model if isinstance(model, peft.PeftModel) else model
+    module: Any = dict(base.named_modules()).get(layer)
+    weight = getattr(module.get_base_layer() if isinstance(module, LoraLayer) else module, "weight", None)
+    return weight if isinstance(weight, torch.Tensor) else None
 
 
 def _linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -1,5 +1,6 @@
 import copy
 import json
+import warnings
 
 import numpy as np
 import peft
@@ -128,7 +129,7 @@ def test_everything_that_is_wrong_is_reported_at_once_and_nothing_is_loaded(tmp_
         "model.layers.0.mlp.down_proj: lora_A must be (4, 48), got (4, 7)",
         "model.layers.0.self_attn.q_proj: lora_A must be (4, 32), got (3, 32)",
         "model.layers.0.self_attn.z_proj: the model has no such linear layer",
-        "strange: neither lora_A nor lora_B of a linear layer, nor in modules_to_save",
+        "strange: a weight that was trained whole, and is not in modules_to_save",
     ]
     assert all(problem in str(caught.value) for problem in caught.value.problems)
     assert {name: id(module) for name, module in plain.named_modules()} == before
@@ -203,6 +204,28 @@ def test_lora_on_the_output_layer_travels_without_the_base_weight(tmp_path):
     assert any("lm_head" in name for name in names) and all(".lora_" in name for name in names)
     ours = lora_one.load(copy.deepcopy(case.model), tmp_path)
     assert torch.equal(output(case, ours), output(case, model))
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_folder_of_pefts_with_the_output_layers_own_weight(tmp_path, attached):
+    """PEFT, and so a Trainer, saves the base weight too where LoRA is on the output layer."""
+    case = llama()
+    config = lora_one.Config(rank=2, targets=r".*(q_proj|lm_head)", passes=2, oversample=2)
+    model, _ = lora_one.init(copy.deepcopy(case.model), case.batches, case.loss_fn, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model.save_pretrained(str(tmp_path))
+    key = "base_model.model.lm_head.base_layer.weight"
+    assert key in safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    base = copy.deepcopy(case.model)
+    if attached:
+        base, _ = lora_one.init(base, case.batches[:1], case.loss_fn, config)
+    assert torch.equal(output(case, lora_one.load(base, tmp_path)), output(case, model))
+    other = copy.deepcopy(case.model)
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1.0
+    with pytest.raises(CheckpointError, match=rf"{key}: PEFT's copy of the base weight, which may have changed"):
+        lora_one.load(other, tmp_path)
 
 
 def test_reports_that_are_not_there(tmp_path):
