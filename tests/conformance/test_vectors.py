@@ -5,7 +5,7 @@ import pytest
 
 from lora_one.conformance import generate
 from lora_one.conformance.cases import all_cases
-from lora_one.conformance.suite import relative_error
+from lora_one.conformance.suite import SAFETY, relative_error
 from lora_one.conformance.vectors import EPS, FILE, read_vectors
 from lora_one.core import precondition, spectrum, step
 
@@ -22,10 +22,13 @@ def test_the_committed_file_is_what_the_generator_makes(tmp_path):
             # LAPACK's own rounding, on another machine, in the inputs that are made with it.
             np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6 * np.max(np.abs(y[np.isfinite(y)]), initial=0.0))
         for working, answers in vector.answers.items():
+            # In float64 the rounding of what the draws are compared with, another on each processor, is as large as
+            # that of the draws: there is nothing to notice within the margin that the suite leaves for it.
+            factor = 1.5 if working == "float32" else SAFETY
             for name, answer in answers.items():
                 twin = other.answers[working][name]
                 assert relative_error(answer.value, twin.value) <= 1e-5
-                assert answer.amplification == pytest.approx(twin.amplification, rel=0.5)
+                assert twin.amplification / factor <= answer.amplification <= twin.amplification * factor
 
 
 def test_inputs_are_exact_in_float32_and_those_for_narrow_dtypes_in_bfloat16():
