@@ -31,7 +31,7 @@ AlphaOption = Annotated[float | None, typer.Option("--alpha")]
 GammaOption = Annotated[str | None, typer.Option("--gamma", help='A number, or "auto".')]
 TargetsOption = Annotated[str | None, typer.Option("--targets", help='"all-linear", names with commas, or a regex.')]
 GradientOption = Annotated[str | None, typer.Option("--gradient", help="sketch or exact.")]
-PassesOption = Annotated[int | None, typer.Option("--passes", help="Backward passes of the sketch; else 4 to 12.")]
+PassesOption = Annotated[str | None, typer.Option("--passes", help='Of the sketch: a number, or "auto", 4 to 12.')]
 InitBatchesOption = Annotated[int | None, typer.Option("--init-batches", help="Batches that the start reads.")]
 BatchSizeOption = Annotated[int | None, typer.Option("--batch-size")]
 SeedOption = Annotated[int | None, typer.Option("--seed")]
@@ -230,11 +230,12 @@ def _recipe(config: Path | None, arguments: dict[str, Any]) -> Recipe:
     """The file's settings, with what was given on the command line over them."""
     # The callers' locals also hold what they imported, and None where an option was not given.
     given: dict[str, Any] = {n: v for n, v in arguments.items() if isinstance(v, (str, int, float, bool))}
-    if "gamma" in given and given["gamma"] != "auto":
-        try:
-            given["gamma"] = float(given["gamma"])
-        except ValueError:
-            raise typer.BadParameter(f'--gamma must be a number or "auto", got {given["gamma"]!r}') from None
+    for name, number in (("gamma", float), ("passes", int)):
+        if given.get(name, "auto") != "auto":
+            try:
+                given[name] = number(given[name])
+            except ValueError:
+                raise typer.BadParameter(f'--{name} must be a number or "auto", got {given[name]!r}') from None
     if "," in given.get("targets", "") and not any(c in given["targets"] for c in "()[]{}*+?|\\"):
         given["targets"] = [name.strip() for name in given["targets"].split(",")]
     if "steps" in given:

@@ -153,10 +153,19 @@ def test_a_folder_that_holds_no_model(monkeypatch, capsys, tmp_path):
     assert "must hold a causal language model and its tokenizer" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_gamma_that_is_no_number():
-    result = runner.invoke(cli.app, ["finetune", "--gamma", "big"])
+@pytest.mark.parametrize("option", [["--gamma", "big"], ["--passes", "2.5"]])
+def test_what_must_be_a_number_or_auto(option):
+    result = runner.invoke(cli.app, ["finetune", *option])
     assert result.exit_code == 2
-    assert "must be a number" in " ".join(result.output.split())
+    assert f'{option[0]} must be a number or "auto", got' in " ".join(result.output.replace("│", " ").split())
+
+
+def test_automatic_passes_over_a_files_number(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("passes: 2\n")
+    assert cli._recipe(file, {"passes": None}).config.passes == 2
+    assert cli._recipe(file, {"passes": "auto"}).config.passes == "auto"
+    assert cli._recipe(file, {"passes": "3"}).config.passes == 3
 
 
 def test_warnings_of_the_start_reach_the_terminal(tmp_path):
