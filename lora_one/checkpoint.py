@@ -27,6 +27,7 @@ METADATA = "lora_one.json"
 PICKLED = "adapter_model.bin"
 MLX_WEIGHTS = "adapters.safetensors"  # mlx-lm's layout: see `formats`
 PEFT_KEY = "base_model.model.{path}.lora_{side}.weight"
+PEFT_BASE_KEY = "base_model.model.{path}.base_layer.weight"
 
 _KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
 _PACKAGES = (

@@ -137,7 +137,9 @@ def _sketch(session: Session, config: Config) -> _Spectra:
             )
         if number in config.pass_counts:
             spectra = {name: finish(ops, state, ranks[name]) for name, state in states.items()}
-            if all(_holds_enough(ops, name, spectrum) for name, spectrum in spectra.items()):
+            if number < config.pass_counts[-1] and all(
+                _holds_enough(ops, name, spectrum) for name, spectrum in spectra.items()
+            ):
                 break
     return _Spectra(first, number, spectra)
 

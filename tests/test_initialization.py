@@ -13,6 +13,7 @@ from lora_one.core.alignment import captured_energy
 from lora_one.core.factors import Factors
 from lora_one.initialization import initialize
 from lora_one.report import Report
+from tests.arrays import spectrum_matrix
 
 RANK = 4
 
@@ -49,15 +50,8 @@ def _product(g: np.ndarray, probe: Any) -> np.ndarray | None:
     return g @ probe.lora_A.T if probe.lora_A is not None else probe.lora_B.T @ g
 
 
-def with_spectrum(s: np.ndarray, shape: tuple[int, int] = (320, 240), seed: int = 0) -> np.ndarray:
-    """A matrix of these singular values and random singular vectors."""
-    rng = np.random.default_rng(seed)
-    u, v = (np.linalg.qr(rng.standard_normal((side, len(s))))[0] for side in shape)
-    return u * s @ v.T
-
-
-STEEP = with_spectrum(0.5 ** np.arange(100))
-FLAT = with_spectrum(1.0 / (1.0 + 0.04 * np.arange(200)), seed=1)
+STEEP = spectrum_matrix(320, 240, 0.5 ** np.arange(100))
+FLAT = spectrum_matrix(320, 240, 1.0 / (1.0 + 0.04 * np.arange(200)), seed=1)
 
 
 def started(config: Config, **gradients: np.ndarray) -> tuple[MatrixSession, Report]:
@@ -93,7 +87,7 @@ def test_passes_go_on_in_pairs_until_the_worst_layer_holds_enough():
 
 
 def test_passes_end_at_twelve_whatever_the_layers_hold():
-    _, report = started(Config(rank=RANK, oversample=0), flatter=with_spectrum(np.linspace(1.0, 0.5, 200)))
+    _, report = started(Config(rank=RANK, oversample=0), flatter=spectrum_matrix(320, 240, np.linspace(1.0, 0.5, 200)))
     assert report.passes == 12
     assert min(layer.share_of_best for layer in report.layers) < 0.99
 

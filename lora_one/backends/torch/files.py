@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_one.checkpoint import WEIGHTS, AdapterFolder, check_folder, read_folder
+from lora_one.checkpoint import PEFT_BASE_KEY, WEIGHTS, AdapterFolder, check_folder, read_folder
 from lora_one.errors import CheckpointError, ModelError
 
 from .attach import find_sites
@@ -85,22 +85,17 @@ def _missing(model: peft.PeftModel, folder: AdapterFolder) -> list[str]:
 
 def _without_base_weights(folder: AdapterFolder, model: nn.Module) -> AdapterFolder:
     """PEFT saves the base weight with LoRA on an output layer. It says nothing where it is the model's own."""
-    same = set()
+    names = {PEFT_BASE_KEY.format(path=layer): f"{layer}.weight" for layer in folder.lora_A}
+    copies = names.keys() & set(folder.others)
+    if not copies:
+        return folder
+    weights, same = model.state_dict(), set()
     with safe_open(folder.path / WEIGHTS, framework="pt") as file:
-        for key in folder.others:
-            layer = key.removeprefix("base_model.model.").removesuffix(".base_layer.weight")
-            if key == f"base_model.model.{layer}.base_layer.weight" and layer in folder.lora_A:
-                weight = _base_weight(model, layer)
-                if weight is not None and torch.equal(file.get_tensor(key).to(weight), weight):
-                    same.add(key)
+        for key in copies:
+            weight = weights.get(key if isinstance(model, peft.PeftModel) else names[key])
+            if weight is not None and torch.equal(file.get_tensor(key).to(weight), weight):
+                same.add(key)
     return replace(folder, others=[key for key in folder.others if key not in same])
-
-
-def _base_weight(model: nn.Module, layer: str) -> torch.Tensor | None:
-    base: Any = model.base_model.model if isinstance(model, peft.PeftModel) else model
-    module: Any = dict(base.named_modules()).get(layer)
-    weight = getattr(module.get_base_layer() if isinstance(module, LoraLayer) else module, "weight", None)
-    return weight if isinstance(weight, torch.Tensor) else None
 
 
 def _linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
