@@ -10,7 +10,7 @@ from typing import Any, Literal
 from .errors import ConfigError
 
 DEFAULT_GAMMA = 128.0
-AUTO_PASSES = (4, 6, 8, 10, 12)  # in pairs: after an odd pass the estimate is too high where a spectrum is flat
+AUTO_PASSES = tuple(range(4, 13))  # four are the least from which the report can tell what is still missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Config:
         modules_to_save: names of modules, a new head for instance, that are trained whole beside the LoRA layers and
             kept with the adapter: PEFT's meaning. PyTorch only. Fit a new head before `init`: docs/heads.md.
         gradient: "sketch" never forms a gradient of a weight; "exact" does, layer by layer where it can.
-        passes: backward passes over the batches for the sketch, >= 2. "auto" makes 4, and two more at a time, up to 12,
+        passes: backward passes over the batches for the sketch, >= 2. "auto" makes 4, and one more at a time, up to 12,
             while some layer's factors hold less than 99 % of the best rank-r energy, by the report's own estimate.
         oversample: columns that the sketch probes beyond `rank`.
         recompute: whether the blocks of a transformers model compute their activations again in the backward pass: all

@@ -10,7 +10,7 @@ from .backends.interface import Layer, PassResult, Session
 from .config import Config
 from .core.factors import Factors, gradient_factors, normalized_factors, plain_factors
 from .core.ops import Array, Ops, as_one_program
-from .core.spectrum import Spectrum, advance, draw_omega, exact_spectrum, finish, probe, start
+from .core.spectrum import SketchState, Spectrum, advance, draw_omega, exact_spectrum, finish, probe, start
 from .errors import BatchError, GradientError, ModelError
 from .report import GammaTrial, LayerReport, Report, layer_report, share_of_best
 
@@ -116,7 +116,7 @@ def _sketch(session: Session, config: Config) -> _Spectra:
         omega = draw_omega(config.seed, layer.name, layer.in_features, width)
         states[layer.name] = start(ops, ops.asarray(omega, like=session.like(layer.name)), layer.out_features)
     ranks = {layer.name: layer.rank for layer in session.layers}
-    spectra: dict[str, Spectrum] = {}
+    spectra: dict[str, Spectrum] | None = None
     for number in range(1, config.pass_counts[-1] + 1):
         result, gradients = session.sketch_pass({name: probe(ops, state) for name, state in states.items()})
         for name in list(states):
@@ -126,6 +126,8 @@ def _sketch(session: Session, config: Config) -> _Spectra:
                 continue
             _check_finite(ops, name, gradient, f"in pass {number}")
             states[name] = advance(ops, states[name], gradient)
+            # A lazy framework computes the state here, and lets the gradient go.
+            ops.to_numpy(ops.sum(states[name].coordinates[-1]))
         if number == 1:
             first = result
         elif abs(result.loss - first.loss) > SAME_LOSS * (1.0 + abs(first.loss)):
@@ -136,16 +138,26 @@ def _sketch(session: Session, config: Config) -> _Spectra:
                 stacklevel=5,
             )
         if number in config.pass_counts:
-            spectra = {name: finish(ops, state, ranks[name]) for name, state in states.items()}
-            if number < config.pass_counts[-1] and all(
-                _holds_enough(ops, name, spectrum) for name, spectrum in spectra.items()
-            ):
+            spectra = _finished(ops, states, ranks, may_go_on=number < config.pass_counts[-1])
+            if spectra is not None:
                 break
+    assert spectra is not None
     return _Spectra(first, number, spectra)
 
 
-def _holds_enough(ops: Ops, layer: str, spectrum: Spectrum) -> bool:
-    values = _values(ops, layer, spectrum)
+def _finished(
+    ops: Ops, states: dict[str, SketchState], ranks: dict[str, int], may_go_on: bool
+) -> dict[str, Spectrum] | None:
+    """The spectra of all layers; None as soon as one holds too little and more passes may be made."""
+    spectra: dict[str, Spectrum] = {}
+    for name, state in states.items():
+        spectra[name] = finish(ops, state, ranks[name])
+        if may_go_on and not _holds_enough(_values(ops, name, spectra[name])):
+            return None
+    return spectra
+
+
+def _holds_enough(values: Spectrum) -> bool:
     return not values.s[0] > 0 or share_of_best(values) >= ENOUGH
 
 

@@ -73,13 +73,13 @@ def test_four_passes_are_made_where_they_are_enough():
     assert report.passes == 4 and share(session, "steep") > 0.9999
 
 
-def test_passes_go_on_in_pairs_until_the_worst_layer_holds_enough():
+def test_passes_go_on_until_the_worst_layer_holds_enough():
     config = Config(rank=RANK)
     session, report = started(config, steep=STEEP, flat=FLAT)
-    assert report.passes > 4 and report.passes % 2 == 0
+    assert report.passes > 4
     assert min(layer.share_of_best for layer in report.layers) >= 0.99
     assert share(session, "flat") >= 0.99  # the truth, not what the report believes
-    asked, fewer = (started(Config(rank=RANK, passes=report.passes - n), steep=STEEP, flat=FLAT) for n in (0, 2))
+    asked, fewer = (started(Config(rank=RANK, passes=report.passes - n), steep=STEEP, flat=FLAT) for n in (0, 1))
     assert min(layer.share_of_best for layer in fewer[1].layers) < 0.99
     for name, factors in session.factors.items():
         np.testing.assert_array_equal(factors.lora_A, asked[0].factors[name].lora_A)

@@ -14,6 +14,7 @@ from .cases import Case
 from .computations import View
 
 DIGITS = 60
+SETTLED = 1e-5
 Long = np.longdouble
 _MASK = 2**64 - 1
 
@@ -180,10 +181,12 @@ def _sketch(inputs: list[np.ndarray], params: dict[str, Any], eps: float) -> Vie
     first, error = _left_out(g @ omega, eps)
     view: View = {}
     energies = []
-    for passes in range(2, params["passes"] + 1):
+    for passes in range(1, params["passes"] + 1):
         seen, whole = _seen(g, omega, passes)
         _, s, _ = _gesvd(seen)
         energies.append(float(np.sum(s[:r] ** 2)))
+        if passes == 1:  # nothing is known of the other side
+            continue
         if whole:
             norm, norm_error, unseen, best = np.linalg.norm(g), 0.0, 0.0, np.sqrt(energies[-1])
         else:
@@ -255,13 +258,11 @@ def _left_out(y: np.ndarray, eps: float) -> tuple[float, float]:
 
 
 def _to_come(energies: list[float], unseen: float) -> float:
-    """The geometric series of what the last passes added, at most what is unseen."""
-    if len(energies) < 2:
-        return unseen
-    before_last = energies[-3] if len(energies) > 2 else 0.0
-    last, before = max(energies[-1] - energies[-2], 0.0), max(energies[-2] - before_last, 0.0)
-    ratio = min(last / before if before else last, 0.9)
-    return min(last * ratio / (1.0 - ratio), unseen)
+    """How far the limit is if the last two energies' distances to it are those of the two before, scaled alike."""
+    a, b, c, d = [0.0, 0.0, 0.0, *energies][-4:]
+    last, before, earlier = max(d - c, 0.0), max(c - b, 0.0), max(b - a, 0.0)
+    slower = max(earlier - last, 0.0) + SETTLED * d
+    return min(last * (last + before) / slower if slower else 0.0, unseen)
 
 
 def _normalized(inputs: list[np.ndarray], params: dict[str, Any]) -> View:

@@ -23,6 +23,7 @@ full reorthogonalisation.
 """
 
 import hashlib
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ from .krylov import leading_triplets, minus_projection
 from .ops import Array, Ops, as_one_program
 
 EXACT_OVERSAMPLE = 8  # columns beyond the rank in the products with a G in memory
+SETTLED = 1e-5  # of the energy: gains that are so small, or so much alike, are not divided by each other
 
 
 class Spectrum(NamedTuple):
@@ -59,13 +61,17 @@ class Probe(NamedTuple):
 
 
 class SketchState(NamedTuple):
-    """All that the passes so far have learnt about G. Blocks are (., d), d <= k, and orthonormal taken together."""
+    """All that the passes so far have learnt about G: bases, and what G is in them.
+
+    Blocks are (., d), d <= k, and orthonormal taken together on each side. What a pass yields lies in the span of the
+    blocks known by then and of the one that it adds, so that the coordinates are all that is kept of it.
+    """
 
     block: Array  # what the next pass probes: (in, k) before odd passes, (out, k) before even ones
     right: tuple[Array, ...]  # blocks V_j, (in, d)
-    g_right: tuple[Array, ...]  # G V_j, (out, d)
     left: tuple[Array, ...]  # blocks Q_j, (out, d)
-    left_g: tuple[Array, ...]  # Q_j^T G, (d, in)
+    # Of pass 1, 3, ...: [Q_1 ... Q_j]^T G V_j, (j k, d); of pass 2, 4, ...: [V_1 ... V_{j+1}]^T G^T Q_j, (j k + k, d).
+    coordinates: tuple[Array, ...]
     mixing: Array  # (k, k): omega = right[0] @ mixing
     scale: Array  # (), the unit of the next two
     residual: Array  # (), estimate of ||(I - Q_1 Q_1^T) G||_F^2
@@ -74,7 +80,7 @@ class SketchState(NamedTuple):
     @property
     def passes(self) -> int:
         """How many gradients the state has taken in."""
-        return len(self.right) + len(self.left)
+        return len(self.coordinates)
 
 
 def draw_omega(seed: int, layer: str, in_features: int, columns: int) -> np.ndarray:
@@ -103,11 +109,11 @@ def exact_spectrum(ops: Ops, gradient: Array, rank: int) -> Spectrum:
     omega = None if 3 * width > limit else draw_omega(0, "exact", gradient.shape[1], width)
     found = None if omega is None else leading_triplets(ops, gradient, ops.asarray(omega, like=gradient), rank, limit)
     if found is None:
-        return _descent_seen_whole(ops, *_thin_svd(ops, gradient), rank)
+        return _descent(ops, _seen_whole(ops, *_thin_svd(ops, gradient), rank))
     u, s, vt = found
     zero = ops.zeros((), like=s)
     norm = _frobenius_norm(ops, gradient, _or_one(ops, s[0]))
-    return _descent(ops, u, s, vt, rank, norm=norm, norm_error=zero, unseen=zero, best_norm=_norm(ops, s[:rank]))
+    return _descent(ops, Spectrum(u, s, vt, norm=norm, norm_error=zero, unseen=zero, best_norm=_norm(ops, s)))
 
 
 def _frobenius_norm(ops: Ops, g: Array, scale: Array) -> Array:
@@ -134,7 +140,7 @@ def start(ops: Ops, omega: Array, out_features: int) -> SketchState:
     # projected on as they are when the passes stop after an odd one.
     v, mixing = ops.qr(omega)  # (in, k), (k, k)
     zero = ops.zeros((), like=omega)
-    return SketchState(v, (), (), (), (), mixing, zero, zero, zero)
+    return SketchState(v, (), (), (), mixing, zero, zero, zero)
 
 
 def probe(ops: Ops, state: SketchState) -> Probe:
@@ -155,15 +161,16 @@ def advance(ops: Ops, state: SketchState, gradient: Array) -> SketchState:
         if state.passes == 0:
             residual = as_one_program(ops, _estimate_residual)(gradient, state.mixing)
             state = state._replace(scale=residual[0], residual=residual[1], residual_variance=residual[2])
-        d = min(state.block.shape[1], state.block.shape[0] - _columns(state.right))
-        y = gradient[:, :d]  # (out, d) = G V
-        right, g_right = (*state.right, state.block[:, :d]), (*state.g_right, y)
-        return state._replace(right=right, g_right=g_right, block=_new_directions(ops, y, state.left, state.block))
-    d = min(state.block.shape[1], state.block.shape[0] - _columns(state.left))
-    z = gradient[:d, :]  # (d, in) = Q^T G
-    left, left_g = (*state.left, state.block[:, :d]), (*state.left_g, z)
-    block = _new_directions(ops, ops.matrix_transpose(z), state.right, state.block)
-    return state._replace(left=left, left_g=left_g, block=block)
+        probed = _adopted(state.block, state.right)
+        x, known = gradient[:, : probed.shape[1]], state.left  # (out, d) = G V
+        state = state._replace(right=(*state.right, probed))
+    else:
+        probed = _adopted(state.block, state.left)
+        x, known = ops.matrix_transpose(gradient[: probed.shape[1], :]), state.right  # (in, d) = G^T Q
+        state = state._replace(left=(*state.left, probed))
+    block = _new_directions(ops, x, known, state.block.shape[1])
+    coordinates = [ops.matmul(ops.matrix_transpose(q), x) for q in (*known, _adopted(block, known))]  # (d, d)
+    return state._replace(block=block, coordinates=(*state.coordinates, ops.concat(coordinates, axis=0)))
 
 
 def advance_on(ops: Ops, state: SketchState, gradient: Array) -> SketchState:
@@ -178,28 +185,56 @@ def finish(ops: Ops, state: SketchState, rank: int) -> Spectrum:
     """The leading triplets of -G projected on all directions probed so far (block Krylov), after >= 2 passes."""
     if state.passes < 2:
         raise ValueError(f"a sketch needs at least 2 passes, got {state.passes}")
-    projected = _projected(ops, state, state.passes)
-    u, s, vt = _thin_svd(ops, projected)
-    if state.passes % 2 == 0:  # G ~ Q (Q^T G)
-        u = ops.matmul(ops.concat(state.left, axis=1), u)  # (out, K)
-    else:  # G ~ (G V) V^T
-        vt = ops.matmul(vt, ops.matrix_transpose(ops.concat(state.right, axis=1)))  # (K, in)
-    if rank > s.shape[0]:
-        raise ValueError(f"rank must be <= {s.shape[0]}, the directions probed, got {rank}")
-    if _columns(state.left) == state.left[0].shape[0] or _columns(state.right) == state.right[0].shape[0]:
-        return as_one_program(ops, _descent_seen_whole, ("rank",))(u, s, vt, rank=rank)
-    earlier = range(max(2, state.passes - 2), state.passes)
-    before = tuple(_thin_svd(ops, _projected(ops, state, passes))[1] for passes in earlier)
+    left, right = state.left, state.right
+    if state.passes % 2 == 0:
+        right = (*right, _adopted(state.block, right))
+    else:
+        left = (*left, _adopted(state.block, left))
+    directions = min(_columns(left), _columns(right))
+    if rank > directions:
+        raise ValueError(f"rank must be <= {directions}, the directions probed, got {rank}")
+    whole = _columns(state.left) == left[0].shape[0] or _columns(state.right) == right[0].shape[0]
     residual = (state.scale, state.residual, state.residual_variance)
-    norms = as_one_program(ops, _norms, ("rank",))(s, before, state.left_g[0], residual, rank=rank)
-    return as_one_program(ops, _descent, ("rank",))(u, s, vt, rank=rank, **norms)
+    inside = as_one_program(ops, _inside, ("rank", "whole"))(state.coordinates, residual, rank=rank, whole=whole)
+    return as_one_program(ops, _outside)(inside, left, right)
+
+
+def _inside(
+    ops: Ops,
+    coordinates: tuple[Array, ...],
+    of_residual: tuple[Array, Array, Array],
+    rank: int,
+    whole: bool,
+) -> Spectrum:
+    """The leading triplets of G in the bases: of `Spectrum`, but u is (K, r), vt is (r, K), and signs are not set.
+
+    Args:
+        coordinates: of the state.
+        of_residual: (scale, residual, residual_variance) of the state.
+        whole: whether one of the bases spans its space, so that all of G was seen.
+    """
+    passes = len(coordinates)
+    u, s, vt = _thin_svd(ops, _projected(ops, coordinates, passes))
+    if whole:
+        return _seen_whole(ops, u, s, vt, rank)
+    earlier = range(max(1, passes - 3), passes)
+    energies = [_thin_svd(ops, _projected(ops, coordinates, number))[1] for number in earlier]
+    norms = _norms(ops, s, energies, coordinates[1], of_residual, rank)
+    return Spectrum(u[:, :rank], s[:rank], vt[:rank, :], **norms)
+
+
+def _outside(ops: Ops, inside: Spectrum, left: tuple[Array, ...], right: tuple[Array, ...]) -> Spectrum:
+    """The spectrum of -G from that in the bases: blocks (out, d) and (in, d)."""
+    u = ops.matmul(ops.concat(left, axis=1), inside.u)  # (out, r)
+    vt = ops.matmul(inside.vt, ops.matrix_transpose(ops.concat(right, axis=1)))  # (r, in)
+    return _descent(ops, inside._replace(u=u, vt=vt))
 
 
 def _norms(
     ops: Ops,
     s: Array,
-    before: tuple[Array, ...],
-    first_left_g: Array,
+    earlier: list[Array],
+    second: Array,
     of_residual: tuple[Array, Array, Array],
     rank: int,
 ) -> dict[str, Array]:
@@ -207,8 +242,8 @@ def _norms(
 
     Args:
         s: singular values of the projected G, (K,).
-        before: of what it was two passes ago and one pass ago, as far as there were two passes by then.
-        first_left_g: Q_1^T G, (k, in).
+        earlier: of what it was up to three passes ago, the latest last.
+        second: coordinates of Q_1^T G, what the second pass found.
         of_residual: (scale, residual, residual_variance) of the state.
     """
     # ||G||_F^2 = ||Q_1^T G||_F^2 + residual: the first term is known, and the second was estimated from probes that are
@@ -216,44 +251,47 @@ def _norms(
     unit, residual, variance = of_residual
     scale = _or_one(ops, unit)
     seen = _square_sum(ops, s / scale)
-    first = _square_sum(ops, first_left_g / scale)
+    first = _square_sum(ops, second / scale)
     unseen = _at_least_zero(ops, first + residual - seen)
     norm = ops.sqrt(seen + unseen)
     error = ops.sqrt(variance) / (2.0 * _or_one(ops, norm))  # d sqrt(x) = dx / (2 sqrt(x))
-    energies = [_square_sum(ops, x[:rank] / scale) for x in (*before, s)]
+    energies = [_square_sum(ops, x[:rank] / scale) for x in (*earlier, s)]
     best = ops.sqrt(energies[-1] + _energy_to_come(ops, energies, unseen))
     norms = {"norm": norm, "norm_error": error, "unseen": ops.sqrt(unseen), "best_norm": best}
     return {name: value * unit for name, value in norms.items()}
 
 
-def _projected(ops: Ops, state: SketchState, passes: int) -> Array:
-    """G in the basis that the first `passes` passes ended with: Q^T G, (K, in), or G V, (out, K)."""
-    if passes % 2 == 0:
-        return ops.concat(state.left_g[: passes // 2], axis=0)
-    return ops.concat(state.g_right[: passes // 2 + 1], axis=1)
+def _projected(ops: Ops, coordinates: tuple[Array, ...], passes: int) -> Array:
+    """G in the bases that the first `passes` passes ended with, (K, K'): rows of the left one, columns of the right."""
+    # Of the passes that probed the same side as the last one. Their blocks come one after the other, and each pass
+    # knows only those up to its own.
+    of_side = coordinates[(passes - 1) % 2 : passes : 2]
+    rows = of_side[-1].shape[0]
+    full = [ops.concat([x, ops.zeros((rows - x.shape[0], x.shape[1]), like=x)], axis=0) for x in of_side[:-1]]
+    projected = ops.concat([*full, of_side[-1]], axis=1)
+    return projected if passes % 2 else ops.matrix_transpose(projected)
 
 
 def _energy_to_come(ops: Ops, energies: list[Array], unseen: Array) -> Array:
     """What more passes would still add to the energy of the r leading directions, (), in units of scale^2.
 
-    Each pass adds a roughly constant fraction of what the one before it added, so that the rest is a geometric series.
+    Two passes, one on each side, are taken to bring that energy nearer to its limit by the same factor as the two that
+    were made a pass before them: what is to come is to that of two passes ago as that of one pass ago to that of three.
     It cannot be more than all that is unseen, which is what remains to be said after two passes.
 
     Args:
-        energies: after the last three passes, the latest last; fewer if there were fewer.
+        energies: after the last four passes, the latest last; fewer if there were fewer.
     """
-    if len(energies) == 1:
-        return unseen
-    latest, one_ago, two_ago = energies[-1], energies[-2], energies[-3] if len(energies) > 2 else 0.0
-    last = _at_least_zero(ops, latest - one_ago)
-    before = _at_least_zero(ops, one_ago - two_ago)
-    ratio = _smaller(last / _or_one(ops, before), 0.9)
-    return _smaller(last * ratio / (1.0 - ratio), unseen)
+    none = [ops.zeros((), like=unseen)] * (4 - len(energies))  # the energy before the first pass
+    earlier, before, last = (_at_least_zero(ops, y - x) for x, y in itertools.pairwise([*none, *energies]))
+    # x / (x + last + before) = (x + last) / (x + last + before + earlier), solved for x
+    slower = _at_least_zero(ops, earlier - last) + SETTLED * energies[-1]
+    return _smaller(ops, last * (last + before) / _or_one(ops, slower), unseen)
 
 
-def _new_directions(ops: Ops, x: Array, known: tuple[Array, ...], block: Array) -> Array:
+def _new_directions(ops: Ops, x: Array, known: tuple[Array, ...], k: int) -> Array:
     """An orthonormal basis of range(x) minus range(known), (rows, k): zero columns where the space is exhausted."""
-    rows, k = x.shape[0], block.shape[1]
+    rows = x.shape[0]
     d = min(x.shape[1], rows - _columns(known))
     if d == 0:
         return ops.zeros((rows, k), like=x)
@@ -264,6 +302,11 @@ def _new_directions(ops: Ops, x: Array, known: tuple[Array, ...], block: Array) 
         for _ in range(2):
             q, _ = ops.qr(_project_out(ops, q, known))
     return q if d == k else ops.concat([q, ops.zeros((rows, k - d), like=x)], axis=1)
+
+
+def _adopted(block: Array, known: tuple[Array, ...]) -> Array:
+    """The columns of a new block, (rows, k), for which there is room beside the known ones: (rows, d)."""
+    return block[:, : min(block.shape[1], block.shape[0] - _columns(known))]
 
 
 def _project_out(ops: Ops, x: Array, known: tuple[Array, ...]) -> Array:
@@ -308,20 +351,19 @@ def _thin_svd(ops: Ops, x: Array) -> tuple[Array, Array, Array]:
     return ops.matmul(q, u), s, vt
 
 
-def _descent_seen_whole(ops: Ops, u: Array, s: Array, vt: Array, rank: int) -> Spectrum:
-    """`_descent` where u, s, vt hold all of G, so that its norms are known."""
-    zero = ops.zeros((), like=s)
-    return _descent(
-        ops, u, s, vt, rank, norm=_norm(ops, s), norm_error=zero, unseen=zero, best_norm=_norm(ops, s[:rank])
-    )
+def _seen_whole(ops: Ops, u: Array, s: Array, vt: Array, rank: int) -> Spectrum:
+    """The leading triplets of G where u, s, vt hold all of it, so that its norms are known."""
+    zero, first = ops.zeros((), like=s), s[:rank]
+    norms = {"norm": _norm(ops, s), "norm_error": zero, "unseen": zero, "best_norm": _norm(ops, first)}
+    return Spectrum(u[:, :rank], first, vt[:rank, :], **norms)
 
 
-def _descent(ops: Ops, u: Array, s: Array, vt: Array, rank: int, **norms: Array) -> Spectrum:
-    """The SVD of -G from that of G, truncated, with the sign convention of `Spectrum`."""
-    u, s, vt = u[:, :rank], s[:rank], vt[:rank, :]
+def _descent(ops: Ops, spectrum: Spectrum) -> Spectrum:
+    """That of -G from that of G, with the sign convention of `Spectrum`."""
+    u, vt = spectrum.u, spectrum.vt
     positive = ops.astype(ops.max(u, axis=0) >= ops.max(-u, axis=0), u.dtype)  # (r,), 1 or 0
     sign = 2.0 * positive - 1.0
-    return Spectrum(u * sign, s, -vt * sign[:, None], **norms)
+    return spectrum._replace(u=u * sign, vt=-vt * sign[:, None])
 
 
 def _columns(blocks: tuple[Array, ...]) -> int:
@@ -347,5 +389,5 @@ def _at_least_zero(ops: Ops, x: Array) -> Array:
     return (x + abs(x)) / 2.0
 
 
-def _smaller(x: Array, y: Array | float) -> Array:
-    return (x + y - abs(x - y)) / 2.0
+def _smaller(ops: Ops, x: Array, y: Array) -> Array:
+    return -ops.max(ops.stack([-x, -y]))

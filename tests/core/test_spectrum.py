@@ -102,7 +102,47 @@ def test_best_norm_is_told_from_the_convergence_of_the_passes(passes):
     if passes <= 3:
         assert min(told) > 1.0
     else:
-        assert np.mean(np.abs(np.array(told) - 1)) < 0.01
+        assert np.mean(np.abs(np.array(told) - 1)) < (0.02 if passes == 4 else 0.001)
+
+
+FLAT = {
+    "linear, 1 to 0.5": np.linspace(1.0, 0.5, 240),
+    "linear, 1 to 0": np.linspace(1.0, 0.0, 240),
+    "i^-0.1": np.arange(1, 241) ** -0.1,
+    "random entries": np.linalg.svd(np.random.default_rng(0).standard_normal((240, 240)), compute_uv=False) / 31.0,
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", FLAT)
+def test_what_is_missing_is_told_of_flat_spectra_too_after_even_and_after_odd_passes(name, seed):
+    """Which ends the passes: what is missing must be told before it is gone, and not be told when it is."""
+    arrays = Arrays("numpy", "float64")
+    g = spectrum_matrix(320, 240, FLAT[name])
+    best = np.sum(np.linalg.svd(g, compute_uv=False)[:4] ** 2)
+    for passes in range(4, 13):
+        spectrum = finish(arrays.ops, run_passes(arrays, g, 20, passes, seed), 4)
+        held = np.sum(spectrum.s**2)
+        missing, told = 1.0 - held / best, 1.0 - held / spectrum.best_norm**2
+        if missing > 1e-3:
+            assert told > 0.45 * missing
+        if passes >= 6:
+            assert told < 3.5 * missing + 1e-3
+
+
+def test_a_state_is_its_bases_and_what_g_is_in_them(arrays):
+    g = spectrum_matrix(60, 50, 1.0 / np.arange(1, 51))
+    state = run_passes(arrays, g, 6, 5)
+    left = np.concatenate([arrays.numpy(q) for q in (*state.left, state.block)], axis=1)  # (out, 18)
+    right = np.concatenate([arrays.numpy(v) for v in state.right], axis=1)  # (in, 18)
+    assert [x.shape for x in state.coordinates] == [(6, 6), (12, 6), (12, 6), (18, 6), (18, 6)]
+    inside = np.zeros((18, 18))
+    for j, x in enumerate(state.coordinates[::2]):
+        inside[: 6 * (j + 1), 6 * j : 6 * (j + 1)] = arrays.numpy(x)
+    arrays.assert_close(inside, left.T @ g @ right)
+    arrays.assert_close(left @ inside, g @ right)  # nothing of the products is lost
+    kept = sum(np.size(arrays.numpy(x)) for x in (*state.left, *state.right, state.block))
+    assert kept == 3 * 6 * (60 + 50)
 
 
 @pytest.mark.parametrize("passes", [2, 3, 4])
