@@ -96,7 +96,7 @@ def _attention(model: Architecture, block: Block, work: Workload) -> int:
 def sketch_flops(targets: list[list[Linear]], work: Workload) -> Decompositions:
     """Between all passes of the sketch, and in its end, on all targets."""
     every = [x for block in targets for x in block]
-    return _all_of([(x.copies, _sketch(x, work.width, work.config.pass_counts[0])) for x in every])
+    return _all_of([(x.copies, _sketch(x, work.config.rank, work.width, work.config.pass_counts[0])) for x in every])
 
 
 def exact_flops(targets: list[list[Linear]], rank: int) -> Decompositions:
@@ -131,11 +131,11 @@ def _exact(linear: Linear, rank: int) -> Decompositions:
 
 
 _NOTHING = Decompositions(0, 0, 0, 0, 0)
-_CALLS_A_PASS, _CALLS_A_CHECK, _CALLS_A_PRODUCT = 28, 50, 38  # as torch dispatches them
+_CALLS_A_PASS, _CALLS_AT_THE_END, _CALLS_A_PRODUCT = 32, 119, 38  # as torch dispatches them
 
 
-def _sketch(linear: Linear, width: int, passes: int) -> Decompositions:
-    """QRs (Householder: 4 m k^2 for a thin Q of (m, k)), projections on earlier blocks, SVDs of what is projected."""
+def _sketch(linear: Linear, rank: int, width: int, passes: int) -> Decompositions:
+    """QRs (Householder: 4 m k^2 for a thin Q of (m, k)), projections on earlier blocks, SVDs of what G is in them."""
     k = min(width, linear.out_features, linear.in_features)
     known = [0, 0]
     qr, svd, thin, calls = 4 * linear.in_features * k * k, 0, 0, passes * _CALLS_A_PASS  # the QR is omega's
@@ -146,13 +146,11 @@ def _sketch(linear: Linear, width: int, passes: int) -> Decompositions:
         qr += rounds * 4 * rows * k * k
         thin += rounds * 4 * rows * k * known[side]
         known[side] += k
-    for number in range(max(2, passes - 2), passes + 1):  # in the end; also what the last two passes have changed
-        columns = k * ((number + 1) // 2)
-        qr += 4 * linear.in_features * columns**2
-        svd += 22 * columns**3
-        thin += 2 * (linear.in_features + linear.out_features) * columns * k
-        calls += _CALLS_A_CHECK
-    return Decompositions(qr, svd, 0, thin, calls)
+        thin += 2 * rows * k * known[side]  # coordinates
+    for number in range(max(1, passes - 3), passes + 1):  # in the end; also what the last three passes have changed
+        svd += 22 * (k * ((number + 1) // 2)) ** 3
+    thin += 2 * rank * (linear.out_features * known[1] + linear.in_features * known[0])
+    return Decompositions(qr, svd, 0, thin, calls + _CALLS_AT_THE_END)
 
 
 def _all_of(counted: list[tuple[int, Decompositions]]) -> Decompositions:

@@ -53,7 +53,9 @@ def step_memory(model: Architecture, targets: Targets, work: Workload) -> Parts:
 
 
 def sketch_memory(model: Architecture, targets: Targets, work: Workload) -> Parts:
-    """The init by sketch, in one of its last two passes; from the second batch on the gradients are there early."""
+    """The init by sketch, in one of its last two passes, where from the second batch on the gradients are there early,
+    or at its end.
+    """
     loss = activations.loss_bytes(model, work)
     passes = work.config.pass_counts[0]
     moments: list[Parts] = []
@@ -66,24 +68,22 @@ def sketch_memory(model: Architecture, targets: Targets, work: Workload) -> Part
         for moment in (
             {"activations": kept, "logits and loss": loss, "sketch gradients": early},
             {"activations": kept + again, "sketch gradients": early},
-            {"sketch gradients": gradient},
         ):
             moments.append({"sketches": known, **moment})
-    always = {
-        "base weights": weight_bytes(model, work),
-        "LoRA factors": FLOAT32 * lora_parameters(targets, work.config.rank),
-    }
-    return _at_peak(always, *moments)
+    factors = FLOAT32 * lora_parameters(targets, work.config.rank)
+    moments.append({"sketches": _sketches(targets, work, passes + 1)[0], "singular triplets": factors})
+    return _at_peak({"base weights": weight_bytes(model, work), "LoRA factors": factors}, *moments)
 
 
 def _sketches(targets: Targets, work: Workload, number: int) -> tuple[int, int]:
-    """What the passes before a pass have found, that which it probes included, and what it yields."""
+    """What a pass finds, with the basis that it probes, and what it yields."""
     known = gradient = 0
     for x in (x for block in targets for x in block):
-        size = x.copies * min(work.width, x.out_features, x.in_features) * FLOAT32
-        for earlier in range(1, number + 1):
-            probed, product = (x.in_features, x.out_features) if earlier % 2 else (x.out_features, x.in_features)
-            known += size * (probed + (product if earlier < number else 0))
+        k = min(work.width, x.out_features, x.in_features)
+        size = x.copies * k * FLOAT32
+        probed, product = (x.in_features, x.out_features) if number % 2 else (x.out_features, x.in_features)
+        coordinates = sum(k * (earlier // 2 + 1) for earlier in range(1, number))
+        known += size * ((number + 1) // 2 * probed + number // 2 * product + coordinates)
         gradient += size * product
     return known, gradient
 

@@ -106,12 +106,15 @@ def test_the_sketch_holds_what_its_passes_found_and_exact_all_gradients_of_sever
     targets = targets_of(model)
     sides = sum(x.in_features + x.out_features for block in targets for x in block)
     inputs = sum(x.in_features for block in targets for x in block)
-    outputs = sides - inputs
+    layers = sum(len(block) for block in targets)
     config = Config(rank=4, oversample=6, passes=2)
-    parts = sketch_memory(model, targets, work(config=config, dtype="float32"))
-    # V and G V of pass 1, and Q of pass 2; then the gradient.
-    assert parts["sketches"] == 4 * 10 * (sides + outputs)
-    assert parts["sketch gradients"] == 4 * 10 * inputs
+    long, short = (sketch_memory(model, targets, work(config=config, seq_len=n)) for n in (24, 2))
+    # In pass 2: V of pass 1, what it found in coordinates, and Q.
+    assert long["sketches"] == 4 * 10 * (sides + layers * 10)
+    assert long["activations"] > 0 and long["singular triplets"] == 0
+    # At the end also the V that came of pass 2, and its coordinates.
+    assert short["sketches"] == 4 * 10 * (sides + inputs + layers * (10 + 20))
+    assert short["activations"] == 0 and short["singular triplets"] == 4 * 4 * sides
     several, one = (exact_memory(model, targets, work(init_batches=n)) for n in (2, 1))
     assert several["full gradients"] == 4 * sum(x.weights for block in targets for x in block)
     assert one["full gradients"] == 0
