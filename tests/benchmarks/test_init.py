@@ -1,9 +1,11 @@
 """`benchmarks.init` runs, on the tiny model, and tells good starts from bad ones."""
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import init
-from benchmarks.init_contenders import authors, eva, lora_ga, ours, training_step
+from benchmarks.harness import PeakMemory
+from benchmarks.init_contenders import authors, eva, lora_ga, ours, read_weights, training_step
 from benchmarks.init_models import CASES, prepare
 
 
@@ -48,6 +50,17 @@ def test_peers_hold_what_their_methods_aim_at(folder):
 def test_the_yardstick_is_forward_and_backward_alone(folder):
     numbers = training_step("tiny", folder, 24)
     assert numbers["seconds"] > 0 and "energy" not in numbers
+
+
+def test_a_loaded_model_is_in_memory_before_anything_is_measured(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=256, intermediate_size=64, num_hidden_layers=1, vocab_size=32000))
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    read_weights(loaded)
+    with PeakMemory() as memory:
+        total = sum(float(weight.sum()) for weight in loaded.parameters())
+    assert total != 0.0
+    assert memory.peak < 0.1 * sum(weight.nbytes for weight in loaded.parameters())
 
 
 def test_a_result_is_measured_tabled_and_drawn(folder, tmp_path):
