@@ -139,7 +139,7 @@ def _sketch(session: Session, config: Config) -> _Spectra:
             )
         if number in config.pass_counts:
             spectra = _finished(ops, states, ranks, may_go_on=number < config.pass_counts[-1])
-            if spectra is not None:
+            if session.unanimous(spectra is not None):
                 break
     assert spectra is not None
     return _Spectra(first, number, spectra)

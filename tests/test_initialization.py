@@ -23,8 +23,9 @@ class MatrixSession:
 
     ops = ops
 
-    def __init__(self, gradients: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, gradients: Mapping[str, np.ndarray], others_go_on_to: int = 0) -> None:
         self.gradients = gradients
+        self.others_go_on_to = others_go_on_to  # the number of passes that other processes make
         self.layers = [Layer(name, *g.shape, RANK, 1.0) for name, g in gradients.items()]
         self.factors: dict[str, Factors] = {}
         self.passes = 0
@@ -36,6 +37,9 @@ class MatrixSession:
         self.passes += 1
         products = {name: _product(self.gradients[name], probe) for name, probe in probes.items()}
         return PassResult(1.0, 1), products
+
+    def unanimous(self, decision: bool) -> bool:
+        return decision and self.passes >= self.others_go_on_to
 
     def assign(self, layer: str, factors: Factors) -> None:
         self.factors[layer] = factors
@@ -71,6 +75,13 @@ def share(session: MatrixSession, layer: str) -> float:
 def test_four_passes_are_made_where_they_are_enough():
     session, report = started(Config(rank=RANK), steep=STEEP)
     assert report.passes == 4 and share(session, "steep") > 0.9999
+
+
+def test_passes_go_on_while_another_process_wants_them():
+    session = MatrixSession({"steep": STEEP}, others_go_on_to=6)
+    assert initialize(session, Config(rank=RANK), "numpy", 0.0).passes == 6
+    last = MatrixSession({"steep": STEEP}, others_go_on_to=12)
+    assert initialize(last, Config(rank=RANK), "numpy", 0.0).passes == 12
 
 
 def test_passes_go_on_until_the_worst_layer_holds_enough():

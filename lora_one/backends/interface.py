@@ -65,6 +65,14 @@ class Session(Protocol):
         """A forward pass over all batches with the factors that are assigned now."""
         ...
 
+    def unanimous(self, decision: bool) -> bool:
+        """Whether all processes of a parallel run decide so; each of them asks, at the same point.
+
+        A decision that rests on decompositions may differ in their last digit: one process alone must not go on to a
+        pass that waits for the others.
+        """
+        ...
+
     def assign(self, layer: str, factors: Factors) -> None:
         """Set a layer's LoRA factors."""
         ...

@@ -99,6 +99,9 @@ class JaxSession:
     def mean_loss(self) -> PassResult:
         return PassResult(*self.oracle.mean_loss(self._batches))
 
+    def unanimous(self, decision: bool) -> bool:
+        return decision  # whatever the devices and hosts, one program computes it
+
     def assign(self, layer: str, factors: Factors) -> None:
         site, index = self._of[layer]
         pending = self._pending.setdefault(site.name, {})

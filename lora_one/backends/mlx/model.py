@@ -16,7 +16,7 @@ from lora_one.core.spectrum import Probe
 
 from .attach import Site, attach_lora, check_adapter_fits, find_sites, random_stream_kept
 from .batches import LossFn, check_scalar, default_loss, to_mlx
-from .distributed import mean_over_processes, sum_over_processes
+from .distributed import mean_over_processes, sum_over_processes, unanimous
 from .layout import read_factor, read_pairs, write_factor, write_pairs
 from .ops import MlxOps
 from .tap import tap, zeros_without_memory
@@ -164,6 +164,9 @@ class MlxSession:
                 loss = check_scalar(self._loss_fn(self.model, to_mlx(batch)), count)
             total += check_finite_loss(float(np.array(loss)), count)
         return PassResult(*mean_over_processes(total, count))
+
+    def unanimous(self, decision: bool) -> bool:
+        return unanimous(decision)
 
     def assign(self, layer: str, factors: Factors) -> None:
         path, index = self._position[layer]

@@ -17,6 +17,11 @@ def sum_over_processes(x: Tensor) -> Tensor:
     return x
 
 
+def unanimous(decision: bool, device: torch.device) -> bool:
+    """Whether it is that of all processes."""
+    return int(sum_over_processes(torch.tensor(0 if decision else 1, device=device))) == 0
+
+
 def mean_over_processes(total: float, count: int, device: torch.device) -> tuple[float, int]:
     """(sum of all totals / sum of all counts, sum of all counts)."""
     both = sum_over_processes(torch.tensor([total, float(count)], dtype=torch.float64, device=device))

@@ -19,7 +19,7 @@ from lora_one.memory import process_peak
 
 from .attach import Site, attach_lora, check_adapter_fits, find_sites
 from .batches import LossFn, default_loss, losses
-from .distributed import is_parallel, mean_over_processes, sum_over_processes
+from .distributed import is_parallel, mean_over_processes, sum_over_processes, unanimous
 from .frozen_linear import onednn_linears
 from .ops import TorchOps
 from .precision import full_precision, no_reduced_matmul
@@ -158,6 +158,9 @@ class TorchSession:
                 backward(loss, last)
             total, count = total + value, count + 1
         return PassResult(*mean_over_processes(total, count, self._device))
+
+    def unanimous(self, decision: bool) -> bool:
+        return unanimous(decision, self._device)
 
     def assign(self, layer: str, factors: Factors) -> None:
         site = self._sites[layer]

@@ -6,6 +6,7 @@ import torch
 import torch.multiprocessing as mp
 
 import lora_one
+from lora_one.backends.torch import TorchSession
 from lora_one.backends.torch.attach import find_sites
 from tests.backends.torch.models import llama
 
@@ -24,6 +25,8 @@ def worker(rank: int, port: int, folder: str) -> None:
     for name, config in CONFIGS.items():
         case = llama()
         model, report = lora_one.init(case.model, case.batches[rank::2], config=config)
+        session = TorchSession(case.model, case.batches, None, config)
+        assert [session.unanimous(x) for x in (True, rank == 0, rank == 1, False)] == [True, False, False, False]
         np.savez(f"{folder}/{name}-{rank}.npz", batches=report.batches, base_loss=report.base_loss, **products(model))
     torch.distributed.destroy_process_group()
 
