@@ -21,6 +21,7 @@ from lora_one.backends.torch import TorchSession, ops
 from lora_one.backends.torch.batches import LossFn
 from lora_one.core.alignment import captured_energy
 from lora_one.core.factors import Factors
+from lora_one.core.gradient import as_matrix
 
 PASSES = (2, 3, 4, 5)
 OVERSAMPLE = (0, 8, 16, 24)
@@ -78,7 +79,7 @@ def exact_gradients(
     config = lora_one.Config(gradient="exact", targets=targets)
     session = TorchSession(copy.deepcopy(model), batches, loss_fn, config)
     with session:
-        session.exact_pass(lambda name, g: gradients.update({name: ops.to_numpy(g).astype(np.float64)}))
+        session.exact_pass(lambda name, g: gradients.update({name: ops.to_numpy(as_matrix(ops, g)).astype(np.float64)}))
     return gradients
 
 

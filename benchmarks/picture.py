@@ -17,6 +17,7 @@ import lora_one
 from lora_one import demo
 from lora_one.backends.torch import TorchSession, attach_plain, ops
 from lora_one.backends.torch.tuner import TorchTuner, open_tuner
+from lora_one.core.gradient import as_matrix
 from lora_one.data import TokenSequence, encode, read_examples
 from lora_one.recipe import Recipe
 
@@ -38,7 +39,7 @@ def spectra() -> list[np.ndarray]:
     found: list[np.ndarray] = []
     batches = tuner.batches(sequences[:256], 32)
     with TorchSession(tuner.model, batches, tuner.loss_fn, lora_one.Config(gradient="exact")) as session:
-        session.exact_pass(lambda _, g: found.append(np.linalg.svd(ops.to_numpy(g), compute_uv=False)))
+        session.exact_pass(lambda _, g: found.append(np.linalg.svd(ops.to_numpy(as_matrix(ops, g)), compute_uv=False)))
     return found
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from .backends.interface import Layer, PassResult, Session
 from .config import Config
 from .core.factors import Factors, gradient_factors, normalized_factors, plain_factors
+from .core.gradient import Gradient, arrays_of
 from .core.ops import Array, Ops, as_one_program
 from .core.spectrum import SketchState, Spectrum, advance, draw_omega, exact_spectrum, finish, probe, start
 from .errors import BatchError, GradientError, ModelError
@@ -165,8 +166,9 @@ def _exact(session: Session) -> _Spectra:
     ranks = {layer.name: layer.rank for layer in session.layers}
     spectra: dict[str, Spectrum] = {}
 
-    def decompose(name: str, gradient: Array) -> None:
-        _check_finite(session.ops, name, gradient, "of the weight")
+    def decompose(name: str, gradient: Gradient) -> None:
+        for array in arrays_of(gradient):
+            _check_finite(session.ops, name, array, "of the weight")
         spectra[name] = exact_spectrum(session.ops, gradient, ranks[name])
         _values(session.ops, name, spectra[name])  # a lazy framework computes it here, and lets go of the gradient
 

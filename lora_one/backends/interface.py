@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from lora_one.core.factors import Factors
+from lora_one.core.gradient import Gradient
 from lora_one.core.ops import Array, Ops
 from lora_one.core.spectrum import Probe
 from lora_one.data import TokenSequence
@@ -54,10 +55,11 @@ class Session(Protocol):
         """
         ...
 
-    def exact_pass(self, consume: Callable[[str, Array], None]) -> PassResult:
+    def exact_pass(self, consume: Callable[[str, Gradient], None]) -> PassResult:
         """Run all batches backward and hand each layer's mean G, (out, in), to `consume`, once, as soon as it is whole.
 
-        A layer that no gradient reached is not handed over.
+        A backend may leave G as a `RowProduct` where that is smaller. A layer that no gradient reached is not handed
+        over.
         """
         ...
 

@@ -13,13 +13,14 @@ part of u that belongs to Q_j. So the next block, which is needed anyway, says h
 
 import numpy as np
 
+from .gradient import Gradient, times, transposed_times
 from .ops import Array, Ops
 
 LAPACK_RESIDUAL = 16.0  # in units of eps s_1: ||G^T u_i - s_i v_i|| by LAPACK's float32 SVD of a 2048 x 768 gradient
 NOTHING_NEW = 4.0  # in units of eps ||G||: what is left of a vector below this length is rounding noise
 
 
-def leading_triplets(ops: Ops, g: Array, omega: Array, rank: int, limit: int) -> tuple[Array, Array, Array] | None:
+def leading_triplets(ops: Ops, g: Gradient, omega: Array, rank: int, limit: int) -> tuple[Array, Array, Array] | None:
     """The `rank` leading singular triplets of G, as exact as a dense SVD's.
 
     When it is done depends on the values: this cannot be traced.
@@ -35,14 +36,14 @@ def leading_triplets(ops: Ops, g: Array, omega: Array, rank: int, limit: int) ->
     """
     k = omega.shape[1]
     v, _ = ops.qr(omega)  # (in, k)
-    q, h = ops.qr(ops.matmul(g, v))  # (out, k), (k, k)
-    floor = NOTHING_NEW * ops.eps(g) * ops.max(abs(h))
+    q, h = ops.qr(times(ops, g, v))  # (out, k), (k, k)
+    floor = NOTHING_NEW * ops.eps(v) * ops.max(abs(h))
     q, h = _without_noise(ops, q, h, floor)
     right, left = v, q  # (in, K), (out, K)
     while True:
-        v, r = _new_block(ops, ops.matmul(ops.matrix_transpose(g), q), right, floor)  # (in, k), (k, k)
+        v, r = _new_block(ops, transposed_times(ops, g, q), right, floor)  # (in, k), (k, k)
         u, s, _ = ops.svd(h)
-        settled = _largest(ops, ops.matmul(r, u[-k:, :rank]), s[0]) <= LAPACK_RESIDUAL * ops.eps(g)
+        settled = _largest(ops, ops.matmul(r, u[-k:, :rank]), s[0]) <= LAPACK_RESIDUAL * ops.eps(v)
         right = ops.concat([right, v], axis=1)
         h = ops.matrix_transpose(_below(ops, ops.matrix_transpose(h), r))  # (K, K + k)
         if settled:
@@ -51,7 +52,7 @@ def leading_triplets(ops: Ops, g: Array, omega: Array, rank: int, limit: int) ->
             return ops.matmul(left, u[:, :rank]), s[:rank], ops.matmul(vt[:rank, :], ops.matrix_transpose(right))
         if left.shape[1] + k > limit:
             return None
-        q, r = _new_block(ops, ops.matmul(g, v), left, floor)  # (out, k), (k, k)
+        q, r = _new_block(ops, times(ops, g, v), left, floor)  # (out, k), (k, k)
         left = ops.concat([left, q], axis=1)
         h = _below(ops, h, r)  # (K, K)
 

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .gradient import Gradient, arrays_of, as_matrix, frobenius_norm
 from .krylov import leading_triplets, minus_projection
 from .ops import Array, Ops, as_one_program
 
@@ -93,7 +94,7 @@ def draw_omega(seed: int, layer: str, in_features: int, columns: int) -> np.ndar
     return generator.standard_normal((in_features, columns))
 
 
-def exact_spectrum(ops: Ops, gradient: Array, rank: int) -> Spectrum:
+def exact_spectrum(ops: Ops, gradient: Gradient, rank: int) -> Spectrum:
     """The `rank` leading singular triplets of -G, as exact as a dense SVD.
 
     Of a large G by products with it, until what it and the triplets disagree by is down to the rounding error that
@@ -107,23 +108,14 @@ def exact_spectrum(ops: Ops, gradient: Array, rank: int) -> Spectrum:
     limit = min(gradient.shape) // 4  # directions, from where on the dense SVD is the faster one
     width = rank + EXACT_OVERSAMPLE
     omega = None if 3 * width > limit else draw_omega(0, "exact", gradient.shape[1], width)
-    found = None if omega is None else leading_triplets(ops, gradient, ops.asarray(omega, like=gradient), rank, limit)
+    like = arrays_of(gradient)[0]
+    found = None if omega is None else leading_triplets(ops, gradient, ops.asarray(omega, like=like), rank, limit)
     if found is None:
-        return _descent(ops, _seen_whole(ops, *_thin_svd(ops, gradient), rank))
+        return _descent(ops, _seen_whole(ops, *_thin_svd(ops, as_matrix(ops, gradient)), rank))
     u, s, vt = found
     zero = ops.zeros((), like=s)
-    norm = _frobenius_norm(ops, gradient, _or_one(ops, s[0]))
+    norm = frobenius_norm(ops, gradient, _or_one(ops, s[0]))
     return _descent(ops, Spectrum(u, s, vt, norm=norm, norm_error=zero, unseen=zero, best_norm=_norm(ops, s)))
-
-
-def _frobenius_norm(ops: Ops, g: Array, scale: Array) -> Array:
-    """||G||_F, (), in units of `scale`, some rows at a time: squares must not overflow, nor copies of G fill memory."""
-    rows = 512
-    total = ops.zeros((), like=g)
-    for i in range(0, g.shape[0], rows):
-        part = g[i : i + rows] / scale
-        total = total + ops.sum(ops.sum(part * part, axis=1))  # of rows first: one long sum in float32 loses digits
-    return scale * ops.sqrt(total)
 
 
 def start(ops: Ops, omega: Array, out_features: int) -> SketchState:

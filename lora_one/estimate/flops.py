@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lora_one.core.gradient import RowProduct
 from lora_one.core.spectrum import EXACT_OVERSAMPLE
 
 from .architecture import Architecture, Block, Linear
@@ -79,7 +80,7 @@ def pass_flops(
             # Through B always, through A unless the embedding is all that is below; and a gradient a factor.
             backward += lora * (outer + (0 if index == 0 and x.reads == embedded else inner) + outer + inner)
             backward += sketch * (outer + inner)
-            gradients += 2 * tokens * x.used_weights * exact
+            gradients += 2 * tokens * x.used_weights * (exact and multiplied_out(x, work))
     return Flops(
         Kinds(base + head, attention, forward, 0),
         Kinds(base + head - stops, 2 * attention, backward, gradients),
@@ -99,9 +100,26 @@ def sketch_flops(targets: list[list[Linear]], work: Workload) -> Decompositions:
     return _all_of([(x.copies, _sketch(x, work.config.rank, work.width, work.config.pass_counts[0])) for x in every])
 
 
-def exact_flops(targets: list[list[Linear]], rank: int) -> Decompositions:
+def exact_flops(targets: list[list[Linear]], work: Workload) -> Decompositions:
     """From all targets' gradients to their triplets: by block Golub-Kahan, or a dense SVD where that does not pay."""
-    return _all_of([(x.copies, _exact(x, rank)) for block in targets for x in block])
+    return _all_of([(x.copies, _exact(x, work)) for block in targets for x in block])
+
+
+def multiplied_out(linear: Linear, work: Workload) -> bool:
+    """Whether an exact init forms a target's G: not from a single batch of so few tokens that its rows are smaller."""
+    rows = RowProduct(*(_Shape((_tokens(linear, work), side)) for side in (linear.out_features, linear.in_features)))
+    return work.init_batches > 1 or not rows.is_smaller or exact_products(linear, work.config.rank)[1]
+
+
+class _Shape(NamedTuple):
+    """What of an array counts here."""
+
+    shape: tuple[int, int]
+
+
+def _tokens(linear: Linear, work: Workload) -> int:
+    """That pass each of its copies."""
+    return work.tokens * linear.rows // linear.copies
 
 
 def exact_products(linear: Linear, rank: int) -> tuple[int, bool]:
@@ -112,16 +130,20 @@ def exact_products(linear: Linear, rank: int) -> tuple[int, bool]:
     return min(EXACT_PRODUCTS, 2 * (limit // width)), EXACT_PRODUCTS * width > 2 * limit
 
 
-def _exact(linear: Linear, rank: int) -> Decompositions:
+def _exact(linear: Linear, work: Workload) -> Decompositions:
     n, m = sorted((linear.out_features, linear.in_features))
-    products, dense = exact_products(linear, rank)
-    k = rank + EXACT_OVERSAMPLE
+    products, dense = exact_products(linear, work.config.rank)
+    k = work.config.rank + EXACT_OVERSAMPLE
     qr = svd = thin = 0
+    entries, tokens = m * n, _tokens(linear, work)
+    if not multiplied_out(linear, work):
+        entries = tokens * (m + n)
+        thin += 2 * tokens * entries  # the norm
     for number in range(1, products + 1):
         known = k * (number // 2)  # on the side of what the product yields
         rows = (n + m) // 2  # by turns
         qr += 2 * 4 * rows * k * k
-        thin += 2 * m * n * k + 2 * 4 * rows * k * known
+        thin += 2 * entries * k + 2 * 4 * rows * k * known
         if number % 2 == 0:  # of what G is in the bases so far
             svd += 22 * known**3
     found = Decompositions(qr, svd, 0, thin, products * _CALLS_A_PRODUCT)

@@ -6,7 +6,7 @@ PyTorch's allocator has handed out. What a process on a CPU holds on to is more:
 
 from . import activations
 from .architecture import Architecture, Linear, lora_parameters
-from .flops import EXACT_OVERSAMPLE, exact_products
+from .flops import EXACT_OVERSAMPLE, exact_products, multiplied_out
 from .workload import Workload
 
 FLOAT32 = 4
@@ -115,8 +115,10 @@ def _decomposition(linear: Linear, work: Workload) -> int:
     matrix = FLOAT32 * linear.out_features * linear.in_features
     directions = (work.config.rank + EXACT_OVERSAMPLE) * (products + 1) // 2
     blocks = FLOAT32 * directions * (linear.out_features + linear.in_features)
+    if dense:
+        return SVD_COPIES * matrix
     copies = 1 if work.init_batches == 1 else 2  # the sum over the batches, and the mean
-    return SVD_COPIES * matrix if dense else copies * matrix + BLOCK_COPIES * blocks
+    return copies * matrix * multiplied_out(linear, work) + BLOCK_COPIES * blocks
 
 
 def loraga_memory(model: Architecture, targets: Targets, work: Workload) -> Parts | None:

@@ -55,13 +55,12 @@ def exact_seconds(model: Architecture, targets: Targets, work: Workload, machine
     kept = activations.block_total(model, targets, work, 0) + _casts(targets, work)
     of_init = replace(machine, flops=machine.init_flops or machine.flops)
     once = _pass(model, targets, work, of_init, count, 1, kept, TAP_CALLS)
-    gradients = FLOAT32 * sum(x.weights for block in targets for x in block)
+    gradients = FLOAT32 * sum(x.weights for block in targets for x in block if flops.multiplied_out(x, work))
     once += gradients * (3 / machine.bandwidth + 1 / machine.first_touch)
-    rank = work.config.rank
-    width = rank + flops.EXACT_OVERSAMPLE
+    width = work.config.rank + flops.EXACT_OVERSAMPLE
     return {
         "forward and backward": work.init_batches * once,
-        "QR and SVD": _decompositions(flops.exact_flops(targets, rank), width, machine),
+        "QR and SVD": _decompositions(flops.exact_flops(targets, work), width, machine),
     }
 
 

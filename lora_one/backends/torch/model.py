@@ -14,6 +14,7 @@ from lora_one.backends.checks import check_reiterable
 from lora_one.backends.interface import Layer, PassResult
 from lora_one.config import Config
 from lora_one.core.factors import Factors
+from lora_one.core.gradient import Gradient, RowProduct, arrays_of
 from lora_one.core.spectrum import Probe
 from lora_one.memory import process_peak
 
@@ -25,7 +26,7 @@ from .ops import TorchOps
 from .precision import full_precision, no_reduced_matmul
 from .recompute import Recompute
 from .snapshot import Snapshot
-from .tap import WHOLE, Product, product_of, tap
+from .tap import ROWS, WHOLE, Product, product_of, tap, whole
 
 
 class TorchSession:
@@ -102,23 +103,26 @@ class TorchSession:
         result = self._tapped(products, gradients.__setitem__)
         return result, gradients
 
-    def exact_pass(self, consume: Callable[[str, Tensor], None]) -> PassResult:
-        def consume_precisely(name: str, gradient: Tensor) -> None:
-            with full_precision(gradient.device):  # once, and not at each of its many small operations
+    def exact_pass(self, consume: Callable[[str, Gradient], None]) -> PassResult:
+        def consume_precisely(name: str, gradient: Gradient) -> None:
+            with full_precision(arrays_of(gradient)[0].device):  # once, and not at each of its many small operations
                 consume(name, gradient)
 
-        return self._tapped(dict.fromkeys(self._sites, WHOLE), consume_precisely)
+        return self._tapped(dict.fromkeys(self._sites, WHOLE if is_parallel() else ROWS), consume_precisely)
 
-    def _tapped(self, products: Mapping[str, Product], consume: Callable[[str, Tensor], None]) -> PassResult:
+    def _tapped(self, products: Mapping[str, Product], consume: Callable[[str, Any], None]) -> PassResult:
         """Run all batches backward and hand on each layer's mean product, as soon as it is whole.
 
         A layer that no gradient reached is not handed over.
         """
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, Any] = {}
         calls: Counter[str] = Counter()  # of a layer, in this batch's forward pass; a shared layer has several
         last_of = _Position()
 
-        def sink(name: str, product: Tensor) -> None:
+        def sink(name: str, product: Any) -> None:
+            if isinstance(product, RowProduct):
+                alone = last_of.batch and last_of.count == 1 and calls[name] == 1 and name not in sums
+                product = product if alone and product.is_smaller else whole(product)
             sums[name] = sums[name].add_(product) if name in sums else product
             calls[name] -= 1
             # In the last batch a layer's sum is whole before the backward pass goes on below it: free it here, so that
@@ -174,7 +178,7 @@ class TorchSession:
         return process_peak()
 
 
-def _divided(total: Tensor, count: int) -> Tensor:
+def _divided(total: Any, count: int) -> Any:
     return total if count == 1 else total / count
 
 

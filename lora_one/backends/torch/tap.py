@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_one.core.gradient import RowProduct
 from lora_one.core.spectrum import Probe
 
 from .frozen_linear import product_of_rows
@@ -25,7 +26,7 @@ class Product(NamedTuple):
     """
 
     keep: Callable[[Tensor], Tensor] | None  # x -> what is kept for the backward pass; None: x itself, not copied
-    form: Callable[[Tensor, Tensor], Tensor]  # dy, what was kept -> the product
+    form: Callable[[Tensor, Tensor], Any]  # dy, what was kept -> the product
 
     def zero(self, out_features: int, in_features: int, like: Tensor) -> Tensor:
         """The product of a layer that no token has reached."""
@@ -34,6 +35,13 @@ class Product(NamedTuple):
 
 
 WHOLE = Product(None, lambda dy, x: product_of_rows(dy.mT, x.mT))  # G, (out, in)
+ROWS = Product(None, RowProduct)  # G, not multiplied out
+
+
+def whole(product: RowProduct) -> Tensor:
+    """G, (out, in)."""
+    g: Tensor = _apply(WHOLE.form, *product)
+    return g
 
 
 def product_of(probe: Probe) -> Product:
@@ -48,7 +56,7 @@ def product_of(probe: Probe) -> Product:
 class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, product: Product, sink: Callable[[Tensor], None]
+        ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, product: Product, sink: Callable[[Any], None]
     ) -> Tensor:
         ctx.save_for_backward(x if product.keep is None else _apply(product.keep, x))
         ctx.product, ctx.sink = product, sink
@@ -61,7 +69,7 @@ class _Tap(torch.autograd.Function):
         return dy, None, None, None, None
 
 
-def _apply(function: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+def _apply(function: Callable[..., Any], *xs: Tensor) -> Any:
     """A function of x (tokens, n), float32 or wider, of tensors (..., n)."""
     wide = torch.promote_types(xs[0].dtype, torch.float32)
     with full_precision(xs[0].device):
@@ -69,13 +77,13 @@ def _apply(function: Callable[..., Tensor], *xs: Tensor) -> Tensor:
 
 
 def tap(
-    layer: nn.Module, product: Product, sink: Callable[[Tensor], None], on_call: Callable[[], None]
+    layer: nn.Module, product: Product, sink: Callable[[Any], None], on_call: Callable[[], None]
 ) -> torch.utils.hooks.RemovableHandle:
     """Hand a product of G to `sink` for each call of a linear layer, during backward passes, until it is removed.
 
     Args:
         layer: computes y (..., out) from its first argument x (..., in); nothing in it needs to require a gradient.
-        product: `WHOLE`, or one of `product_of`.
+        product: `WHOLE`, `ROWS`, or one of `product_of`.
         sink: called once a call of the layer that the loss depends on.
         on_call: called at each forward pass that records a graph, but not where checkpointing repeats one.
     """

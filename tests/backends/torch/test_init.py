@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import lora_one
-from lora_one.backends.torch import ops
+from lora_one.backends.torch import TorchSession, ops
 from lora_one.backends.torch.attach import find_sites
 from lora_one.core.alignment import captured_energy
+from lora_one.core.gradient import Gradient, RowProduct, as_matrix
 from lora_one.initialization import ZeroGradientWarning
 from tests.arrays import best_rank
 from tests.backends.torch.models import CASES, Case, classifier, gpt2, llama, mlp
@@ -241,6 +242,42 @@ def test_one_batch_frees_each_full_gradient_before_the_next_layer():
             site.module.get_base_layer().register_full_backward_hook(lambda *_, name=name: pending.append(name))
         session.exact_pass(consume)
     assert len(consumed) == 14 and most <= 1 and alive == 0
+
+
+def test_few_tokens_leave_a_gradient_as_the_product_of_their_rows():
+    """Of one batch of 8 tokens all of them; not where a sum is needed, or G is the smaller form."""
+    few = [{name: ids[:1, :8] for name, ids in batch.items()} for batch in llama().batches]
+    for batches, products in ((few[:1], 14), (few, 0), (llama().batches[:1], 0)):
+        case = llama()._replace(batches=batches)
+        found: dict[str, Gradient] = {}
+        with TorchSession(case.model, batches, None, EXACT) as session:
+            session.exact_pass(found.__setitem__)
+        assert sum(isinstance(g, RowProduct) for g in found.values()) == products
+        for name, g in gradients(case).items():
+            if name in found:
+                np.testing.assert_allclose(as_matrix(ops, found[name]), g, atol=1e-5 * np.abs(g).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_start_from_few_tokens_is_that_of_the_matrices(dtype, monkeypatch):
+    """On layers large enough for products with G: the same as where it is multiplied out."""
+
+    def started():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(320, 300), nn.Tanh(), nn.Linear(300, 310)).to(dtype)
+        batch = (torch.randn(3, 9, 320).to(dtype), torch.randn(3, 9, 310).to(dtype))
+        loss_fn = lambda model, batch: (model(batch[0]) - batch[1]).float().square().mean()  # noqa: E731
+        model, report = lora_one.init(model, [batch], loss_fn, EXACT)
+        return products(model), report
+
+    found, report = started()
+    monkeypatch.setattr(RowProduct, "is_smaller", False)
+    expected, plain = started()
+    for name, product in expected.items():
+        assert np.linalg.norm(found[name] - product) <= 1e-5 * np.linalg.norm(product)
+    for one, other in zip(report.layers, plain.layers, strict=True):
+        assert one.gradient_norm == pytest.approx(other.gradient_norm, rel=1e-5)
+        assert one.singular_values == pytest.approx(other.singular_values, rel=1e-5)
 
 
 def test_gradient_checkpointing_stays_on_and_changes_nothing():
