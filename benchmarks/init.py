@@ -144,12 +144,12 @@ def draw(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
             axes.barh(heights, values, 0.8 / len(cases), label=case)
         axes.axvline(1.0, color="black", linewidth=0.8)
         axes.set(title=f"{title} over {PEER}'s", xscale="log")
-        axes.set_xticks(ticks := [0.2, 0.5, 1, 2, 5, 10], [f"{tick:g}" for tick in ticks])
+        axes.set_xticks(ticks := [0.1, 0.2, 0.5, 1, 2, 5, 10], [f"{tick:g}" for tick in ticks])
         axes.set_xticks([], minor=True)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
-        if cases:
-            axes.legend()
+    if results:
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(results))
     figure.savefig(path, dpi=120)
 
 
