@@ -24,8 +24,8 @@ class LayerReport:
         gradient_norm: ||G||_F, exact or estimated.
         gradient_norm_error: standard error of that estimate; 0 where it is exact.
         energy: share of ||G||_F^2 that the r directions hold, by that estimate.
-        share_of_best: that energy over the energy of the best r directions: 1 where G was formed, otherwise an estimate
-            from how fast the passes converge.
+        share_of_best: that energy over the energy of the best r directions: 1 where G was in hand, otherwise an
+            estimate from how fast the passes converge: most often far too low before the fourth.
         share_at_least: a lower bound on it from the energy that no pass has seen; it holds up to the error of
             `gradient_norm`, and is far too low where the unseen energy is spread over many directions.
         start: "spectral", or "plain" where the gradient was zero and the layer got plain LoRA's start.
