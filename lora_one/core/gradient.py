@@ -51,18 +51,25 @@ def transposed_times(ops: Ops, g: Gradient, q: Array) -> Array:
     return ops.matmul(ops.matrix_transpose(g), q)
 
 
-def frobenius_norm(ops: Ops, g: Gradient, scale: Array) -> Array:
+def frobenius_norm(ops: Ops, g: Array, scale: Array) -> Array:
     """||G||_F, (), by way of numbers in units of `scale`, whose squares must not overflow."""
-    if isinstance(g, RowProduct):
-        # ||dy^T x||^2 = <dy dy^T, x x^T>, each factor in units of its own: neither need be of the size of the product.
-        of_dy, of_x = (ops.max(abs(y)) + TINY for y in g)
-        dy, x = g.dy / of_dy, g.x / of_x
-        grams = ops.matmul(dy, ops.matrix_transpose(dy)) * ops.matmul(x, ops.matrix_transpose(x))  # (T, T)
-        total = ops.sum(ops.sum(grams, axis=1))
-        return of_dy * of_x * ops.sqrt((total + abs(total)) / 2.0)  # rounding may leave less than zero of it
     rows = 512  # some at a time: a copy of G must not fill the memory
     total = ops.zeros((), like=g)
     for i in range(0, g.shape[0], rows):
         part = g[i : i + rows] / scale
         total = total + ops.sum(ops.sum(part * part, axis=1))  # of rows first: one long sum in float32 loses digits
     return scale * ops.sqrt(total)
+
+
+def norm_of_rows(ops: Ops, g: RowProduct) -> tuple[Array, Array]:
+    """||G||_F, (), and how little of it cancels: ||G||_F^2 over the sum of the magnitudes that it is summed from.
+
+    ||dy^T x||_F^2 is the sum of the entries of dy dy^T times those of x x^T. Where what the rows have in common
+    cancels, rounding is as large as what is left: the share says whether to believe it.
+    """
+    of_dy, of_x = (ops.max(abs(y)) + TINY for y in g)  # units: neither factor need be of the size of their product
+    dy, x = g.dy / of_dy, g.x / of_x
+    terms = ops.matmul(dy, ops.matrix_transpose(dy)) * ops.matmul(x, ops.matrix_transpose(x))  # (T, T)
+    total, magnitudes = (ops.sum(ops.sum(part, axis=1)) for part in (terms, abs(terms)))
+    total = (total + abs(total)) / 2.0  # rounding may leave less than nothing
+    return of_dy * of_x * ops.sqrt(total), total / (magnitudes + TINY)

@@ -28,11 +28,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .gradient import Gradient, arrays_of, as_matrix, frobenius_norm
+from .gradient import Gradient, RowProduct, arrays_of, as_matrix, frobenius_norm, norm_of_rows
 from .krylov import leading_triplets, minus_projection
 from .ops import Array, Ops, as_one_program
 
 EXACT_OVERSAMPLE = 8  # columns beyond the rank in the products with a G in memory
+ROWS_CANCEL = 0.01  # of ||G||^2 left of what it is summed from: in float32, five digits
 SETTLED = 1e-5  # of the energy: gains that are so small, or so much alike, are not divided by each other
 
 
@@ -105,17 +106,34 @@ def exact_spectrum(ops: Ops, gradient: Gradient, rank: int) -> Spectrum:
         gradient: G = dL/dW, (out, in), float32 or wider.
         rank: r <= min(out, in).
     """
+    if isinstance(gradient, RowProduct):
+        return _exact_of_rows(ops, gradient, rank)
+    found = _leading_triplets(ops, gradient, rank)
+    if found is None:
+        return _descent(ops, _seen_whole(ops, *_thin_svd(ops, gradient), rank))
+    return _descent(ops, _of_triplets(ops, *found, frobenius_norm(ops, gradient, _or_one(ops, found[1][0]))))
+
+
+def _exact_of_rows(ops: Ops, gradient: RowProduct, rank: int) -> Spectrum:
+    norm, share = norm_of_rows(ops, gradient)
+    found = None if ops.to_numpy(share) < ROWS_CANCEL else _leading_triplets(ops, gradient, rank)
+    if found is None:
+        return exact_spectrum(ops, as_matrix(ops, gradient), rank)
+    return _descent(ops, _of_triplets(ops, *found, norm))
+
+
+def _leading_triplets(ops: Ops, gradient: Gradient, rank: int) -> tuple[Array, Array, Array] | None:
     limit = min(gradient.shape) // 4  # directions, from where on the dense SVD is the faster one
     width = rank + EXACT_OVERSAMPLE
-    omega = None if 3 * width > limit else draw_omega(0, "exact", gradient.shape[1], width)
-    like = arrays_of(gradient)[0]
-    found = None if omega is None else leading_triplets(ops, gradient, ops.asarray(omega, like=like), rank, limit)
-    if found is None:
-        return _descent(ops, _seen_whole(ops, *_thin_svd(ops, as_matrix(ops, gradient)), rank))
-    u, s, vt = found
+    if 3 * width > limit:
+        return None
+    omega = ops.asarray(draw_omega(0, "exact", gradient.shape[1], width), like=arrays_of(gradient)[0])
+    return leading_triplets(ops, gradient, omega, rank, limit)
+
+
+def _of_triplets(ops: Ops, u: Array, s: Array, vt: Array, norm: Array) -> Spectrum:
     zero = ops.zeros((), like=s)
-    norm = frobenius_norm(ops, gradient, _or_one(ops, s[0]))
-    return _descent(ops, Spectrum(u, s, vt, norm=norm, norm_error=zero, unseen=zero, best_norm=_norm(ops, s)))
+    return Spectrum(u, s, vt, norm=norm, norm_error=zero, unseen=zero, best_norm=_norm(ops, s))
 
 
 def start(ops: Ops, omega: Array, out_features: int) -> SketchState:
