@@ -60,6 +60,11 @@ class JaxOps:
         return u, s, vt
 
     def cholesky_solve(self, gram: Array, rhs: Array) -> Array:
+        if gram.ndim == 3 and gram.shape[0] == 2:
+            # The two Grams of a pair, one by one: on a CPU with two threads several batched calls, from r = 64 on, wait
+            # for each other in XLA's pool for ever (jax 0.10.2).
+            sides = jnp.broadcast_to(rhs, (2, *rhs.shape[-2:]))
+            return jnp.stack([self.cholesky_solve(gram[i], sides[i]) for i in range(2)])
         with jax.default_matmul_precision("highest"):
             # A factor that does not exist is NaN here, and so is all that is solved with it.
             lower = jnp.linalg.cholesky(gram)

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -207,3 +211,32 @@ def test_nnx_optimizer_trains_without_compiling_again_and_orbax_restores_its_sta
 def test_a_model_without_lora_is_an_error():
     with pytest.raises(ModelError, match="must have LoRA layers, got none in Mlp"):
         lora_one.optimizer(mlp())
+
+
+WIDE_STEPS = """
+import jax, numpy as np, optax
+from lora_one.backends.jax import lora_adamw
+rng = np.random.default_rng(0)
+draw = lambda *shape: jax.numpy.asarray(rng.standard_normal(shape, np.float32))
+pair = lambda: {"lora_a": draw(4096, 64), "lora_b": draw(64, 4096)}
+params, grads = ({f"layer{i}": pair() for i in range(8)} for _ in range(2))
+tx = lora_adamw(1e-3, reg=1e-2)
+state = tx.init(params)
+def step(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+compiled = jax.jit(step, donate_argnums=(0, 1))
+for _ in range(20):
+    params, state = jax.block_until_ready(compiled(params, state, grads))
+assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+print("done")
+"""
+
+
+def test_wide_pairs_do_not_wait_for_each_other_on_two_threads():
+    """As XLA's pool has them on a machine with two cores, where batched decompositions once waited for ever."""
+    environment = {**os.environ, "NPROC": "2", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", WIDE_STEPS], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "done\n", done.stderr
