@@ -20,8 +20,13 @@ class RowProduct(NamedTuple):
 
     @property
     def is_smaller(self) -> bool:
-        """Whether both factors have fewer entries than G: then a product with G also costs less by way of them."""
-        return self.dy.shape[0] * sum(self.shape) < self.shape[0] * self.shape[1]
+        """See `rows_are_smaller`."""
+        return rows_are_smaller(self.dy.shape[0], *self.shape)
+
+
+def rows_are_smaller(tokens: int, out_features: int, in_features: int) -> bool:
+    """Whether dy and x have fewer entries than G: then a product with G also costs less by way of them."""
+    return tokens * (out_features + in_features) < out_features * in_features
 
 
 Gradient = Array | RowProduct

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lora_one.core.gradient import RowProduct
+from lora_one.core.gradient import rows_are_smaller
 from lora_one.core.spectrum import EXACT_OVERSAMPLE
 
 from .architecture import Architecture, Block, Linear
@@ -107,14 +107,8 @@ def exact_flops(targets: list[list[Linear]], work: Workload) -> Decompositions:
 
 def multiplied_out(linear: Linear, work: Workload) -> bool:
     """Whether an exact init forms a target's G: not from a single batch of so few tokens that its rows are smaller."""
-    rows = RowProduct(*(_Shape((_tokens(linear, work), side)) for side in (linear.out_features, linear.in_features)))
-    return work.init_batches > 1 or not rows.is_smaller or exact_products(linear, work.config.rank)[1]
-
-
-class _Shape(NamedTuple):
-    """What of an array counts here."""
-
-    shape: tuple[int, int]
+    smaller = rows_are_smaller(_tokens(linear, work), linear.out_features, linear.in_features)
+    return work.init_batches > 1 or not smaller or exact_products(linear, work.config.rank)[1]
 
 
 def _tokens(linear: Linear, work: Workload) -> int:
