@@ -5,14 +5,19 @@ numbers. Every round of every contender is a fresh process, and the rounds of al
 one leaves behind (threads, allocator caches, a warm page cache) or a slow minute of the machine favours nobody.
 
     python -m benchmarks.harness benchmarks.step:torch_fused '{"rank": 8}' OUT.json  # one round
+
+On a GPU, whose time is dear, processes are forked off one that has imported the frameworks, and has not touched it.
 """
 
 import gc
 import importlib
 import importlib.metadata
+import importlib.util
 import json
+import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,8 +39,13 @@ class Contender(NamedTuple):
     settings: dict[str, Any]  # its keyword arguments
 
 
-def measure(contenders: Mapping[str, Contender], rounds: int, say: Callable[[str], None] = print) -> dict[str, Any]:
+def measure(
+    contenders: Mapping[str, Contender], rounds: int, say: Callable[[str], None] = print, forked: Sequence[str] = ()
+) -> dict[str, Any]:
     """Every contender `rounds` times, in turn.
+
+    Args:
+        forked: modules; each process is then forked off one that has imported them, in the environment of its start.
 
     Returns:
         name -> {"settings", "rounds": the numbers of each round, "median": the median of each number}.
@@ -46,7 +56,7 @@ def measure(contenders: Mapping[str, Contender], rounds: int, say: Callable[[str
     found: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for number in range(rounds):
         for name, contender in contenders.items():
-            found[name].append(run_in_own_process(contender))
+            found[name].append(run_in_own_process(contender, forked))
             say(f"round {number + 1} of {rounds}: {name}: {_shown(found[name][-1])}")
     return {
         name: {
@@ -58,16 +68,35 @@ def measure(contenders: Mapping[str, Contender], rounds: int, say: Callable[[str
     }
 
 
-def run_in_own_process(contender: Contender) -> dict[str, float]:
+def run_in_own_process(contender: Contender, forked: Sequence[str] = ()) -> dict[str, float]:
     """The numbers of one round."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "numbers.json"
+        # bitsandbytes, which PEFT imports, touches the GPU as it is imported: then there is no forking any more.
+        if forked and importlib.util.find_spec("bitsandbytes") is None:
+            _run_forked(contender, out, forked)
+            return dict(json.loads(out.read_text(encoding="utf-8")))
         command = [sys.executable, "-m", "benchmarks.harness", contender.function, json.dumps(contender.settings), out]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if result.returncode != 0:
             raise RuntimeError(f"{contender.function} {contender.settings}: {result.stderr[-2000:]}")
         numbers: dict[str, float] = json.loads(out.read_text(encoding="utf-8"))
         return numbers
+
+
+def _run_forked(contender: Contender, out: Path, modules: Sequence[str]) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(modules))  # of the first call: the server stays
+    process = context.Process(target=main, args=(contender.function, json.dumps(contender.settings), str(out)))
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"{contender.function} {contender.settings}: exit {process.exitcode}; its error is above")
+
+
+def peak_memory(device: str) -> "PeakMemory":
+    """A context manager that measures the peak of a block on "cpu" or "cuda"."""
+    return PeakMemory() if device == "cpu" else CudaPeakMemory()
 
 
 class PeakMemory:
@@ -90,6 +119,31 @@ class PeakMemory:
         self.peak = _status("VmHWM") - self._before
 
 
+class CudaPeakMemory(PeakMemory):
+    """The same of what PyTorch's allocator has given out on a GPU."""
+
+    def __enter__(self) -> "CudaPeakMemory":
+        import torch
+
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        self._before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import torch
+
+        self.peak = torch.cuda.max_memory_allocated() - self._before
+
+
+def synchronize(device: str) -> None:
+    """Wait for all that was asked of a GPU."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize()
+
+
 def median_seconds(
     run: Callable[[], Any], warm_up: int = 3, repeats: int = 15, before: Callable[[], Any] | None = None
 ) -> float:
@@ -106,9 +160,10 @@ def median_seconds(
 
 
 def machine() -> dict[str, Any]:
-    """The processor, how much of it may be used, and the system."""
+    """The processor, how much of it may be used, the GPU if there is one, and the system."""
     return {
         "cpu": _cpu_name(),
+        **_gpu(),
         "cores": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS", "as the library chooses"),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
@@ -116,8 +171,9 @@ def machine() -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of the installed packages, by the names they are installed by."""
-    return {package: importlib.metadata.version(package) for package in packages}
+    """Of those of the packages that are installed, by the names they are installed by."""
+    installed = {d.name.lower().replace("_", "-") for d in importlib.metadata.distributions()}
+    return {package: importlib.metadata.version(package) for package in packages if package in installed}
 
 
 def save(path: Path, **parts: Any) -> None:
@@ -143,6 +199,13 @@ def _cell(value: Any) -> str:
 
 def _shown(numbers: Mapping[str, float]) -> str:
     return ", ".join(f"{key} {_cell(value)}" for key, value in numbers.items())
+
+
+def _gpu() -> dict[str, str]:
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    return {"gpu": subprocess.run(command, capture_output=True, text=True).stdout.strip()}
 
 
 def _status(key: str) -> int:

@@ -4,23 +4,27 @@
     python -m benchmarks.init --cases 97.5M --what seconds    # one part; the rest of the result stays
     python -m benchmarks.init --only sketch --rounds 1 --append    # one round more; medians are of all rounds
     python -m benchmarks.init --plot                          # draws docs/init.png from the result
+    python -m benchmarks.init --device cuda --out benchmarks/results/init_h100.json    # models of 1B and 8B on a GPU
 
 Every contender runs in processes of its own, in turn. Times are medians; the ratios are of CPU time, which on one
 thread (OMP_NUM_THREADS=1) is what the wall time would be on a machine that does nothing else. Peaks are those above the
 loaded model, of a round in which freed memory goes back to the system at once: otherwise they would be mostly the
 allocator's habits.
+
+On a GPU the ratios are of wall time, and the peaks those of PyTorch's allocator, of the same rounds.
 """
 
 import argparse
 import json
 import os
 import statistics
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Contender, measure, table
-from benchmarks.init_models import CASES, RANK, prepared
+from benchmarks.init_models import CASES, GPU_CASES, MODULES, RANK, cases, prepared
 
 RESULT = harness.RESULTS / "init.json"
 PLOT = Path(__file__).parents[1] / "docs" / "init.png"
@@ -31,11 +35,15 @@ PEER = "PEFT LoRA-GA"
 ROUNDS = {"seconds": "rounds", "peak_mib": "peak_rounds"}
 
 
-def contenders(case: str, folder: str) -> dict[str, Contender]:
-    """What is measured on a case. The slowest peer and the other frameworks are on the small models only."""
+def contenders(case: str, folder: str, device: str = "cpu") -> dict[str, Contender]:
+    """What is measured on a case. The slowest peers and the other frameworks are on the small models only; PEFT's
+    LoRA-GA takes no quantised weights."""
 
     def one(function: str, **settings: Any) -> Contender:
-        return Contender(f"benchmarks.init_contenders:{function}", {"case": case, "folder": folder, **settings})
+        where = {} if device == "cpu" else {"device": device}
+        return Contender(
+            f"benchmarks.init_contenders:{function}", {"case": case, "folder": folder, **where, **settings}
+        )
 
     found = {
         f"LoRA step, r = {RANK}": one("training_step", rank=RANK),
@@ -47,7 +55,15 @@ def contenders(case: str, folder: str) -> dict[str, Contender]:
         "sketch, 4 passes": one("ours", gradient="sketch", passes=4),
         "sketch, recompute": one("ours", gradient="sketch", recompute=True),
     }
-    if CASES[case].dtype == "float32":
+    spec = cases(device)[case]
+    if spec.quantized:
+        del found[PEER]
+    if device != "cpu":
+        if case in ("tiny", "1B"):
+            found["authors' recipe"] = one("authors")
+            found["PEFT EVA"] = one("eva")
+        return found
+    if spec.dtype == "float32":
         found["PEFT EVA"] = one("eva")
         found["authors' recipe"] = one("authors")
         found["exact, MKL"] = one("ours", gradient="exact", onednn=False)
@@ -57,6 +73,13 @@ def contenders(case: str, folder: str) -> dict[str, Contender]:
             found[f"exact, {backend}"] = one("ours", gradient="exact", backend=backend)
             found[f"sketch, {backend}"] = one("ours", gradient="sketch", backend=backend)
     return found
+
+
+def run_on_gpu(case: str, folder: Path, device: str, only: list[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each name and its one process, which has rounds of its own."""
+    for name, contender in contenders(case, str(folder), device).items():
+        if only is None or name in only:
+            yield name, {"rounds": measure({name: contender}, 1, forked=MODULES)[name]["rounds"]}
 
 
 def run(case: str, folder: Path, what: list[str], rounds: int, only: list[str] | None) -> dict[str, dict[str, Any]]:
@@ -89,8 +112,8 @@ def _of_part(part: str, row: dict[str, float]) -> dict[str, float]:
     return {key: value for key, value in row.items() if key not in of_the_other}
 
 
-def ratios(found: dict[str, dict[str, Any]]) -> str:
-    """A table of one case."""
+def ratios(found: dict[str, dict[str, Any]], clock: str = "cpu_seconds") -> str:
+    """A table of one case; ratios of times are of `clock`."""
 
     def ratio(name: str, to: str, key: str) -> Any:
         parts = found[name].get(key), found.get(to, {}).get(key)
@@ -114,8 +137,8 @@ def ratios(found: dict[str, dict[str, Any]]) -> str:
             name,
             numbers.get("seconds", ""),
             numbers.get("cpu_seconds", ""),
-            ratio(name, PEER, "cpu_seconds"),
-            ratio(name, STEP, "cpu_seconds"),
+            ratio(name, PEER, clock),
+            ratio(name, STEP, clock),
             numbers.get("peak_mib", ""),
             ratio(name, PEER, "peak_mib"),
             ratio(name, STEP, "peak_mib"),
@@ -155,7 +178,8 @@ def draw(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=[name for name in CASES if name != "tiny"])
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, *GPU_CASES], help="all of the device but tiny")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", help="names of contenders")
     parser.add_argument("--what", nargs="+", choices=("seconds", "peak_mib"), default=["seconds", "peak_mib"])
     parser.add_argument("--rounds", type=int, default=3)
@@ -168,14 +192,21 @@ def main() -> None:
     if options.plot:
         draw(results, PLOT)
         return
-    for case in ["tiny"] if options.smoke else options.cases:
-        found = run(case, prepared(case), options.what, 1 if options.smoke else options.rounds, options.only)
-        for name, numbers in found.items():
+    device = options.device
+    for case in ["tiny"] if options.smoke else options.cases or [name for name in cases(device) if name != "tiny"]:
+        folder = prepared(case, device)
+        found: Iterable[tuple[str, dict[str, Any]]]
+        if device == "cpu":
+            found = run(case, folder, options.what, 1 if options.smoke else options.rounds, options.only).items()
+        else:
+            found = run_on_gpu(case, folder, device, options.only)
+        for name, numbers in found:
             of_case = results.setdefault(case, {})
             of_case[name] = with_medians(of_case.get(name, {}), numbers, options.append)
-        packages = harness.versions("torch", "transformers", "peft", "jax", "mlx", "lora-one")
-        harness.save(options.out, rank=RANK, k=K, versions=packages, cases=results)
-        print(f"\n{case}\n{ratios(results[case])}\n", flush=True)
+            packages = harness.versions("torch", "transformers", "peft", "bitsandbytes", "jax", "mlx", "lora-one")
+            harness.save(options.out, rank=RANK, k=K, versions=packages, cases=results)
+        clock = "cpu_seconds" if device == "cpu" else "seconds"
+        print(f"\n{case}\n{ratios(results[case], clock)}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,12 @@
-"""The ways to start LoRA that `benchmarks.init` measures, each a function that runs in a process of its own."""
+"""The ways to start LoRA that `benchmarks.init` measures, each a function that runs in a process of its own.
 
+On a GPU each runs three times, on a model that is made anew: the first, which loads kernels, does not count. The
+slowest peers run once.
+"""
+
+import gc
 import importlib
+import statistics
 import tempfile
 import time
 import warnings
@@ -17,131 +23,201 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lora_one
-from benchmarks.harness import MIB, PeakMemory
-from benchmarks.init_models import CASES, RANK, TARGETS, worst_energies
-from lora_one import initialization
+from benchmarks.harness import MIB, peak_memory, synchronize
+from benchmarks.init_models import RANK, TARGETS, cases, random_llama, worst_energies
+from lora_one import spectra
 from lora_one.backends import load_backend
 from lora_one.backends.torch import TorchSession, frozen_linear
 from lora_one.backends.torch.tuner import TorchTuner
 
 Numbers = dict[str, float]
+CLOCK = {"cpu": "cpu_seconds", "cuda": "seconds"}  # what ratios are of
 
 
 def ours(
-    case: str, folder: str, gradient: str, backend: str = "torch", onednn: bool = True, **settings: Any
+    case: str,
+    folder: str,
+    gradient: str,
+    backend: str = "torch",
+    onednn: bool = True,
+    device: str = "cpu",
+    **settings: Any,
 ) -> Numbers:
     """`lora_one.init`. "outside" is the share of the time that is not the model's forward and backward (torch)."""
-    spec = CASES[case]
+    spec = cases(device)[case]
     config = lora_one.Config(**{"rank": RANK, "gradient": gradient, "recompute": False, **settings})
     if not onednn:
         frozen_linear._ONEDNN = None
-    tuner = _opener(backend)(Path(folder), spec.dtype, "cpu" if backend == "torch" else None)
-    if backend == "torch":
-        read_weights(tuner.model)
-    batches = tuner.batches(spec.tokens, spec.batch_size)
-    with _timed(TorchSession, "_run") as inside, _timed(initialization, "exact_spectrum") as decomposing:
-        numbers, (model, report) = _measured(
-            lambda: lora_one.init(tuner.model, batches, tuner.loss_fn, config), backend
-        )
-    numbers["passes"] = report.passes
-    if backend == "torch":  # where gradients are exact, each is decomposed in the backward pass
-        numbers["outside"] = 1.0 - (sum(inside) - sum(decomposing)) / numbers["cpu_seconds"]
-    with tempfile.TemporaryDirectory() as adapter:
-        lora_one.save(model, adapter, report)
-        return numbers | worst_energies(Path(folder), Path(adapter))
+    if device == "cpu":
+        tuner = _opener(backend)(Path(folder), spec.dtype, "cpu" if backend == "torch" else None)
+        batches, loss_fn = tuner.batches(spec.tokens, spec.batch_size), tuner.loss_fn
+    else:
+        loss_fn = None
+
+    def once() -> tuple[Numbers, Any]:
+        if device == "cpu":
+            model, its = tuner.model, batches
+            if backend == "torch":
+                read_weights(model)
+        else:
+            model, its = _torch_model(case, folder, device)
+        with _timed(TorchSession, "_run", device) as inside, _timed(spectra, "exact_spectrum", device) as decomposing:
+            numbers, (attached, report) = _measured(lambda: lora_one.init(model, its, loss_fn, config), backend, device)
+        numbers["passes"] = report.passes
+        if backend == "torch":  # where gradients are exact, they are decomposed in the backward pass, and after it
+            model_only = sum(
+                end - begin - sum(e - b for b, e in decomposing if begin <= b and e <= end) for begin, end in inside
+            )
+            numbers["outside"] = 1.0 - model_only / numbers[CLOCK[device]]
+        return numbers, (attached, report)
+
+    return _repeated(once, folder, device, lambda its, adapter: lora_one.save(its[0], adapter, its[1]))
 
 
-def lora_ga(case: str, folder: str) -> Numbers:
+def lora_ga(case: str, folder: str, device: str = "cpu") -> Numbers:
     """PEFT's LoRA-GA: all weight gradients at once, then svd_lowrank(q=4r, niter=4)."""
-    model, batches = _torch_model(case, folder)
-    config = _lora_config(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
 
-    def backward() -> None:
-        for batch in batches:
-            model(**batch).loss.backward()
+    def once() -> tuple[Numbers, nn.Module]:
+        model, batches = _torch_model(case, folder, device)
+        config = _lora_config(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
 
-    def run() -> nn.Module:
-        preprocess_loraga(model, config, backward)
-        return peft.get_peft_model(model, config)
+        def backward() -> None:
+            for batch in batches:
+                model(**batch).loss.backward()
 
-    return _with_energies(folder, *_measured(run))
+        def run() -> nn.Module:
+            preprocess_loraga(model, config, backward)
+            return peft.get_peft_model(model, config)
+
+        return _measured(run, device=device)
+
+    return _repeated(once, folder, device)
 
 
-def eva(case: str, folder: str) -> Numbers:
+def eva(case: str, folder: str, device: str = "cpu") -> Numbers:
     """PEFT's EVA: incremental SVDs of the activations until they stop turning; B = 0, and no gradient."""
-    model, batches = _torch_model(case, folder)
 
-    def run() -> nn.Module:
-        config = _lora_config(init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0))
-        attached = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
-        peft.initialize_lora_eva_weights(attached, batches, show_progress_bar=False)
-        return attached
+    def once() -> tuple[Numbers, nn.Module]:
+        model, batches = _torch_model(case, folder, device)
 
-    return _with_energies(folder, *_measured(run))
+        def run() -> nn.Module:
+            config = _lora_config(init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0))
+            attached = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
+            peft.initialize_lora_eva_weights(attached, batches, show_progress_bar=False)
+            return attached
+
+        return _measured(run, device=device)
+
+    return _repeated(once, folder, device, times=0)
 
 
-def authors(case: str, folder: str) -> Numbers:
+def authors(case: str, folder: str, device: str = "cpu") -> Numbers:
     """The recipe of the LoRA-One authors' code: each weight's gradient moved to the host in the backward pass and
     summed there, then svd_lowrank(q=512, niter=16), and the pair from U sqrt(S / S_1) / sqrt(gamma)."""
-    model, batches = _torch_model(case, folder)
-    targets = {name: m for name, m in model.named_modules() if name.endswith(TARGETS) and isinstance(m, nn.Linear)}
 
-    def run() -> nn.Module:
-        gradients: dict[str, torch.Tensor] = {}
-        model.requires_grad_(False)
-        for name, module in targets.items():
+    def once() -> tuple[Numbers, nn.Module]:
+        model, batches = _torch_model(case, folder, device)
+        targets = {name: m for name, m in model.named_modules() if name.endswith(TARGETS) and isinstance(m, nn.Linear)}
 
-            def offload(weight: torch.Tensor, name: str = name) -> None:
-                assert weight.grad is not None
-                moved = weight.grad.float().cpu()
-                gradients[name] = gradients[name] + moved if name in gradients else moved
-                weight.grad = None
+        def run() -> nn.Module:
+            gradients: dict[str, torch.Tensor] = {}
+            model.requires_grad_(False)
+            for name, module in targets.items():
 
-            module.weight.requires_grad_(True).register_post_accumulate_grad_hook(offload)
-        for batch in batches:
-            model(**batch).loss.backward()
-        attached = peft.get_peft_model(model, _lora_config())
-        for name, module in targets.items():
-            u, s, v = torch.svd_lowrank(-gradients[name] / len(batches), q=min(512, *module.weight.shape), niter=16)
-            q = (s[:RANK] / s[0]).sqrt() / 128**0.5
-            layer: Any = attached.get_submodule(f"base_model.model.{name}")
-            layer.lora_A["default"].weight.data = (v[:, :RANK] * q).mT.contiguous()
-            layer.lora_B["default"].weight.data = (u[:, :RANK] * q).contiguous()
-        return attached
+                def offload(weight: torch.Tensor, name: str = name) -> None:
+                    assert weight.grad is not None
+                    moved = weight.grad.float().cpu()
+                    gradients[name] = gradients[name] + moved if name in gradients else moved
+                    weight.grad = None
 
-    return _with_energies(folder, *_measured(run))
+                module.weight.requires_grad_(True).register_post_accumulate_grad_hook(offload)
+            for batch in batches:
+                model(**batch).loss.backward()
+            attached = peft.get_peft_model(model, _lora_config())
+            for name, module in targets.items():
+                g = -gradients[name].to(device) / len(batches)
+                u, s, v = torch.svd_lowrank(g, q=min(512, *module.weight.shape), niter=16)
+                q = (s[:RANK] / s[0]).sqrt() / 128**0.5
+                layer: Any = attached.get_submodule(f"base_model.model.{name}")
+                layer.lora_A["default"].weight.data = (v[:, :RANK] * q).mT.contiguous()
+                layer.lora_B["default"].weight.data = (u[:, :RANK] * q).contiguous()
+            return attached
+
+        return _measured(run, device=device)
+
+    return _repeated(once, folder, device, times=0)
 
 
-def training_step(case: str, folder: str, rank: int) -> Numbers:
+def training_step(case: str, folder: str, rank: int, device: str = "cpu") -> Numbers:
     """The yardstick: a first step of LoRA training over the same batches. "seconds" is its forward and backward alone,
     the peak that of the whole step, AdamW's moments included."""
-    model, batches = _torch_model(case, folder)
-    times: dict[str, float] = {}
 
-    def run() -> None:
-        attached = peft.get_peft_model(model, _lora_config(r=rank))
-        optimizer = torch.optim.AdamW([p for p in attached.parameters() if p.requires_grad])
-        began = time.perf_counter(), time.process_time()
-        for batch in batches:
-            (attached(**batch).loss / len(batches)).backward()
-        times.update(_since(*began))
-        optimizer.step()
+    def once() -> tuple[Numbers, None]:
+        model, batches = _torch_model(case, folder, device)
+        times: dict[str, float] = {}
 
-    numbers, _ = _measured(run)
-    return numbers | times
+        def run() -> None:
+            attached = peft.get_peft_model(model, _lora_config(r=rank))
+            optimizer = torch.optim.AdamW([p for p in attached.parameters() if p.requires_grad])
+            if device != "cpu":  # what has just been attached runs for a first time, too
+                model(**batches[0]).loss.backward()
+                attached.zero_grad(set_to_none=True)
+            synchronize(device)
+            began = time.perf_counter(), time.process_time()
+            for batch in batches:
+                (attached(**batch).loss / len(batches)).backward()
+            synchronize(device)
+            times.update(_since(*began))
+            optimizer.step()
+
+        numbers, _ = _measured(run, device=device)
+        return numbers | times, None
+
+    return _repeated(once, folder, device)
 
 
-def _measured(run: Callable[[], Any], backend: str = "torch") -> tuple[Numbers, Any]:
-    """Wall time and peak memory above what is resident before: RSS, or MLX's own count."""
-    with PeakMemory() as memory, warnings.catch_warnings():
+def _repeated(
+    once: Callable[[], tuple[Numbers, Any]],
+    folder: str,
+    device: str,
+    save: Callable[[Any, str], Any] = lambda attached, adapter: attached.save_pretrained(
+        adapter, save_embedding_layers=False
+    ),
+    times: int = 2,
+) -> Numbers:
+    """The numbers of what runs once; on a GPU medians over `times` times after that, if there are any. And how good the
+    start is that it leaves, if it leaves one."""
+    first, made = once()
+    rounds = []
+    for _ in range(times if device != "cpu" else 0):
+        del made
+        gc.collect()
+        torch.cuda.empty_cache()
+        numbers, made = once()
+        rounds.append(numbers)
+    found = {key: statistics.median(numbers[key] for numbers in rounds or [first]) for key in first}
+    if rounds:
+        found["first_seconds"] = first["seconds"]
+    if made is None or not any(Path(folder).iterdir()):
+        return found
+    with tempfile.TemporaryDirectory() as adapter:
+        save(made, adapter)
+        return found | worst_energies(Path(folder), Path(adapter), device)
+
+
+def _measured(run: Callable[[], Any], backend: str = "torch", device: str = "cpu") -> tuple[Numbers, Any]:
+    """Wall time and peak memory above what is there before: RSS, MLX's own count, or that of PyTorch's allocator."""
+    with peak_memory(device) as memory, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if backend == "mlx":
             import mlx.core as mx
 
             mx.reset_peak_memory()
             resident = mx.get_active_memory()
+        synchronize(device)
         began = time.perf_counter(), time.process_time()
         result = run()
+        synchronize(device)
         times = _since(*began)
     peak = mx.get_peak_memory() - resident if backend == "mlx" else memory.peak
     return times | {"peak_mib": peak / MIB}, result
@@ -152,17 +228,14 @@ def _since(wall: float, cpu: float) -> Numbers:
     return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
 
 
-def _with_energies(folder: str, numbers: Numbers, attached: Any) -> Numbers:
-    with tempfile.TemporaryDirectory() as adapter:
-        attached.save_pretrained(adapter, save_embedding_layers=False)
-        return numbers | worst_energies(Path(folder), Path(adapter))
-
-
-def _torch_model(case: str, folder: str) -> tuple[LlamaForCausalLM, list[dict[str, torch.Tensor]]]:
-    spec = CASES[case]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, spec.dtype), local_files_only=True)
-    read_weights(model)
-    ids = torch.from_numpy(np.array([sequence.tokens for sequence in spec.tokens]))
+def _torch_model(case: str, folder: str, device: str = "cpu") -> tuple[LlamaForCausalLM, list[dict[str, torch.Tensor]]]:
+    spec = cases(device)[case]
+    if device == "cpu":
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, spec.dtype), local_files_only=True)
+        read_weights(model)
+    else:
+        model = random_llama(spec, device)
+    ids = torch.from_numpy(np.array([sequence.tokens for sequence in spec.tokens])).to(device)
     mask = torch.ones_like(ids)
     parts = zip(ids.split(spec.batch_size), mask.split(spec.batch_size), strict=True)
     return model, [{"input_ids": x, "attention_mask": m, "labels": x} for x, m in parts]
@@ -184,17 +257,21 @@ def _opener(backend: str) -> Callable[..., TorchTuner]:
 
 
 @contextmanager
-def _timed(owner: Any, name: str) -> Iterator[list[float]]:
-    """A list that a function of a class or a module adds the CPU seconds of each of its calls to, for a while."""
-    found: list[float] = []
+def _timed(owner: Any, name: str, device: str) -> Iterator[list[tuple[float, float]]]:
+    """A list that a function of a class or a module adds the beginning and the end of each of its calls to, for a
+    while: seconds of the CPU's time, or with a GPU on the wall."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    found: list[tuple[float, float]] = []
     original = getattr(owner, name)
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        began = time.process_time()
+        synchronize(device)
+        began = clock()
         try:
             return original(*args, **kwargs)
         finally:
-            found.append(time.process_time() - began)
+            synchronize(device)
+            found.append((began, clock()))
 
     setattr(owner, name, timed)
     try:

@@ -3,6 +3,7 @@
     python -m benchmarks.step              # everything (a quarter of an hour), to benchmarks/results/step.json
     python -m benchmarks.step --smoke      # two rounds of tiny shapes, to check that it runs
     python -m benchmarks.step --only torch # of torch, jax, mlx; the file keeps what it has of the others
+    python -m benchmarks.step --device cuda --out benchmarks/results/step_h100.json  # torch and jax on a GPU
 
 Contenders of one framework and size take turns, each in a process of its own. A number is the median over rounds of the
 median wall time of a step; memory is the peak over the state that the step starts with (factors, gradients, moments).
@@ -17,7 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import MIB, RESULTS, Contender, PeakMemory, measure, median_seconds, save, table, versions
+from benchmarks.harness import (
+    MIB,
+    RESULTS,
+    Contender,
+    measure,
+    median_seconds,
+    peak_memory,
+    save,
+    synchronize,
+    table,
+    versions,
+)
 
 Shapes = list[tuple[int, int]]  # (out, in) of each target
 # A rate at which nothing moves: the gradient stays the same, and after thousands of steps along it factors overflow.
@@ -43,11 +55,21 @@ COMPARISONS = {
     "jax": [("7B, 200 pairs", 8), ("7B, 200 pairs", 16), ("7B, 200 pairs", 64), ("0.5B", 8), ("embedded", 8)],
     "mlx": [("7B", 8), ("0.5B", 8), ("embedded", 8)],
 }
+COMPARISONS_ON_GPU = {
+    "torch": [("7B", 8), ("7B", 16), ("7B", 64)],
+    "jax": [("7B, 200 pairs", 8)],
+}
 CONTENDERS = {
     "torch": ["fused AdamW", "lora-one", "plain loop", "PEFT Riemannian"],
     "jax": ["optax.adamw", "lora-one", "plain loop"],
     "mlx": ["AdamW", "lora-one", "plain loop"],
 }
+IN_A_GRAPH = ", CUDA graph"
+CONTENDERS_ON_GPU = {
+    "torch": [*CONTENDERS["torch"], f"fused AdamW{IN_A_GRAPH}", f"lora-one{IN_A_GRAPH}"],
+    "jax": CONTENDERS["jax"][:2],
+}
+MODULES = ("torch", "peft", "lora_one.backends.torch")  # what processes of a GPU have imported when they begin
 
 
 def factors(size: str, rank: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -59,7 +81,7 @@ def factors(size: str, rank: int, seed: int = 0) -> list[tuple[np.ndarray, np.nd
     ]
 
 
-def torch_step(contender: str, size: str, rank: int) -> dict[str, float]:
+def torch_step(contender: str, size: str, rank: int, device: str = "cpu") -> dict[str, float]:
     """One contender of PyTorch on PEFT's LoRA layers over a base model that takes no memory."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -72,14 +94,15 @@ def torch_step(contender: str, size: str, rank: int) -> dict[str, float]:
         base = torch.nn.Sequential(*[torch.nn.Linear(i, o, bias=False) for o, i in SIZES[size]])
         names = [str(index) for index in range(len(base))]
         model = get_peft_model(base, LoraConfig(r=rank, target_modules=names))
-    values = [torch.from_numpy(x) for pair in factors(size, rank) for x in pair]
+    values = _factors_on(device, size, rank)
     for name, value in zip([n for n, p in model.named_parameters() if p.requires_grad], values, strict=True):
         holder = model.get_submodule(name.rpartition(".")[0])
         holder.weight = torch.nn.Parameter(value)
-        holder.weight.grad = torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
+        holder.weight.grad = torch.randn(value.shape, generator=torch.Generator(device).manual_seed(1), device=device)
     del values
     parameters = [p for p in model.parameters() if p.requires_grad]
     new_gradients = None
+    contender, in_a_graph, _ = contender.partition(IN_A_GRAPH)
     if contender == "fused AdamW":
         optimizer = torch.optim.AdamW(parameters, lr=RATE, fused=True)
     elif contender == "PEFT Riemannian":
@@ -92,9 +115,35 @@ def torch_step(contender: str, size: str, rank: int) -> dict[str, float]:
         optimizer.step = partial(_plain_loop, optimizer.step, lora_pairs(model))
     else:
         optimizer = lora_one.optimizer(model, RATE, precondition=True, reg=REG)
-    # Activations come and go in a training step, and leave the allocator with memory in hand.
-    torch.empty(31 * MIB, dtype=torch.uint8)
-    return _measured(optimizer.step, size, new_gradients)
+    if device == "cpu":  # activations come and go in a training step, and leave the allocator with memory in hand
+        torch.empty(31 * MIB, dtype=torch.uint8)
+    step = _captured(optimizer) if in_a_graph else optimizer.step
+    return _measured(step, size, new_gradients, device)
+
+
+def _factors_on(device: str, size: str, rank: int) -> list[Any]:
+    """Of all pairs, one after the other; on a GPU, which draws them faster, other values."""
+    import torch
+
+    if device == "cpu":
+        return [torch.from_numpy(x) for pair in factors(size, rank) for x in pair]
+    shapes = [shape for o, i in SIZES[size] for shape in ((rank, i), (o, rank))]
+    return [torch.randn(shape, device=device) * 0.02 for shape in shapes]
+
+
+def _captured(optimizer: Any) -> Callable[[], Any]:
+    """The step in a CUDA graph, after one outside that makes the moments."""
+    import torch
+
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    with torch.cuda.stream(torch.cuda.Stream()):
+        optimizer.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return graph.replay
 
 
 def _plain_loop(adamw_step: Callable[[], Any], pairs: list[Any]) -> None:
@@ -116,7 +165,7 @@ def _plain_loop(adamw_step: Callable[[], Any], pairs: list[Any]) -> None:
         p.grad = its
 
 
-def jax_step(contender: str, size: str, rank: int) -> dict[str, float]:
+def jax_step(contender: str, size: str, rank: int, device: str = "cpu") -> dict[str, float]:
     """One contender of JAX, as one compiled step that gives its buffers back."""
     import time
 
@@ -155,7 +204,10 @@ def jax_step(contender: str, size: str, rank: int) -> dict[str, float]:
         jax.block_until_ready(held)
 
     del params, state
-    return {**_measured(run, size), "compile_seconds": seconds}
+    measured = _measured(run, size)
+    if device != "cpu":  # what XLA says that it needs besides the arguments
+        measured["peak_mib"] = compiled.memory_analysis().temp_size_in_bytes / MIB
+    return {**measured, "compile_seconds": seconds}
 
 
 def mlx_step(contender: str, size: str, rank: int) -> dict[str, float]:
@@ -202,22 +254,31 @@ def mlx_step(contender: str, size: str, rank: int) -> dict[str, float]:
     return _measured(run, size)
 
 
-def _measured(run: Callable[[], Any], size: str, before: Callable[[], Any] | None = None) -> dict[str, float]:
+def _measured(
+    step: Callable[[], Any], size: str, before: Callable[[], Any] | None = None, device: str = "cpu"
+) -> dict[str, float]:
+    def run() -> None:
+        step()
+        synchronize(device)
+
     warm_up, repeats = (1, 2) if size == "smoke" else (2, 5) if size.startswith("7B") else (10, 40)
+    if device != "cpu":
+        warm_up, repeats = 5, 20
     run()  # the moments come into being
-    with PeakMemory() as memory:
+    with peak_memory(device) as memory:
         run()
     return {"ms": 1e3 * median_seconds(run, warm_up, repeats, before), "peak_mib": memory.peak / MIB}
 
 
-def compare(framework: str, size: str, rank: int, rounds: int) -> dict[str, Any]:
+def compare(framework: str, size: str, rank: int, rounds: int, device: str = "cpu") -> dict[str, Any]:
     """All contenders of a framework on one size."""
+    names = (CONTENDERS if device == "cpu" else CONTENDERS_ON_GPU)[framework]
+    settings = {"size": size, "rank": rank, **({} if device == "cpu" else {"device": device})}
     contenders = {
-        name: Contender(f"benchmarks.step:{framework}_step", {"contender": name, "size": size, "rank": rank})
-        for name in CONTENDERS[framework]
+        name: Contender(f"benchmarks.step:{framework}_step", {"contender": name, **settings}) for name in names
     }
-    found = measure(contenders, rounds)
-    first = found[CONTENDERS[framework][0]]["median"]["ms"]
+    found = measure(contenders, rounds, forked=() if device == "cpu" else MODULES)
+    first = found[names[0]]["median"]["ms"]
     for result in found.values():
         result["ratio"] = result["median"]["ms"] / first
     return {"framework": framework, "size": size, "rank": rank, "pairs": len(SIZES[size]), "contenders": found}
@@ -273,7 +334,8 @@ def _place(comparison: dict[str, Any]) -> tuple[int, int, int]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes only")
-    parser.add_argument("--only", nargs="+", choices=list(COMPARISONS), default=list(COMPARISONS))
+    parser.add_argument("--only", nargs="+", choices=list(COMPARISONS), help="frameworks; all that the device has")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16, 64])
     parser.add_argument("--rounds", type=int, default=3)
@@ -283,12 +345,11 @@ def main(arguments: list[str] | None = None) -> None:
     comparisons: list[dict[str, Any]] = []
     if options.out.exists() and not options.smoke:
         comparisons = json.loads(options.out.read_text(encoding="utf-8"))["comparisons"]
-    for framework in options.only:
-        chosen = [
-            (size, rank) for size, rank in COMPARISONS[framework] if size in options.sizes and rank in options.ranks
-        ]
+    known = COMPARISONS if options.device == "cpu" else COMPARISONS_ON_GPU
+    for framework in options.only or known:
+        chosen = [(size, rank) for size, rank in known[framework] if size in options.sizes and rank in options.ranks]
         for size, rank in [("smoke", 4)] if options.smoke else chosen:
-            new = compare(framework, size, rank, 1 if options.smoke else options.rounds)
+            new = compare(framework, size, rank, 1 if options.smoke else options.rounds, options.device)
             comparisons = sorted([*(c for c in comparisons if _of(c) != _of(new)), new], key=_place)
             save(options.out, versions=packages, comparisons=comparisons)
             draw(comparisons, options.out.with_suffix(".png"))

@@ -1,6 +1,6 @@
 """What lora-one raises. Each message says which layer or batch, what came, what was expected, and what to do.
 
-An exception of the user's own, from their `loss_fn` or their batches, passes through unchanged.
+An exception of the user's own, from their `loss_fn` or their batches, passes through unchanged. And what it warns of.
 """
 
 
@@ -38,3 +38,19 @@ class CheckpointError(LoraOneError):
 
 class DataError(LoraOneError, ValueError):
     """A line of a data file that cannot be used, with its number and the reason."""
+
+
+class InitWarning(UserWarning):
+    """The base of what `init` warns of."""
+
+
+class ZeroGradientWarning(InitWarning):
+    """Some layers have no gradient on the init batches and keep plain LoRA's start."""
+
+
+class GammaWarning(InitWarning):
+    """gamma="auto" found no gamma at which the initialised model is at least as good as the base model."""
+
+
+class ChangingBatchesWarning(InitWarning):
+    """The passes of a sketch did not see the same batches, so that they do not belong to one gradient."""

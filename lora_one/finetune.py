@@ -12,9 +12,8 @@ from . import api
 from .backends import load_backend, load_tuner
 from .backends.interface import Tuner
 from .data import Example, TokenSequence, encode, read_examples
-from .errors import DataError
+from .errors import DataError, InitWarning
 from .evaluation import Evaluation, answers, write_scores
-from .initialization import InitWarning
 from .recipe import Recipe
 from .report import Report
 from .scores import METRICS

@@ -1,16 +1,18 @@
-"""The passes of a sketch, on a session whose layers are matrices: no model, no framework."""
+"""The passes over a session whose layers are matrices: no model, no framework."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 
+from lora_one import spectra
 from lora_one.backends.interface import Layer, PassResult
 from lora_one.backends.numpy import ops
 from lora_one.config import Config
 from lora_one.core.alignment import captured_energy
 from lora_one.core.factors import Factors
+from lora_one.errors import GradientError, ZeroGradientWarning
 from lora_one.initialization import initialize
 from lora_one.report import Report
 from tests.arrays import spectrum_matrix
@@ -23,8 +25,9 @@ class MatrixSession:
 
     ops = ops
 
-    def __init__(self, gradients: Mapping[str, np.ndarray], others_go_on_to: int = 0) -> None:
+    def __init__(self, gradients: Mapping[str, np.ndarray], others_go_on_to: int = 0, stacked: bool = False) -> None:
         self.gradients = gradients
+        self.stacked = stacked
         self.others_go_on_to = others_go_on_to  # the number of passes that other processes make
         self.layers = [Layer(name, *g.shape, RANK, 1.0) for name, g in gradients.items()]
         self.factors: dict[str, Factors] = {}
@@ -37,6 +40,12 @@ class MatrixSession:
         self.passes += 1
         products = {name: _product(self.gradients[name], probe) for name, probe in probes.items()}
         return PassResult(1.0, 1), products
+
+    def exact_pass(self, consume: Callable[[str, np.ndarray], None]) -> PassResult:
+        for name, g in reversed(self.gradients.items()):
+            if g.any():
+                consume(name, g)
+        return PassResult(1.0, 1)
 
     def unanimous(self, decision: bool) -> bool:
         return decision and self.passes >= self.others_go_on_to
@@ -61,7 +70,7 @@ FLAT = spectrum_matrix(320, 240, 1.0 / (1.0 + 0.04 * np.arange(200)), seed=1)
 def started(config: Config, **gradients: np.ndarray) -> tuple[MatrixSession, Report]:
     session = MatrixSession(gradients)
     report = initialize(session, config, "numpy", 0.0)
-    assert session.passes == report.passes
+    assert session.passes == report.passes or config.gradient == "exact"
     return session, report
 
 
@@ -113,3 +122,59 @@ def test_a_layer_without_a_gradient_asks_for_no_more_passes():
 def test_a_number_of_passes_is_kept_to(passes):
     _, report = started(Config(rank=RANK, passes=passes), flat=FLAT)
     assert report.passes == passes
+
+
+ALIKE = {
+    "steep": STEEP,
+    "wide": spectrum_matrix(240, 320, 0.8 ** np.arange(100), seed=2),
+    "flat": FLAT,
+    "small": spectrum_matrix(320, 240, 1e-20 * 0.9 ** np.arange(50), seed=3),  # on a scale of its own
+    "one direction": spectrum_matrix(320, 240, np.ones(1), seed=4),  # the others of its stack have more to find
+    "dead": np.zeros((320, 240)),
+}
+
+
+@pytest.mark.parametrize("limit", [2**30, 2 * STEEP.nbytes, 0])
+@pytest.mark.parametrize("gradient", ["sketch", "exact"])
+def test_layers_in_stacks_get_what_they_get_alone(monkeypatch, gradient, limit):
+    monkeypatch.setattr(spectra, "STACK_BYTES", limit)
+    config = Config(rank=RANK, gradient=gradient)
+    with pytest.warns(ZeroGradientWarning):
+        alone, report = started(config, **ALIKE)
+    together = MatrixSession(ALIKE, stacked=True)
+    with pytest.warns(ZeroGradientWarning):
+        report_of_stacks = initialize(together, config, "numpy", 0.0)
+    assert report_of_stacks.passes == report.passes
+    assert report_of_stacks.plain_layers == report.plain_layers == ["dead"]
+    for name in ALIKE:
+        got, want = (its.lora_B @ its.lora_A for its in (together.factors[name], alone.factors[name]))
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-9 * np.abs(want).max())
+    for got, want in zip(report_of_stacks.layers, report.layers, strict=True):
+        assert got.gradient_norm == pytest.approx(want.gradient_norm, rel=1e-12)
+        assert got.share_of_best == pytest.approx(want.share_of_best, rel=1e-9)
+
+
+def test_between_the_first_check_of_a_stack_and_the_last_the_worst_layer_alone_is_decomposed(monkeypatch):
+    shapes: list[tuple[int, ...]] = []
+
+    class Counting(type(ops)):
+        def svd(self, x):
+            shapes.append(x.shape)
+            return super().svd(x)
+
+    monkeypatch.setattr(MatrixSession, "ops", Counting())
+    session = MatrixSession({f"steep {i}": STEEP for i in range(5)} | {"flat": FLAT}, stacked=True)
+    report = initialize(session, Config(rank=RANK, oversample=0), "numpy", 0.0)
+    assert 5 < report.passes < 12
+    checks = [shapes[i : i + 4] for i in range(0, len(shapes), 4)]  # each decomposes four passes
+    stacks = [all(len(shape) == 3 for shape in check) for check in checks]
+    alone = [all(len(shape) == 2 for shape in check) for check in checks]
+    assert stacks[0] and stacks[-1] and all(alone[1:-1]) and len(checks) == report.passes - 4 + 2
+
+
+def test_of_a_stack_the_layer_is_named_whose_gradient_is_not_finite():
+    broken = FLAT.copy()
+    broken[3, 5], broken[7, 1] = np.nan, np.inf
+    session = MatrixSession({"steep": STEEP, "broken": broken}, stacked=True)
+    with pytest.raises(GradientError, match=r"layer 'broken': its gradient in pass 1 has .* entries that are not"):
+        initialize(session, Config(rank=RANK), "numpy", 0.0)

@@ -96,7 +96,7 @@ def lora_one_start(batches: int | None = None, targets: str | None = None, **opt
             **({"passes": 4} | options),
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", lora_one.initialization.InitWarning)
+            warnings.simplefilter("ignore", lora_one.errors.InitWarning)
             return lora_one.init(task.model(), task.start_batches(seed, batches), task.loss_fn, config)
 
     return start

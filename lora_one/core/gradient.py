@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from .ops import Array, Ops
+from .ops import Array, Ops, sum_of_squares
 
 TINY = 1e-30  # a unit where all entries are zero
 
@@ -57,12 +57,11 @@ def transposed_times(ops: Ops, g: Gradient, q: Array) -> Array:
 
 
 def frobenius_norm(ops: Ops, g: Array, scale: Array) -> Array:
-    """||G||_F, (), by way of numbers in units of `scale`, whose squares must not overflow."""
+    """||G||_F, (), by way of numbers in units of `scale`, (), whose squares must not overflow; of each of a stack."""
     rows = 512  # some at a time: a copy of G must not fill the memory
-    total = ops.zeros((), like=g)
-    for i in range(0, g.shape[0], rows):
-        part = g[i : i + rows] / scale
-        total = total + ops.sum(ops.sum(part * part, axis=1))  # of rows first: one long sum in float32 loses digits
+    total = ops.zeros(g.shape[:-2], like=g)
+    for i in range(0, g.shape[-2], rows):
+        total = total + sum_of_squares(ops, g[..., i : i + rows, :] / scale[..., None, None])
     return scale * ops.sqrt(total)
 
 

@@ -20,6 +20,8 @@ hands the gradient to `advance`; from two passes on, `finish` may be called at a
 Every pass probes only directions that no earlier pass has seen, so the bases of all passes together span a block Krylov
 space (Musco and Musco 2015, arXiv 1504.05477), in the numerically stable form: block Golub-Kahan bidiagonalisation with
 full reorthogonalisation.
+
+Layers that are alike may go through it together, as arrays with one more leading axis: a GPU waits for launches.
 """
 
 import hashlib
@@ -30,7 +32,7 @@ import numpy as np
 
 from .gradient import Gradient, RowProduct, arrays_of, as_matrix, frobenius_norm, norm_of_rows
 from .krylov import leading_triplets, minus_projection
-from .ops import Array, Ops, as_one_program
+from .ops import Array, Ops, as_one_program, largest_entry, sum_of_squares
 
 EXACT_OVERSAMPLE = 8  # columns beyond the rank in the products with a G in memory
 ROWS_CANCEL = 0.01  # of ||G||^2 left of what it is summed from: in float32, five digits
@@ -40,7 +42,8 @@ SETTLED = 1e-5  # of the energy: gains that are so small, or so much alike, are 
 class Spectrum(NamedTuple):
     """The leading singular triplets of the descent direction: -G ~ u diag(s) vt, and what they leave out.
 
-    Of each pair u_i, v_i the sign is such that the entry of u_i that is largest in magnitude is positive.
+    Of each pair u_i, v_i the sign is such that the entry of u_i that is largest in magnitude is positive. Shapes are a
+    layer's: of a stack of layers all have a leading axis.
     """
 
     u: Array  # (out, r)
@@ -66,7 +69,8 @@ class SketchState(NamedTuple):
     """All that the passes so far have learnt about G: bases, and what G is in them.
 
     Blocks are (., d), d <= k, and orthonormal taken together on each side. What a pass yields lies in the span of the
-    blocks known by then and of the one that it adds, so that the coordinates are all that is kept of it.
+    blocks known by then and of the one that it adds, so that the coordinates are all that is kept of it. Shapes are a
+    layer's: of a stack of layers all have a leading axis.
     """
 
     block: Array  # what the next pass probes: (in, k) before odd passes, (out, k) before even ones
@@ -103,7 +107,7 @@ def exact_spectrum(ops: Ops, gradient: Gradient, rank: int) -> Spectrum:
     products are counted at run time: of a large G this cannot be traced.
 
     Args:
-        gradient: G = dL/dW, (out, in), float32 or wider.
+        gradient: G = dL/dW, (out, in), float32 or wider; or a stack of matrices, (..., out, in).
         rank: r <= min(out, in).
     """
     if isinstance(gradient, RowProduct):
@@ -111,7 +115,7 @@ def exact_spectrum(ops: Ops, gradient: Gradient, rank: int) -> Spectrum:
     found = _leading_triplets(ops, gradient, rank)
     if found is None:
         return _descent(ops, _seen_whole(ops, *_thin_svd(ops, gradient), rank))
-    return _descent(ops, _of_triplets(ops, *found, frobenius_norm(ops, gradient, _or_one(ops, found[1][0]))))
+    return _descent(ops, _of_triplets(ops, *found, frobenius_norm(ops, gradient, _or_one(ops, found[1][..., 0]))))
 
 
 def _exact_of_rows(ops: Ops, gradient: RowProduct, rank: int) -> Spectrum:
@@ -123,16 +127,16 @@ def _exact_of_rows(ops: Ops, gradient: RowProduct, rank: int) -> Spectrum:
 
 
 def _leading_triplets(ops: Ops, gradient: Gradient, rank: int) -> tuple[Array, Array, Array] | None:
-    limit = min(gradient.shape) // 4  # directions, from where on the dense SVD is the faster one
+    limit = min(gradient.shape[-2:]) // 4  # directions, from where on the dense SVD is the faster one
     width = rank + EXACT_OVERSAMPLE
     if 3 * width > limit:
         return None
-    omega = ops.asarray(draw_omega(0, "exact", gradient.shape[1], width), like=arrays_of(gradient)[0])
+    omega = ops.asarray(draw_omega(0, "exact", gradient.shape[-1], width), like=arrays_of(gradient)[0])
     return leading_triplets(ops, gradient, omega, rank, limit)
 
 
 def _of_triplets(ops: Ops, u: Array, s: Array, vt: Array, norm: Array) -> Spectrum:
-    zero = ops.zeros((), like=s)
+    zero = ops.zeros(s.shape[:-1], like=s)
     return Spectrum(u, s, vt, norm=norm, norm_error=zero, unseen=zero, best_norm=_norm(ops, s))
 
 
@@ -140,16 +144,16 @@ def start(ops: Ops, omega: Array, out_features: int) -> SketchState:
     """The state before the first pass.
 
     Args:
-        omega: Gaussian test matrix, (in, k), float32 or wider, k <= min(out, in): see `draw_omega`.
+        omega: Gaussian test matrix, (in, k), float32 or wider, k <= min(out, in): see `draw_omega`; or a stack of them.
         out_features: rows of G.
     """
-    in_features, k = omega.shape
+    in_features, k = omega.shape[-2:]
     if k > min(in_features, out_features):
         raise ValueError(f"sketch width must be <= min(out, in) = {min(in_features, out_features)}, got {k}")
     # Probing with orthonormal columns instead of omega itself changes no subspace, and the products can then be
     # projected on as they are when the passes stop after an odd one.
     v, mixing = ops.qr(omega)  # (in, k), (k, k)
-    zero = ops.zeros((), like=omega)
+    zero = ops.zeros(omega.shape[:-2], like=omega)
     return SketchState(v, (), (), (), mixing, zero, zero, zero)
 
 
@@ -172,15 +176,15 @@ def advance(ops: Ops, state: SketchState, gradient: Array) -> SketchState:
             residual = as_one_program(ops, _estimate_residual)(gradient, state.mixing)
             state = state._replace(scale=residual[0], residual=residual[1], residual_variance=residual[2])
         probed = _adopted(state.block, state.right)
-        x, known = gradient[:, : probed.shape[1]], state.left  # (out, d) = G V
+        x, known = gradient[..., : probed.shape[-1]], state.left  # (out, d) = G V
         state = state._replace(right=(*state.right, probed))
     else:
         probed = _adopted(state.block, state.left)
-        x, known = ops.matrix_transpose(gradient[: probed.shape[1], :]), state.right  # (in, d) = G^T Q
+        x, known = ops.matrix_transpose(gradient[..., : probed.shape[-1], :]), state.right  # (in, d) = G^T Q
         state = state._replace(left=(*state.left, probed))
-    block = _new_directions(ops, x, known, state.block.shape[1])
+    block = _new_directions(ops, x, known, state.block.shape[-1])
     coordinates = [ops.matmul(ops.matrix_transpose(q), x) for q in (*known, _adopted(block, known))]  # (d, d)
-    return state._replace(block=block, coordinates=(*state.coordinates, ops.concat(coordinates, axis=0)))
+    return state._replace(block=block, coordinates=(*state.coordinates, ops.concat(coordinates, axis=-2)))
 
 
 def advance_on(ops: Ops, state: SketchState, gradient: Array) -> SketchState:
@@ -203,7 +207,7 @@ def finish(ops: Ops, state: SketchState, rank: int) -> Spectrum:
     directions = min(_columns(left), _columns(right))
     if rank > directions:
         raise ValueError(f"rank must be <= {directions}, the directions probed, got {rank}")
-    whole = _columns(state.left) == left[0].shape[0] or _columns(state.right) == right[0].shape[0]
+    whole = _columns(state.left) == left[0].shape[-2] or _columns(state.right) == right[0].shape[-2]
     residual = (state.scale, state.residual, state.residual_variance)
     inside = as_one_program(ops, _inside, ("rank", "whole"))(state.coordinates, residual, rank=rank, whole=whole)
     return as_one_program(ops, _outside)(inside, left, right)
@@ -230,13 +234,13 @@ def _inside(
     earlier = range(max(1, passes - 3), passes)
     energies = [_thin_svd(ops, _projected(ops, coordinates, number))[1] for number in earlier]
     norms = _norms(ops, s, energies, coordinates[1], of_residual, rank)
-    return Spectrum(u[:, :rank], s[:rank], vt[:rank, :], **norms)
+    return Spectrum(u[..., :rank], s[..., :rank], vt[..., :rank, :], **norms)
 
 
 def _outside(ops: Ops, inside: Spectrum, left: tuple[Array, ...], right: tuple[Array, ...]) -> Spectrum:
     """The spectrum of -G from that in the bases: blocks (out, d) and (in, d)."""
-    u = ops.matmul(ops.concat(left, axis=1), inside.u)  # (out, r)
-    vt = ops.matmul(inside.vt, ops.matrix_transpose(ops.concat(right, axis=1)))  # (r, in)
+    u = ops.matmul(ops.concat(left, axis=-1), inside.u)  # (out, r)
+    vt = ops.matmul(inside.vt, ops.matrix_transpose(ops.concat(right, axis=-1)))  # (r, in)
     return _descent(ops, inside._replace(u=u, vt=vt))
 
 
@@ -260,12 +264,12 @@ def _norms(
     # independent of the basis it refers to. What later passes found is part of that residual.
     unit, residual, variance = of_residual
     scale = _or_one(ops, unit)
-    seen = _square_sum(ops, s / scale)
-    first = _square_sum(ops, second / scale)
+    seen = sum_of_squares(ops, s / scale[..., None], axes=1)
+    first = sum_of_squares(ops, second / scale[..., None, None])
     unseen = _at_least_zero(ops, first + residual - seen)
     norm = ops.sqrt(seen + unseen)
     error = ops.sqrt(variance) / (2.0 * _or_one(ops, norm))  # d sqrt(x) = dx / (2 sqrt(x))
-    energies = [_square_sum(ops, x[:rank] / scale) for x in (*earlier, s)]
+    energies = [sum_of_squares(ops, x[..., :rank] / scale[..., None], axes=1) for x in (*earlier, s)]
     best = ops.sqrt(energies[-1] + _energy_to_come(ops, energies, unseen))
     norms = {"norm": norm, "norm_error": error, "unseen": ops.sqrt(unseen), "best_norm": best}
     return {name: value * unit for name, value in norms.items()}
@@ -276,10 +280,15 @@ def _projected(ops: Ops, coordinates: tuple[Array, ...], passes: int) -> Array:
     # Of the passes that probed the same side as the last one. Their blocks come one after the other, and each pass
     # knows only those up to its own.
     of_side = coordinates[(passes - 1) % 2 : passes : 2]
-    rows = of_side[-1].shape[0]
-    full = [ops.concat([x, ops.zeros((rows - x.shape[0], x.shape[1]), like=x)], axis=0) for x in of_side[:-1]]
-    projected = ops.concat([*full, of_side[-1]], axis=1)
+    full = [_with_rows(ops, x, of_side[-1].shape[-2]) for x in of_side]
+    projected = ops.concat(full, axis=-1)
     return projected if passes % 2 else ops.matrix_transpose(projected)
+
+
+def _with_rows(ops: Ops, x: Array, rows: int) -> Array:
+    """x with zeros under it."""
+    missing = rows - x.shape[-2]
+    return ops.concat([x, ops.zeros((*x.shape[:-2], missing, x.shape[-1]), like=x)], axis=-2) if missing else x
 
 
 def _energy_to_come(ops: Ops, energies: list[Array], unseen: Array) -> Array:
@@ -292,7 +301,7 @@ def _energy_to_come(ops: Ops, energies: list[Array], unseen: Array) -> Array:
     Args:
         energies: after the last four passes, the latest last; fewer if there were fewer.
     """
-    none = [ops.zeros((), like=unseen)] * (4 - len(energies))  # the energy before the first pass
+    none = [ops.zeros(unseen.shape, like=unseen)] * (4 - len(energies))  # the energy before the first pass
     earlier, before, last = (_at_least_zero(ops, y - x) for x, y in itertools.pairwise([*none, *energies]))
     # x / (x + last + before) = (x + last) / (x + last + before + earlier), solved for x
     slower = _at_least_zero(ops, earlier - last) + SETTLED * energies[-1]
@@ -301,22 +310,21 @@ def _energy_to_come(ops: Ops, energies: list[Array], unseen: Array) -> Array:
 
 def _new_directions(ops: Ops, x: Array, known: tuple[Array, ...], k: int) -> Array:
     """An orthonormal basis of range(x) minus range(known), (rows, k): zero columns where the space is exhausted."""
-    rows = x.shape[0]
-    d = min(x.shape[1], rows - _columns(known))
+    d = min(x.shape[-1], x.shape[-2] - _columns(known))
     if d == 0:
-        return ops.zeros((rows, k), like=x)
-    q, _ = ops.qr(_project_out(ops, x[:, :d], known))
+        return ops.zeros((*x.shape[:-1], k), like=x)
+    q, _ = ops.qr(_project_out(ops, x[..., :d], known))
     if known:
         # Twice is enough (Kahan; Parlett 1980), except where x is all but inside `known`: then the first q is rounding
         # noise, whose part outside `known` may be small again, and a third projection settles it.
         for _ in range(2):
             q, _ = ops.qr(_project_out(ops, q, known))
-    return q if d == k else ops.concat([q, ops.zeros((rows, k - d), like=x)], axis=1)
+    return q if d == k else ops.concat([q, ops.zeros((*x.shape[:-1], k - d), like=x)], axis=-1)
 
 
 def _adopted(block: Array, known: tuple[Array, ...]) -> Array:
     """The columns of a new block, (rows, k), for which there is room beside the known ones: (rows, d)."""
-    return block[:, : min(block.shape[1], block.shape[0] - _columns(known))]
+    return block[..., : min(block.shape[-1], block.shape[-2] - _columns(known))]
 
 
 def _project_out(ops: Ops, x: Array, known: tuple[Array, ...]) -> Array:
@@ -335,22 +343,23 @@ def _estimate_residual(ops: Ops, g_right: Array, mixing: Array) -> tuple[Array, 
     range is an unbiased estimate of what a sketch of k - 1 columns misses: slightly too large for one of k.
     """
     y = ops.matmul(g_right, mixing)  # (out, k) = G omega
-    scale = ops.max(abs(y))
-    y = y / _or_one(ops, scale)  # squares must neither overflow nor underflow
-    k = y.shape[1]
+    scale = largest_entry(ops, y)
+    y = y / _or_one(ops, scale)[..., None, None]  # squares must neither overflow nor underflow
+    k = y.shape[-1]
     gram = ops.matmul(ops.matrix_transpose(y), y)  # (k, k)
     identity = ops.eye(k, like=y)
-    floor = 4.0 * ops.eps(y) * ops.sum(gram * identity) + ops.eps(y)  # keeps the Gram positive definite, also for y = 0
-    inverse = ops.cholesky_solve(gram + floor * identity, identity)
-    distance = 1.0 / ops.sum(inverse * identity, axis=0)  # (k,), squared
-    mean = ops.sum(distance) / k
-    variance = _square_sum(ops, distance - mean) / (k * max(k - 1, 1))
+    trace = ops.sum(ops.sum(gram * identity, axis=-1), axis=-1)
+    floor = 4.0 * ops.eps(y) * trace + ops.eps(y)  # keeps the Gram positive definite, also for y = 0
+    inverse = ops.cholesky_solve(gram + floor[..., None, None] * identity, identity)
+    distance = 1.0 / ops.sum(inverse * identity, axis=-2)  # (k,), squared
+    mean = ops.sum(distance, axis=-1) / k
+    variance = sum_of_squares(ops, distance - mean[..., None], axes=1) / (k * max(k - 1, 1))
     return scale, mean, variance
 
 
 def _thin_svd(ops: Ops, x: Array) -> tuple[Array, Array, Array]:
     """Thin SVD through QR, so that a framework only ever decomposes a square of the shorter side."""
-    rows, columns = x.shape
+    rows, columns = x.shape[-2:]
     if rows < columns:
         u, s, vt = _thin_svd(ops, ops.matrix_transpose(x))
         return ops.matrix_transpose(vt), s, ops.matrix_transpose(u)
@@ -363,31 +372,27 @@ def _thin_svd(ops: Ops, x: Array) -> tuple[Array, Array, Array]:
 
 def _seen_whole(ops: Ops, u: Array, s: Array, vt: Array, rank: int) -> Spectrum:
     """The leading triplets of G where u, s, vt hold all of it, so that its norms are known."""
-    zero, first = ops.zeros((), like=s), s[:rank]
+    zero, first = ops.zeros(s.shape[:-1], like=s), s[..., :rank]
     norms = {"norm": _norm(ops, s), "norm_error": zero, "unseen": zero, "best_norm": _norm(ops, first)}
-    return Spectrum(u[:, :rank], first, vt[:rank, :], **norms)
+    return Spectrum(u[..., :rank], first, vt[..., :rank, :], **norms)
 
 
 def _descent(ops: Ops, spectrum: Spectrum) -> Spectrum:
     """That of -G from that of G, with the sign convention of `Spectrum`."""
     u, vt = spectrum.u, spectrum.vt
-    positive = ops.astype(ops.max(u, axis=0) >= ops.max(-u, axis=0), u.dtype)  # (r,), 1 or 0
+    positive = ops.astype(ops.max(u, axis=-2) >= ops.max(-u, axis=-2), u.dtype)  # (r,), 1 or 0
     sign = 2.0 * positive - 1.0
-    return spectrum._replace(u=u * sign, vt=-vt * sign[:, None])
+    return spectrum._replace(u=u * sign[..., None, :], vt=-vt * sign[..., :, None])
 
 
 def _columns(blocks: tuple[Array, ...]) -> int:
-    return sum(block.shape[1] for block in blocks)
-
-
-def _square_sum(ops: Ops, x: Array) -> Array:
-    return ops.sum(x * x)
+    return sum(block.shape[-1] for block in blocks)
 
 
 def _norm(ops: Ops, s: Array) -> Array:
     """The 2-norm of s, (p,), without squaring numbers that are too small or too large for it."""
-    scale = ops.max(s)
-    return scale * ops.sqrt(_square_sum(ops, s / _or_one(ops, scale)))
+    scale = ops.max(s, axis=-1)
+    return scale * ops.sqrt(sum_of_squares(ops, s / _or_one(ops, scale)[..., None], axes=1))
 
 
 def _or_one(ops: Ops, x: Array) -> Array:
@@ -400,4 +405,4 @@ def _at_least_zero(ops: Ops, x: Array) -> Array:
 
 
 def _smaller(ops: Ops, x: Array, y: Array) -> Array:
-    return -ops.max(ops.stack([-x, -y]))
+    return -ops.max(ops.stack([-x, -y]), axis=0)

@@ -3,7 +3,7 @@ import json
 from benchmarks import harness, step
 
 
-def in_this_process(contender: harness.Contender) -> dict[str, float]:
+def in_this_process(contender: harness.Contender, forked: object = ()) -> dict[str, float]:
     """Spares eight imports of a framework; that processes of their own work is test_harness's matter."""
     return getattr(step, contender.function.split(":")[1])(**contender.settings)
 
@@ -28,7 +28,7 @@ def test_a_part_that_is_measured_again_takes_the_place_of_its_old_numbers(tmp_pa
     out = tmp_path / "step.json"
     parts = ("torch", "embedded"), ("jax", "7B, 200 pairs"), ("jax", "embedded"), ("torch", "embedded")
     for turn, (framework, size) in enumerate(parts):
-        monkeypatch.setattr(harness, "run_in_own_process", lambda _, turn=turn: {"ms": turn + 1, "peak_mib": 1.0})
+        monkeypatch.setattr(harness, "run_in_own_process", lambda *_, turn=turn: {"ms": turn + 1, "peak_mib": 1.0})
         monkeypatch.setattr(step, "draw", lambda comparisons, path: None)
         step.main(["--only", framework, "--sizes", size, "--ranks", "8", "--rounds", "1", "--out", str(out)])
     found = json.loads(out.read_text(encoding="utf-8"))["comparisons"]

@@ -38,6 +38,7 @@ class JaxSession:
         self.ops = JaxOps()
         self.model = model
         self.layers: list[Layer] = []
+        self.stacked = False
         self._batches = batches
         self._loss_fn = loss_fn
         self._config = config

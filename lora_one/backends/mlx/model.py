@@ -32,6 +32,7 @@ class MlxSession:
         self.ops = MlxOps()
         self.model = model
         self.layers: list[Layer] = []
+        self.stacked = False
         self._sites: dict[str, Site] = {}
         self._pairs: dict[str, list[Factors]] = {}  # by site; written into the model by `_write`
         self._position: dict[str, tuple[str, int]] = {}  # layer -> its site, and which of its pairs

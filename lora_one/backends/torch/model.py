@@ -90,6 +90,10 @@ class TorchSession:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     @property
+    def stacked(self) -> bool:
+        return self._device.type != "cpu"
+
+    @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -108,7 +112,9 @@ class TorchSession:
             with full_precision(arrays_of(gradient)[0].device):  # once, and not at each of its many small operations
                 consume(name, gradient)
 
-        return self._tapped(dict.fromkeys(self._sites, WHOLE if is_parallel() else ROWS), consume_precisely)
+        # Where matrices go in stacks, multiplying out costs next to nothing, and a launch for each product a lot.
+        product = WHOLE if is_parallel() or self.stacked else ROWS
+        return self._tapped(dict.fromkeys(self._sites, product), consume_precisely)
 
     def _tapped(self, products: Mapping[str, Product], consume: Callable[[str, Any], None]) -> PassResult:
         """Run all batches backward and hand on each layer's mean product, as soon as it is whole.

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import decompositions
 from .narrow import narrow_matmul
 from .precision import full_precision
 
@@ -16,7 +17,7 @@ class TorchOps:
     name = "torch"
 
     def asarray(self, x: np.ndarray, like: Tensor) -> Tensor:
-        return torch.as_tensor(x).to(device=like.device, dtype=like.dtype)
+        return torch.as_tensor(x).to(like.dtype).to(like.device)  # what moves is narrow already
 
     def to_numpy(self, x: Tensor) -> np.ndarray:
         x = x.detach().cpu()
@@ -40,19 +41,20 @@ class TorchOps:
 
     def qr(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with full_precision(x.device):
-            q, r = torch.linalg.qr(x, mode="reduced")
+            q, r = decompositions.qr(x) if x.is_cuda else torch.linalg.qr(x)
             return q, r
 
     def svd(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with full_precision(x.device):
-            u, s, vt = torch.linalg.svd(x, full_matrices=False)
+            u, s, vt = decompositions.svd(x) if x.is_cuda else torch.linalg.svd(x, full_matrices=False)
             return u, s, vt
 
     def cholesky_solve(self, gram: Tensor, rhs: Tensor) -> Tensor:
         with full_precision(gram.device):
             lower, info = torch.linalg.cholesky_ex(gram)
             rhs = rhs.expand(*gram.shape[:-2], *rhs.shape[-2:]) if rhs.ndim < gram.ndim else rhs
-            solution = torch.cholesky_solve(rhs, lower)
+            solve = decompositions.solve_by_triangles if gram.is_cuda else _cholesky_solve
+            solution = solve(lower, rhs)
         # cholesky_ex does not raise, which would cost a synchronisation; it leaves a partial factor behind.
         return torch.where((info == 0)[..., None, None], solution, torch.nan)
 
@@ -79,3 +81,7 @@ class TorchOps:
 
     def stack(self, xs: Sequence[Tensor], axis: int = 0) -> Tensor:
         return torch.stack(list(xs), dim=axis)
+
+
+def _cholesky_solve(lower: Tensor, rhs: Tensor) -> Tensor:
+    return torch.cholesky_solve(rhs, lower)

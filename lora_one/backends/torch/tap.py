@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from lora_one.core.gradient import RowProduct
 from lora_one.core.spectrum import Probe
 
-from .frozen_linear import product_of_rows
 from .precision import full_precision
+from .wide import few_rows_times, product_over_rows, times_few_columns, widened
 
 
 class Product(NamedTuple):
     """A linear function of G = dy^T x, in two halves: what the backward pass needs of x, and what it makes of that.
 
-    The arguments x, (tokens, in), and dy, (tokens, out), are float32 or wider.
+    The arguments x, (tokens, in), and dy, (tokens, out), are in the model's dtype; results are float32 or wider.
     """
 
     keep: Callable[[Tensor], Tensor] | None  # x -> what is kept for the backward pass; None: x itself, not copied
@@ -34,8 +34,8 @@ class Product(NamedTuple):
         return self.form(dy, x if self.keep is None else self.keep(x))
 
 
-WHOLE = Product(None, lambda dy, x: product_of_rows(dy.mT, x.mT))  # G, (out, in)
-ROWS = Product(None, RowProduct)  # G, not multiplied out
+WHOLE = Product(None, product_over_rows)  # G, (out, in)
+ROWS = Product(None, lambda dy, x: RowProduct(widened(dy), widened(x)))  # G, not multiplied out
 
 
 def whole(product: RowProduct) -> Tensor:
@@ -48,9 +48,9 @@ def product_of(probe: Probe) -> Product:
     """The gradient of the factor that a probe leaves out."""
     if probe.lora_A is not None:
         v = probe.lora_A.mT  # (in, k)
-        return Product(lambda x: x @ v, lambda dy, xv: dy.mT @ xv)  # G V, (out, k)
+        return Product(lambda x: times_few_columns(x, v), lambda dy, xv: times_few_columns(dy.mT, xv))  # G V, (out, k)
     q: Any = probe.lora_B  # (out, k)
-    return Product(None, lambda dy, x: (dy @ q).mT @ x)  # Q^T G, (k, in)
+    return Product(None, lambda dy, x: few_rows_times(times_few_columns(dy, q).mT, x))  # Q^T G, (k, in)
 
 
 class _Tap(torch.autograd.Function):
@@ -70,10 +70,9 @@ class _Tap(torch.autograd.Function):
 
 
 def _apply(function: Callable[..., Any], *xs: Tensor) -> Any:
-    """A function of x (tokens, n), float32 or wider, of tensors (..., n)."""
-    wide = torch.promote_types(xs[0].dtype, torch.float32)
+    """A function of x (tokens, n), of tensors (..., n)."""
     with full_precision(xs[0].device):
-        return function(*(x.reshape(-1, x.shape[-1]).to(wide) for x in xs))
+        return function(*(x.reshape(-1, x.shape[-1]) for x in xs))
 
 
 def tap(

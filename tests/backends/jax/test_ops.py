@@ -20,7 +20,7 @@ def sketch(g, omega, passes=4, rank=3):
     state = start(ops, omega, g.shape[0])
     for _ in range(passes):
         lora_A, lora_B = probe(ops, state)
-        wanted = g @ lora_A.T if lora_A is not None else lora_B.T @ g
+        wanted = ops.matmul(g, lora_A.T) if lora_A is not None else ops.matmul(lora_B.T, g)
         state = advance(ops, state, wanted)
     return normalized_factors(ops, finish(ops, state, rank), 128.0)
 
@@ -29,7 +29,7 @@ def test_the_whole_initialisation_traces_and_equals_the_definition():
     g, omega = jnp.asarray(G, jnp.float32), jnp.asarray(draw_omega(0, "layer", 9, 6), jnp.float32)
     factors = jax.jit(sketch)(g, omega)
     expected = -best_rank(G, 3) / np.linalg.norm(G, 2) / 128
-    np.testing.assert_allclose(factors.lora_B @ factors.lora_A, expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(ops.matmul(factors.lora_B, factors.lora_A), expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_exact_spectrum_alignment_and_step_trace():

@@ -104,7 +104,8 @@ def test_a_compiled_step_keeps_no_preconditioned_gradient_in_memory():
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params).compile()
+    with jax.default_device(jax.devices("cpu")[0]):  # cuBLAS has a workspace of its own
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 8 * 1024 / 2
 
 

@@ -14,7 +14,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import lora_one
 from lora_one.backends.mlx import MlxOps, last_layers
-from lora_one.initialization import ZeroGradientWarning
+from lora_one.errors import ZeroGradientWarning
 from tests.backends.mlx.models import (
     LINEAR,
     QUANTIZED,

@@ -14,7 +14,7 @@ from lora_one.backends.torch import TorchSession, ops
 from lora_one.backends.torch.attach import find_sites
 from lora_one.core.alignment import captured_energy
 from lora_one.core.gradient import Gradient, RowProduct, as_matrix
-from lora_one.initialization import ZeroGradientWarning
+from lora_one.errors import ZeroGradientWarning
 from tests.arrays import best_rank
 from tests.backends.torch.models import CASES, Case, classifier, gpt2, llama, mlp
 

@@ -1,0 +1,188 @@
+"""What only a CUDA GPU can show; elsewhere the same code runs on the CPU in the tests beside this one."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import lora_one
+from lora_one.backends.torch import LoraOneAdamW
+from lora_one.backends.torch.attach import find_sites
+from tests.backends.torch.models import CASES, llama
+from tests.backends.torch.test_init import EXACT, RANK, SKETCH, assert_one_step, gradients
+from tests.backends.torch.test_lora_adamw import SHAPES, make_pairs, parameters
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+
+
+def on_gpu(pairs):
+    for p in parameters(pairs):
+        p.data = p.data.cuda()
+        p.grad = None
+    return pairs
+
+
+def set_gradients_on_gpu(pairs, seed: int) -> None:
+    """Drawn on the CPU, in the memory of the gradients that are there."""
+    for index, p in enumerate(parameters(pairs)):
+        g = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * seed + index), dtype=p.dtype).cuda()
+        p.grad = g if p.grad is None else p.grad.copy_(g)
+
+
+def stepped_eagerly(dtype, steps: int, shapes=SHAPES):
+    """On the CPU, in float64: the tests beside this one hold that to the spec."""
+    pairs = make_pairs(shapes, torch.float64)
+    for p in parameters(pairs):
+        p.data = p.data.to(dtype).double()
+    optimizer = LoraOneAdamW(parameters(pairs), pairs, reg=1e-2, lr=1e-2)
+    for i in range(steps):
+        for index, p in enumerate(parameters(pairs)):
+            generator = torch.Generator().manual_seed(100 * i + index)
+            p.grad = torch.randn(p.shape, generator=generator, dtype=dtype).double()
+        optimizer.step()
+    return pairs
+
+
+def gpu_pairs(dtype, shapes=SHAPES):
+    pairs = make_pairs(shapes, torch.float64)
+    for p in parameters(pairs):
+        p.data = p.data.to(dtype)
+    return on_gpu(pairs)
+
+
+def assert_same(pairs, expected, tolerance: float) -> None:
+    for got, want in zip(parameters(pairs), parameters(expected), strict=True):
+        error = (got.detach().double().cpu() - want.detach()).abs().max() / want.detach().abs().max()
+        assert error <= tolerance
+
+
+@pytest.mark.parametrize("kernel", ["fused", "foreach"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+def test_steps_are_those_of_the_cpu_in_float64(dtype, tolerance, kernel):
+    pairs = gpu_pairs(dtype)
+    optimizer = LoraOneAdamW(parameters(pairs), pairs, reg=1e-2, lr=1e-2, **{kernel: True})
+    for i in range(20):
+        set_gradients_on_gpu(pairs, i)
+        optimizer.step()
+    assert_same(pairs, stepped_eagerly(dtype, 20), tolerance)
+
+
+@pytest.mark.parametrize("kernel", ["fused", "foreach"])
+def test_a_step_in_a_cuda_graph_is_the_step(kernel):
+    pairs = gpu_pairs(torch.float32)
+    optimizer = LoraOneAdamW(parameters(pairs), pairs, reg=1e-2, lr=1e-2, capturable=True, **{kernel: True})
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # as torch asks: a few steps on another stream, before
+        for i in range(2):
+            set_gradients_on_gpu(pairs, i)
+            optimizer.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for i in range(2, 10):
+        set_gradients_on_gpu(pairs, i)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert_same(pairs, stepped_eagerly(torch.float32, 10), 2e-5)
+
+
+def test_a_compiled_step_is_the_step_and_one_graph():
+    pairs = gpu_pairs(torch.float32, SHAPES[:2])
+    optimizer = LoraOneAdamW(parameters(pairs), pairs, reg=1e-2, lr=1e-2, foreach=True)
+    compiled = torch.compile(optimizer.step, fullgraph=True)
+    for i in range(3):
+        set_gradients_on_gpu(pairs, i)
+        compiled()
+    assert_same(pairs, stepped_eagerly(torch.float32, 3, SHAPES[:2]), 2e-5)
+
+
+def test_nothing_waits_for_the_device():
+    pairs = gpu_pairs(torch.float32)
+    optimizer = LoraOneAdamW(parameters(pairs), pairs, fused=True)
+    set_gradients_on_gpu(pairs, 0)
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def kernels(run) -> int:
+    """Kernels and copies that ran on the GPU."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    return sum(1 for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+
+
+def test_a_step_launches_as_many_kernels_for_twelve_layers_as_for_two():
+    counts = []
+    for layers in (2, 12):
+        pairs = on_gpu(make_pairs([(8, 32, 32), (8, 32, 48)] * layers, torch.float32))
+        optimizer = LoraOneAdamW(parameters(pairs), pairs, fused=True)
+        for i in range(2):
+            set_gradients_on_gpu(pairs, i)
+            optimizer.step()
+        counts.append(kernels(optimizer.step))
+    assert 0 < counts[1] <= counts[0] + 4  # kernels over lists of tensors take a bounded number of them
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("config", "tolerance"), [(EXACT, 2e-5), (SKETCH, 2e-4)], ids=["exact", "sketch"])
+def test_starts_are_those_of_the_float64_gradient(name, config, tolerance):
+    case = CASES[name]()
+    expected = gradients(case)
+    model, report = lora_one.init(case.model.cuda(), case.batches, case.loss_fn, config)
+    assert_one_step(model.cpu(), expected, tolerance)
+    assert report.peak_memory is not None and report.peak_memory > 0
+
+
+def test_a_bfloat16_gradient_is_multiplied_in_float32():
+    """G of a bfloat16 model by tensor cores: what the narrow dy and x are, no further rounding."""
+    case = llama(torch.bfloat16)
+    model = case.model.cuda().eval()
+    seen = {}
+
+    def keep(name):
+        def hook(module, args, y):
+            x = args[0].detach()
+            y.register_hook(lambda dy: seen.setdefault(name, []).append((dy.detach(), x)))
+
+        return hook
+
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    handles = [m.register_forward_hook(keep(n)) for n, m in layers.items()]
+    for batch in case.batches:
+        model(**{key: x.cuda() for key, x in batch.items()}).loss.backward()
+    for handle in handles:
+        handle.remove()
+    model.zero_grad()
+    attached, _ = lora_one.init(copy.deepcopy(model), case.batches, None, EXACT)
+    expected = {
+        name: sum(dy.double().flatten(0, 1).T @ x.double().flatten(0, 1) for dy, x in pairs).cpu().numpy() / 2
+        for name, pairs in seen.items()
+    }
+    assert_one_step(attached.cpu(), expected, 2e-5)
+
+
+def test_a_start_on_nf4_weights_is_that_of_the_dequantised_gradient():
+    bnb = pytest.importorskip("bitsandbytes")
+    from tests.backends.torch.test_quantized import NF4, batches, dequantized_gradients, load
+
+    base = load(quantization_config=NF4, device_map={"": 0})
+    expected = dequantized_gradients(base)
+    for config in (lora_one.Config(rank=RANK, gradient="exact"), lora_one.Config(rank=RANK, passes=8)):
+        model, _ = lora_one.init(base, batches(), config=config)
+        sites = find_sites(model)
+        assert len(sites) == 28 and all(isinstance(s.module.get_base_layer(), bnb.nn.Linear4bit) for s in sites)
+        for site in sites:
+            g = expected[site.layer.name]
+            u, s, vt = np.linalg.svd(g)
+            step = -(u[:, :RANK] * s[:RANK]) @ vt[:RANK] / s[0] / 128
+            product = (site.lora_B.weight.double() @ site.lora_A.weight.double()).detach().cpu().numpy()
+            assert np.linalg.norm(product - step) <= 1e-4 * np.linalg.norm(step), site.layer.name
+        base = model.unload()
