@@ -98,10 +98,10 @@ def _below(ops: Ops, h: Array, r: Array) -> Array:
 
 def _new_block(ops: Ops, x: Array, known: Array, floor: Array) -> tuple[Array, Array]:
     """Orthonormal q, (n, k), and r with x = known (...) + q r; columns of q are zero where x has nothing new."""
-    q, r = ops.qr(minus_projection(ops, x, known))
+    q, r = ops.qr(split_by_projection(ops, x, known)[0])
     identity = ops.eye(r.shape[-1], like=r)
     for _ in range(3):
-        q, again = ops.qr(minus_projection(ops, q, known))
+        q, again = ops.qr(split_by_projection(ops, q, known)[0])
         r = ops.matmul(again, r)
         # Twice is enough (Kahan; Parlett 1980), unless a first column was itself rounding noise, mostly inside `known`.
         if float(ops.to_numpy(ops.max(-abs(ops.sum(again * identity, axis=-2))))) < -0.5:
@@ -109,9 +109,10 @@ def _new_block(ops: Ops, x: Array, known: Array, floor: Array) -> tuple[Array, A
     return _without_noise(ops, q, r, floor)
 
 
-def minus_projection(ops: Ops, x: Array, known: Array) -> Array:
-    """x, (n, k), less its projection on the orthonormal `known`, (n, K)."""
-    return x - ops.matmul(known, ops.matmul(ops.matrix_transpose(known), x))
+def split_by_projection(ops: Ops, x: Array, known: Array) -> tuple[Array, Array]:
+    """x, (n, k), less its projection on the orthonormal `known`, (n, K), and the coordinates of that, (K, k)."""
+    coordinates = ops.matmul(ops.matrix_transpose(known), x)
+    return x - ops.matmul(known, coordinates), coordinates
 
 
 def _without_noise(ops: Ops, q: Array, r: Array, floor: Array) -> tuple[Array, Array]:

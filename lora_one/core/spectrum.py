@@ -31,11 +31,12 @@ from typing import NamedTuple
 import numpy as np
 
 from .gradient import Gradient, RowProduct, arrays_of, as_matrix, frobenius_norm, norm_of_rows
-from .krylov import leading_triplets, minus_projection
+from .krylov import leading_triplets, split_by_projection
 from .ops import Array, Ops, as_one_program, largest_entry, sum_of_squares
 
 EXACT_OVERSAMPLE = 8  # columns beyond the rank in the products with a G in memory
 ROWS_CANCEL = 0.01  # of ||G||^2 left of what it is summed from: in float32, five digits
+CROWDED = 4  # one in so many directions of the space is known
 SETTLED = 1e-5  # of the energy: gains that are so small, or so much alike, are not divided by each other
 
 
@@ -182,8 +183,9 @@ def advance(ops: Ops, state: SketchState, gradient: Array) -> SketchState:
         probed = _adopted(state.block, state.left)
         x, known = ops.matrix_transpose(gradient[..., : probed.shape[-1], :]), state.right  # (in, d) = G^T Q
         state = state._replace(left=(*state.left, probed))
-    block = _new_directions(ops, x, known, state.block.shape[-1])
-    coordinates = [ops.matmul(ops.matrix_transpose(q), x) for q in (*known, _adopted(block, known))]  # (d, d)
+    rest, coordinates = _project_out(ops, x, known)  # (., d), each (d, d)
+    block = _new_directions(ops, rest, known, state.block.shape[-1])
+    coordinates.append(ops.matmul(ops.matrix_transpose(_adopted(block, known)), x))
     return state._replace(block=block, coordinates=(*state.coordinates, ops.concat(coordinates, axis=-2)))
 
 
@@ -308,18 +310,23 @@ def _energy_to_come(ops: Ops, energies: list[Array], unseen: Array) -> Array:
     return _smaller(ops, last * (last + before) / _or_one(ops, slower), unseen)
 
 
-def _new_directions(ops: Ops, x: Array, known: tuple[Array, ...], k: int) -> Array:
-    """An orthonormal basis of range(x) minus range(known), (rows, k): zero columns where the space is exhausted."""
-    d = min(x.shape[-1], x.shape[-2] - _columns(known))
+def _new_directions(ops: Ops, rest: Array, known: tuple[Array, ...], k: int) -> Array:
+    """An orthonormal basis of range(rest) minus range(known), (rows, k), `rest` being projected once already.
+
+    Columns are zero where the space is exhausted.
+    """
+    rows = rest.shape[-2]
+    d = min(rest.shape[-1], rows - _columns(known))
     if d == 0:
-        return ops.zeros((*x.shape[:-1], k), like=x)
-    q, _ = ops.qr(_project_out(ops, x[..., :d], known))
+        return ops.zeros((*rest.shape[:-1], k), like=rest)
+    q, _ = ops.qr(rest[..., :d])
     if known:
-        # Twice is enough (Kahan; Parlett 1980), except where x is all but inside `known`: then the first q is rounding
-        # noise, whose part outside `known` may be small again, and a third projection settles it.
-        for _ in range(2):
-            q, _ = ops.qr(_project_out(ops, q, known))
-    return q if d == k else ops.concat([q, ops.zeros((*x.shape[:-1], k - d), like=x)], axis=-1)
+        # Twice is enough (Kahan; Parlett 1980), except where nothing was left of x but rounding noise and `known` spans
+        # much of the space: little of the noise is outside then, and a third projection settles it.
+        crowded = CROWDED * (_columns(known) + d) > rows
+        for _ in range(2 if crowded else 1):
+            q, _ = ops.qr(_project_out(ops, q, known)[0])
+    return q if d == k else ops.concat([q, ops.zeros((*rest.shape[:-1], k - d), like=rest)], axis=-1)
 
 
 def _adopted(block: Array, known: tuple[Array, ...]) -> Array:
@@ -327,11 +334,14 @@ def _adopted(block: Array, known: tuple[Array, ...]) -> Array:
     return block[..., : min(block.shape[-1], block.shape[-2] - _columns(known))]
 
 
-def _project_out(ops: Ops, x: Array, known: tuple[Array, ...]) -> Array:
-    minus = as_one_program(ops, minus_projection)
+def _project_out(ops: Ops, x: Array, known: tuple[Array, ...]) -> tuple[Array, list[Array]]:
+    """x less its projections on orthonormal blocks, and q^T x of each: what the ones before took away is not in q."""
+    split = as_one_program(ops, split_by_projection)
+    coordinates = []
     for q in known:
-        x = minus(x, q)
-    return x
+        x, its = split(x, q)
+        coordinates.append(its)
+    return x, coordinates
 
 
 def _estimate_residual(ops: Ops, g_right: Array, mixing: Array) -> tuple[Array, Array, Array]:

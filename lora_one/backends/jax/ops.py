@@ -42,7 +42,7 @@ class JaxOps:
         return float(jnp.finfo(x.dtype).eps)
 
     def matmul(self, a: Array, b: Array) -> Array:
-        if a.shape[-1] <= _FEW and jnp.result_type(a, b).itemsize >= 4:
+        if 0 < a.shape[-1] <= _FEW and jnp.result_type(a, b).itemsize >= 4:
             return _outer_products(a, b)
         return jnp.matmul(a, b, precision=lax.Precision.HIGHEST, out_sharding=_product_sharding(a, b))
 

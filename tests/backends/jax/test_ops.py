@@ -61,7 +61,7 @@ def test_products_ask_for_the_highest_precision_and_leave_the_users_flags():
     assert jax.config.jax_default_matmul_precision == before
 
 
-@pytest.mark.parametrize("terms", [1, 8, 9])
+@pytest.mark.parametrize("terms", [0, 1, 8, 9])
 def test_products_of_few_terms_are_the_same_products(terms):
     """Spelt out to 8 terms, with stacks on either side, and never for dtypes whose sums must be wider."""
     rng = np.random.default_rng(0)
