@@ -122,18 +122,20 @@ def _decomposition(linear: Linear, work: Workload) -> int:
 
 
 def loraga_memory(model: Architecture, targets: Targets, work: Workload) -> Parts | None:
-    """PEFT's LoRA-GA for comparison: a gradient of every target weight in its own dtype. None: it refuses 4 bits."""
+    """PEFT's LoRA-GA for comparison: a gradient of every target weight in its own dtype. None: it refuses 4 bits.
+
+    In the first batch gradients come as activations go, so that they add up in none of its moments.
+    """
     if work.quantized:
         return None
     kept = activations.kept_bytes(model, targets, work, 0)
-    always = {
-        "base weights": weight_bytes(model, work),
-        "full gradients": work.item * sum(x.weights for block in targets for x in block),
-    }
+    total = work.item * sum(x.weights for block in targets for x in block)
+    earlier = total if work.init_batches > 1 else 0
     return _at_peak(
-        always,
-        {"activations": kept, "logits and loss": activations.loss_bytes(model, work)},
-        {"activations": kept + activations.backward_bytes(model, targets, work, 0)},
+        {"base weights": weight_bytes(model, work)},
+        {"full gradients": earlier, "activations": kept, "logits and loss": activations.loss_bytes(model, work)},
+        {"full gradients": earlier, "activations": kept + activations.backward_bytes(model, targets, work, 0)},
+        {"full gradients": total},
     )
 
 

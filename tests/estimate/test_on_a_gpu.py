@@ -1,0 +1,44 @@
+"""Memory at the peak, against what PyTorch's allocator gave out on a GPU: benchmarks/results/init_h100.json."""
+
+import json
+
+import pytest
+from transformers import LlamaConfig
+
+from benchmarks.harness import RESULTS
+from benchmarks.init_models import GPU_CASES
+from lora_one.config import Config
+from lora_one.estimate import Workload, estimate, read_architecture
+from lora_one.estimate.hardware import known
+
+MEASURED = json.loads((RESULTS / "init_h100.json").read_text(encoding="utf-8"))["cases"]
+JOBS = {  # contender -> job, and what the workload has that is not the default
+    "LoRA step, r = 8": ("training step", 8, {}),
+    "LoRA step, r = 24": ("training step", 24, {}),
+    "PEFT LoRA-GA": ("PEFT LoRA-GA", 8, {}),
+    "exact": ("init, exact", 8, {}),
+    "exact, recompute": ("init, exact", 8, {"checkpointing": True}),
+    "sketch": ("init, sketch", 8, {}),
+    "sketch, 4 passes": ("init, sketch", 8, {}),
+}
+CASES = [(case, name) for case in ("1B", "8B") for name in MEASURED[case]]
+
+
+@pytest.mark.parametrize(("case", "name"), CASES)
+def test_peaks_on_an_h100_are_those_estimated(case, name, tmp_path):
+    spec, numbers = GPU_CASES[case], MEASURED[case][name]
+    LlamaConfig(
+        hidden_size=spec.hidden,
+        intermediate_size=spec.intermediate,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.key_value_heads,
+        vocab_size=spec.vocabulary,
+        tie_word_embeddings=spec.tied,
+    ).save_pretrained(tmp_path)
+    job, rank, settings = JOBS[name]
+    config = Config(rank=rank, passes=int(numbers["passes"])) if job == "init, sketch" else Config(rank=rank)
+    work = Workload(batch_size=spec.batch_size, seq_len=spec.length, init_batches=1, config=config, **settings)
+    column = estimate(read_architecture(tmp_path), work, known("H100", "bfloat16")).columns[job]
+    over_weights = column.total_memory - column.memory["base weights"]
+    assert numbers["peak_mib"] * 2**20 == pytest.approx(over_weights, rel=0.02)
