@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lora_one.core.krylov import leading_triplets
-from lora_one.core.spectrum import SketchState, advance, draw_omega, exact_spectrum, finish, probe, start
+from lora_one.core.spectrum import CROWDED, SketchState, advance, draw_omega, exact_spectrum, finish, probe, start
 from tests.arrays import ARRAYS, Arrays, best_rank, spectrum_matrix
 
 SHAPES = [(40, 40), (60, 24), (24, 60), (9, 9)]
@@ -160,6 +160,18 @@ def test_bases_of_all_passes_are_orthonormal_together_where_only_rounding_noise_
     """Rank 3 in a sketch of width 8: the second basis consists of noise, and must not repeat the first."""
     g = spectrum_matrix(9, 9, np.array([4.0, 2.0, 1.0]))
     state = run_passes(arrays, g, 8, 4, seed)
+    for blocks in (state.left, state.right):
+        basis = np.concatenate([arrays.numpy(block) for block in blocks], axis=1)
+        arrays.assert_close(basis.T @ basis, np.eye(basis.shape[1]))
+
+
+NOISY = {"low": np.ones(3), "steep": 0.5 ** np.arange(60), "tail": np.r_[np.ones(10), 1e-8 * np.ones(90)]}
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_bases_are_orthonormal_where_two_projections_are_made_of_noise_in_a_wide_space(arrays, name):
+    state = run_passes(arrays, spectrum_matrix(260, 200, NOISY[name]), 8, 8)
+    assert CROWDED * sum(block.shape[1] for block in state.right) < 200  # or it would be three
     for blocks in (state.left, state.right):
         basis = np.concatenate([arrays.numpy(block) for block in blocks], axis=1)
         arrays.assert_close(basis.T @ basis, np.eye(basis.shape[1]))
