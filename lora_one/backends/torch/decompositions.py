@@ -25,8 +25,8 @@ def qr(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, k = x.shape[-2:]
     many = x.ndim > 2 and x.dtype == torch.float32 and not torch.compiler.is_compiling()
     if many and rows >= TALL * k:
-        return _cholesky_qr(x)
-    q, r = _on_host(torch.linalg.qr, x) if many and rows <= SMALL else torch.linalg.qr(x)
+        return cholesky_qr(x)
+    q, r = on_host(torch.linalg.qr, x) if many and rows <= SMALL else torch.linalg.qr(x)
     return q, r
 
 
@@ -35,7 +35,7 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if torch.compiler.is_compiling() or max(x.shape[-2:]) > SMALL:
         u, s, vt = torch.linalg.svd(x, full_matrices=False, driver="gesvd")  # not Jacobi's, which is less exact
     else:
-        u, s, vt = _on_host(partial(torch.linalg.svd, full_matrices=False), x)
+        u, s, vt = on_host(partial(torch.linalg.svd, full_matrices=False), x)
     return u, s, vt
 
 
@@ -45,7 +45,7 @@ def solve_by_triangles(lower: Tensor, rhs: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower.mT, y, upper=True)
 
 
-def _cholesky_qr(x: Tensor) -> tuple[Tensor, Tensor]:
+def cholesky_qr(x: Tensor) -> tuple[Tensor, Tensor]:
     """Of a stack (..., rows, k), float32: by Cholesky factors of the Gram matrices, in float64, twice.
 
     A Gram squares the condition number, and float64 has the digits for it up to 10^7; matrices beyond that, as
@@ -75,7 +75,7 @@ def _inverse(upper: Tensor, identity: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(upper, identity.expand_as(upper), upper=True)
 
 
-def _on_host(decompose: Callable[[Tensor], Any], x: Tensor) -> list[Tensor]:
+def on_host(decompose: Callable[[Tensor], Any], x: Tensor) -> list[Tensor]:
     """LAPACK uses one thread for a small matrix: the matrices of a stack take several."""
     here = x.cpu()
     if here.ndim == 2:

@@ -27,7 +27,7 @@ def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
 def times_few_columns(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, (m, n), of a (m, k) in any dtype and a narrow b (k, n) in float32 or wider."""
     if a.is_cuda and a.dtype == torch.bfloat16 and b.dtype == torch.float32:
-        products = torch.mm(a, _in_parts(b), out_dtype=torch.float32)  # (m, 3 n)
+        products = torch.mm(a, in_parts(b), out_dtype=torch.float32)  # (m, 3 n)
         return products.unflatten(1, (BFLOAT16_PARTS, b.shape[1])).sum(1)
     return widened(a) @ b
 
@@ -37,7 +37,7 @@ def few_rows_times(a: Tensor, b: Tensor) -> Tensor:
     return times_few_columns(b.mT, a.mT).mT if b.is_cuda else a @ widened(b)
 
 
-def _in_parts(x: Tensor) -> Tensor:
+def in_parts(x: Tensor) -> Tensor:
     """Bfloat16 matrices beside each other whose sum is x, float32."""
     parts = []
     for _ in range(BFLOAT16_PARTS):
