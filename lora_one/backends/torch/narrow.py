@@ -30,7 +30,7 @@ def narrow_matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 def _fold(rows: int, *columns: int) -> int:
     """How many of `rows` to read as one: 1 where it does not pay."""
-    if rows < 16 * max(columns):
+    if not 0 < 16 * max(columns) <= rows:
         return 1
     return math.gcd(rows, max(1, _LANES // max(columns)))
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lora_one
-from lora_one.backends.torch import TorchSession, ops
+from lora_one.backends.torch import TorchOps, TorchSession, ops
 from lora_one.backends.torch.attach import find_sites
 from lora_one.core.alignment import captured_energy
 from lora_one.core.gradient import Gradient, RowProduct, as_matrix
@@ -68,6 +68,22 @@ def test_exact_start_is_the_truncated_svd_of_the_weight_gradients(name):
         assert layer.gradient_norm == pytest.approx(np.linalg.norm(s), rel=1e-5)
         assert layer.energy == pytest.approx(np.sum(s[:RANK] ** 2) / np.sum(s**2), rel=1e-4)
         assert layer.share_of_best == 1.0 and layer.gradient_norm_error == 0.0
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("config", "tolerance"), [(EXACT, 1e-5), (SKETCH, 2e-4)], ids=["exact", "sketch"])
+def test_layers_that_are_alike_may_go_in_stacks_as_they_do_on_a_gpu(monkeypatch, name, config, tolerance):
+    monkeypatch.setattr(TorchSession, "stacked", True)
+    stacks = []
+    stack = TorchOps.stack
+    monkeypatch.setattr(
+        TorchOps, "stack", lambda self, xs, axis=0: stacks.append((xs[0].ndim, len(xs))) or stack(self, xs, axis)
+    )
+    case = CASES[name]()
+    expected = gradients(case)
+    model, _ = lora_one.init(case.model, case.batches, case.loss_fn, config)
+    assert_one_step(model, expected, tolerance)
+    assert name == "mlp" or max(stacks) > (2, 1)  # of its layers no two are alike
 
 
 @pytest.mark.parametrize("name", CASES)
