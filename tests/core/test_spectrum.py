@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 
 from lora_one.core.krylov import leading_triplets
-from lora_one.core.spectrum import CROWDED, SketchState, advance, draw_omega, exact_spectrum, finish, probe, start
+from lora_one.core.spectrum import (
+    CROWDED,
+    SketchState,
+    advance,
+    advance_on,
+    draw_omega,
+    exact_spectrum,
+    finish,
+    probe,
+    start,
+)
 from tests.arrays import ARRAYS, Arrays, best_rank, spectrum_matrix
 
 SHAPES = [(40, 40), (60, 24), (24, 60), (9, 9)]
@@ -175,6 +185,29 @@ def test_bases_are_orthonormal_where_two_projections_are_made_of_noise_in_a_wide
     for blocks in (state.left, state.right):
         basis = np.concatenate([arrays.numpy(block) for block in blocks], axis=1)
         arrays.assert_close(basis.T @ basis, np.eye(basis.shape[1]))
+
+
+@pytest.mark.parametrize("shape", [(300, 240), (9, 7)])  # one to iterate on, one to decompose whole
+def test_a_stack_of_gradients_has_the_spectra_of_each(arrays, shape):
+    spectra = [0.8 ** np.arange(7), 1e-3 * 0.5 ** np.arange(5), np.ones(2), np.zeros(1)]
+    each = [spectrum_matrix(*shape, s, seed=seed) for seed, s in enumerate(spectra)]
+    ops, width = arrays.ops, min(7, *shape)
+    states = [run_passes(arrays, g, width, 4) for g in each]
+    gradient = ops.stack([arrays.of(g) for g in each])
+    state = start(ops, ops.stack([arrays.of(draw_omega(0, "layer", shape[1], width))] * len(each)), shape[0])
+    for _ in range(4):
+        state = advance_on(ops, state, gradient)
+    pairs = [
+        (finish(ops, state, 3), [finish(ops, its, 3) for its in states]),
+        (exact_spectrum(ops, gradient, 3), [exact_spectrum(ops, arrays.of(g), 3) for g in each]),
+    ]
+    for together, alone in pairs:
+        for index, want in enumerate(alone):
+            got = type(together)(*(x[index] for x in together))
+            scale = np.linalg.norm(each[index], 2) or 1.0
+            assert np.abs(descent(arrays, got) - descent(arrays, want)).max() <= arrays.tolerance * scale
+            for x, y in zip(got[3:], want[3:], strict=True):  # what is left of a G of low rank is the root of rounding
+                assert abs(float(arrays.numpy(x)) - float(arrays.numpy(y))) <= 3e-3 * scale
 
 
 def test_leave_one_out_estimates_what_one_column_fewer_would_miss():
