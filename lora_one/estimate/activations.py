@@ -64,12 +64,14 @@ def tapped_bytes(model: Architecture, targets: list[list[Linear]], work: Workloa
     return kept_bytes(model, [[] for _ in model.blocks], work, 0) + products
 
 
-def cast_bytes(targets: list[list[Linear]], work: Workload) -> int:
-    """What a tap takes while it forms its product: its layer's input and output gradient in float32."""
+def cast_bytes(targets: list[list[Linear]], work: Workload, exact: bool) -> int:
+    """What a tap takes while it forms its product: its layer's input and output gradient in float32, for a sketch one
+    after the other. (On a GPU, which multiplies narrow floats, nothing.)
+    """
     if work.item == FLOAT32:
         return 0
-    sizes = [x.rows * (x.in_features + x.out_features) for block in targets for x in block]
-    return FLOAT32 * work.tokens * max(sizes)
+    held = sum if exact else max
+    return FLOAT32 * work.tokens * max(x.rows * held((x.in_features, x.out_features)) for b in targets for x in b)
 
 
 def loss_bytes(model: Architecture, work: Workload) -> int:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lora_one.core.gradient import rows_are_smaller
-from lora_one.core.spectrum import EXACT_OVERSAMPLE
+from lora_one.core.spectrum import CROWDED, EXACT_OVERSAMPLE
 
 from .architecture import Architecture, Block, Linear
 from .workload import Workload
@@ -158,11 +158,10 @@ def _sketch(linear: Linear, rank: int, width: int, passes: int) -> Decomposition
     for number in range(1, passes + 1):
         side = number % 2  # odd passes yield directions of the outputs, even ones of the inputs
         rows = linear.out_features if side else linear.in_features
-        rounds = 3 if known[side] else 1
+        rounds = 1 if not known[side] else 3 if CROWDED * (known[side] + k) > rows else 2
         qr += rounds * 4 * rows * k * k
-        thin += rounds * 4 * rows * k * known[side]
+        thin += rounds * 4 * rows * k * known[side] + 2 * rows * k * k  # and the new block's coordinates
         known[side] += k
-        thin += 2 * rows * k * known[side]  # coordinates
     for number in range(max(1, passes - 3), passes + 1):  # in the end; also what the last three passes have changed
         svd += 22 * (k * ((number + 1) // 2)) ** 3
     thin += 2 * rank * (linear.out_features * known[1] + linear.in_features * known[0])

@@ -62,7 +62,7 @@ def sketch_memory(model: Architecture, targets: Targets, work: Workload) -> Part
     for number in (passes - 1, passes):
         columns = work.width if number % 2 else 0  # what the tap keeps of each input in place of the input itself
         kept = activations.tapped_bytes(model, targets, work, columns)
-        again = activations.backward_bytes(model, targets, work, 0) + activations.cast_bytes(targets, work)
+        again = activations.backward_bytes(model, targets, work, 0) + activations.cast_bytes(targets, work, exact=False)
         known, gradient = _sketches(targets, work, number)
         early = gradient if work.init_batches > 1 else 0
         for moment in (
@@ -93,7 +93,7 @@ def exact_memory(model: Architecture, targets: Targets, work: Workload) -> Parts
     total = FLOAT32 * sum(x.weights for block in targets for x in block)
     kept = activations.tapped_bytes(model, targets, work, 0)
     again = activations.recomputed_bytes(model, targets, work, 0)
-    backward = activations.backward_bytes(model, targets, work, 0) + activations.cast_bytes(targets, work)
+    backward = activations.backward_bytes(model, targets, work, 0) + activations.cast_bytes(targets, work, exact=True)
     always = {
         "base weights": weight_bytes(model, work),
         "LoRA factors": FLOAT32 * lora_parameters(targets, work.config.rank),
