@@ -38,9 +38,8 @@ class Session(Protocol):
     ops: Ops
     model: Any  # what `init` returns: the model with its LoRA layers
     layers: list[Layer]
-    stacked: (
-        bool  # whether layers that are alike go through the algorithm together: where launches cost more than copies
-    )
+    # Whether layers that are alike go through the algorithm together: where launches cost more than copies.
+    stacked: bool
 
     def __enter__(self) -> "Session": ...
 

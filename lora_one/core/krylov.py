@@ -123,6 +123,6 @@ def _without_noise(ops: Ops, q: Array, r: Array, floor: Array) -> tuple[Array, A
 
 def _largest(ops: Ops, x: Array, unit: Array) -> float:
     """The largest column's norm over `unit`, of all matrices; 0 where that is 0."""
-    columns, one = (ops.to_numpy(y).astype(np.float64) for y in (x, unit))
-    norms = np.linalg.norm(columns, axis=-2).max(axis=-1)  # (...)
-    return float(np.divide(norms, one, out=np.zeros_like(norms), where=one > 0.0).max())
+    columns, one = ops.to_numpy(x).astype(np.float64), ops.to_numpy(unit)[..., None, None]
+    columns = np.divide(columns, one, out=np.zeros_like(columns), where=one > 0.0)  # before squares can overflow
+    return float(np.linalg.norm(columns, axis=-2).max())

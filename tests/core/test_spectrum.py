@@ -326,9 +326,11 @@ def test_exact_of_a_large_gradient_converges_to_lapacks_triplets(arrays):
     assert arrays.numpy(spectrum.norm_error) == arrays.numpy(spectrum.unseen) == 0
 
 
-@pytest.mark.parametrize("scale", [1e-20, 1e20])
-def test_exact_of_a_large_gradient_at_any_scale(scale):
-    arrays = Arrays("torch", "float32")
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [("float32", 1e-20), ("float32", 1e20), ("float64", 1e-200), ("float64", 1e200)]
+)
+def test_exact_of_a_large_gradient_at_any_scale(dtype, scale):
+    arrays = Arrays("torch", dtype)
     g = large(0.7 ** np.arange(60))
     spectrum = exact_spectrum(arrays.ops, arrays.of(g * scale), 4)
     arrays.assert_close(descent(arrays, spectrum) / scale, -best_rank(g, 4))
