@@ -62,7 +62,7 @@ class JaxOps:
     def cholesky_solve(self, gram: Array, rhs: Array) -> Array:
         if gram.ndim == 3 and gram.shape[0] == 2:
             # The two Grams of a pair, one by one: on a CPU with two threads several batched calls, from r = 64 on, wait
-            # for each other in XLA's pool for ever (jax 0.10.2).
+            # for each other in XLA's pool for ever (jax 0.10.2; pairs that are stacks still do, with 0.11.2 none).
             sides = jnp.broadcast_to(rhs, (2, *rhs.shape[-2:]))
             return jnp.stack([self.cholesky_solve(gram[i], sides[i]) for i in range(2)])
         with jax.default_matmul_precision("highest"):
