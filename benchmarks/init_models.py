@@ -80,10 +80,9 @@ def cases(device: str) -> dict[str, Case]:
     return CASES if device == "cpu" else GPU_CASES
 
 
-def random_llama(case: Case, device: str = "cpu") -> LlamaForCausalLM:
-    """The model of a case, made on a device."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+def llama_config(case: Case) -> LlamaConfig:
+    """Of the model of a case."""
+    return LlamaConfig(
         hidden_size=case.hidden,
         intermediate_size=case.intermediate,
         num_hidden_layers=case.layers,
@@ -93,8 +92,13 @@ def random_llama(case: Case, device: str = "cpu") -> LlamaForCausalLM:
         tie_word_embeddings=case.tied,
         max_position_embeddings=512,
     )
+
+
+def random_llama(case: Case, device: str = "cpu") -> LlamaForCausalLM:
+    """The model of a case, made on a device."""
+    torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM(config).to(getattr(torch, case.dtype))
+        model = LlamaForCausalLM(llama_config(case)).to(getattr(torch, case.dtype))
     if case.quantized:
         _replace_targets(model, _quantized)
         model.is_loaded_in_4bit = True  # what PEFT asks

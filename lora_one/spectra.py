@@ -18,7 +18,7 @@ from .core.ops import Array, Ops
 from .core.spectrum import Probe, SketchState, Spectrum, advance, draw_omega, exact_spectrum, finish, probe, start
 from .errors import ChangingBatchesWarning, GradientError
 from .report import share_of_best
-from .stacks import groups, kind, stacked, unstacked
+from .stacks import groups, kind, of_layer, stacked, unstacked
 
 ENOUGH = 0.99  # of the energy of the best rank-r gradient: where passes="auto" stops
 SAME_LOSS = 1e-3  # well above what rounding, and batches regrouped by a shuffle, make of the same data
@@ -120,7 +120,7 @@ def _finished(ops: Ops, states: _States, may_go_on: bool) -> tuple[dict[str, Fou
 def _lacking(ops: Ops, states: _States, layer: Layer) -> Layer | None:
     """The layer itself if it holds too little: one that did after the pass before is asked alone, before all others."""
     [(layers, state)] = [(layers, state) for layers, state in states.items() if layer in layers]
-    alone = unstacked(state, len(layers))[layers.index(layer)]
+    alone = of_layer(state, layers.index(layer), len(layers))
     found = _by_layer(ops, (layer,), finish(ops, alone, layer.rank))
     return layer if _share(found[layer.name].values) < ENOUGH else None
 

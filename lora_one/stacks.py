@@ -31,11 +31,13 @@ def stacked(ops: Ops, arrays: Sequence[Array]) -> Array:
 
 def unstacked(arrays: Any, count: int) -> list[Any]:
     """A named tuple of stacked arrays (or of tuples of them, or None) as one for each of `count` layers."""
-    return [of_layer(arrays, index) for index in range(count)] if count > 1 else [arrays]
+    return [of_layer(arrays, index, count) for index in range(count)]
 
 
-def of_layer(arrays: Any, index: int) -> Any:
-    """What a named tuple of stacked arrays has of one layer."""
+def of_layer(arrays: Any, index: int, count: int) -> Any:
+    """What such a named tuple has of one layer of `count`."""
+    if count == 1:
+        return arrays
     return type(arrays)(*(_at(x, index) for x in arrays))
 
 

@@ -3,10 +3,9 @@
 import json
 
 import pytest
-from transformers import LlamaConfig
 
 from benchmarks.harness import RESULTS
-from benchmarks.init_models import GPU_CASES
+from benchmarks.init_models import GPU_CASES, llama_config
 from lora_one.config import Config
 from lora_one.estimate import Workload, estimate, read_architecture
 from lora_one.estimate.hardware import known
@@ -27,15 +26,7 @@ CASES = [(case, name) for case in ("1B", "8B") for name in MEASURED[case]]
 @pytest.mark.parametrize(("case", "name"), CASES)
 def test_peaks_on_an_h100_are_those_estimated(case, name, tmp_path):
     spec, numbers = GPU_CASES[case], MEASURED[case][name]
-    LlamaConfig(
-        hidden_size=spec.hidden,
-        intermediate_size=spec.intermediate,
-        num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads,
-        num_key_value_heads=spec.key_value_heads,
-        vocab_size=spec.vocabulary,
-        tie_word_embeddings=spec.tied,
-    ).save_pretrained(tmp_path)
+    llama_config(spec).save_pretrained(tmp_path)
     job, rank, settings = JOBS[name]
     config = Config(rank=rank, passes=int(numbers["passes"])) if job == "init, sketch" else Config(rank=rank)
     work = Workload(batch_size=spec.batch_size, seq_len=spec.length, init_batches=1, config=config, **settings)

@@ -39,8 +39,8 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, vt
 
 
-def solve_by_triangles(lower: Tensor, rhs: Tensor) -> Tensor:
-    """X with L L^T X = rhs, by cuBLAS."""
+def solve_by_triangles(rhs: Tensor, lower: Tensor) -> Tensor:
+    """X with L L^T X = rhs, by cuBLAS; as torch.cholesky_solve."""
     y = torch.linalg.solve_triangular(lower, rhs, upper=False)
     return torch.linalg.solve_triangular(lower.mT, y, upper=True)
 

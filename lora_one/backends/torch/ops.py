@@ -53,8 +53,8 @@ class TorchOps:
         with full_precision(gram.device):
             lower, info = torch.linalg.cholesky_ex(gram)
             rhs = rhs.expand(*gram.shape[:-2], *rhs.shape[-2:]) if rhs.ndim < gram.ndim else rhs
-            solve = decompositions.solve_by_triangles if gram.is_cuda else _cholesky_solve
-            solution = solve(lower, rhs)
+            solve = decompositions.solve_by_triangles if gram.is_cuda else torch.cholesky_solve
+            solution = solve(rhs, lower)
         # cholesky_ex does not raise, which would cost a synchronisation; it leaves a partial factor behind.
         return torch.where((info == 0)[..., None, None], solution, torch.nan)
 
@@ -81,7 +81,3 @@ class TorchOps:
 
     def stack(self, xs: Sequence[Tensor], axis: int = 0) -> Tensor:
         return torch.stack(list(xs), dim=axis)
-
-
-def _cholesky_solve(lower: Tensor, rhs: Tensor) -> Tensor:
-    return torch.cholesky_solve(rhs, lower)

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from .frozen_linear import product_of_rows
+from .ops import TorchOps
 
 BFLOAT16_PARTS = 3  # of 8 bits each: float32 has 24
 
 
-def widened(x: Tensor) -> Tensor:
-    """x itself if it is float32 or float64, else x as float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+widened = TorchOps().at_least_float32
 
 
 def product_over_rows(a: Tensor, b: Tensor) -> Tensor:

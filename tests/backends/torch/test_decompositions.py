@@ -59,7 +59,7 @@ def test_two_triangles_solve_what_cholesky_solve_does():
     gram = factors @ factors.mT + torch.eye(6)
     rhs = torch.randn(2, 4, 6, 3, dtype=torch.float64)
     lower = torch.linalg.cholesky(gram)
-    torch.testing.assert_close(solve_by_triangles(lower, rhs), torch.cholesky_solve(rhs, lower))
+    torch.testing.assert_close(solve_by_triangles(rhs, lower), torch.cholesky_solve(rhs, lower))
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
