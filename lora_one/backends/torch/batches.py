@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from lora_one.backends.checks import check_finite_loss, with_last
 from lora_one.errors import BatchError
 
+from .token_loss import loss_by_rows
+
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
@@ -24,7 +26,8 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
             f"without loss_fn a batch must be a mapping of the model's arguments, got {type(batch).__name__}: "
             "pass loss_fn=(model, batch) -> mean loss"
         )
-    output = model(**batch)
+    with loss_by_rows(model):
+        output = model(**batch)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
         raise BatchError(

@@ -1,0 +1,94 @@
+"""Transformers' next-token loss, some rows of logits at a time.
+
+What it takes beside the logits is their gradient, in their dtype, which the forward pass forms with the loss. PyTorch's
+cross-entropy takes the log-softmax of a float32 copy, its gradient, and that gradient in float32 and in the logits'
+dtype: of 128,256 logits a token more than the rest of a model's activations.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from .ops import TorchOps
+from .precision import full_precision
+
+CHUNK_BYTES = 2**24  # of logits in float32 that are in work at once
+
+
+@contextmanager
+def loss_by_rows(model: nn.Module) -> Iterator[None]:
+    """A model's own next-token loss is computed by rows for a while; any other loss is left alone.
+
+    Its gradient cannot be differentiated again.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            if (
+                isinstance(module, PreTrainedModel)
+                and "_loss_function" not in vars(module)  # somebody's own
+                and LOSS_MAPPING.get(module.loss_type, ForCausalLMLoss) is ForCausalLMLoss
+            ):
+                module.loss_function = next_token_loss
+                stack.callback(delattr, module, "_loss_function")
+        yield
+
+
+def next_token_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """As `transformers.loss.loss_utils.ForCausalLMLoss`: the mean over all labels that are not `ignore_index`, or their
+    sum over `num_items_in_batch`.
+
+    Args:
+        logits: (batch, tokens, vocabulary).
+        labels: (batch, tokens), each compared with the logits of the token before it.
+        shift_labels: the same, each at its logits.
+    """
+    if type(logits) is not Tensor or not (torch.is_grad_enabled() and logits.requires_grad):
+        return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = shift_labels.reshape(-1).to(logits.device)
+    count: Any = num_items_in_batch if num_items_in_batch is not None else (targets != ignore_index).sum()
+    count = torch.as_tensor(count, device=logits.device)
+    loss: Tensor = _CrossEntropy.apply(logits.view(-1, vocab_size), targets, ignore_index, count)
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int, count: Tensor) -> Tensor:
+        gradient, total = torch.empty_like(logits), 0.0
+        rows = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
+        with full_precision(logits.device):
+            for x, target, out in zip(logits.split(rows), targets.split(rows), gradient.split(rows), strict=True):
+                wide = TorchOps().at_least_float32(x)
+                counts = (target != ignore_index)[:, None].to(wide.dtype)  # (rows, 1)
+                index = target.clamp(min=0)[:, None]
+                log_z = wide.logsumexp(dim=1, keepdim=True)
+                total = total + ((log_z - wide.gather(1, index)) * counts).sum()
+                p = (wide - log_z).exp_()
+                p.scatter_add_(1, index, -torch.ones_like(log_z))
+                out.copy_(p.mul_(counts / count))
+        ctx.save_for_backward(gradient)
+        return total / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(scale), None, None, None
