@@ -21,7 +21,7 @@ from lora_one.memory import process_peak
 from .attach import Site, attach_lora, check_adapter_fits, find_sites
 from .batches import LossFn, default_loss, losses
 from .distributed import is_parallel, mean_over_processes, sum_over_processes, unanimous
-from .frozen_linear import onednn_linears
+from .frozen_linear import frozen_linears
 from .ops import TorchOps
 from .precision import full_precision, no_reduced_matmul
 from .recompute import Recompute
@@ -84,7 +84,7 @@ class TorchSession:
         self._context.enter_context(_no_cache(self.model))
         self._context.enter_context(no_reduced_matmul())
         self._context.enter_context(torch.enable_grad())
-        self._context.enter_context(onednn_linears(self.model))
+        self._context.enter_context(frozen_linears(self.model))
         self._recompute = self._context.enter_context(Recompute(self.model, self._config.recompute, self._device))
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -144,10 +144,8 @@ class TorchSession:
 
         with ExitStack() as stack:
             for name, product in products.items():
-                site = self._sites[name]
-                stack.enter_context(_disabled(site))
-                handle = tap(site.module.get_base_layer(), product, partial(sink, name), partial(calls.update, [name]))
-                stack.callback(handle.remove)
+                layer, count = self._sites[name].module, partial(calls.update, [name])
+                stack.enter_context(tap(layer, layer.get_base_layer(), product, partial(sink, name), count))
             result = self._run(backward)
         for name, product in products.items():
             if is_parallel() and name not in sums:
@@ -193,17 +191,6 @@ class _Position:
 
     batch = False
     count = 0
-
-
-@contextmanager
-def _disabled(site: Site) -> Iterator[None]:
-    """The layer computes W x alone for a while."""
-    site.module.enable_adapters(False)
-    try:
-        yield
-    finally:
-        site.module.enable_adapters(True)
-        site.module.requires_grad_(False)
 
 
 @contextmanager

@@ -23,14 +23,14 @@ def no_reduced_matmul() -> Iterator[None]:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """The same, and no autocast. Inside another such block it costs next to nothing.
+    """The same, and no autocast. Where that holds already it costs next to nothing.
 
     A program that torch.compile traces has the precision of whoever calls it: flags cannot be switched inside.
     """
     if torch.compiler.is_compiling():
         yield
         return
-    if getattr(_inside, "block", False):
+    if getattr(_inside, "block", False) or _holds(device):
         yield
         return
     _inside.block = True
@@ -39,3 +39,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
     finally:
         _inside.block = False
+
+
+def _holds(device: torch.device) -> bool:
+    cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    return cuda.fp32_precision == mkldnn.fp32_precision == "ieee" and not torch.is_autocast_enabled(device.type)

@@ -6,7 +6,8 @@ Q^T G = (dL/dy Q)^T x. LoRA's own backward pass forms the same products of facto
 them computes an output and a share of dL/dx that are zero too, and keeps a float32 copy of a narrower x.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -53,20 +54,30 @@ def product_of(probe: Probe) -> Product:
     return Product(None, lambda dy, x: few_rows_times(times_few_columns(dy, q).mT, x))  # Q^T G, (k, in)
 
 
+class _Keep(torch.autograd.Function):
+    """What a product needs of x, before the layer runs: where it is a block's last, recomputing ends right here."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, product: Product) -> Tensor:
+        ctx.save_for_backward(x if product.keep is None else _apply(product.keep, x))
+        return anchor.view_as(anchor)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, None, None]:
+        return None, None, None
+
+
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, product: Product, sink: Callable[[Any], None]
-    ) -> Tensor:
-        ctx.save_for_backward(x if product.keep is None else _apply(product.keep, x))
-        ctx.product, ctx.sink = product, sink
+    def forward(ctx: Any, y: Tensor, ticket: Tensor, product: Product, sink: Callable[[Any], None]) -> Tensor:
+        ctx.keeper, ctx.product, ctx.sink = ticket.grad_fn, product, sink
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (kept,) = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        (kept,) = ctx.keeper.saved_tensors
         ctx.sink(_apply(ctx.product.form, dy, kept))
-        return dy, None, None, None, None
+        return dy, None, None, None
 
 
 def _apply(function: Callable[..., Any], *xs: Tensor) -> Any:
@@ -75,25 +86,37 @@ def _apply(function: Callable[..., Any], *xs: Tensor) -> Any:
         return function(*(x.reshape(-1, x.shape[-1]) for x in xs))
 
 
+@contextmanager
 def tap(
-    layer: nn.Module, product: Product, sink: Callable[[Any], None], on_call: Callable[[], None]
-) -> torch.utils.hooks.RemovableHandle:
-    """Hand a product of G to `sink` for each call of a linear layer, during backward passes, until it is removed.
+    layer: nn.Module, base: nn.Module, product: Product, sink: Callable[[Any], None], on_call: Callable[[], None]
+) -> Iterator[None]:
+    """For a while a LoRA layer is its base alone, and for each of its calls the backward pass hands `sink` a product of
+    G.
 
     Args:
-        layer: computes y (..., out) from its first argument x (..., in); nothing in it needs to require a gradient.
+        layer: PEFT's.
+        base: its own: computes y (..., out) from its first argument x (..., in); nothing in it needs to require a
+            gradient.
         product: `WHOLE`, `ROWS`, or one of `product_of`.
         sink: called once a call of the layer that the loss depends on.
         on_call: called at each forward pass that records a graph, but not where checkpointing repeats one.
     """
+    found = vars(layer).get("forward")
 
-    def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return y
+            return base(x, *args, **kwargs)
         if torch._C._current_graph_task_id() == -1:  # outside of any backward pass
             on_call()
         # Something must require a gradient for the graph to exist, and here no weight does.
-        anchor = torch.zeros((), device=y.device, requires_grad=True)
-        return _Tap.apply(y, args[0], anchor, product, sink)
+        anchor = torch.zeros((), device=x.device, requires_grad=True)
+        ticket = _Keep.apply(x, anchor, product)
+        return _Tap.apply(base(x, *args, **kwargs), ticket, product, sink)
 
-    return layer.register_forward_hook(hook)
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+        if found is not None:
+            layer.forward = found

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lora_one.backends.torch import frozen_linear
-from lora_one.backends.torch.frozen_linear import onednn_linears, product_of_rows
+from lora_one.backends.torch.frozen_linear import frozen_linears, product_of_rows
 
 needs_onednn = pytest.mark.skipif(frozen_linear._ONEDNN is None, reason="this PyTorch has no oneDNN operator")
 
@@ -14,8 +14,8 @@ needs_onednn = pytest.mark.skipif(frozen_linear._ONEDNN is None, reason="this Py
 def calls(monkeypatch):
     """The shapes of what oneDNN multiplies."""
     found = []
-    original = frozen_linear._linear
-    monkeypatch.setattr(frozen_linear, "_linear", lambda x, w, b: found.append(tuple(w.shape)) or original(x, w, b))
+    original = frozen_linear._by_onednn
+    monkeypatch.setattr(frozen_linear, "_by_onednn", lambda x, w, b: found.append(tuple(w.shape)) or original(x, w, b))
     return found
 
 
@@ -26,7 +26,7 @@ def test_output_and_gradient_are_the_layers_own(calls, bias):
     layer = nn.Linear(30, 20, bias=bias).requires_grad_(False)
     x = torch.randn(2, 3, 30, requires_grad=True)
     (expected,) = torch.autograd.grad(layer(x).pow(2).sum(), x)
-    with onednn_linears(layer):
+    with frozen_linears(layer):
         y = layer(x)
         (got,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
         (second,) = torch.autograd.grad(got.pow(2).sum(), x)
@@ -60,7 +60,7 @@ def test_however_the_memory_lies(layout):
     torch.testing.assert_close(product_of_rows(x.mT, dense.mT), x.contiguous().mT @ dense)
     torch.testing.assert_close(product_of_rows(dense.mT, x.mT), dense.mT @ x.contiguous())
     layer = nn.Linear(7, 4).requires_grad_(False)
-    with onednn_linears(layer):
+    with frozen_linears(layer):
         y = layer(x)
     torch.testing.assert_close(y, layer(x.contiguous()))
 
@@ -82,8 +82,8 @@ def test_everything_else_stays_as_it_is(calls):
         (nn.Linear(8, 8, dtype=torch.float64).requires_grad_(False), x.double()),
     ):
         expected = layer(of)
-        with onednn_linears(layer):
+        with frozen_linears(layer):
             assert torch.equal(layer(of), expected)
-    with onednn_linears(plain := nn.Linear(8, 8).requires_grad_(False)), torch.autocast("cpu", dtype=torch.bfloat16):
+    with frozen_linears(plain := nn.Linear(8, 8).requires_grad_(False)), torch.autocast("cpu", dtype=torch.bfloat16):
         assert plain(x).dtype == torch.bfloat16
     assert calls == [] and hooked.forward(x) is x

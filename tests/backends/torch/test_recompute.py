@@ -1,13 +1,14 @@
 """Blocks that compute their activations again: as many as memory asks for, the same numbers, the model as found."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 import lora_one
-from lora_one.backends.torch import TorchSession
+from lora_one.backends.torch import TorchSession, frozen_linear
 from lora_one.backends.torch import recompute as module
 from lora_one.backends.torch.recompute import Recompute
 from lora_one.errors import ConfigError, ModelError
@@ -47,6 +48,28 @@ def test_true_recomputes_every_block_and_false_none():
         counts = count_forwards(case.model)
         start(case, recompute=recompute)
         assert counts == [forwards * len(case.batches)] * 2
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sketch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputing_a_block_ends_before_its_last_product(monkeypatch, dtype, gradient):
+    """Its input is kept, and what it yields nobody asks for."""
+    products = Counter()
+    original = frozen_linear._linear
+
+    def count(x, weight, bias):
+        products[weight.data_ptr()] += 1
+        return original(x, weight, bias)
+
+    monkeypatch.setattr(frozen_linear, "_linear", count)
+    case = llama(dtype)
+    layers = case.model.model.layers[1].mlp
+    weights = {name: getattr(layers, name).weight.data_ptr() for name in ("gate_proj", "up_proj", "down_proj")}
+    _, report = lora_one.init(
+        case.model, case.batches, None, lora_one.Config(rank=4, gradient=gradient, recompute=True)
+    )
+    found = {name: products[pointer] / report.passes / len(case.batches) for name, pointer in weights.items()}
+    assert found == {"gate_proj": 3, "up_proj": 3, "down_proj": 2}  # forward, again, and backward
 
 
 def block_bytes(index: int) -> int:

@@ -64,14 +64,15 @@ def test_products_are_the_gradients_of_lora_itself(name, side):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_the_backward_pass_keeps(product, kept, dtype):
     """Of x what the product needs, and x itself without a copy, in its own dtype."""
-    layer = torch.nn.Linear(30, 20, bias=False, dtype=dtype).requires_grad_(False)
+    base = torch.nn.Linear(30, 20, bias=False, dtype=dtype).requires_grad_(False)
+    layer = torch.nn.Identity()
     found, calls, saved = [], [], []
-    handle = tap(layer, product, found.append, lambda: calls.append(1))
     x = torch.randn(2, 3, 30, dtype=dtype)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with tap(layer, base, product, found.append, lambda: calls.append(1)), hooks:
         y = layer(x)
     y.float().sum().backward()
-    handle.remove()
+    assert layer(x) is x  # as it was
     assert len(found) == len(calls) == 1 and found[0].dtype == torch.float32
     (tensor,) = saved
     assert tensor.numel() == kept[0] * kept[1]
