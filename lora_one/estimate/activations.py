@@ -12,6 +12,7 @@ FLOAT32 = 4
 SAVED_BY = {"gelu_new": 4, "quick_gelu": 3}
 # The log-softmax that is kept, the loss's gradient with respect to it, and the one with respect to the logits.
 LOSS_COPIES = 3
+LOSS_CHUNK = 2**24  # of logits in float32: what an init's passes take the loss of at once
 
 
 def block_bytes(model: Architecture, block: Block, targets: list[Linear], work: Workload, rank: int) -> int:
@@ -78,6 +79,13 @@ def loss_bytes(model: Architecture, work: Workload) -> int:
     """At the worst moment of the loss, its gradient included."""
     per_logit = LOSS_COPIES * FLOAT32 + (2 * work.item if model.softcapped else 0)
     return work.tokens * model.vocabulary * per_logit
+
+
+def loss_by_rows_bytes(model: Architecture, work: Workload) -> int:
+    """The same in an init's passes: the logits and their gradient, in the model's dtype, and a few rows in float32."""
+    logits = work.tokens * model.vocabulary
+    copies = (1 if work.item == FLOAT32 else 2) * min(LOSS_CHUNK, FLOAT32 * logits)
+    return logits * work.item * (4 if model.softcapped else 2) + copies
 
 
 def _norm_item(model: Architecture, work: Workload) -> int:

@@ -56,7 +56,7 @@ def sketch_memory(model: Architecture, targets: Targets, work: Workload) -> Part
     """The init by sketch, in one of its last two passes, where from the second batch on the gradients are there early,
     or at its end.
     """
-    loss = activations.loss_bytes(model, work)
+    loss = activations.loss_by_rows_bytes(model, work)
     passes = work.config.pass_counts[0]
     moments: list[Parts] = []
     for number in (passes - 1, passes):
@@ -102,7 +102,7 @@ def exact_memory(model: Architecture, targets: Targets, work: Workload) -> Parts
     largest = max(_decomposition(x, work) for block in targets for x in block)
     return _at_peak(
         always,
-        {"activations": kept, "logits and loss": activations.loss_bytes(model, work)},
+        {"activations": kept, "logits and loss": activations.loss_by_rows_bytes(model, work)},
         {"activations": kept + backward},
         # The first one comes when the loss is done with, and nearly all activations are still there.
         {"activations": kept + again, "one gradient's SVD": largest},

@@ -30,9 +30,9 @@ def step_seconds(model: Architecture, targets: Targets, work: Workload, machine:
         optimizer += flops.precondition_flops(targets, rank) / machine.thin_rate(rank)
         optimizer += 6 * FLOAT32 * parameters / machine.bandwidth  # factors and gradients read, new gradients written
     count = flops.pass_flops(model, targets, work, lora=rank)
-    kept = activations.block_total(model, targets, work, rank)
+    kept, loss = activations.block_total(model, targets, work, rank), activations.loss_bytes(model, work)
     return {
-        "forward and backward": _pass(model, targets, work, machine, count, rank, kept, LORA_CALLS),
+        "forward and backward": _pass(model, targets, work, machine, count, rank, kept, loss, LORA_CALLS),
         "optimizer": optimizer,
     }
 
@@ -40,9 +40,9 @@ def step_seconds(model: Architecture, targets: Targets, work: Workload, machine:
 def sketch_seconds(model: Architecture, targets: Targets, work: Workload, machine: Hardware) -> Parts:
     """All passes over all init batches, and the linear algebra between them."""
     count = flops.pass_flops(model, targets, work, sketch=work.width)
-    kept = activations.block_total(model, targets, work, 0) + _casts(targets, work)
+    kept, loss = _kept_by_init(model, targets, work), activations.loss_by_rows_bytes(model, work)
     of_init = replace(machine, flops=machine.init_flops or machine.flops)
-    once = _pass(model, targets, work, of_init, count, work.width, kept, TAP_CALLS)
+    once = _pass(model, targets, work, of_init, count, work.width, kept, loss, TAP_CALLS)
     return {
         "forward and backward": work.config.pass_counts[0] * work.init_batches * once,
         "QR and SVD": _decompositions(flops.sketch_flops(targets, work), work.width, machine),
@@ -52,9 +52,9 @@ def sketch_seconds(model: Architecture, targets: Targets, work: Workload, machin
 def exact_seconds(model: Architecture, targets: Targets, work: Workload, machine: Hardware) -> Parts:
     """One pass over all init batches, and the leading triplets of each layer's gradient."""
     count = flops.pass_flops(model, targets, work, exact=True)
-    kept = activations.block_total(model, targets, work, 0) + _casts(targets, work)
+    kept, loss = _kept_by_init(model, targets, work), activations.loss_by_rows_bytes(model, work)
     of_init = replace(machine, flops=machine.init_flops or machine.flops)
-    once = _pass(model, targets, work, of_init, count, 1, kept, TAP_CALLS)
+    once = _pass(model, targets, work, of_init, count, 1, kept, loss, TAP_CALLS)
     gradients = FLOAT32 * sum(x.weights for block in targets for x in block if flops.multiplied_out(x, work))
     once += gradients * (3 / machine.bandwidth + 1 / machine.first_touch)
     width = work.config.rank + flops.EXACT_OVERSAMPLE
@@ -62,6 +62,11 @@ def exact_seconds(model: Architecture, targets: Targets, work: Workload, machine
         "forward and backward": work.init_batches * once,
         "QR and SVD": _decompositions(flops.exact_flops(targets, work), width, machine),
     }
+
+
+def _kept_by_init(model: Architecture, targets: Targets, work: Workload) -> int:
+    """Bytes of activations that a pass writes and reads, with a tap's casts."""
+    return activations.block_total(model, targets, work, 0) + _casts(targets, work)
 
 
 def _casts(targets: Targets, work: Workload) -> int:
@@ -85,13 +90,13 @@ def _pass(
     count: flops.Flops,
     columns: int,
     kept: int,
+    loss: int,
     layer_calls: int,
 ) -> float:
     kinds = count.kinds
     seconds = kinds.dense / machine.dense_rate + kinds.attention / machine.attention_rate
     seconds += kinds.thin / machine.thin_rate(columns) + kinds.gradients / machine.float32_rate
     calls = BLOCK_CALLS * len(model.blocks) + layer_calls * sum(len(block) for block in targets)
-    loss = activations.loss_bytes(model, work)
     weights = weight_bytes(model, work) * (3 if work.checkpointing else 2)
     traffic = weights + ACTIVATION_TRAFFIC * kept + LOSS_TRAFFIC * loss
     return seconds + traffic / machine.bandwidth + (kept + loss) / machine.first_touch + calls * machine.call

@@ -16,9 +16,6 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from .ops import TorchOps
-from .precision import full_precision
-
 CHUNK_BYTES = 2**24  # of logits in float32 that are in work at once
 
 
@@ -74,16 +71,15 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int, count: Tensor) -> Tensor:
         gradient, total = torch.empty_like(logits), 0.0
         rows = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
-        with full_precision(logits.device):
-            for x, target, out in zip(logits.split(rows), targets.split(rows), gradient.split(rows), strict=True):
-                wide = TorchOps().at_least_float32(x)
-                counts = (target != ignore_index)[:, None].to(wide.dtype)  # (rows, 1)
-                index = target.clamp(min=0)[:, None]
-                log_z = wide.logsumexp(dim=1, keepdim=True)
-                total = total + ((log_z - wide.gather(1, index)) * counts).sum()
-                p = (wide - log_z).exp_()
-                p.scatter_add_(1, index, -torch.ones_like(log_z))
-                out.copy_(p.mul_(counts / count))
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        for x, target, out in zip(logits.split(rows), targets.split(rows), gradient.split(rows), strict=True):
+            counts = (target != ignore_index)[:, None].to(wide)  # (rows, 1)
+            index = target.clamp(min=0)[:, None]
+            log_p = torch.log_softmax(x, dim=1, dtype=wide)
+            total = total - (log_p.gather(1, index) * counts).sum()
+            p = log_p.exp_()
+            p.scatter_add_(1, index, -torch.ones_like(counts))
+            out.copy_(p.mul_(counts / count))
         ctx.save_for_backward(gradient)
         return total / count
 
