@@ -61,7 +61,7 @@ def ours(
                 read_weights(model)
         else:
             model, its = _torch_model(case, folder, device)
-        with _timed(TorchSession, "_run", device) as inside, _timed(spectra, "exact_spectrum", device) as decomposing:
+        with _timed(TorchSession, "_run", device) as inside, _timed(spectra, "exact_spectra", device) as decomposing:
             numbers, (attached, report) = _measured(lambda: lora_one.init(model, its, loss_fn, config), backend, device)
         numbers["passes"] = report.passes
         if backend == "torch":  # where gradients are exact, they are decomposed in the backward pass, and after it

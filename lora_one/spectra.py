@@ -15,10 +15,11 @@ from .backends.interface import Layer, PassResult, Session
 from .config import Config
 from .core.gradient import Gradient, RowProduct, arrays_of
 from .core.ops import Array, Ops
-from .core.spectrum import Probe, SketchState, Spectrum, advance, draw_omega, exact_spectrum, finish, probe, start
+from .core.spectrum import Probe, SketchState, Spectrum, advance, draw_omega, exact_spectra, finish, probe, start
+from .core.stacking import one_of, stacked, unstacked
 from .errors import ChangingBatchesWarning, GradientError
 from .report import share_of_best
-from .stacks import groups, kind, of_layer, stacked, unstacked
+from .stacks import groups, kind
 
 ENOUGH = 0.99  # of the energy of the best rank-r gradient: where passes="auto" stops
 SAME_LOSS = 1e-3  # well above what rounding, and batches regrouped by a shuffle, make of the same data
@@ -109,7 +110,7 @@ def _finished(ops: Ops, states: _States, may_go_on: bool) -> tuple[dict[str, Fou
     """The spectra of all layers; or where more passes may be made and one holds too little, that layer."""
     spectra: dict[str, Found] = {}
     for layers, state in states.items():
-        found = _by_layer(ops, layers, finish(ops, state, layers[0].rank))
+        found = _by_layer(ops, layers, unstacked(finish(ops, state, layers[0].rank), len(layers)))
         worst = min(layers, key=lambda layer: _share(found[layer.name].values))
         if may_go_on and _share(found[worst.name].values) < ENOUGH:
             return None, worst
@@ -120,8 +121,8 @@ def _finished(ops: Ops, states: _States, may_go_on: bool) -> tuple[dict[str, Fou
 def _lacking(ops: Ops, states: _States, layer: Layer) -> Layer | None:
     """The layer itself if it holds too little: one that did after the pass before is asked alone, before all others."""
     [(layers, state)] = [(layers, state) for layers, state in states.items() if layer in layers]
-    alone = of_layer(state, layers.index(layer), len(layers))
-    found = _by_layer(ops, (layer,), finish(ops, alone, layer.rank))
+    alone = one_of(state, layers.index(layer), len(layers))
+    found = _by_layer(ops, (layer,), [finish(ops, alone, layer.rank)])
     return layer if _share(found[layer.name].values) < ENOUGH else None
 
 
@@ -141,16 +142,17 @@ def exact(session: Session) -> Spectra:
 
     def decompose(of_kind: Hashable) -> None:
         some = waiting.pop(of_kind)
-        layers, gradients = tuple(some), list(some.values())
-        del some
-        spectra.update(_decomposed(ops, layers, gradients))
+        spectra.update(decomposed(tuple(some), list(some.values())))
+
+    def decomposed(layers: tuple[Layer, ...], gradients: list[Gradient]) -> dict[str, Found]:
+        return _by_layer(ops, layers, exact_spectra(ops, gradients, layers[0].rank))
 
     def consume(name: str, gradient: Gradient) -> None:
         layer = layer_of[name]
         for array in arrays_of(gradient):
             _check_finite(ops, (layer,), array, "of the weight")
         if not session.stacked or isinstance(gradient, RowProduct):
-            spectra.update(_decomposed(ops, (layer,), [gradient]))
+            spectra.update(decomposed((layer,), [gradient]))
             return
         waiting[kind(session, layer)][layer] = gradient
         while sum(map(size, waiting)) > STACK_BYTES:
@@ -160,12 +162,6 @@ def exact(session: Session) -> Spectra:
     for of_kind in list(waiting):
         decompose(of_kind)
     return Spectra(result, 1, spectra)
-
-
-def _decomposed(ops: Ops, layers: tuple[Layer, ...], gradients: list[Gradient]) -> dict[str, Found]:
-    gradient = stacked(ops, gradients)
-    gradients.clear()  # of a stack these are copies
-    return _by_layer(ops, layers, exact_spectrum(ops, gradient, layers[0].rank))
 
 
 def _check_finite(ops: Ops, layers: tuple[Layer, ...], gradient: Array, where: str) -> None:
@@ -182,19 +178,21 @@ def _check_finite(ops: Ops, layers: tuple[Layer, ...], gradient: Array, where: s
             )
 
 
-def _by_layer(ops: Ops, layers: tuple[Layer, ...], spectrum: Spectrum) -> dict[str, Found]:
-    """The spectrum of each layer of a stack. A lazy framework computes it here.
+def _by_layer(ops: Ops, layers: tuple[Layer, ...], spectra: list[Spectrum]) -> dict[str, Found]:
+    """The spectrum of each of some layers that are alike. A lazy framework computes it here.
 
     The vectors stay where they are, and are only checked.
 
     Raises:
         GradientError: something is not finite.
     """
-    # The vectors are orthonormal: their sum cannot overflow.
-    entries = sum(ops.sum(ops.sum(x, axis=-1), axis=-1) for x in (spectrum.u, spectrum.vt))
-    on_host = [ops.to_numpy(x) for x in (entries, spectrum.s, *spectrum[3:])]
+    # All layers' at once: to read a number is to wait for the device. The vectors are orthonormal: their sum cannot
+    # overflow.
+    u, s, vt, *norms = (stacked(ops, arrays) for arrays in zip(*spectra, strict=True))
+    entries = sum(ops.sum(ops.sum(x, axis=-1), axis=-1) for x in (u, vt))
+    on_host = [ops.to_numpy(x) for x in (entries, s, *norms)]
     found = {}
-    for index, (layer, its) in enumerate(zip(layers, unstacked(spectrum, len(layers)), strict=True)):
+    for index, (layer, its) in enumerate(zip(layers, spectra, strict=True)):
         _, s, *norms = values = [x[index] if len(layers) > 1 else x for x in on_host]
         if not all(np.isfinite(x).all() for x in values):
             raise GradientError(

@@ -1,11 +1,9 @@
-"""Layers that are alike, as arrays with one more axis in front: where a device waits for launches, they go together."""
+"""Layers that are alike: where a device waits for launches, they go together, as arrays with one more axis in front."""
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Hashable
 
 from .backends.interface import Layer, Session
-from .core.ops import Array, Ops
 
 
 def kind(session: Session, layer: Layer) -> Hashable:
@@ -22,26 +20,3 @@ def groups(session: Session) -> list[tuple[Layer, ...]]:
     for layer in session.layers:
         found[kind(session, layer)].append(layer)
     return [tuple(layers) for layers in found.values()]
-
-
-def stacked(ops: Ops, arrays: Sequence[Array]) -> Array:
-    """(n, ...) of n arrays; of a single one itself."""
-    return ops.stack(arrays) if len(arrays) > 1 else arrays[0]
-
-
-def unstacked(arrays: Any, count: int) -> list[Any]:
-    """A named tuple of stacked arrays (or of tuples of them, or None) as one for each of `count` layers."""
-    return [of_layer(arrays, index, count) for index in range(count)]
-
-
-def of_layer(arrays: Any, index: int, count: int) -> Any:
-    """What such a named tuple has of one layer of `count`."""
-    if count == 1:
-        return arrays
-    return type(arrays)(*(_at(x, index) for x in arrays))
-
-
-def _at(x: Any, index: int) -> Any:
-    if x is None:
-        return None
-    return tuple(_at(part, index) for part in x) if isinstance(x, tuple) else x[index]

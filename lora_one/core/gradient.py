@@ -5,6 +5,7 @@ from typing import NamedTuple
 from .ops import Array, Ops, sum_of_squares
 
 TINY = 1e-30  # a unit where all entries are zero
+ENTRIES_AT_ONCE = 2**21  # of G, in a copy, which must not fill the memory
 
 
 class RowProduct(NamedTuple):
@@ -57,11 +58,11 @@ def transposed_times(ops: Ops, g: Gradient, q: Array) -> Array:
 
 
 def frobenius_norm(ops: Ops, g: Array, scale: Array) -> Array:
-    """||G||_F, (), by way of numbers in units of `scale`, (), whose squares must not overflow; of each of a stack."""
-    rows = 512  # some at a time: a copy of G must not fill the memory
-    total = ops.zeros(g.shape[:-2], like=g)
-    for i in range(0, g.shape[-2], rows):
-        total = total + sum_of_squares(ops, g[..., i : i + rows, :] / scale[..., None, None])
+    """||G||_F, (), by way of numbers in units of `scale`, (), whose squares must not overflow."""
+    rows = max(1, ENTRIES_AT_ONCE // g.shape[1])
+    total = ops.zeros((), like=g)
+    for i in range(0, g.shape[0], rows):
+        total = total + sum_of_squares(ops, g[i : i + rows] / scale)
     return scale * ops.sqrt(total)
 
 

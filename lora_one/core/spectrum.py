@@ -26,13 +26,15 @@ Layers that are alike may go through it together, as arrays with one more leadin
 
 import hashlib
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from .gradient import Gradient, RowProduct, arrays_of, as_matrix, frobenius_norm, norm_of_rows
-from .krylov import leading_triplets, split_by_projection
+from .krylov import Triplets, leading_triplets, split_by_projection
 from .ops import Array, Ops, as_one_program, largest_entry, sum_of_squares
+from .stacking import stack_of, stacked, unstacked
 
 EXACT_OVERSAMPLE = 8  # columns beyond the rank in the products with a G in memory
 ROWS_CANCEL = 0.01  # of ||G||^2 left of what it is summed from: in float32, five digits
@@ -108,37 +110,54 @@ def exact_spectrum(ops: Ops, gradient: Gradient, rank: int) -> Spectrum:
     products are counted at run time: of a large G this cannot be traced.
 
     Args:
-        gradient: G = dL/dW, (out, in), float32 or wider; or a stack of matrices, (..., out, in).
+        gradient: G = dL/dW, (out, in), float32 or wider.
         rank: r <= min(out, in).
     """
-    if isinstance(gradient, RowProduct):
-        return _exact_of_rows(ops, gradient, rank)
-    found = _leading_triplets(ops, gradient, rank)
-    if found is None:
-        return _descent(ops, _seen_whole(ops, *_thin_svd(ops, gradient), rank))
-    return _descent(ops, _of_triplets(ops, *found, frobenius_norm(ops, gradient, _or_one(ops, found[1][..., 0]))))
+    return exact_spectra(ops, [gradient], rank)[0]
+
+
+def exact_spectra(ops: Ops, gradients: Sequence[Gradient], rank: int) -> list[Spectrum]:
+    """`exact_spectrum` of matrices of one shape and dtype, together."""
+    if isinstance(gradients[0], RowProduct):
+        return [_exact_of_rows(ops, g, rank) for g in gradients]
+    found = _leading_triplets(ops, gradients, rank)
+    spectra: dict[int, Spectrum] = {}
+    done = {i: triplets for i, triplets in enumerate(found) if triplets is not None}
+    if done:
+        norms = [frobenius_norm(ops, gradients[i], _or_one(ops, triplets.s[0])) for i, triplets in done.items()]
+        some = _of_triplets(ops, stack_of(ops, list(done.values())), stacked(ops, norms))
+        spectra |= zip(done, unstacked(some, len(done)), strict=True)
+    rest = [i for i in range(len(found)) if i not in done]
+    if rest:
+        u, s, vt = _thin_svd(ops, stacked(ops, [gradients[i] for i in rest]))
+        some = _descent(ops, _seen_whole(ops, u, s, vt, rank))
+        spectra |= zip(rest, unstacked(some, len(rest)), strict=True)
+    return [spectra[i] for i in range(len(found))]
 
 
 def _exact_of_rows(ops: Ops, gradient: RowProduct, rank: int) -> Spectrum:
     norm, share = norm_of_rows(ops, gradient)
-    found = None if ops.to_numpy(share) < ROWS_CANCEL else _leading_triplets(ops, gradient, rank)
+    cancels = ops.to_numpy(share) < ROWS_CANCEL
+    [found] = [None] if cancels else _leading_triplets(ops, [gradient], rank)
     if found is None:
         return exact_spectrum(ops, as_matrix(ops, gradient), rank)
-    return _descent(ops, _of_triplets(ops, *found, norm))
+    return _of_triplets(ops, found, norm)
 
 
-def _leading_triplets(ops: Ops, gradient: Gradient, rank: int) -> tuple[Array, Array, Array] | None:
-    limit = min(gradient.shape[-2:]) // 4  # directions, from where on the dense SVD is the faster one
+def _leading_triplets(ops: Ops, gradients: Sequence[Gradient], rank: int) -> list[Triplets | None]:
+    out_features, in_features = gradients[0].shape
+    limit = min(out_features, in_features) // 4  # directions, from where on the dense SVD is the faster one
     width = rank + EXACT_OVERSAMPLE
     if 3 * width > limit:
-        return None
-    omega = ops.asarray(draw_omega(0, "exact", gradient.shape[-1], width), like=arrays_of(gradient)[0])
-    return leading_triplets(ops, gradient, omega, rank, limit)
+        return [None] * len(gradients)
+    omega = ops.asarray(draw_omega(0, "exact", in_features, width), like=arrays_of(gradients[0])[0])
+    return leading_triplets(ops, gradients, omega, rank, limit)
 
 
-def _of_triplets(ops: Ops, u: Array, s: Array, vt: Array, norm: Array) -> Spectrum:
-    zero = ops.zeros(s.shape[:-1], like=s)
-    return Spectrum(u, s, vt, norm=norm, norm_error=zero, unseen=zero, best_norm=_norm(ops, s))
+def _of_triplets(ops: Ops, triplets: Triplets, norm: Array) -> Spectrum:
+    zero = ops.zeros(triplets.s.shape[:-1], like=triplets.s)
+    best = _norm(ops, triplets.s)
+    return _descent(ops, Spectrum(*triplets, norm=norm, norm_error=zero, unseen=zero, best_norm=best))
 
 
 def start(ops: Ops, omega: Array, out_features: int) -> SketchState:

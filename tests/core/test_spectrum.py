@@ -1,8 +1,11 @@
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
 
+from lora_one.core import krylov
+from lora_one.core.gradient import times
 from lora_one.core.krylov import leading_triplets
 from lora_one.core.spectrum import (
     CROWDED,
@@ -10,11 +13,13 @@ from lora_one.core.spectrum import (
     advance,
     advance_on,
     draw_omega,
+    exact_spectra,
     exact_spectrum,
     finish,
     probe,
     start,
 )
+from lora_one.core.stacking import unstacked
 from tests.arrays import ARRAYS, Arrays, best_rank, spectrum_matrix
 
 SHAPES = [(40, 40), (60, 24), (24, 60), (9, 9)]
@@ -198,12 +203,11 @@ def test_a_stack_of_gradients_has_the_spectra_of_each(arrays, shape):
     for _ in range(4):
         state = advance_on(ops, state, gradient)
     pairs = [
-        (finish(ops, state, 3), [finish(ops, its, 3) for its in states]),
-        (exact_spectrum(ops, gradient, 3), [exact_spectrum(ops, arrays.of(g), 3) for g in each]),
+        (unstacked(finish(ops, state, 3), len(each)), [finish(ops, its, 3) for its in states]),
+        (exact_spectra(ops, [arrays.of(g) for g in each], 3), [exact_spectrum(ops, arrays.of(g), 3) for g in each]),
     ]
     for together, alone in pairs:
-        for index, want in enumerate(alone):
-            got = type(together)(*(x[index] for x in together))
+        for index, (got, want) in enumerate(zip(together, alone, strict=True)):
             scale = np.linalg.norm(each[index], 2) or 1.0
             assert np.abs(descent(arrays, got) - descent(arrays, want)).max() <= arrays.tolerance * scale
             for x, y in zip(got[3:], want[3:], strict=True):  # what is left of a G of low rank is the root of rounding
@@ -317,7 +321,7 @@ def test_exact_of_a_large_gradient_converges_to_lapacks_triplets(arrays):
     g = large(0.7 ** np.arange(60))
     gradient = arrays.of(g)
     omega = arrays.of(draw_omega(0, "layer", 320, 20))
-    assert leading_triplets(arrays.ops, gradient, omega, 4, limit=80) is not None  # not the dense SVD
+    assert leading_triplets(arrays.ops, [gradient], omega, 4, limit=80) != [None]  # not the dense SVD
     spectrum = exact_spectrum(arrays.ops, gradient, 4)
     arrays.assert_close(descent(arrays, spectrum), -best_rank(g, 4))
     arrays.assert_close(spectrum.s, np.linalg.svd(g, compute_uv=False)[:4])
@@ -344,10 +348,33 @@ def test_exact_of_a_large_flat_gradient_falls_back_to_the_dense_svd(dtype):
     decay[3:] -= 1e-4 * np.arange(317)
     g = large(decay)
     omega = arrays.of(draw_omega(0, "layer", 320, 20))
-    assert leading_triplets(arrays.ops, arrays.of(g), omega, 5, limit=80) is None
+    assert leading_triplets(arrays.ops, [arrays.of(g)], omega, 5, limit=80) == [None]
     spectrum = exact_spectrum(arrays.ops, arrays.of(g), 5)
     arrays.assert_close(spectrum.s, decay[:5])
     arrays.assert_close(spectrum.norm, np.asarray(np.linalg.norm(decay)))
+
+
+def test_gradients_that_go_together_stop_each_where_it_is_done(arrays, monkeypatch):
+    """A steep one, a slower one, a flat one that takes the dense SVD, and a steep one after it."""
+    flat = 1.0 - 1e-3 * np.arange(320)
+    each = [large(decay) for decay in (0.1 ** np.arange(60), 0.77 ** np.arange(60), flat, 0.11 ** np.arange(60))]
+    products = Counter()
+
+    def counted(ops, g, x):
+        products[id(g)] += 1
+        return times(ops, g, x)
+
+    monkeypatch.setattr(krylov, "times", counted)
+    gradients = [arrays.of(g) for g in each]
+    together = exact_spectra(arrays.ops, gradients, 4)
+    steep, slower, whole, steep_again = (products[id(g)] for g in gradients)
+    assert steep == steep_again < slower < whole
+    for g, spectrum in zip(each, together, strict=True):
+        arrays.assert_close(arrays.numpy(spectrum.u).T @ arrays.numpy(spectrum.u), np.eye(4))
+        if g is not each[2]:  # whose fourth and fifth directions rounding mixes
+            arrays.assert_close(descent(arrays, spectrum), -best_rank(g, 4))
+        arrays.assert_close(spectrum.s, np.linalg.svd(g, compute_uv=False)[:4])
+        arrays.assert_close(spectrum.norm, np.asarray(np.linalg.norm(g)))
 
 
 def test_a_large_zero_gradient(arrays):
@@ -366,7 +393,7 @@ def test_triplets_where_a_block_is_partly_rounding_noise(dtype):
     g = np.zeros((400, 320))
     g[::10, ::8] = spectrum_matrix(40, 40, decay)
     omega = arrays.of(draw_omega(0, "layer", 320, 20))
-    found = leading_triplets(arrays.ops, arrays.of(g), omega, 12, limit=80)
+    [found] = leading_triplets(arrays.ops, [arrays.of(g)], omega, 12, limit=80)
     assert found is not None
     u, s, vt = (np.asarray(x, dtype=np.float64) for x in found)
     arrays.assert_close(s, decay[:12])
@@ -376,6 +403,6 @@ def test_triplets_where_a_block_is_partly_rounding_noise(dtype):
 def test_triplets_of_a_matrix_with_fewer_directions_than_asked_for():
     arrays = Arrays("numpy", "float64")
     g = spectrum_matrix(400, 320, np.array([3.0, 2.0, 1.0]))
-    u, s, vt = leading_triplets(arrays.ops, g, draw_omega(0, "layer", 320, 16), 8, limit=80)
+    [(u, s, vt)] = leading_triplets(arrays.ops, [g], draw_omega(0, "layer", 320, 16), 8, limit=80)
     arrays.assert_close(s, np.r_[3.0, 2.0, 1.0, np.zeros(5)])
     arrays.assert_close((u * s) @ vt, g)
