@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .gradient import Gradient, times, transposed_times
-from .ops import Array, Ops, largest_entry
+from .ops import Array, Ops, diagonal, largest_entry
 from .stacking import one_of, stack_of, stacked
 
 LAPACK_RESIDUAL = 16.0  # in units of eps s_1: ||G^T u_i - s_i v_i|| by LAPACK's float32 SVD of a 2048 x 768 gradient
@@ -154,7 +154,7 @@ def _new_block(ops: Ops, x: Array, known: Array, floor: Array) -> tuple[Array, A
         q, again = ops.qr(split_by_projection(ops, q, known)[0])
         r = ops.matmul(again, r)
         # Twice is enough (Kahan; Parlett 1980), unless a first column was itself rounding noise, mostly inside `known`.
-        if float(ops.to_numpy(ops.max(-abs(ops.sum(again * identity, axis=-2))))) < -0.5:
+        if float(ops.to_numpy(ops.max(-abs(diagonal(ops, again, identity))))) < -0.5:
             break
     return _without_noise(ops, q, r, floor)
 

@@ -9,7 +9,7 @@ both from the old A and B. All functions take leading batch axes, so that the pa
 from typing import Literal
 
 from .factors import Factors
-from .ops import Array, Ops
+from .ops import Array, Ops, diagonal
 
 Damping = Literal["absolute", "relative"]
 
@@ -33,7 +33,7 @@ def damped_inverse(ops: Ops, gram: Array, reg: float, damping: Damping = "absolu
     """
     r = gram.shape[-1]
     identity = ops.eye(r, like=gram)
-    trace = ops.sum(ops.sum(gram * identity, axis=-1), axis=-1)[..., None, None]  # (..., 1, 1)
+    trace = ops.sum(diagonal(ops, gram, identity), axis=-1)[..., None, None]  # (..., 1, 1)
     added = reg * trace / r if damping == "relative" else reg
     # Departure from the paper: never less than the rounding error of the Gram itself, or a rank-deficient factor of
     # norm >> 1 would have no Cholesky factor. A well-conditioned matrix does not feel it; in float64 nothing does.

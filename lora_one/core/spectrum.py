@@ -33,7 +33,7 @@ import numpy as np
 
 from .gradient import Gradient, RowProduct, arrays_of, as_matrix, frobenius_norm, norm_of_rows
 from .krylov import Triplets, leading_triplets, split_by_projection
-from .ops import Array, Ops, as_one_program, largest_entry, sum_of_squares
+from .ops import Array, Ops, as_one_program, diagonal, largest_entry, sum_of_squares
 from .stacking import stack_of, stacked, unstacked
 
 EXACT_OVERSAMPLE = 8  # columns beyond the rank in the products with a G in memory
@@ -377,10 +377,10 @@ def _estimate_residual(ops: Ops, g_right: Array, mixing: Array) -> tuple[Array, 
     k = y.shape[-1]
     gram = ops.matmul(ops.matrix_transpose(y), y)  # (k, k)
     identity = ops.eye(k, like=y)
-    trace = ops.sum(ops.sum(gram * identity, axis=-1), axis=-1)
+    trace = ops.sum(diagonal(ops, gram, identity), axis=-1)
     floor = 4.0 * ops.eps(y) * trace + ops.eps(y)  # keeps the Gram positive definite, also for y = 0
     inverse = ops.cholesky_solve(gram + floor[..., None, None] * identity, identity)
-    distance = 1.0 / ops.sum(inverse * identity, axis=-2)  # (k,), squared
+    distance = 1.0 / diagonal(ops, inverse, identity)  # (k,), squared
     mean = ops.sum(distance, axis=-1) / k
     variance = sum_of_squares(ops, distance - mean[..., None], axes=1) / (k * max(k - 1, 1))
     return scale, mean, variance
