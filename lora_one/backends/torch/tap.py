@@ -103,6 +103,7 @@ def tap(
     """
     found = vars(layer).get("forward")
 
+    @torch.compiler.disable  # it would trace neither the node that is asked for what it keeps, nor the sink
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return base(x, *args, **kwargs)

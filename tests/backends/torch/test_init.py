@@ -408,3 +408,14 @@ def test_full_precision_blocks_nest_and_leave_the_flags_alone():
         assert (x @ x).dtype == torch.bfloat16
         assert ops.matmul(x, x).dtype == torch.float32
     assert flags.fp32_precision == before
+
+
+@pytest.mark.parametrize("settings", [{"gradient": "exact"}, {"passes": 4}, {"gradient": "exact", "recompute": True}])
+def test_a_compiled_model_starts_as_the_model_itself(settings):
+    config = lora_one.Config(rank=RANK, targets=["q_proj", "down_proj"], **settings)
+    expected, _ = lora_one.init(llama().model, llama().batches, config=config)
+    model, _ = lora_one.init(torch.compile(llama().model, backend="eager"), llama().batches, config=config)
+    found = products(model)
+    assert len(found) == 4
+    for (name, product), step in zip(found.items(), products(expected).values(), strict=True):
+        np.testing.assert_allclose(product, step, rtol=1e-4, atol=1e-6 * np.abs(step).max(), err_msg=name)
