@@ -60,17 +60,14 @@ class JaxOps:
         return u, s, vt
 
     def cholesky_solve(self, gram: Array, rhs: Array) -> Array:
-        if gram.ndim == 3 and gram.shape[0] == 2:
-            # The two Grams of a pair, one by one: on a CPU with two threads several batched calls, from r = 64 on, wait
-            # for each other in XLA's pool for ever (jax 0.10.2; pairs that are stacks still do, with 0.11.2 none).
-            sides = jnp.broadcast_to(rhs, (2, *rhs.shape[-2:]))
-            return jnp.stack([self.cholesky_solve(gram[i], sides[i]) for i in range(2)])
-        with jax.default_matmul_precision("highest"):
-            # A factor that does not exist is NaN here, and so is all that is solved with it.
-            lower = jnp.linalg.cholesky(gram)
-            rhs = jnp.broadcast_to(rhs, (*gram.shape[:-2], *rhs.shape[-2:]))
-            half = lax.linalg.triangular_solve(lower, rhs, left_side=True, lower=True)
-            return lax.linalg.triangular_solve(lower, half, left_side=True, lower=True, transpose_a=True)
+        rhs = jnp.broadcast_to(rhs, (*gram.shape[:-2], *rhs.shape[-2:]))
+        if gram.ndim == 2:
+            return _cholesky_solve(gram, rhs)
+        if gram.shape[:-2] == (2,):  # the two Grams of a pair: compiled in less time than a loop is
+            return jnp.stack([_cholesky_solve(gram[i], rhs[i]) for i in range(2)])
+        if gram.shape[-1] <= _QUICK:
+            return _cholesky_solve(gram, rhs)
+        return lax.platform_dependent(gram, rhs, cpu=_cholesky_solve_in_turn, default=_cholesky_solve)
 
     def eye(self, n: int, like: Array) -> Array:
         return jnp.eye(n, dtype=like.dtype)
@@ -107,6 +104,24 @@ def _svd_algorithm() -> lax.linalg.SvdAlgorithm:
     """On a GPU XLA takes Jacobi's for small matrices, which leaves vectors less orthonormal than LAPACK does."""
     algorithms = lax.linalg.SvdAlgorithm
     return algorithms.QR if jax.default_backend() == "gpu" else algorithms.DEFAULT
+
+
+# Rows up to which batches of decompositions were never seen to wait for each other.
+_QUICK = 16
+
+
+def _cholesky_solve(gram: Array, rhs: Array) -> Array:
+    with jax.default_matmul_precision("highest"):
+        lower = jnp.linalg.cholesky(gram)  # a factor that does not exist is NaN, and so is all that is solved with it
+        half = lax.linalg.triangular_solve(lower, rhs, left_side=True, lower=True)
+        return lax.linalg.triangular_solve(lower, half, left_side=True, lower=True, transpose_a=True)
+
+
+def _cholesky_solve_in_turn(gram: Array, rhs: Array) -> Array:
+    """One matrix of a batch after the other: on a CPU with two threads batches of r = 32 or more, of several layers,
+    wait for each other in XLA's pool for ever (jax 0.10.2; with 0.11.2 they do not)."""
+    matrices = gram.reshape(-1, *gram.shape[-2:]), rhs.reshape(-1, *rhs.shape[-2:])
+    return lax.map(lambda its: _cholesky_solve(*its), matrices).reshape(rhs.shape)
 
 
 # Terms up to which a product is spelt out. Each is an operation to compile; beyond, arithmetic is what counts.

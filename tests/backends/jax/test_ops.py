@@ -104,6 +104,22 @@ def test_to_numpy_widens_what_numpy_lacks_and_copies():
     assert ops.to_numpy(jnp.zeros((), bool)).dtype == bool
 
 
+@pytest.mark.parametrize("r", [4, 40])  # from 17 on a CPU solves one after the other
+@pytest.mark.parametrize("batch", [(2,), (5,), (2, 3)])
+def test_batches_are_solved_as_their_matrices_are(batch, r):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((*batch, 2 * r, r))
+    gram, rhs = np.swapaxes(x, -1, -2) @ x, rng.standard_normal((r, 3))
+    gram[..., -1, :, :] *= 1.0 if batch == (2,) else -1.0  # not positive definite: NaN, and the others as they are
+    for solve in (ops.cholesky_solve, jax.jit(ops.cholesky_solve)):
+        got = np.asarray(solve(jnp.asarray(gram, jnp.float32), jnp.asarray(rhs, jnp.float32)))
+        expected = np.linalg.solve(gram, np.broadcast_to(rhs, (*batch, r, 3)))
+        if batch != (2,):
+            assert np.isnan(got[..., -1, :, :]).all()
+            got, expected = got[..., :-1, :, :], expected[..., :-1, :, :]
+        np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+
+
 def test_a_cholesky_that_fails_is_nan_under_jit_and_leaves_its_neighbours():
     gram = jnp.stack([jnp.diag(jnp.array([1.0, -1.0])), 2 * jnp.eye(2)])
     got = jax.jit(ops.cholesky_solve)(gram, jnp.eye(2))

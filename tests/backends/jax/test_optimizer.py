@@ -215,11 +215,12 @@ def test_a_model_without_lora_is_an_error():
 
 
 WIDE_STEPS = """
-import jax, numpy as np, optax
+import jax, numpy as np, optax, sys
 from lora_one.backends.jax import lora_adamw
 rng = np.random.default_rng(0)
 draw = lambda *shape: jax.numpy.asarray(rng.standard_normal(shape, np.float32))
-pair = lambda: {"lora_a": draw(4096, 64), "lora_b": draw(64, 4096)}
+stack = [int(n) for n in sys.argv[1:]]
+pair = lambda: {"lora_a": draw(*stack, 4096, 64), "lora_b": draw(*stack, 64, 4096)}
 params, grads = ({f"layer{i}": pair() for i in range(8)} for _ in range(2))
 tx = lora_adamw(1e-3, reg=1e-2)
 state = tx.init(params)
@@ -234,10 +235,11 @@ print("done")
 """
 
 
-def test_wide_pairs_do_not_wait_for_each_other_on_two_threads():
+@pytest.mark.parametrize("stack", [[], ["4"]], ids=["pairs", "pairs of four layers"])
+def test_wide_pairs_do_not_wait_for_each_other_on_two_threads(stack):
     """As XLA's pool has them on a machine with two cores, where batched decompositions once waited for ever."""
     environment = {**os.environ, "NPROC": "2", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", WIDE_STEPS], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", WIDE_STEPS, *stack], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.stdout == "done\n", done.stderr
