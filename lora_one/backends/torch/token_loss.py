@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 CHUNK_BYTES = 2**24  # of logits in float32 that are in work at once
+CHUNK_BYTES_OF_A_GPU = 2**26  # where each chunk's launches take longer
 
 
 @contextmanager
@@ -69,19 +70,20 @@ def next_token_loss(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int, count: Tensor) -> Tensor:
-        gradient, total = torch.empty_like(logits), 0.0
-        rows = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
         wide = torch.promote_types(logits.dtype, torch.float32)
-        for x, target, out in zip(logits.split(rows), targets.split(rows), gradient.split(rows), strict=True):
-            counts = (target != ignore_index)[:, None].to(wide)  # (rows, 1)
-            index = target.clamp(min=0)[:, None]
-            log_p = torch.log_softmax(x, dim=1, dtype=wide)
-            total = total - (log_p.gather(1, index) * counts).sum()
-            p = log_p.exp_()
-            p.scatter_add_(1, index, -torch.ones_like(counts))
-            out.copy_(p.mul_(counts / count))
+        counted = (targets != ignore_index)[:, None]  # (rows, 1)
+        index, weights = targets.clamp(min=0)[:, None], counted.to(wide) / count
+        gradient, log_likelihood = torch.empty_like(logits), torch.empty_like(weights)
+        at_once = CHUNK_BYTES if logits.device.type == "cpu" else CHUNK_BYTES_OF_A_GPU
+        rows = max(1, at_once // (4 * logits.shape[1]))
+        for i in range(0, len(logits), rows):
+            some = slice(i, i + rows)
+            log_p = torch.log_softmax(logits[some], dim=1, dtype=wide)
+            log_likelihood[some] = log_p.gather(1, index[some])
+            p = log_p.exp_().mul_(weights[some])
+            gradient[some] = p.scatter_add_(1, index[some], -weights[some])
         ctx.save_for_backward(gradient)
-        return total / count
+        return -(log_likelihood.where(counted, 0.0) * weights).sum()
 
     @staticmethod
     @once_differentiable

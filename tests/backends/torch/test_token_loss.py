@@ -82,6 +82,21 @@ def test_what_it_keeps():
     assert [(x.shape, x.dtype) for x in saved] == [((40, VOCABULARY), torch.bfloat16)]
 
 
+def test_tokens_that_cannot_be(rows):
+    """A model may rule them out by logits of minus infinity; the first of them is what an ignored label stands for."""
+    logits, labels = inputs()
+    with torch.no_grad():
+        logits[..., 0] = -torch.inf
+    for mine, theirs in zip(
+        both(next_token_loss, logits, labels.clamp(min=1)),
+        both(ForCausalLMLoss, logits, labels.clamp(min=1)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
+    loss, gradient = both(next_token_loss, logits, torch.where(labels == 0, 1, labels))
+    assert loss.isfinite() and gradient.isfinite().all()
+
+
 def test_no_label_at_all_is_not_a_number_as_in_transformers():
     logits, labels = inputs()
     assert next_token_loss(logits, torch.full_like(labels, -100), VOCABULARY).isnan()
