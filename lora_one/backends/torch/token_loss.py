@@ -38,6 +38,7 @@ def loss_by_rows(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@torch.compiler.disable  # it would unroll the loop over rows
 def next_token_loss(
     logits: Tensor,
     labels: Tensor | None,
