@@ -97,6 +97,8 @@ def find_sites(model: peft.PeftModel) -> list[Site]:
             problems.append(f"{path}: LoRA on its parameter {module.parameter_name!r}; name linear layers as targets")
         elif not isinstance(module.lora_A[adapter], nn.Linear):
             problems.append(f"{path}: LoRA on a {type(module.get_base_layer()).__name__}")
+        elif module.lora_A[adapter].weight.is_meta:
+            problems.append(f"{path}: offloaded, with LoRA weights that hold no numbers; load the model where it fits")
         elif adapter in module.lora_variant:
             problems.append(f"{path}: {type(module.lora_variant[adapter]).__name__}")
         elif module.lora_bias.get(adapter):

@@ -46,7 +46,7 @@ def losses(
         BatchError: no batches, or a loss that is no scalar or (with `backward`) that depends on no target layer.
         GradientError: a loss that is not finite.
     """
-    device = _device(model)
+    device = device_of(model)
     for index, (batch, last) in enumerate(with_last(batches), start=1):
         loss = loss_fn(model, send_to_device(batch, device))
         yield loss, _check_loss(loss, index, backward), last
@@ -65,5 +65,6 @@ def _check_loss(loss: Any, index: int, backward: bool) -> float:
     return value
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def device_of(model: nn.Module) -> torch.device:
+    """Where its batches go: to its first weight that is anywhere (an offloaded one is on "meta")."""
+    return next(p.device for p in model.parameters() if not p.is_meta)

@@ -19,7 +19,7 @@ from lora_one.core.spectrum import Probe
 from lora_one.memory import process_peak
 
 from .attach import Site, attach_lora, check_adapter_fits, find_sites
-from .batches import LossFn, default_loss, losses
+from .batches import LossFn, default_loss, device_of, losses
 from .distributed import is_parallel, mean_over_processes, sum_over_processes, unanimous
 from .frozen_linear import frozen_linears
 from .ops import TorchOps
@@ -95,7 +95,7 @@ class TorchSession:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
     def like(self, layer: str) -> Tensor:
         weight = self._sites[layer].lora_A.weight

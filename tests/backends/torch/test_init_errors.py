@@ -6,6 +6,8 @@ import itertools
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import attach_align_device_hook
 from torch import nn
 
 import lora_one
@@ -235,6 +237,23 @@ def test_disabled_merged_and_foreign_adapters(config):
     )
     other = peft.get_peft_model(mlp().model, peft.IA3Config(target_modules=["up"], feedforward_modules=[]))
     fails(other, mlp().batches, squared_error, config, ModelError, "must be LoRA, got IA3Model")
+
+
+def test_a_target_that_is_offloaded(config):
+    """PEFT puts its LoRA weights on "meta", where a start would be lost without a word; what else is may be there."""
+    case = llama()
+    attach_align_device_hook(case.model.model.layers[1], execution_device="cpu", offload=True)
+    before = {name: p.device.type for name, p in case.model.named_parameters()}
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj: offloaded, .*; load the model where it fits"):
+        lora_one.init(case.model, case.batches, None, config)
+    assert {name: p.device.type for name, p in case.model.named_parameters()} == before
+    cpu_offload(case.model.model.embed_tokens, execution_device=torch.device("cpu"))
+    first = dataclasses.replace(config, targets=r".*layers\.0\.mlp\..*_proj")
+    model, _ = lora_one.init(case.model, case.batches, None, first)
+    expected, _ = lora_one.init(llama().model, case.batches, None, first)
+    for (name, got), factor in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+        if "lora_" in name:
+            torch.testing.assert_close(got, factor)
 
 
 def test_config_that_contradicts_an_adapter(config):
