@@ -7,7 +7,7 @@ computes the same function, and let G = dL/dW, (out, in). Then
     A = 0,   B = Q    the gradient of A is Q^T G
 
 which are the two products that a randomised SVD needs (Halko, Martinsson and Tropp 2011, arXiv 0909.4061). No gradient
-of W is ever formed, so W may be quantised, sharded or offloaded.
+of W is ever formed, so W may be quantised or sharded.
 
 Here it is a small state machine, one state a layer. A backend installs what `probe` names, runs a backward pass, and
 hands the gradient to `advance`; from two passes on, `finish` may be called at any time:

@@ -1,6 +1,6 @@
 """A product of a linear layer's weight gradient, without asking the weight for it: it may be frozen or quantised.
 
-A tap returns the layer's output unchanged. Its backward pass sees dL/dy beside x, so that it can form
+A tap leaves the layer's output as it is. In the backward pass it sees dL/dy beside x, so that it can form
 G = sum over tokens of dL/dy x^T, or, without forming that, a few of its products: G V = dL/dy^T (x V) and
 Q^T G = (dL/dy Q)^T x. LoRA's own backward pass forms the same products of factors that multiply to zero, but around
 them computes an output and a share of dL/dx that are zero too, and keeps a float32 copy of a narrower x.
@@ -55,29 +55,13 @@ def product_of(probe: Probe) -> Product:
 
 
 class _Keep(torch.autograd.Function):
-    """What a product needs of x, before the layer runs: where it is a block's last, recomputing ends right here."""
+    """A node of its own that keeps what a product needs of x, from before the layer runs: where that is a block's last,
+    recomputing ends right here."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, product: Product) -> Tensor:
         ctx.save_for_backward(x if product.keep is None else _apply(product.keep, x))
         return anchor.view_as(anchor)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[None, None, None]:
-        return None, None, None
-
-
-class _Tap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, ticket: Tensor, product: Product, sink: Callable[[Any], None]) -> Tensor:
-        ctx.keeper, ctx.product, ctx.sink = ticket.grad_fn, product, sink
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        (kept,) = ctx.keeper.saved_tensors
-        ctx.sink(_apply(ctx.product.form, dy, kept))
-        return dy, None, None, None
 
 
 def _apply(function: Callable[..., Any], *xs: Tensor) -> Any:
@@ -109,10 +93,20 @@ def tap(
             return base(x, *args, **kwargs)
         if torch._C._current_graph_task_id() == -1:  # outside of any backward pass
             on_call()
-        # Something must require a gradient for the graph to exist, and here no weight does.
+        # Something must require a gradient for the graph to exist, and where nothing below is tapped nothing does.
         anchor = torch.zeros((), device=x.device, requires_grad=True)
-        ticket = _Keep.apply(x, anchor, product)
-        return _Tap.apply(base(x, *args, **kwargs), ticket, product, sink)
+        keepers = [_Keep.apply(x, anchor, product).grad_fn]
+        y = base(x, *args, **kwargs)
+
+        def form(dy: Tensor) -> None:
+            (kept,) = keepers[0].saved_tensors
+            if not torch.is_grad_enabled():  # or this graph may be asked again
+                keepers.clear()
+            sink(_apply(product.form, dy, kept))
+
+        y = y if y.requires_grad else y + anchor
+        y.register_hook(form)  # no node of ours, whose output would be a view: the model may change y in place
+        return y
 
     layer.forward = forward
     try:

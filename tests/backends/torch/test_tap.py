@@ -79,6 +79,35 @@ def test_what_the_backward_pass_keeps(product, kept, dtype):
     assert (tensor.data_ptr() == x.data_ptr()) == (product.keep is None)
 
 
+class InPlace(torch.nn.Module):
+    """As Falcon: what a layer returns is added to, and it is the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(12, 24), torch.nn.Linear(24, 10)
+
+    def forward(self, x):
+        y = self.up(x)
+        y += 1.0
+        z = self.down(y.relu_())
+        z *= 2.0
+        return z
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sketch"])
+def test_a_model_that_changes_what_its_layers_return(gradient):
+    torch.manual_seed(0)
+    model, x = InPlace(), torch.randn(16, 12)
+    loss = model(x).pow(2).mean()
+    weights = {"up": model.up.weight, "down": model.down.weight}
+    expected = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+    config = lora_one.Config(rank=4, gradient=gradient)
+    _, report = lora_one.init(model, [x], lambda model, x: model(x).pow(2).mean(), config)
+    for layer in report.layers:
+        s = torch.linalg.svdvals(expected[layer.name].double())
+        torch.testing.assert_close(torch.tensor(layer.singular_values).double(), s[:4], rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_under_checkpointing_too_one_batch_frees_each_full_gradient_in_the_backward_pass(reentrant):
     case = llama()
