@@ -41,17 +41,24 @@ class Site:
         return Factors(self.lora_A.weight.detach().clone(), self.lora_B.weight.detach().clone())
 
 
+# Of tasks whose heads PEFT trains whole, but does not keep out of "all-linear": it would fail.
+HEADS = {peft.TaskType.TOKEN_CLS: ("classifier", "score"), peft.TaskType.QUESTION_ANS: ("qa_outputs",)}
+
+
 def attach_lora(model: nn.Module, config: Config) -> peft.PeftModel:
     """A new PeftModel around a plain model, whose base modules stay the same objects. `Snapshot` takes it back."""
     _check_modules_to_save(model, config.modules_to_save)
+    task = _task_type(model)
+    heads = [name for name in HEADS.get(task, ()) if config.targets == "all-linear" and hasattr(model, name)]
     lora_config = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         use_rslora=config.use_rslora,
         lora_dropout=config.dropout,
         target_modules=config.targets if isinstance(config.targets, str) else list(config.targets),
+        exclude_modules=heads or None,
         modules_to_save=list(config.modules_to_save) or None,
-        task_type=_task_type(model),
+        task_type=task,
     )
     # PEFT draws a random start, which is overwritten: the user's random stream should not notice.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

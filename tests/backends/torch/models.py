@@ -61,7 +61,7 @@ def t5() -> Case:
     return Case(T5ForConditionalGeneration(config), causal_batches(), None)
 
 
-def _bert_config() -> BertConfig:
+def bert_config() -> BertConfig:
     return BertConfig(
         vocab_size=60,
         hidden_size=32,
@@ -79,12 +79,12 @@ def _pooled_regression(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def bert() -> Case:
     torch.manual_seed(0)
-    return Case(BertModel(_bert_config()), [{"input_ids": tokens(i)} for i in range(2)], _pooled_regression)
+    return Case(BertModel(bert_config()), [{"input_ids": tokens(i)} for i in range(2)], _pooled_regression)
 
 
 def classifier() -> Case:
     torch.manual_seed(0)
-    model = BertForSequenceClassification(_bert_config())
+    model = BertForSequenceClassification(bert_config())
     batches = [{"input_ids": tokens(i), "labels": torch.tensor([0, 1, 2, 1])} for i in range(2)]
     return Case(model, batches, None)
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification as Auto
+from transformers import BertForQuestionAnswering, BertForTokenClassification
 
 import lora_one
 from lora_one.backends.torch.attach import find_sites
 from lora_one.errors import CheckpointError, ConfigError, ModelError
-from tests.backends.torch.models import classifier, mlp, squared_error
+from tests.backends.torch.models import bert_config, classifier, mlp, squared_error, tokens
 
 HEADS = Path(__file__).parents[3] / "docs" / "heads.md"
 CONFIG = lora_one.Config(rank=4, modules_to_save=("down",), gradient="exact")
@@ -127,6 +128,35 @@ def test_a_classifier_of_transformers_keeps_its_head_unasked():
     model, report = lora_one.init(case.model, case.batches, None, lora_one.Config(rank=4))
     assert model.base_model.model.classifier.modules_to_save["default"].weight.requires_grad
     assert not any(layer.name == "classifier" for layer in report.layers)
+
+
+TASKS = {
+    "classifier": (BertForTokenClassification, {"labels": tokens(1, vocabulary=6) - 3}),
+    "qa_outputs": (
+        BertForQuestionAnswering,
+        {"start_positions": torch.tensor([1, 2, 3, 4]), "end_positions": torch.tensor([4, 5, 6, 9])},
+    ),
+}
+
+
+@pytest.mark.parametrize("head", TASKS)
+def test_heads_that_pefts_all_linear_takes_for_targets(head, tmp_path):
+    """PEFT fails on them: `modules_to_save cannot be applied to modules of type ...Linear`."""
+    make, labels = TASKS[head]
+    torch.manual_seed(0)
+    config = bert_config()
+    config.num_labels = 3 if "labels" in labels else 2  # the beginning and the end of an answer
+    base = make(config).eval()
+    batch = {"input_ids": tokens(0), **labels}
+    model, report = lora_one.init(copy.deepcopy(base), [batch], None, lora_one.Config(rank=4))
+    assert len(report.layers) == 12 and not any(head in layer.name for layer in report.layers)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
+    assert trained == [f"base_model.model.{head}.modules_to_save.default.{kind}" for kind in ("weight", "bias")]
+    lora_one.save(model, tmp_path)
+    again = peft.PeftModel.from_pretrained(base, tmp_path)
+    with torch.no_grad():
+        for got, expected in zip(again(**batch).values(), model.eval()(**batch).values(), strict=True):
+            torch.testing.assert_close(got, expected)
 
 
 def test_names_that_the_model_does_not_have():
