@@ -41,6 +41,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         _inside.block = False
 
 
+@torch.compiler.disable  # flags are no tensors
 def _holds(device: torch.device) -> bool:
     cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     return cuda.fp32_precision == mkldnn.fp32_precision == "ieee" and not torch.is_autocast_enabled(device.type)
