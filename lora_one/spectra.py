@@ -13,10 +13,10 @@ import numpy as np
 
 from .backends.interface import Layer, PassResult, Session
 from .config import Config
-from .core.gradient import Gradient, RowProduct, arrays_of
+from .core.gradient import Gradient, arrays_of
 from .core.ops import Array, Ops
 from .core.spectrum import Probe, SketchState, Spectrum, advance, draw_omega, exact_spectra, finish, probe, start
-from .core.stacking import one_of, stacked, unstacked
+from .core.stacking import one_of, stack_of, stacked, unstacked
 from .errors import ChangingBatchesWarning, GradientError
 from .report import share_of_best
 from .stacks import groups, kind
@@ -110,7 +110,7 @@ def _finished(ops: Ops, states: _States, may_go_on: bool) -> tuple[dict[str, Fou
     """The spectra of all layers; or where more passes may be made and one holds too little, that layer."""
     spectra: dict[str, Found] = {}
     for layers, state in states.items():
-        found = _by_layer(ops, layers, unstacked(finish(ops, state, layers[0].rank), len(layers)))
+        found = _by_layer(ops, layers, finish(ops, state, layers[0].rank))
         worst = min(layers, key=lambda layer: _share(found[layer.name].values))
         if may_go_on and _share(found[worst.name].values) < ENOUGH:
             return None, worst
@@ -122,7 +122,7 @@ def _lacking(ops: Ops, states: _States, layer: Layer) -> Layer | None:
     """The layer itself if it holds too little: one that did after the pass before is asked alone, before all others."""
     [(layers, state)] = [(layers, state) for layers, state in states.items() if layer in layers]
     alone = one_of(state, layers.index(layer), len(layers))
-    found = _by_layer(ops, (layer,), [finish(ops, alone, layer.rank)])
+    found = _by_layer(ops, (layer,), finish(ops, alone, layer.rank))
     return layer if _share(found[layer.name].values) < ENOUGH else None
 
 
@@ -135,26 +135,25 @@ def exact(session: Session) -> Spectra:
     ops = session.ops
     layer_of = {layer.name: layer for layer in session.layers}
     spectra: dict[str, Found] = {}
-    waiting: dict[Hashable, dict[Layer, Array]] = defaultdict(dict)
+    waiting: dict[Hashable, dict[Layer, Gradient]] = defaultdict(dict)
 
     def size(of_kind: Hashable) -> int:
-        return sum(gradient.nbytes for gradient in waiting[of_kind].values())
+        return sum(array.nbytes for gradient in waiting[of_kind].values() for array in arrays_of(gradient))
 
     def decompose(of_kind: Hashable) -> None:
         some = waiting.pop(of_kind)
-        spectra.update(decomposed(tuple(some), list(some.values())))
-
-    def decomposed(layers: tuple[Layer, ...], gradients: list[Gradient]) -> dict[str, Found]:
-        return _by_layer(ops, layers, exact_spectra(ops, gradients, layers[0].rank))
+        layers = tuple(some)
+        found = exact_spectra(ops, list(some.values()), layers[0].rank)
+        spectra.update(_by_layer(ops, layers, stack_of(ops, found)))
 
     def consume(name: str, gradient: Gradient) -> None:
         layer = layer_of[name]
         for array in arrays_of(gradient):
             _check_finite(ops, (layer,), array, "of the weight")
-        if not session.stacked or isinstance(gradient, RowProduct):
-            spectra.update(decomposed((layer,), [gradient]))
-            return
-        waiting[kind(session, layer)][layer] = gradient
+        of_kind = kind(session, layer)
+        waiting[of_kind][layer] = gradient
+        if not session.stacked:  # there is no other of its kind
+            decompose(of_kind)
         while sum(map(size, waiting)) > STACK_BYTES:
             decompose(max(waiting, key=size))
 
@@ -178,21 +177,19 @@ def _check_finite(ops: Ops, layers: tuple[Layer, ...], gradient: Array, where: s
             )
 
 
-def _by_layer(ops: Ops, layers: tuple[Layer, ...], spectra: list[Spectrum]) -> dict[str, Found]:
-    """The spectrum of each of some layers that are alike. A lazy framework computes it here.
+def _by_layer(ops: Ops, layers: tuple[Layer, ...], spectrum: Spectrum) -> dict[str, Found]:
+    """The spectrum of each layer of a stack. A lazy framework computes it here.
 
     The vectors stay where they are, and are only checked.
 
     Raises:
         GradientError: something is not finite.
     """
-    # All layers' at once: to read a number is to wait for the device. The vectors are orthonormal: their sum cannot
-    # overflow.
-    u, s, vt, *norms = (stacked(ops, arrays) for arrays in zip(*spectra, strict=True))
-    entries = sum(ops.sum(ops.sum(x, axis=-1), axis=-1) for x in (u, vt))
-    on_host = [ops.to_numpy(x) for x in (entries, s, *norms)]
+    # The vectors are orthonormal: their sum cannot overflow.
+    entries = sum(ops.sum(ops.sum(x, axis=-1), axis=-1) for x in (spectrum.u, spectrum.vt))
+    on_host = [ops.to_numpy(x) for x in (entries, spectrum.s, *spectrum[3:])]
     found = {}
-    for index, (layer, its) in enumerate(zip(layers, spectra, strict=True)):
+    for index, (layer, its) in enumerate(zip(layers, unstacked(spectrum, len(layers)), strict=True)):
         _, s, *norms = values = [x[index] if len(layers) > 1 else x for x in on_host]
         if not all(np.isfinite(x).all() for x in values):
             raise GradientError(

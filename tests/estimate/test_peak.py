@@ -9,8 +9,9 @@ import torch
 import transformers
 
 import lora_one
+from lora_one.backends.torch import token_loss
 from lora_one.config import Config
-from lora_one.estimate import Workload
+from lora_one.estimate import Workload, activations
 from lora_one.estimate.memory import exact_memory, sketch_memory, step_memory
 
 from .models import shape_of, small
@@ -87,3 +88,7 @@ def test_the_peak_is_what_the_allocator_hands_out(job, vocabulary, checkpointing
     parts = MEMORY[job](model, targets_of(model), work)
     before = parts["base weights"] + (parts["LoRA factors"] + parts["Adam moments"] if job == "step" else 0)
     assert _peak(_prepared(job, config, work)) == pytest.approx(sum(parts.values()) - before, rel=0.05)
+
+
+def test_an_init_takes_the_loss_of_as_many_rows_at_once_as_is_counted():
+    assert activations.LOSS_CHUNK == token_loss.CHUNK_BYTES

@@ -61,12 +61,10 @@ class JaxOps:
 
     def cholesky_solve(self, gram: Array, rhs: Array) -> Array:
         rhs = jnp.broadcast_to(rhs, (*gram.shape[:-2], *rhs.shape[-2:]))
-        if gram.ndim == 2:
+        if gram.ndim == 2 or gram.shape[-1] <= _QUICK:
             return _cholesky_solve(gram, rhs)
         if gram.shape[:-2] == (2,):  # the two Grams of a pair: compiled in less time than a loop is
             return jnp.stack([_cholesky_solve(gram[i], rhs[i]) for i in range(2)])
-        if gram.shape[-1] <= _QUICK:
-            return _cholesky_solve(gram, rhs)
         return lax.platform_dependent(gram, rhs, cpu=_cholesky_solve_in_turn, default=_cholesky_solve)
 
     def eye(self, n: int, like: Array) -> Array:
