@@ -196,6 +196,7 @@ def _primitives() -> Iterator[Case]:
         yield Case("qr", name, [x], {"full_rank": full})
     for name, x in (("tall", tall), ("wide", wide), ("square", square), ("batch", batch), ("zero", np.zeros((5, 3)))):
         yield Case("svd", name, [x], {})
+        yield Case("svdvals", name, [x], {})
     rhs = _normal(14, 3, 4, 5)
     yield Case("cholesky_solve", "one", [gram[0], rhs[0]], {})
     yield Case("cholesky_solve", "batch", [gram, rhs], {})

@@ -248,6 +248,7 @@ COMPUTATIONS: dict[str, Computation] = {
     "matrix_transpose": Computation(lambda ops, xs, p: [ops.matrix_transpose(xs[0])], _as_they_are, exact=True),
     "qr": Computation(_qr, _qr_view),
     "svd": Computation(_svd, _svd_view),
+    "svdvals": Computation(lambda ops, xs, p: [ops.svdvals(xs[0])], _as_they_are),
     "cholesky_solve": Computation(_cholesky_solve, _as_they_are),
     "cholesky_solve, not definite": Computation(_cholesky_solve, _indefinite_view),
     "eye": Computation(lambda ops, xs, p: [ops.eye(n, like=xs[0]) for n in (1, 5)], _as_they_are, exact=True),

@@ -42,10 +42,17 @@ class NoisyOps(WorkingOps):
         return q + self._noise(_orthogonal_error(q)), r + self._noise(np.abs(r))
 
     def svd(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        largest = np.linalg.norm(x, 2, axis=(-2, -1), keepdims=True) * _orthogonal_error(x)
-        u, s, vt = super().svd(x + self._noise(largest))
+        u, s, vt = super().svd(self._perturbed(x))
         left, right = _orthogonal_error(u), _orthogonal_error(vt.swapaxes(-1, -2)).swapaxes(-1, -2)
         return u + self._noise(left), s, vt + self._noise(right)
+
+    def svdvals(self, x: np.ndarray) -> np.ndarray:
+        return super().svdvals(self._perturbed(x))
+
+    def _perturbed(self, x: np.ndarray) -> np.ndarray:
+        """A matrix whose exact SVD a backward stable one of x is."""
+        largest = np.linalg.norm(x, 2, axis=(-2, -1), keepdims=True) * _orthogonal_error(x)
+        return x + self._noise(largest)
 
     def cholesky_solve(self, gram: np.ndarray, rhs: np.ndarray) -> np.ndarray:
         # Backward error of a Cholesky factorisation: c(r) eps sqrt(g_ii g_jj) (Higham 2002, Theorem 10.3).

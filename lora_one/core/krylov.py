@@ -147,8 +147,11 @@ def _below(ops: Ops, h: Array, r: Array) -> Array:
 
 
 def _new_block(ops: Ops, x: Array, known: Array, floor: Array) -> tuple[Array, Array]:
-    """Orthonormal q, (n, k), and r with x = known (...) + q r; columns of q are zero where x has nothing new."""
-    q, r = ops.qr(split_by_projection(ops, x, known)[0])
+    """Orthonormal q, (n, k), and r with x = known (...) + q r; columns of q are zero where x has nothing new.
+
+    Of the known blocks x has the last alone, and noise.
+    """
+    q, r = ops.qr(split_by_projection(ops, x, known[..., -x.shape[-1] :])[0])
     identity = ops.eye(r.shape[-1], like=r)
     for _ in range(3):
         q, again = ops.qr(split_by_projection(ops, q, known)[0])

@@ -253,7 +253,7 @@ def _inside(
     if whole:
         return _seen_whole(ops, u, s, vt, rank)
     earlier = range(max(1, passes - 3), passes)
-    energies = [_thin_svd(ops, _projected(ops, coordinates, number))[1] for number in earlier]
+    energies = [ops.svdvals(_projected(ops, coordinates, number)) for number in earlier]
     norms = _norms(ops, s, energies, coordinates[1], of_residual, rank)
     return Spectrum(u[..., :rank], s[..., :rank], vt[..., :rank, :], **norms)
 

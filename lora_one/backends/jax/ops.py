@@ -59,6 +59,11 @@ class JaxOps:
             u, s, vt = lax.linalg.svd(x, full_matrices=False, algorithm=_svd_algorithm())
         return u, s, vt
 
+    def svdvals(self, x: Array) -> Array:
+        with jax.default_matmul_precision("highest"):
+            s: Array = lax.linalg.svd(x, full_matrices=False, compute_uv=False, algorithm=_svd_algorithm())
+        return s
+
     def cholesky_solve(self, gram: Array, rhs: Array) -> Array:
         rhs = jnp.broadcast_to(rhs, (*gram.shape[:-2], *rhs.shape[-2:]))
         if gram.ndim == 2 or gram.shape[-1] <= _QUICK:

@@ -54,6 +54,9 @@ class MlxOps:
         u, s, vt = mx.linalg.svd(r, stream=mx.cpu)
         return q @ u, s, vt
 
+    def svdvals(self, x: mx.array) -> mx.array:
+        return mx.linalg.svd(x, compute_uv=False, stream=mx.cpu)
+
     def cholesky_solve(self, gram: mx.array, rhs: mx.array) -> mx.array:
         with mx.stream(mx.cpu):  # one hop to the CPU and back for the whole batch
             identity = mx.eye(gram.shape[-1], dtype=gram.dtype)

@@ -40,6 +40,9 @@ class NumpyOps:
         u, s, vt = np.linalg.svd(x, full_matrices=False)
         return u, s, vt
 
+    def svdvals(self, x: np.ndarray) -> np.ndarray:
+        return np.linalg.svd(x, compute_uv=False)
+
     def cholesky_solve(self, gram: np.ndarray, rhs: np.ndarray) -> np.ndarray:
         lower = _cholesky_or_nan(gram)
         half = np.linalg.solve(lower, rhs)

@@ -39,6 +39,14 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, vt
 
 
+def svdvals(x: Tensor) -> Tensor:
+    """Of (..., m, n) on a GPU."""
+    if torch.compiler.is_compiling() or max(x.shape[-2:]) > SMALL:
+        return torch.linalg.svdvals(x, driver="gesvd")
+    [s] = on_host(lambda part: [torch.linalg.svdvals(part)], x)
+    return s
+
+
 def solve_by_triangles(rhs: Tensor, lower: Tensor) -> Tensor:
     """X with L L^T X = rhs, by cuBLAS; as torch.cholesky_solve."""
     y = torch.linalg.solve_triangular(lower, rhs, upper=False)

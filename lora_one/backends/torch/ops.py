@@ -49,6 +49,10 @@ class TorchOps:
             u, s, vt = decompositions.svd(x) if x.is_cuda else torch.linalg.svd(x, full_matrices=False)
             return u, s, vt
 
+    def svdvals(self, x: Tensor) -> Tensor:
+        with full_precision(x.device):
+            return decompositions.svdvals(x) if x.is_cuda else torch.linalg.svdvals(x)
+
     def cholesky_solve(self, gram: Tensor, rhs: Tensor) -> Tensor:
         with full_precision(gram.device):
             lower, info = torch.linalg.cholesky_ex(gram)
