@@ -137,7 +137,7 @@ def _exact(linear: Linear, work: Workload) -> Decompositions:
         known = k * (number // 2)  # on the side of what the product yields
         rows = (n + m) // 2  # by turns
         qr += 2 * 4 * rows * k * k
-        thin += 2 * entries * k + 2 * 4 * rows * k * known
+        thin += 2 * entries * k + 4 * rows * k * (known + min(k, known))  # projected on the last block, and on all
         if number % 2 == 0:  # of what G is in the bases so far
             svd += 22 * known**3
     found = Decompositions(qr, svd, 0, thin, products * _CALLS_A_PRODUCT)
@@ -163,7 +163,8 @@ def _sketch(linear: Linear, rank: int, width: int, passes: int) -> Decomposition
         thin += rounds * 4 * rows * k * known[side] + 2 * rows * k * k  # and the new block's coordinates
         known[side] += k
     for number in range(max(1, passes - 3), passes + 1):  # in the end; also what the last three passes have changed
-        svd += 22 * (k * ((number + 1) // 2)) ** 3
+        each = 22 if number == passes else 11  # singular values alone
+        svd += each * (k * ((number + 1) // 2)) ** 3
     thin += 2 * rank * (linear.out_features * known[1] + linear.in_features * known[0])
     return Decompositions(qr, svd, 0, thin, calls + _CALLS_AT_THE_END)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_one.backends.torch.decompositions import cholesky_qr, on_host, solve_by_triangles
+from lora_one.backends.torch.decompositions import cholesky_qr, on_host, solve_by_triangles, svdvals
 from lora_one.backends.torch.wide import few_rows_times, in_parts, product_over_rows, times_few_columns
 
 EPS = torch.finfo(torch.float32).eps
@@ -52,6 +52,12 @@ def test_what_is_decomposed_on_the_host_is_as_if_one_by_one_and_leaves_the_threa
         torch.testing.assert_close((u[i, j] * s[i, j]) @ vt[i, j], x[i, j])
     alone = on_host(torch.linalg.qr, x[0, 0])
     torch.testing.assert_close(alone[0] @ alone[1], x[0, 0])
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (3, 5, 30, 20)])
+def test_singular_values_alone_are_those_of_the_svd(shape):
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(svdvals(x), torch.linalg.svd(x).S)
 
 
 def test_two_triangles_solve_what_cholesky_solve_does():
