@@ -6,6 +6,7 @@ put the CPU stream around their calls, as `init` does.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -55,7 +56,8 @@ class MlxOps:
         return q @ u, s, vt
 
     def svdvals(self, x: mx.array) -> mx.array:
-        return mx.linalg.svd(x, compute_uv=False, stream=mx.cpu)
+        s: Any = mx.linalg.svd(x, compute_uv=False, stream=mx.cpu)  # typed as if with vectors
+        return s
 
     def cholesky_solve(self, gram: mx.array, rhs: mx.array) -> mx.array:
         with mx.stream(mx.cpu):  # one hop to the CPU and back for the whole batch
