@@ -44,6 +44,10 @@ class InitWarning(UserWarning):
     """The base of what `init` warns of."""
 
 
+class TargetsWarning(InitWarning):
+    """Layers that "all-linear" suggests, but that no LoRA can be attached to, or none that LoRA-One can start."""
+
+
 class ZeroGradientWarning(InitWarning):
     """Some layers have no gradient on the init batches and keep plain LoRA's start."""
 

@@ -179,10 +179,10 @@ def test_warnings_of_the_start_reach_the_terminal(tmp_path):
 
 def test_conformance_prints_tables_and_writes_json(tmp_path):
     text = run("conformance", "--backend", "numpy", "--json", str(tmp_path / "found.json"))
-    assert "All 54 checks agree with the spec: numpy on cpu." in text
+    assert "All 56 checks agree with the spec: numpy on cpu." in text
     assert "float64: error / allowed" in text
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["passed"] and len(found["results"]) == 54
+    assert found["passed"] and len(found["results"]) == 56
     assert {row["dtype"] for row in found["results"]} == {"float32", "float64"}
 
 

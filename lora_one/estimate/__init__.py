@@ -135,9 +135,8 @@ def _notes(
     routed = [x for block in model.blocks for x in block.linears if not x.module]
     if routed and work.config.targets == "all-linear":
         notes.append(
-            f"router and {max(x.copies for x in routed)} stacked experts a block are not counted as targets. PEFT's "
-            "all-linear may take them, and `init` on PyTorch then refuses: name linear layers there, as --targets "
-            "q_proj,k_proj,v_proj,o_proj. On MLX experts may be targets (q_proj,...,experts)"
+            f"router and {max(x.copies for x in routed)} stacked experts a block are not counted as targets: `init` "
+            "on PyTorch leaves them as they are, and says so. On MLX experts may be targets (q_proj,...,experts)"
         )
     if machine.memory is not None:
         for job, column in columns.items():

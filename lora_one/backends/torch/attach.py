@@ -1,5 +1,6 @@
 """LoRA on a PyTorch model, by PEFT's own layers: attaching, finding the layers, and taking it all back."""
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from lora_one.backends.interface import Layer
 from lora_one.config import Config
 from lora_one.core.factors import Factors
-from lora_one.errors import ModelError
+from lora_one.errors import ModelError, TargetsWarning
+
+from .snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -41,32 +44,66 @@ class Site:
         return Factors(self.lora_A.weight.detach().clone(), self.lora_B.weight.detach().clone())
 
 
+ALL_LINEAR = "all-linear"
+LINEAR = (nn.Linear, Conv1D)
+
 # Of tasks whose heads PEFT trains whole, but does not keep out of "all-linear": it would fail.
 HEADS = {peft.TaskType.TOKEN_CLS: ("classifier", "score"), peft.TaskType.QUESTION_ANS: ("qa_outputs",)}
+
+
+# What PEFT warns of that is its own affair: what it sets itself, of a mixture of experts too, and what it calls.
+_OF_PEFT = (".*fan_in_fan_out.*", "The following .*_pattern keys did not match.*", ".*is_gradient_checkpointing.*")
 
 
 def attach_lora(model: nn.Module, config: Config) -> peft.PeftModel:
     """A new PeftModel around a plain model, whose base modules stay the same objects. `Snapshot` takes it back."""
     _check_modules_to_save(model, config.modules_to_save)
-    task = _task_type(model)
-    heads = [name for name in HEADS.get(task, ()) if config.targets == "all-linear" and hasattr(model, name)]
+    if config.targets != ALL_LINEAR:
+        return _attached(model, config, config.targets)
+    before = Snapshot(model)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR)}
+    gates = [name for name, x in linear.items() if isinstance(x, nn.Linear) and 1 in (x.in_features, x.out_features)]
+    without = [*gates, *(name for name in HEADS.get(_task_type(model), ()) if hasattr(model, name))]
+    attached = _attached(model, config, ALL_LINEAR, without)
+    if wrapped := _names(attached, ParamWrapper):
+        # PEFT means the layers that a mixture of experts had in transformers 4, where routers and experts were linear.
+        targets = sorted(_config_of(attached).target_modules)
+        before.restore()
+        attached = _attached(model, config, targets, without)
+    started = _names(attached, LoraLayer)
+    trained = set(_config_of(attached).modules_to_save or ())
+    left = {*wrapped, *linear} - {*started, *_output_layer(model)}
+    if patterns := sorted({re.sub(r"\.\d+\.", ".*.", x) for x in left if trained.isdisjoint(x.split("."))}):
+        warnings.warn(
+            f"no LoRA on {', '.join(patterns)}: gates of one output, routers, experts that are one parameter, and what "
+            f"PEFT takes for these; it is on {len(started)} linear layers. To have it elsewhere, name the targets",
+            TargetsWarning,
+            stacklevel=5,
+        )
+    return attached
+
+
+def _attached(
+    model: nn.Module, config: Config, targets: str | Sequence[str], without: Sequence[str] = ()
+) -> peft.PeftModel:
     lora_config = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         use_rslora=config.use_rslora,
         lora_dropout=config.dropout,
-        target_modules=config.targets if isinstance(config.targets, str) else list(config.targets),
-        exclude_modules=heads or None,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=list(without) or None,
         modules_to_save=list(config.modules_to_save) or None,
-        task_type=task,
+        task_type=_task_type(model),
     )
     # PEFT draws a random start, which is overwritten: the user's random stream should not notice.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT sets it itself, layer by layer
+        for message in _OF_PEFT:
+            warnings.filterwarnings("ignore", message=message)
         try:
             return peft.get_peft_model(model, lora_config)
         except NoMatchingPeftModuleError as error:
-            linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+            linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
             shown = ", ".join(linear[:8]) + (", ..." if len(linear) > 8 else "")
             raise ModelError(
                 f"targets must match a linear layer of the model, got {config.targets!r}; its linear layers are: "
@@ -77,6 +114,21 @@ def attach_lora(model: nn.Module, config: Config) -> peft.PeftModel:
                 raise
             reason = str(error).split(". Currently")[0]
             raise ModelError(f"targets must be linear layers, got {config.targets!r}: {reason}") from error
+
+
+def _names(attached: peft.PeftModel, kind: type[nn.Module]) -> list[str]:
+    """Of the modules of a kind, as the base model has them."""
+    found = [name for name, module in attached.base_model.model.named_modules() if isinstance(module, kind)]
+    return [name for name in found if not name.endswith(".base_layer")]
+
+
+def _config_of(attached: peft.PeftModel) -> Any:
+    return attached.peft_config[attached.active_adapter]
+
+
+def _output_layer(model: nn.Module) -> set[str]:
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return {name for name, module in model.named_modules() if module is output}
 
 
 def find_sites(model: peft.PeftModel) -> list[Site]:
