@@ -26,8 +26,10 @@ class Config:
         gamma: the larger, the smaller the step of the normalized scale. "auto" starts from 128 and raises it while the
             initialised model's loss on the init batches is above the base model's.
         eta: the step size of scale="gradient".
-        targets: "all-linear" (every linear layer but the output layer), a sequence of module names, or a regular
-            expression that the whole module path must match: PEFT's meaning.
+        targets: "all-linear" (every linear layer but the output layer; on PyTorch and MLX no gate of one output
+            either), a sequence of module names, or a regular expression that the whole module path must match: PEFT's
+            meaning, but that a mixture's routers and stacked experts, where they are no linear layers, stay as they
+            are.
         modules_to_save: names of modules, a new head for instance, that are trained whole beside the LoRA layers and
             kept with the adapter: PEFT's meaning. PyTorch only. Fit a new head before `init`: docs/heads.md.
         gradient: "sketch" never forms a gradient of a weight; "exact" does, layer by layer where it can.

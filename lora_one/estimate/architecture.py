@@ -264,13 +264,16 @@ def target_linears(model: Architecture, targets: str | tuple[str, ...] = "all-li
     """The target layers of each block.
 
     Args:
-        targets: "all-linear" (every linear module of the blocks), or last names, "experts" for the stacked experts.
+        targets: "all-linear" (every linear module of the blocks but gates of one output), or last names, "experts" for
+            the stacked experts.
 
     Raises:
         ConfigError: a name that no layer has.
     """
     if targets == "all-linear":
-        return [[linear for linear in block.linears if linear.module] for block in model.blocks]
+        return [
+            [linear for linear in block.linears if linear.module and linear.out_features > 1] for block in model.blocks
+        ]
     if isinstance(targets, str):
         raise ConfigError(f'targets must be "all-linear" or names of layers, got {targets!r}')
 

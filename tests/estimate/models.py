@@ -48,6 +48,12 @@ def shape_of(config: Any) -> Architecture:
     return architecture(json.loads(config.to_json_string(use_diff=False)))
 
 
+def linear_names(model: torch.nn.Module) -> list[str]:
+    """Last names of the linear modules of the blocks, but gates of one output."""
+    modules = model.model.named_modules()
+    return sorted({n.split(".")[-1] for n, m in modules if isinstance(m, torch.nn.Linear) and m.out_features > 1})
+
+
 def count(config: Any, rank: int, batch: tuple[int, int], dtype: str, attention: str) -> Counts:
     """One forward and backward pass of the model with PEFT's LoRA on all linear modules.
 
@@ -59,8 +65,7 @@ def count(config: Any, rank: int, batch: tuple[int, int], dtype: str, attention:
     model = transformers.AutoModelForCausalLM.from_config(
         config, dtype=getattr(torch, dtype), attn_implementation=attention, **experts
     )
-    names = sorted({n.split(".")[-1] for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)})
-    model = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=names))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=linear_names(model)))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     ids = torch.randint(3, 300, batch, generator=torch.Generator().manual_seed(0))
     saved: dict[int, torch.Tensor] = {}

@@ -11,7 +11,7 @@ import transformers
 from lora_one.errors import ConfigError
 from lora_one.estimate.architecture import architecture, lora_parameters, read_architecture, target_linears
 
-from .models import SMALL, shape_of, small
+from .models import SMALL, linear_names, shape_of, small
 
 CONFIGS = sorted((Path(__file__).parent / "configs").glob("*.json"))
 LLAMA_2_7B = json.loads((Path(__file__).parent / "configs" / "llama-2-7b.json").read_text())
@@ -33,8 +33,7 @@ def test_parameters_and_lora_pairs_of_small_models_of_each_kind(kind):
     config = small(kind)
     shape, model = shape_of(config), built(config)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
-    names = {n.split(".")[-1] for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)}
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=sorted(names)))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=linear_names(model)))
     trainable = sum(p.numel() for n, p in adapted.named_parameters() if "lora_" in n)
     assert lora_parameters(target_linears(shape), 4) == trainable
 

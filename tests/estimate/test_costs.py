@@ -191,8 +191,10 @@ def test_notes_say_what_does_not_fit_and_what_is_no_target():
     mixtral = estimate(read_architecture(CONFIGS / "mixtral-8x7b.json"), Workload(), known("H100", "bfloat16"))
     assert any("training step: more than the 80 GB of one H100" in note for note in mixtral.notes)
     assert any("8 stacked experts a block are not counted" in note for note in mixtral.notes)
-    qwen = estimate(read_architecture(CONFIGS / "qwen1.5-moe-a2.7b.json"), Workload(), PLAIN)
-    assert any("rank 8 is above the size of mlp.shared_expert_gate" in note for note in qwen.notes)
+    qwen = read_architecture(CONFIGS / "qwen1.5-moe-a2.7b.json")  # its gates of one output are no targets
+    assert not any("is above the size" in note for note in estimate(qwen, Workload(), PLAIN).notes)
+    large = estimate(qwen, Workload(config=Config(rank=2049)), PLAIN)
+    assert any("rank 2049 is above the size of mlp.shared_expert.down_proj" in note for note in large.notes)
 
 
 def test_the_error_that_is_printed_is_the_benchmarks():

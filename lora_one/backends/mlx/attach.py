@@ -74,7 +74,8 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Place]:
     """The linear layers that `Config.targets` means.
 
     "all-linear" is what mlx-lm converts unless told otherwise: the linear layers inside `model.layers`, router
-    included; in a model without `layers`, all of them but an output layer.
+    included; in a model without `layers`, all of them but an output layer. Not gates of one output, which have no
+    low-rank part.
 
     Raises:
         ModelError: no layer matches, or one that matches is not linear.
@@ -82,7 +83,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Place]:
     everything = list(places(model))
     linear = [place for place in everything if isinstance(place.module, DENSE + SWITCH)]
     if targets == "all-linear":
-        found = _inside_layers(model, linear)
+        found = [place for place in _inside_layers(model, linear) if place.module.weight.shape[-2] > 1]
     else:
         found = [place for place in everything if _matches(place.path, targets)]
         wrong = [f"{place.path} ({type(place.module).__name__})" for place in found if place not in linear]

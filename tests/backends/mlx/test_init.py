@@ -8,6 +8,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models import qwen2_moe
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -18,6 +19,7 @@ from lora_one.errors import ZeroGradientWarning
 from tests.backends.mlx.models import (
     LINEAR,
     QUANTIZED,
+    VOCABULARY,
     contents,
     dequantized,
     expected_product,
@@ -193,6 +195,17 @@ def test_targets_as_names_regex_and_last_layers():
     assert len(last_layers(tiny_llama(), 0)) == 14
     with pytest.raises(lora_one.errors.ModelError, match="got 3 where there are 2"):
         last_layers(tiny_llama(), 3)
+
+
+def test_a_gate_of_one_output_is_no_target_of_all_linear():
+    args = qwen2_moe.ModelArgs(
+        model_type="qwen2_moe", hidden_size=64, num_hidden_layers=1, intermediate_size=64, num_attention_heads=4,
+        num_experts_per_tok=2, num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=32,
+        rms_norm_eps=1e-5, vocab_size=VOCABULARY, num_key_value_heads=2,
+    )  # fmt: skip
+    _, report = lora_one.init(qwen2_moe.Model(args), token_batches(count=1), config=lora_one.Config(rank=2))
+    names = {layer.name.rpartition(".")[2] for layer in report.layers}
+    assert names >= {"q_proj", "gate", "gate_proj", "up_proj", "down_proj"} and "shared_expert_gate" not in names
 
 
 def test_any_mlx_module_will_do():
