@@ -50,7 +50,6 @@ LINEAR = (nn.Linear, Conv1D)
 # Of tasks whose heads PEFT trains whole, but does not keep out of "all-linear": it would fail.
 HEADS = {peft.TaskType.TOKEN_CLS: ("classifier", "score"), peft.TaskType.QUESTION_ANS: ("qa_outputs",)}
 
-
 # What PEFT warns of that is its own affair: what it sets itself, of a mixture of experts too, and what it calls.
 _OF_PEFT = (".*fan_in_fan_out.*", "The following .*_pattern keys did not match.*", ".*is_gradient_checkpointing.*")
 
