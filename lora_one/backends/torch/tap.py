@@ -95,11 +95,12 @@ def tap(
             on_call()
         # Something must require a gradient for the graph to exist, and where nothing below is tapped nothing does.
         anchor = torch.zeros((), device=x.device, requires_grad=True)
-        keepers = [_Keep.apply(x, anchor, product).grad_fn]
+        # The node's output, and not the node alone: a node frees what it saved when its last output is gone.
+        keepers = [_Keep.apply(x, anchor, product)]
         y = base(x, *args, **kwargs)
 
         def form(dy: Tensor) -> None:
-            (kept,) = keepers[0].saved_tensors
+            (kept,) = keepers[0].grad_fn.saved_tensors
             if not torch.is_grad_enabled():  # or this graph may be asked again
                 keepers.clear()
             sink(_apply(product.form, dy, kept))
