@@ -91,7 +91,7 @@ def read_folder(path: Path) -> AdapterFolder:
     if missing:
         raise CheckpointError(f"{path} is not an adapter folder", [f"{name}: not found" for name in missing])
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise CheckpointError(f"{path / CONFIG} is not JSON: {error}") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
@@ -180,7 +180,7 @@ def read_report(path: Path) -> Report:
     if not file.is_file():
         raise CheckpointError(f"{path} has no {METADATA}: lora-one did not write it")
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))["report"]
+        report = json.loads(file.read_text(encoding="utf-8-sig"))["report"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} cannot be read: {error!r}") from error
     if report is None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from .errors import DataError
 
+BYTE_ORDER_MARK = "\ufeff"
+
 Messages = list[dict[str, str]]
 Pictures = Callable[[], list[Any]]  # reads and decodes them when it is called: a data set of images fills no memory
 
@@ -66,16 +68,28 @@ def read_examples(path: str | Path) -> list[Example]:
     path = Path(path)
     if path.is_dir():
         path = path / "train.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
     examples = [
-        _example(line, f"{path.name}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()
+        _example(line, f"{path.name}, line {number}")
+        for number, line in enumerate(_lines(path), start=1)
+        if line.strip()
     ]
     if not examples:
         raise DataError(f"{path} must hold at least one example, got none")
     return examples
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file.
+
+    A line of JSON Lines ends at a line feed alone: str.splitlines would also split at characters that may stand in a
+    JSON string as they are (U+0085, U+2028, U+2029). A byte-order mark stands before the first line, and, where files
+    were put together, before others.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    return [line.removeprefix(BYTE_ORDER_MARK) for line in text.split("\n")]
 
 
 def _example(line: str, where: str) -> Example:
@@ -83,6 +97,8 @@ def _example(line: str, where: str) -> Example:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or as many brackets
+        raise DataError(f"{where}: not JSON that can be read: {error}") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: must be an object, got {type(row).__name__}")
     if "messages" in row:

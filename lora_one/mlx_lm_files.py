@@ -79,7 +79,7 @@ def _read_parameters(path: Path) -> tuple[int, float, float]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not an adapter folder", [f"{CONFIG}: {error}"]) from error
     if not isinstance(config, dict):

@@ -137,12 +137,12 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         if path.suffix == ".toml":
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         elif path.suffix in (".yaml", ".yml"):
             import yaml
 
             try:
-                values = yaml.safe_load(path.read_text(encoding="utf-8"))
+                values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
             except yaml.YAMLError as error:
                 raise ConfigError(f"{path} is not YAML: {error}") from error
         else:

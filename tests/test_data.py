@@ -22,6 +22,35 @@ def test_reads_prompts_and_conversations_and_skips_blank_lines(tmp_path):
     assert examples[1] == Example([{"role": "user", "content": "q"}], "a", "x.jsonl, line 3")
 
 
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085"])
+def test_only_a_line_feed_ends_a_line(tmp_path, character):
+    """JSON lets these characters stand in a string as they are, and whoever writes with ensure_ascii=False does so."""
+    lines = [json.dumps(GOOD), f'{{"prompt": "a{character}b", "completion": "c{character}"}}', json.dumps(GOOD), "{"]
+    file = write(tmp_path / "x.jsonl", *lines[:3])
+    assert read_examples(file)[1] == Example(f"a{character}b", f"c{character}", "x.jsonl, line 2")
+    with pytest.raises(DataError, match="line 4: not JSON"):
+        read_examples(write(file, *lines))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_byte_order_mark_and_windows_line_ends(tmp_path, end):
+    file = tmp_path / "x.jsonl"
+    part = "".join(json.dumps(row) + end for row in (GOOD, {"prompt": "", "completion": "\ufeffä"}))
+    file.write_bytes(2 * part.encode("utf-8-sig"))  # and two such files put together
+    assert [(x.prompt, x.completion, x.where[-1]) for x in read_examples(file)] == [
+        ("a", "b", "1"),
+        ("", "\ufeffä", "2"),
+        ("a", "b", "3"),
+        ("", "\ufeffä", "4"),
+    ]
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "1" * 5_000, '{"prompt": "\u0000"}'])
+def test_json_that_the_parser_gives_up_on_is_named_by_its_line(tmp_path, line):
+    with pytest.raises(DataError, match="line 2: not JSON"):
+        read_examples(write(tmp_path / "x.jsonl", GOOD, line))
+
+
 @pytest.mark.parametrize(
     ("line", "match"),
     [

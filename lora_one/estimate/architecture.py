@@ -107,7 +107,7 @@ def read_architecture(folder: str | Path) -> Architecture:
     folder = Path(folder)
     file = folder if folder.suffix == ".json" else folder / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} must be a model's config.json: {error}") from error
     name = file.resolve().parent.name if file.name == "config.json" else file.stem

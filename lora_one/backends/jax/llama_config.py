@@ -64,7 +64,7 @@ def read_llama_config(folder: Path) -> LlamaConfig:
         ModelError: not there, another family, or a setting that the decoder does not have.
     """
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} must hold a model's config.json: {error}") from error
     family = values.get("model_type")

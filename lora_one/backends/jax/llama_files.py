@@ -69,7 +69,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8-sig"))
         return [folder / name for name in sorted(set(index["weight_map"].values()))]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} must hold model.safetensors, or its parts and {_INDEX}: {error}") from error
