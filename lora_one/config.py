@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .checks import check_choice, check_flag, check_integer, check_positive, check_range, check_texts, shown
 from .errors import ConfigError
 
 DEFAULT_GAMMA = 128.0
@@ -59,33 +60,32 @@ class Config:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.targets, str):
+        if not isinstance(self.targets, str) and hasattr(self.targets, "__iter__"):
             object.__setattr__(self, "targets", tuple(self.targets))
-        if isinstance(self.modules_to_save, str) or not all(isinstance(m, str) and m for m in self.modules_to_save):
-            raise ConfigError(f"modules_to_save must be a sequence of module names, got {self.modules_to_save!r}")
-        object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
-        _check_integer("rank", self.rank, least=1)
+        object.__setattr__(self, "modules_to_save", check_texts("modules_to_save", self.modules_to_save))
+        check_integer("rank", self.rank, least=1)
         if self.passes != "auto":
-            _check_integer("passes", self.passes, least=2, otherwise=' or "auto"')
-        _check_integer("oversample", self.oversample, least=0)
-        _check_integer("seed", self.seed)
-        _check_positive("alpha", self.alpha)
-        _check_positive("eta", self.eta)
-        _check_choice("scale", self.scale, ("normalized", "gradient"))
-        _check_choice("gradient", self.gradient, ("sketch", "exact"))
-        _check_choice("recompute", self.recompute, ("auto", True, False))
+            check_integer("passes", self.passes, least=2, otherwise=' or "auto"')
+        check_integer("oversample", self.oversample, least=0)
+        check_integer("seed", self.seed)
+        check_positive("alpha", self.alpha)
+        check_positive("eta", self.eta)
+        check_choice("scale", self.scale, ("normalized", "gradient"))
+        check_choice("gradient", self.gradient, ("sketch", "exact"))
+        check_choice("recompute", self.recompute, ("auto", True, False))
         if self.gamma != "auto":
-            _check_positive("gamma", self.gamma, otherwise=' or "auto"')
-        if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        if not self.targets or not all(isinstance(target, str) and target for target in self.targets):
+            check_positive("gamma", self.gamma, otherwise=' or "auto"')
+        check_range("dropout", self.dropout, 0.0, 1.0)
+        check_flag("use_rslora", self.use_rslora)
+        named = isinstance(self.targets, (str, tuple)) and all(isinstance(name, str) and name for name in self.targets)
+        if not self.targets or not named:
             raise ConfigError(
-                f'targets must be "all-linear", a regular expression or module names, got {self.targets!r}'
+                f'targets must be "all-linear", a regular expression or module names, got {shown(self.targets)}'
             )
         if isinstance(self.targets, str):
             try:
                 re.compile(self.targets)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ConfigError(f"targets must be a regular expression, got {self.targets!r}: {error}") from error
 
     @property
@@ -115,20 +115,3 @@ class Config:
             known = ", ".join(field.name for field in dataclasses.fields(cls))
             raise ConfigError(f"unknown settings {', '.join(unknown)}; known are {known}")
         return cls(**values)
-
-
-def _check_integer(name: str, value: Any, least: int | None = None, otherwise: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
-        bound = "" if least is None else f" >= {least}"
-        raise ConfigError(f"{name} must be an integer{bound}{otherwise}, got {value!r}")
-
-
-def _check_positive(name: str, value: Any, otherwise: str = "") -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"{name} must be a number > 0{otherwise}, got {value!r}")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

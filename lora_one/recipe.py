@@ -2,17 +2,28 @@
 
 import dataclasses
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .checks import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_positive,
+    check_range,
+    check_text,
+    check_texts,
+    shown,
+)
 from .config import Config
 from .errors import ConfigError
+from .settings import parsed, read_settings
 from .sources import Source, make_source
 
 NOTES = "notes"  # a file's own remarks: where its values come from, what others reported
+MAX_SEED = 2**32 - 1  # NumPy's, which transformers sets too
 TORCH_ONLY = {"accumulation": 1, "schedule": "linear", "tasks": (), "visual": ()}  # setting -> what others have too
 
 
@@ -82,29 +93,14 @@ class Recipe:
     config: Config = field(default_factory=Config)
 
     def __post_init__(self) -> None:
-        for name in ("metrics", "tasks", "visual"):
-            value = getattr(self, name)
-            if isinstance(value, (str, Mapping)) or not hasattr(value, "__iter__"):
-                raise ConfigError(f"{name} must be a list, got {value!r}")
-            object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, "tasks", _tasks(self.tasks))
+        for name in ("metrics", "visual"):
+            object.__setattr__(self, name, check_texts(name, getattr(self, name)))
         for name in ("data", "test"):
             if isinstance(getattr(self, name), Mapping):
                 object.__setattr__(self, name, make_source(getattr(self, name), name))
-        for name in ("steps", "batch_size", "accumulation", "init_batches"):
-            _check_integer(name, getattr(self, name))
-        for name in ("max_length", "limit"):
-            if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name))
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate must be > 0, got {self.learning_rate!r}")
-        if self.epochs is not None and not self.epochs > 0:
-            raise ConfigError(f"epochs must be > 0, got {self.epochs!r}")
-        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio < 1:
-            raise ConfigError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio!r}")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
-        if self.schedule not in ("linear", "cosine"):
-            raise ConfigError(f"schedule must be linear or cosine, got {self.schedule!r}")
+        self._check_texts()
+        self._check_numbers()
         unknown = sorted(set(self.metrics) - {"exact_match", "matthews"})
         if unknown or not self.metrics:
             raise ConfigError(f"metrics must be exact_match or matthews, got {', '.join(unknown) or 'none'}")
@@ -114,6 +110,37 @@ class Recipe:
         for name, usual in TORCH_ONLY.items():
             if self.backend != "torch" and getattr(self, name) != usual:
                 raise ConfigError(f"{name} needs the backend torch so far, got {self.backend!r}: leave it out")
+
+    def _check_texts(self) -> None:
+        for name in ("backend", "out"):
+            check_text(name, getattr(self, name))
+        for name in ("model", "data", "test", "device"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Source):
+                check_text(name, value)
+        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        check_choice("schedule", self.schedule, ("linear", "cosine"))
+        check_choice("damping", self.damping, ("absolute", "relative"))
+        for name in ("precondition", "plain", "evaluate", "allow_code_execution"):
+            check_flag(name, getattr(self, name))
+
+    def _check_numbers(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "init_batches"):
+            check_integer(name, getattr(self, name), least=1)
+        check_integer("warmup", self.warmup, least=0)
+        check_integer("seed", self.seed, least=0, most=MAX_SEED)
+        check_positive("learning_rate", self.learning_rate)
+        check_range("weight_decay", self.weight_decay, 0.0)
+        check_range("reg", self.reg, 0.0)
+        for name in ("max_length", "limit"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least=1)
+        if self.num_fewshot is not None:
+            check_integer("num_fewshot", self.num_fewshot, least=0)
+        if self.epochs is not None:
+            check_positive("epochs", self.epochs)
+        if self.warmup_ratio is not None:
+            check_range("warmup_ratio", self.warmup_ratio, 0.0, 1.0)
 
     def for_examples(self, count: int) -> "Recipe":
         """This recipe with `steps` and `warmup` as numbers, for `count` training sequences."""
@@ -132,47 +159,37 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         path: .toml, .yaml or .yml.
 
     Raises:
-        ConfigError: a file that cannot be read, or a setting that does not exist.
+        ConfigError: a file that cannot be read, or a setting that does not exist. Values are checked by `make_recipe`.
     """
-    path = Path(path)
-    try:
-        if path.suffix == ".toml":
-            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        elif path.suffix in (".yaml", ".yml"):
-            import yaml
-
-            try:
-                values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-            except yaml.YAMLError as error:
-                raise ConfigError(f"{path} is not YAML: {error}") from error
-        else:
-            raise ConfigError(f"a configuration file must end in .toml, .yaml or .yml, got {path.name}")
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold settings by name, got {type(values).__name__}")
+    values = read_settings(Path(path))
     values.pop(NOTES, None)
     known = _names(Recipe) | _names(Config)
-    unknown = sorted(set(values) - known)
+    unknown = sorted(map(str, set(values) - known))
     if unknown:
         raise ConfigError(f"{path}: unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     return values
 
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
-    """A `Recipe` from flat settings; `seed` goes to both the data and the sketch."""
+    """A `Recipe` from flat settings; `seed` goes to both the data and the sketch.
+
+    Raises:
+        ConfigError: a value that cannot be, with the setting's name.
+    """
     recipe = {name: value for name, value in values.items() if name in _names(Recipe)}
     config = {name: value for name, value in values.items() if name in _names(Config)}
-    try:
-        return Recipe(**recipe, config=Config(**config))
-    except TypeError as error:
-        raise ConfigError(f"a setting has the wrong type: {error}") from error
+    return Recipe(**parsed(Recipe, recipe), config=Config(**parsed(Config, config)))
 
 
 def _names(cls: type) -> set[str]:
     return {field.name for field in dataclasses.fields(cls)} - {"config"}
 
 
-def _check_integer(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
+def _tasks(tasks: Any) -> tuple[str | Mapping[str, Any], ...]:
+    if isinstance(tasks, (str, Mapping)) or not hasattr(tasks, "__iter__"):
+        raise ConfigError(f"tasks must be a list, got {shown(tasks)}")
+    found = tuple(tasks)
+    for task in found:
+        if not isinstance(task.get("task") if isinstance(task, Mapping) else task, str):
+            raise ConfigError(f'tasks must be names, or settings with the name as "task", got {shown(task)}')
+    return found

@@ -11,8 +11,10 @@ from string import Formatter
 from types import ModuleType
 from typing import Any
 
+from .checks import check_integer, check_text, check_texts
 from .data import Example
 from .errors import BackendError, ConfigError, DataError
+from .settings import parsed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +58,20 @@ class Source:
     def __post_init__(self) -> None:
         if isinstance(self.prompt, str):
             object.__setattr__(self, "prompt", (self.prompt,))
+        check_texts("prompt", self.prompt)
+        for name in ("path", "split", "name", "completion", "completion_match", "conversation", "images"):
+            value = getattr(self, name)
+            if value is not None or name in ("path", "split"):
+                check_text(name, value)
+        for name in ("max_tokens", "max_examples"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least=1)
         words = {column: {str(value): word for value, word in of.items()} for column, of in self.words.items()}
         object.__setattr__(self, "words", words)
         for pattern in (*self.keep.values(), *self.drop.values(), self.completion_match or ""):
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ConfigError(f"a regular expression is expected, got {pattern!r}: {error}") from error
         if (self.conversation is None) == (not self.prompt or self.completion is None):
             raise ConfigError(f"{self.path}: give either prompt and completion, or conversation and turns")
@@ -86,12 +96,14 @@ def make_source(values: Mapping[str, Any], where: str) -> Source:
         ConfigError: a setting that does not exist, or one that cannot be.
     """
     known = {field.name for field in dataclasses.fields(Source)}
-    unknown = sorted(set(values) - known)
+    unknown = sorted(map(str, set(values) - known))
     if unknown:
         raise ConfigError(f"{where}: unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     try:
-        return Source(**values)
-    except (TypeError, AttributeError) as error:
+        return Source(**parsed(Source, values))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    except (TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"{where}: a setting has the wrong type: {error}") from error
 
 
