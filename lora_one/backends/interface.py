@@ -29,7 +29,7 @@ class PassResult(NamedTuple):
 
 
 class Session(Protocol):
-    """A model with LoRA attached, for the duration of one `init`. The model is in evaluation mode: no dropout.
+    """A model with LoRA attached, for the duration of one `init`. No dropout meanwhile.
 
     Used as a context manager: leaving it restores train/eval mode, requires_grad and hooks; leaving it by an exception
     also takes back the attachment, so that the model is as it was found.

@@ -1,13 +1,13 @@
 """MLX: arrays, models through mlx-lm's own LoRA layers, and the optimizer."""
 
 from .attach import attach_lora as attach_plain
-from .attach import last_layers
 from .files import load, merge, save
 from .model import MlxSession
 from .model import MlxSession as attach
 from .ops import MlxOps
 from .optimizer import LoraOneAdamW, optimizer
 from .pretrained import load_pretrained
+from .targets import last_layers
 
 ops = MlxOps()
 

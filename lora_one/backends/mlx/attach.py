@@ -1,7 +1,6 @@
-"""LoRA on an MLX model, by mlx-lm's own layers: choosing targets, attaching, and finding the layers."""
+"""LoRA on an MLX model, by mlx-lm's own layers: attaching, and finding the layers."""
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
@@ -18,12 +16,10 @@ from lora_one.config import Config
 from lora_one.errors import ModelError
 
 from .layout import LoraModule, is_switch
+from .targets import SWITCH, find_targets, warn_of_left_out
 from .tree import Place, places
 
-DENSE = (nn.Linear, nn.QuantizedLinear)
-SWITCH = (SwitchLinear, QuantizedSwitchLinear)
 OTHER_ADAPTERS = (DoRALinear, DoRAEmbedding, LoRAEmbedding)
-OUTPUT_LAYERS = ("lm_head", "output")
 
 
 @dataclass(frozen=True)
@@ -43,8 +39,14 @@ class Site:
 
 
 def attach_lora(model: nn.Module, config: Config) -> nn.Module:
-    """Freeze a plain model and put LoRA on its targets, in place, with its usual start. `Snapshot` takes it back."""
+    """Freeze a plain model and put LoRA on its targets, in place, with its usual start. `Snapshot` takes it back.
+
+    Warns:
+        TargetsWarning: of the weights that "all-linear" leaves out.
+    """
     targets = find_targets(model, config.targets)
+    if config.targets == "all-linear":
+        warn_of_left_out(model, targets)
     model.freeze()
     for place in targets:
         attach_layer(place, config.rank, config.scaling, config.dropout)
@@ -68,54 +70,6 @@ def random_stream_kept() -> Iterator[None]:
         yield
     finally:
         mx.random.seed(high << 32 | low)
-
-
-def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Place]:
-    """The linear layers that `Config.targets` means.
-
-    "all-linear" is what mlx-lm converts unless told otherwise: the linear layers inside `model.layers`, router
-    included; in a model without `layers`, all of them but an output layer. Not gates of one output, which have no
-    low-rank part.
-
-    Raises:
-        ModelError: no layer matches, or one that matches is not linear.
-    """
-    everything = list(places(model))
-    linear = [place for place in everything if isinstance(place.module, DENSE + SWITCH)]
-    if targets == "all-linear":
-        found = [place for place in _inside_layers(model, linear) if place.module.weight.shape[-2] > 1]
-    else:
-        found = [place for place in everything if _matches(place.path, targets)]
-        wrong = [f"{place.path} ({type(place.module).__name__})" for place in found if place not in linear]
-        if wrong:
-            raise ModelError(f"targets must match linear layers only, got {targets!r}, which matches {_shown(wrong)}")
-    if not found:
-        raise ModelError(
-            f"targets must match a linear layer of the model, got {targets!r}; its linear layers are: "
-            f"{_shown([place.path for place in linear]) or 'none'}"
-        )
-    return found
-
-
-def last_layers(model: nn.Module, num_layers: int, targets: str | tuple[str, ...] = "all-linear") -> tuple[str, ...]:
-    """Targets within the last blocks of a model, as mlx-lm's `num_layers` chooses them: for `Config(targets=...)`.
-
-    Args:
-        num_layers: blocks from the end of `model.layers`; 0 or less means all of them, as in mlx-lm.
-        targets: see `Config.targets`.
-
-    Raises:
-        ModelError: the model has no `layers`, or fewer, or no target in them.
-    """
-    blocks = getattr(model, "layers", None)
-    if blocks is None or num_layers > len(blocks):
-        has = "none" if blocks is None else len(blocks)
-        raise ModelError(f"num_layers must be <= the number of model.layers, got {num_layers} where there are {has}")
-    chosen = {id(module) for block in blocks[-max(num_layers, 0) :] for module in block.modules()}
-    found = tuple(place.path for place in find_targets(model, targets) if id(place.module) in chosen)
-    if not found:
-        raise ModelError(f"targets {targets!r} match no linear layer in the last {num_layers} of model.layers")
-    return found
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -174,21 +128,3 @@ def _layers(place: Place) -> tuple[Layer, ...]:
     return tuple(
         Layer(f"{place.path}[{expert}]", out_features, in_features, rank, module.scale) for expert in range(experts)
     )
-
-
-def _inside_layers(model: nn.Module, linear: list[Place]) -> list[Place]:
-    blocks = getattr(model, "layers", None)
-    if blocks is None:
-        return [place for place in linear if place.path.rsplit(".", 1)[-1] not in OUTPUT_LAYERS]
-    inside = {id(module) for block in blocks if isinstance(block, nn.Module) for module in block.modules()}
-    return [place for place in linear if id(place.module) in inside]
-
-
-def _matches(path: str, targets: str | Sequence[str]) -> bool:
-    if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in targets)
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -12,9 +12,10 @@ from lora_one.errors import CheckpointError, ModelError
 from lora_one.formats import write_mlx_lm
 from lora_one.mlx_lm_files import Shapes
 
-from .attach import DENSE, SWITCH, Site, attach_layer, find_sites, random_stream_kept
+from .attach import Site, attach_layer, find_sites, random_stream_kept
 from .folder import read_adapter, to_layer, to_mlx
 from .layout import is_switch, read_pairs, write_pairs
+from .targets import columns, is_linear
 from .tree import Snapshot, flat, places
 
 
@@ -135,13 +136,6 @@ def _linear_shapes(model: nn.Module) -> Shapes:
     for place in places(model):
         adapted = isinstance(place.module, LoRALinear | LoRASwitchLinear)
         base = place.module.linear if adapted else place.module
-        if isinstance(base, DENSE + SWITCH):
-            shapes[place.path] = _shape(base)
+        if is_linear(base):
+            shapes[place.path] = (*base.weight.shape[:-1], columns(base))
     return shapes
-
-
-def _shape(module: nn.Module) -> tuple[int, ...]:
-    *leading, columns = module.weight.shape
-    if "scales" in module:
-        columns = columns * 32 // module.bits  # packed into 32-bit words
-    return (*leading, columns)

@@ -20,7 +20,7 @@ from .distributed import mean_over_processes, sum_over_processes, unanimous
 from .layout import read_factor, read_pairs, write_factor, write_pairs
 from .ops import MlxOps
 from .tap import tap, zeros_without_memory
-from .tree import Snapshot
+from .tree import Snapshot, train_without_dropout
 
 Arrays = dict[str, mx.array]  # by site
 
@@ -91,7 +91,7 @@ class MlxSession:
         self.model.freeze()
         for site in sites:
             site.module.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
-        self.model.eval()
+        train_without_dropout(self.model)
         mx.reset_peak_memory()
 
     def like(self, layer: str) -> mx.array:
@@ -210,7 +210,6 @@ def _installed(site: Site, probes: list[Probe]) -> Iterator[None]:
 def _tapped(site: Site) -> Iterator[nn.Module]:
     """A tap in the place of a LoRA layer for a while, which computes W x alone."""
     standing_in = tap(site.module)
-    standing_in.eval()
     site.place.container[site.place.key] = standing_in
     try:
         yield standing_in

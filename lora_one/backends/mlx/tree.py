@@ -41,6 +41,16 @@ def flat(tree: Any) -> dict[str, mx.array]:
     return dict(tree_flatten(tree))
 
 
+# What draws at random, or counts its batches, in train mode.
+EVALUATED = (nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.BatchNorm)
+
+
+def train_without_dropout(model: nn.Module) -> None:
+    """Put the model into train mode, where models choose kernels that have gradients, but compute as in eval mode."""
+    for module in (model, *(place.module for place in places(model))):
+        module._set_training_mode(not isinstance(module, EVALUATED))
+
+
 class Snapshot:
     """Submodules, parameters, frozen state, train/eval modes and attributes of a model: references, no array copied."""
 
@@ -51,6 +61,9 @@ class Snapshot:
         self._frozen = [(module, set(module._no_grad)) for module in modules]
         self._training = {id(module): module.training for module in modules}
         self._modules = modules  # keeps the ids above valid
+        # Modules that change more than a flag with their mode, as nn.QQLinear does, which quantises its weight.
+        plain = nn.Module._set_training_mode
+        self._moody = [(m, _content(m), dict(vars(m))) for m in modules if type(m)._set_training_mode is not plain]
 
     def restore_modes(self, root: nn.Module) -> None:
         """Put back train/eval mode. Modules that have come since, below `root`, follow the one they are in."""
@@ -63,6 +76,10 @@ class Snapshot:
                     walk(child, inherited)
 
         walk(root, self._modules[0].training)
+        for module, content, attributes in self._moody:
+            _refill(module, content)
+            vars(module).clear()
+            vars(module).update(attributes)
 
     def restore_frozen(self) -> None:
         """Put back which parameters of the modules that were there are frozen."""
@@ -72,11 +89,7 @@ class Snapshot:
     def restore(self) -> None:
         """Put back everything: what was attached since is gone."""
         for container, content in self._containers:
-            container.clear()
-            if isinstance(container, dict):
-                dict.update(container, content)  # nn.Module's own update is another thing
-            else:
-                container.extend(content)
+            _refill(container, content)
         for module, attributes in self._attributes:
             vars(module).clear()
             vars(module).update(attributes)
@@ -85,6 +98,14 @@ class Snapshot:
 
 def _content(container: Any) -> Any:
     return dict(container.items()) if isinstance(container, dict) else list(container)
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    if isinstance(container, dict):
+        dict.update(container, content)  # nn.Module's own update is another thing
+    else:
+        container.extend(content)
 
 
 def _containers(module: nn.Module) -> Iterator[Any]:

@@ -1,0 +1,191 @@
+"""Which layers of an MLX model get LoRA, and which weights "all-linear" leaves out."""
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+from lora_one.errors import ModelError, TargetsWarning
+
+from .tree import Place, places
+
+DENSE = (nn.Linear, nn.QuantizedLinear)
+SWITCH = (SwitchLinear, QuantizedSwitchLinear)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # their weights are (out, size, ..., in of a group)
+OUTPUT_LAYERS = ("lm_head", "output")
+# Parameters of two axes that scale elementwise: the decay of Mamba's states, and PLaMo 2's norms of heads.
+ELEMENTWISE = ("A_log", "q_weight", "k_weight")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether mlx-lm's LoRA layers fit the module: a linear layer, or a subclass that computes what its base does.
+
+    AFM's FusedLinear, for one, is an nn.Linear whose output is a list of arrays.
+    """
+    base: Any = next((kind for kind in DENSE + SWITCH if isinstance(module, kind)), None)
+    if base is None or type(module) is base or type(module).__call__ is base.__call__:
+        return base is not None
+    x = mx.random.normal((1, columns(module)), key=mx.random.key(0))
+    arguments = (x, mx.zeros((1, 1), dtype=mx.uint32)) if base in SWITCH else (x,)
+    try:
+        got, expected = module(*arguments), base.__call__(module, *arguments)
+        return bool(got.shape == expected.shape and mx.allclose(got, expected, rtol=1e-2, atol=1e-3).item())
+    except Exception:  # whatever a layer of somebody's own raises: it is no linear layer of ours
+        return False
+
+
+def columns(module: Any) -> int:
+    """in_features of a linear layer, float or quantised."""
+    packed = int(module.weight.shape[-1])
+    return packed * 32 // module.bits if "scales" in module else packed  # packed into 32-bit words
+
+
+def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Place]:
+    """The linear layers that `Config.targets` means.
+
+    "all-linear" is what mlx-lm converts unless told otherwise: the linear layers inside `model.layers`, router
+    included; in a model without `layers`, all of them but an output layer. Not gates of one output, which have no
+    low-rank part.
+
+    Raises:
+        ModelError: no layer matches, or one that matches is not linear.
+    """
+    everything = list(places(model))
+    linear = [place for place in everything if is_linear(place.module)]
+    if targets == "all-linear":
+        found = [place for place in _inside_layers(model, linear) if place.module.weight.shape[-2] > 1]
+    else:
+        found = [place for place in everything if _matches(place.path, targets)]
+        wrong = [f"{place.path} ({type(place.module).__name__})" for place in found if place not in linear]
+        if wrong:
+            raise ModelError(f"targets must match linear layers only, got {targets!r}, which matches {_shown(wrong)}")
+    if not found:
+        raise ModelError(
+            f"targets must match a linear layer of the model, got {targets!r}; its linear layers are: "
+            f"{_shown([place.path for place in linear]) or 'none'}"
+        )
+    return found
+
+
+def last_layers(model: nn.Module, num_layers: int, targets: str | tuple[str, ...] = "all-linear") -> tuple[str, ...]:
+    """Targets within the last blocks of a model, as mlx-lm's `num_layers` chooses them: for `Config(targets=...)`.
+
+    Args:
+        num_layers: blocks from the end of `model.layers`; 0 or less means all of them, as in mlx-lm.
+        targets: see `Config.targets`.
+
+    Raises:
+        ModelError: the model has no `layers`, or fewer, or no target in them.
+    """
+    blocks = getattr(model, "layers", None)
+    if blocks is None or num_layers > len(blocks):
+        has = "none" if blocks is None else len(blocks)
+        raise ModelError(f"num_layers must be <= the number of model.layers, got {num_layers} where there are {has}")
+    chosen = {id(module) for block in blocks[-max(num_layers, 0) :] for module in block.modules()}
+    found = tuple(place.path for place in find_targets(model, targets) if id(place.module) in chosen)
+    if not found:
+        raise ModelError(f"targets {targets!r} match no linear layer in the last {num_layers} of model.layers")
+    return found
+
+
+def warn_of_left_out(model: nn.Module, targets: list[Place]) -> None:
+    """Warn, as a TargetsWarning, of the weights that get no LoRA though they multiply activations.
+
+    Embeddings and the output layer are left out on purpose; gates of one output and depthwise convolutions have no
+    low-rank part.
+    """
+    alike: dict[tuple[str, str], list[str]] = {}  # what differs in the numbers in its path alone is named once
+    for path, kind in _left_out(model, targets):
+        alike.setdefault((re.sub(r"\d+", "*", path), kind), []).append(path)
+    if not alike:
+        return
+    names = [
+        f"{paths[0]} ({kind}{f'; {len(paths) - 1} more like it' if len(paths) > 1 else ''})"
+        for (_, kind), paths in alike.items()
+    ]
+    warnings.warn(
+        f'"all-linear" leaves {sum(map(len, alike.values()))} weights without LoRA, and they stay frozen: '
+        f"{_shown(names)}; linear layers among them can be named in targets, mlx-lm has no LoRA layer for the others",
+        TargetsWarning,
+        stacklevel=2,
+    )
+
+
+def _left_out(model: nn.Module, targets: list[Place]) -> Iterator[tuple[str, str]]:
+    """The path of every weight that is left out, or of its module, and what it is."""
+    modules = [("", model), *((place.path, place.module) for place in places(model))]
+    covered = {id(place.module) for place in targets}
+    inside = _ids_inside_layers(model)
+    vocabularies = {module.weight.shape[0] for _, module in modules if _is_embedding(module) and "weight" in module}
+    for path, module in modules:
+        if id(module) in covered or _is_embedding(module) or "norm" in type(module).__name__.lower():
+            continue
+        within = inside is None or id(module) in inside
+        for name, array in _arrays(module):
+            if not _is_matrix(module, name, array):
+                continue
+            is_output = path.rsplit(".", 1)[-1] in OUTPUT_LAYERS or array.shape[-2] in vocabularies
+            if is_output and (inside is None or not within):
+                continue
+            if name != "weight":
+                yield f"{path}.{name}".lstrip("."), f"a parameter of shape {array.shape}"
+            elif within or not is_linear(module):
+                yield path, type(module).__name__
+            else:
+                yield path, f"{type(module).__name__} outside model.layers"
+
+
+def _is_matrix(module: nn.Module, name: str, array: mx.array) -> bool:
+    """Whether the parameter multiplies activations, and has a low-rank part."""
+    name = name.rsplit(".", 1)[-1]
+    if array.ndim < 2 or name in ELEMENTWISE or name.startswith("_") or name.endswith(("scales", "bias", "biases")):
+        return False
+    rows = array.shape[0] if isinstance(module, CONVOLUTIONS) else array.shape[-2]
+    is_number = name == "weight" or mx.issubdtype(array.dtype, mx.floating)  # packed weights are integers
+    return is_number and min(rows, array.shape[-1]) > 1
+
+
+def _arrays(module: nn.Module) -> Iterator[tuple[str, mx.array]]:
+    """The module's own parameters, also those in lists and dicts, but not its submodules'."""
+
+    def walk(container: Any, prefix: str) -> Iterator[tuple[str, mx.array]]:
+        for key, child in list(container.items() if isinstance(container, dict) else enumerate(container)):
+            if isinstance(child, mx.array):
+                yield f"{prefix}{key}", child
+            elif isinstance(child, (dict, list, tuple)) and not isinstance(child, nn.Module):
+                yield from walk(child, f"{prefix}{key}.")
+
+    return walk(module, "")
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) or hasattr(module, "as_linear")
+
+
+def _ids_inside_layers(model: nn.Module) -> set[int] | None:
+    """The modules of `model.layers` and below; None where a model has none."""
+    blocks = getattr(model, "layers", None)
+    if blocks is None:
+        return None
+    return {id(module) for block in blocks if isinstance(block, nn.Module) for module in block.modules()}
+
+
+def _inside_layers(model: nn.Module, linear: list[Place]) -> list[Place]:
+    inside = _ids_inside_layers(model)
+    if inside is None:
+        return [place for place in linear if place.path.rsplit(".", 1)[-1] not in OUTPUT_LAYERS]
+    return [place for place in linear if id(place.module) in inside]
+
+
+def _matches(path: str, targets: str | Sequence[str]) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in targets)
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
