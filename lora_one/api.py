@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .backends import backend_of
-from .checkpoint import write_metadata
+from .checkpoint import replacing_adapter, write_metadata
 from .config import Config
 from .initialization import initialize
 from .report import Report
@@ -65,12 +65,18 @@ def save(model: Any, path: str | Path, report: Report | None = None) -> None:
     """Write the adapter as a folder that PEFT and vLLM open as is, with `lora_one.json` beside it.
 
     Args:
-        path: made if it does not exist.
+        path: made if it does not exist. An adapter in it, of any library's, is replaced in one step, so that at any
+            moment it holds the old adapter or the new one; everything else in it stays.
         report: what `init` returned; kept in `lora_one.json`.
+
+    Raises:
+        ModelError: the model has no adapter that can be saved.
+        CheckpointError: the folder cannot be written; what it held is as it was.
     """
     module = backend_of(model)
-    module.save(model, Path(path))
-    write_metadata(Path(path), module.ops.name, report)
+    with replacing_adapter(Path(path)) as folder:
+        module.save(model, folder)
+        write_metadata(folder, module.ops.name, report)
 
 
 def load(model: Any, path: str | Path, trainable: bool = False) -> Any:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from .adapter import Adapter, LoraLayer
+from .atomic import replacing
 from .core.factors import Factors
 from .errors import CheckpointError
 from .plain_lora import tensor_reason
@@ -26,6 +28,7 @@ WEIGHTS = "adapter_model.safetensors"
 METADATA = "lora_one.json"
 PICKLED = "adapter_model.bin"
 MLX_WEIGHTS = "adapters.safetensors"  # mlx-lm's layout: see `formats`
+ADAPTER_FILES = (CONFIG, WEIGHTS, PICKLED, MLX_WEIGHTS, METADATA)  # of one adapter: none may outlive it
 PEFT_KEY = "base_model.model.{path}.lora_{side}.weight"
 PEFT_BASE_KEY = "base_model.model.{path}.base_layer.weight"
 
@@ -161,6 +164,15 @@ def check_folder(folder: AdapterFolder, linear: Mapping[str, tuple[int, int]]) -
         if not any(f".{name}." in f".{key}." for name in kept):
             problems.append(f"{key}: {tensor_reason(key)}, and is not in modules_to_save")
     return problems
+
+
+def replacing_adapter(path: Path) -> AbstractContextManager[Path]:
+    """An empty folder to write an adapter into, which replaces the one in `path`, of any library's, in one step.
+
+    Raises:
+        CheckpointError: see `lora_one.atomic.replacing`.
+    """
+    return replacing(path, ADAPTER_FILES)
 
 
 def write_metadata(path: Path, backend: str, report: Report | None) -> None:

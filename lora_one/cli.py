@@ -14,6 +14,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"the lora-one command needs the package {error.name!r}: pip install 'lora-one[cli]'")
 
+from .atomic import write_whole
 from .recipe import Recipe, make_recipe, read_recipe
 
 app = typer.Typer(help="LoRA-One: start LoRA where an epoch of training would get to.", no_args_is_help=True)
@@ -143,7 +144,7 @@ def conformance(
         console.print(escape(line), soft_wrap=True)
     console.print(f"[bold {'green' if found.passed else 'red'}]{escape(found.verdict)}[/]", soft_wrap=True)
     if json_file:
-        json_file.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_whole(json_file, json.dumps(found.to_dict(), indent=1) + "\n")
     if not found.passed:
         raise typer.Exit(1)
 

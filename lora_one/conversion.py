@@ -1,12 +1,11 @@
 """Adapter folders from one library's layout into another's, without a model and without a framework."""
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from .adapter import Adapter
-from .checkpoint import METADATA, AdapterFolder, check_folder, read_adapter, read_folder
+from .checkpoint import METADATA, AdapterFolder, check_folder, read_adapter, read_folder, replacing_adapter
 from .errors import CheckpointError, ConfigError
 from .formats import write_mlx_lm, write_peft
 from .mlx_lm_files import is_mlx_lm, read_mlx_lm
@@ -43,12 +42,23 @@ def convert(src: str | Path, dst: str | Path, to: str, rename: Mapping[str, str]
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise CheckpointError(f"{dst} must not exist, or be an empty folder: convert overwrites nothing")
     adapter = _renamed(_read_mlx_lm(src) if is_mlx_lm(src) else _read_peft(src), rename or {})
-    if to == "mlx":
-        write_mlx_lm(dst, adapter, _blocks(adapter))
-    else:
-        write_peft(dst, adapter)
-    if (src / METADATA).is_file():
-        shutil.copyfile(src / METADATA, dst / METADATA)  # the report of the start: `lora-one inspect` reads it
+    metadata = _metadata(src)
+    with replacing_adapter(dst) as folder:
+        if to == "mlx":
+            write_mlx_lm(folder, adapter, _blocks(adapter))
+        else:
+            write_peft(folder, adapter)
+        if metadata is not None:
+            (folder / METADATA).write_bytes(metadata)
+
+
+def _metadata(src: Path) -> bytes | None:
+    """The report of the start: `lora-one inspect` reads it."""
+    file = src / METADATA
+    try:
+        return file.read_bytes() if file.is_file() else None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
 def _read_peft(src: Path) -> Adapter:

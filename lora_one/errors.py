@@ -29,7 +29,7 @@ class GradientError(LoraOneError, ArithmeticError):
 
 
 class CheckpointError(LoraOneError):
-    """An adapter folder that cannot be read, or does not belong to the model; lists all that is wrong."""
+    """An adapter folder that cannot be read or written, or does not belong to the model; lists all that is wrong."""
 
     def __init__(self, summary: str, problems: list[str] | None = None):
         self.problems = problems or []

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from .atomic import write_whole
 from .backends.interface import Tuner
 from .data import TokenSequence
 from .recipe import Recipe
@@ -74,4 +75,4 @@ def answers(tuner: Tuner, questions: Sequence[TokenSequence], max_new_tokens: in
 
 def write_scores(folder: Path, scores: Scores) -> None:
     """Keep a run's values beside its adapter."""
-    (folder / SCORES).write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / SCORES, json.dumps(scores, indent=1) + "\n")

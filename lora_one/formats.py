@@ -20,19 +20,17 @@ from .tensors import Tensor, wider, write_tensors
 
 
 def write_peft(path: Path, adapter: Adapter) -> None:
-    """Write a folder that PEFT, vLLM and `lora_one.load` open; it is made if it does not exist."""
-    path.mkdir(parents=True, exist_ok=True)
+    """Write, into an empty folder, what PEFT, vLLM and `lora_one.load` open."""
     write_tensors(path / WEIGHTS, _peft_tensors(adapter), "pt")
     _write_config(path, _peft_config(adapter))
 
 
 def write_mlx_lm(path: Path, adapter: Adapter, num_layers: int) -> None:
-    """Write a folder that mlx-lm opens, and PEFT too, but for experts, whose stacks PEFT has no name for.
+    """Write, into an empty folder, what mlx-lm opens, and PEFT too, but for experts, whose stacks PEFT cannot name.
 
     Args:
         num_layers: blocks of the model, which mlx-lm's configuration wants to hold.
     """
-    path.mkdir(parents=True, exist_ok=True)
     rank = max(layer.rank for layer in adapter.layers.values())
     scale = Counter(layer.scaling for layer in adapter.layers.values()).most_common(1)[0][0]
     parameters = {"rank": rank, "scale": scale, "dropout": adapter.dropout, "keys": list(adapter.layers)}
@@ -41,7 +39,6 @@ def write_mlx_lm(path: Path, adapter: Adapter, num_layers: int) -> None:
     for name, layer in adapter.layers.items():
         tensors.update(_mlx_lm_tensors(name, layer, rank, scale))
     write_tensors(path / MLX_WEIGHTS, tensors, "mlx")
-    (path / WEIGHTS).unlink(missing_ok=True)  # one of an earlier adapter would be read in the place of this one
     if not any(layer.is_switch for layer in adapter.layers.values()):
         config.update(_peft_config(adapter))
         write_tensors(path / WEIGHTS, _peft_tensors(adapter), "pt")

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import BackendError
+from .atomic import replacing_file
+from .errors import BackendError, ConfigError
 from .inspection import Inspection
 from .report import Report
 
@@ -15,6 +16,7 @@ def plot_report(report: Report, path: str | Path) -> None:
 
     Raises:
         BackendError: matplotlib is not installed.
+        ConfigError, CheckpointError: no such kind of picture; it cannot be written.
     """
     layers = [layer for layer in report.layers if layer.start == "spectral"]
     figure, left, right = _figure(len(layers))
@@ -22,7 +24,7 @@ def plot_report(report: Report, path: str | Path) -> None:
     left.set(ylabel="$S_i / S_1$", title="leading singular values of the gradient")
     _draw_bars(right, [layer.name for layer in layers], [layer.energy for layer in layers])
     right.set(xlim=(0, 1), xlabel=r"share of $\|G\|_F^2$", title="energy of the gradient in the factors")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def plot_inspection(found: Inspection, path: str | Path) -> None:
@@ -30,13 +32,14 @@ def plot_inspection(found: Inspection, path: str | Path) -> None:
 
     Raises:
         BackendError: matplotlib is not installed.
+        ConfigError, CheckpointError: no such kind of picture; it cannot be written.
     """
     figure, left, right = _figure(len(found.layers))
     _draw_spectra(left, [layer.singular_values for layer in found.layers])
     left.set(ylabel="$S_i / S_1$", title="singular values of $s B A$")
     _draw_bars(right, [layer.name for layer in found.layers], [layer.norm for layer in found.layers])
     right.set(xlabel=r"$\|s B A\|_F$", title="size of the update")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def _figure(rows: int) -> tuple[Any, Any, Any]:
@@ -66,3 +69,11 @@ def _draw_bars(axes: Any, names: list[str], values: list[float]) -> None:
     axes.set_yticks(rows, names, fontsize=6)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    with replacing_file(Path(path)) as file:
+        try:
+            figure.savefig(file, dpi=120)
+        except ValueError as error:
+            raise ConfigError(f"{path} must end in .png, .pdf or .svg: {error}") from error

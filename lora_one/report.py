@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .atomic import write_whole
 from .config import Config
 from .core.spectrum import Spectrum
 from .errors import CheckpointError, ConfigError
@@ -102,7 +103,7 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_whole(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
 
     def plot(self, path: str | Path) -> None:
         """Draw the layers' spectra and energies as an image; needs matplotlib."""

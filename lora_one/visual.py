@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .atomic import write_whole
 from .data import Example, TokenSequence, encode
 from .errors import ConfigError
 from .sources import load_pictures, load_rows
@@ -91,9 +92,7 @@ class Benchmark:
                 for index, (row, answer) in enumerate(zip(self._rows, answers, strict=True))
             ],
         }
-        path = folder / "lmms_eval" / f"{self.name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+        write_whole(folder / "lmms_eval" / f"{self.name}.json", json.dumps(log, indent=1) + "\n")
 
 
 def open_benchmark(name: str, limit: int | None) -> Benchmark:

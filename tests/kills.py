@@ -1,0 +1,55 @@
+"""Processes that are killed as they write: at every change that they make to the disk, one after the other."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_CHANGES = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.chmod"}  # audit events
+
+
+def killed_before_each_change(action: Callable[[], object], prepare: Callable[[], object] = int) -> Iterator[int]:
+    """Run `action` again and again in a process of its own, killed before its 1st, 2nd, ... change; yields the number.
+
+    The last run is not killed, and yields 0. Exchanging two names is no change that Python tells of: the state after it
+    is seen before the next one.
+    """
+    for moment in range(1, 1000):
+        if not _killed(moment, action, prepare):
+            yield 0
+            return
+        yield moment
+    raise AssertionError("it never ends")
+
+
+def _killed(moment: int, action: Callable[[], object], prepare: Callable[[], object]) -> bool:
+    child = os.fork()
+    if child == 0:
+        try:
+            prepare()
+            sys.addaudithook(_Killer(moment))
+            action()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0
+    return False
+
+
+class _Killer:
+    def __init__(self, moment: int):
+        self._left = moment
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        if writes or event in _CHANGES:
+            self._left -= 1
+            if self._left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
