@@ -37,6 +37,16 @@ class Site:
     def module(self) -> LoraModule:
         return self.place.module
 
+    @property
+    def is_trainable(self) -> bool:
+        """Whether one of its factors is."""
+        return not self.module._no_grad >= {"lora_a", "lora_b"}
+
+    def set_trainable(self, trainable: bool) -> None:
+        """Freeze or unfreeze its factors, and nothing else."""
+        change = self.module.unfreeze if trainable else self.module.freeze
+        change(keys=["lora_a", "lora_b"], recurse=False)
+
 
 def attach_lora(model: nn.Module, config: Config) -> nn.Module:
     """Freeze a plain model and put LoRA on its targets, in place, with its usual start. `Snapshot` takes it back.
@@ -87,7 +97,9 @@ def find_sites(model: nn.Module) -> list[Site]:
         elif "lora_a" in place.module:
             problems.append(f"{place.path}: {type(place.module).__name__}, which is no LoRA layer of mlx-lm")
     if problems:
-        raise ModelError("LoRA-One starts plain LoRA on linear layers, got:\n  " + "\n  ".join(problems))
+        raise ModelError(
+            "LoRA-One starts, loads, saves and merges plain LoRA on linear layers, got:\n  " + "\n  ".join(problems)
+        )
     return sites
 
 

@@ -7,20 +7,23 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
-from lora_one.adapter import Adapter
+from lora_one.adapter import Adapter, LoraLayer
 from lora_one.errors import CheckpointError, ModelError
 from lora_one.formats import write_mlx_lm
 from lora_one.mlx_lm_files import Shapes
 
 from .attach import Site, attach_layer, find_sites, random_stream_kept
-from .folder import read_adapter, to_layer, to_mlx
+from .folder import read_adapter, stored_dtype, to_layer, to_mlx
 from .layout import is_switch, read_pairs, write_pairs
+from .merging import Merged, compute_dtype, merged_layer
 from .targets import columns, is_linear
 from .tree import Snapshot, flat, places
 
+NOTICEABLE = 0.01  # how large, of a layer's s B A, the rounding may be without a word
+
 
 class RequantizeWarning(UserWarning):
-    """Merging rounded the adapter to the grid of the quantised weights."""
+    """Merging rounded the adapter to the grid of the weights: quantised ones, or float ones of few digits."""
 
 
 class UnsavedWarning(UserWarning):
@@ -48,19 +51,24 @@ def save(model: nn.Module, path: Path) -> None:
 
 
 def load(model: nn.Module, path: Path, trainable: bool) -> nn.Module:
-    """See `lora_one.load`. Opens folders that lora-one, mlx-lm or PEFT wrote; attaches in place."""
-    sites = {site.path: site for site in find_sites(model)}
+    """See `lora_one.load`. Opens folders that lora-one, mlx-lm or PEFT wrote; attaches in place.
+
+    LoRA layers that are there get the folder's factors, scale and dropout; the frozen state of all that is no factor
+    stays.
+    """
+    sites = find_sites(model)
     adapter = read_adapter(path, _linear_shapes(model))
     if sites:
-        _check_same(sites, adapter, path)
-        for name, layer in adapter.layers.items():
-            write_pairs(sites[name].module, to_mlx(layer))
-            sites[name].module.scale = layer.scaling
-        return model
+        _check_same({site.path: site for site in sites}, adapter, path)
     found = Snapshot(model)
     try:
-        with random_stream_kept():
-            _attach(model, adapter, trainable)
+        if not sites:
+            with random_stream_kept():
+                sites = _attach(model, adapter)
+        for site in sites:
+            _fill(site, adapter.layers[site.path], adapter.dropout)
+            site.set_trainable(trainable)
+        mx.eval(model.parameters())
     except BaseException:
         found.restore()
         raise
@@ -69,45 +77,64 @@ def load(model: nn.Module, path: Path, trainable: bool) -> nn.Module:
 
 
 def merge(model: nn.Module, dequantize: bool = False) -> nn.Module:
-    """See `lora_one.merge`; in place, by mlx-lm's own `fuse`.
+    """See `lora_one.merge`; in place, once all layers are merged.
 
     Args:
-        dequantize: merged layers of a quantised model become float layers, and hold all of the adapter. A checkpoint
-            saved from it must not say "quantization" in its configuration.
+        dequantize: merged layers of a quantised model become float layers, in the dtype that the model computes in. A
+            checkpoint saved from it must not say "quantization" in its configuration.
 
     Warns:
-        RequantizeWarning: quantised weights were merged into and quantised again, which rounds the adapter.
+        RequantizeWarning: quantised weights were merged into and quantised again, or float weights are too short, so
+            that part of the adapter is lost.
     """
     sites = _require_sites(model, "merge")
-    merged = [site.module.fuse(dequantize=dequantize) for site in sites]
-    mx.eval([module.parameters() for module in merged])
-    rounded = 0
-    for site, module in zip(sites, merged, strict=True):
-        base = site.module.linear
-        rounded += "scales" in base and not dequantize
-        if "weight" in base._no_grad:
-            module.freeze()
-        module.train(site.module.training)
-        site.place.container[site.place.key] = module
-    if rounded:
-        warnings.warn(
-            f"the adapter was merged into {rounded} quantised layers, and rounded to their grid: part of it is lost; "
-            "merge(model, dequantize=True) makes float layers that hold all of it; or keep the adapter by itself",
-            RequantizeWarning,
-            stacklevel=3,
-        )
+    compute = compute_dtype(model)
+    with random_stream_kept():
+        merged = [merged_layer(site.module, dequantize, compute) for site in sites]
+    for site, (layer, _) in zip(sites, merged, strict=True):
+        if "weight" in site.module.linear._no_grad:
+            layer.freeze()
+        layer.train(site.module.training)
+        site.place.container[site.place.key] = layer
+    _warn_of_losses(sites, merged)
     return model
 
 
-def _attach(model: nn.Module, adapter: Adapter, trainable: bool) -> None:
+def _warn_of_losses(sites: list[Site], merged: list[Merged]) -> None:
+    rounding = {site.path: one.rounding for site, one in zip(sites, merged, strict=True)}
+    requantised = sum("scales" in one.layer for one in merged)
+    rounded = [path for path, share in rounding.items() if not share <= NOTICEABLE]  # nan is noticeable too
+    worst = max(rounding, key=lambda path: rounding[path])
+    most = f"part of it is lost, the rounding is {rounding[worst]:.0%} of it in {worst}"
+    if requantised:
+        warnings.warn(
+            f"the adapter was merged into {requantised} quantised layers, and rounded to their grid: {most}; "
+            "merge(model, dequantize=True) makes float layers that hold more of it; or keep the adapter by itself",
+            RequantizeWarning,
+            stacklevel=4,
+        )
+    elif rounded:
+        dtypes = " and ".join(sorted({str(one.layer.weight.dtype).removeprefix("mlx.core.") for one in merged}))
+        warnings.warn(
+            f"the adapter was merged into {len(rounded)} layers of {dtypes}, and rounded to it: {most}; "
+            "model.set_dtype(mx.float32) before merging keeps all of it; or keep the adapter by itself",
+            RequantizeWarning,
+            stacklevel=4,
+        )
+
+
+def _attach(model: nn.Module, adapter: Adapter) -> list[Site]:
     model.freeze()
     by_path = {place.path: place for place in places(model)}
     for name, layer in adapter.layers.items():
-        module = attach_layer(by_path[name], layer.rank, layer.scaling, adapter.dropout)
-        write_pairs(module, to_mlx(layer))
-        if not trainable:
-            module.freeze()
-    mx.eval(model.parameters())
+        attach_layer(by_path[name], layer.rank, layer.scaling, adapter.dropout)
+    return find_sites(model)
+
+
+def _fill(site: Site, layer: LoraLayer, dropout: float) -> None:
+    write_pairs(site.module, to_mlx(layer), stored_dtype(layer))
+    site.module.scale = layer.scaling
+    site.module.dropout._p_1 = 1.0 - dropout
 
 
 def _check_same(sites: dict[str, Site], adapter: Adapter, path: Path) -> None:

@@ -29,6 +29,11 @@ def to_mlx(layer: LoraLayer) -> list[Factors]:
     return [Factors(*(mx.array(np.ascontiguousarray(factor)) for factor in pair)) for pair in layer.pairs]
 
 
+def stored_dtype(layer: LoraLayer) -> mx.Dtype:
+    """The dtype that a layer's factors have on disk."""
+    return next(dtype for dtype, name in _STORED.items() if name == layer.dtype)
+
+
 def read_adapter(path: Path, model: Shapes) -> Adapter:
     """Read a folder that lora-one, mlx-lm or PEFT wrote.
 

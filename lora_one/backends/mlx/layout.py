@@ -39,9 +39,10 @@ def read_pairs(module: LoraModule) -> list[Factors]:
     return [Factors(*pair) for pair in zip(a, b, strict=True)]
 
 
-def write_pairs(module: LoraModule, pairs: Sequence[Factors]) -> None:
-    """Set the module's pairs, in the dtype that they have."""
-    a = write_factor(module, [pair.lora_A for pair in pairs]).astype(module.lora_a.dtype)
-    b = write_factor(module, [pair.lora_B for pair in pairs]).astype(module.lora_b.dtype)
-    # Contiguous copies: a view would keep the array it came from in memory, and savers may write it as it lies there.
-    module.lora_a, module.lora_b = mx.contiguous(a), mx.contiguous(b)
+def write_pairs(module: LoraModule, pairs: Sequence[Factors], stored: mx.Dtype | None = None) -> None:
+    """Set the module's pairs, in the dtype that they have in the module, or a wider one that holds `stored` as well."""
+    for name, factors in zip(("lora_a", "lora_b"), zip(*pairs, strict=True), strict=True):
+        dtype = module[name].dtype
+        array = write_factor(module, factors).astype(dtype if stored is None else mx.result_type(dtype, stored))
+        # A contiguous copy: a view would keep the array it came from in memory, and savers may write it as it lies.
+        module[name] = mx.contiguous(array)

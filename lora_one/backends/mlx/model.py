@@ -67,6 +67,10 @@ class MlxSession:
             raise
         self._context.close()
         self._attached.restore_frozen()
+        sites = self._sites.values()
+        if not any(site.is_trainable for site in sites):  # an adapter that was loaded to look at it
+            for site in sites:
+                site.set_trainable(True)
         self._found.restore_modes(self.model)
 
     def _undo(self) -> None:
@@ -90,7 +94,7 @@ class MlxSession:
         # What checkpointing hands to a block as its inputs is what is trainable in it: the probes must be.
         self.model.freeze()
         for site in sites:
-            site.module.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+            site.set_trainable(True)
         train_without_dropout(self.model)
         mx.reset_peak_memory()
 

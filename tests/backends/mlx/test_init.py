@@ -347,7 +347,8 @@ def test_after_an_error_the_model_is_as_it_was(case, adapted):
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value)
     if adapted:
-        assert model.layers[0].self_attn.q_proj.scale == 5.0
+        layer = model.layers[0].self_attn.q_proj
+        assert (layer.scale, layer.dropout._p_1) == (5.0, 0.9)
 
 
 def test_a_failed_cholesky_is_an_error_that_names_the_layer(monkeypatch):
