@@ -49,7 +49,7 @@ class TargetsWarning(InitWarning):
 
 
 class ZeroGradientWarning(InitWarning):
-    """Some layers have no gradient on the init batches and keep plain LoRA's start."""
+    """Some layers have no gradient on the init batches, or are never called, and keep plain LoRA's start."""
 
 
 class GammaWarning(InitWarning):

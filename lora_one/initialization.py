@@ -38,11 +38,13 @@ def initialize(session: Session, config: Config, backend: str, began: float) -> 
         values = None
         if found is not None and found.values.s[0] > 0:
             spectral[layer.name], values = found
-        entries.append(layer_report(layer.name, (layer.out_features, layer.in_features), layer.rank, values))
+        shape, called = (layer.out_features, layer.in_features), layer.name not in spectra.result.never_called
+        entries.append(layer_report(layer.name, shape, layer.rank, values, called))
+    never_called = [entry.name for entry in entries if not entry.called]
     if not spectral:
         raise BatchError(
             "no target layer has a gradient: got zero in all of them, expected a loss that depends on their outputs; "
-            "check the loss, the labels (are all of them masked?) and the targets"
+            f"check the loss, the labels (are all of them masked?) and the targets{_on_never_called(never_called)}"
         )
 
     for layer in session.layers:
@@ -64,7 +66,7 @@ def initialize(session: Session, config: Config, backend: str, began: float) -> 
     if report.plain_layers:
         warnings.warn(
             f"{len(report.plain_layers)} of {len(entries)} layers have no gradient on the init batches and keep plain "
-            f"LoRA's start: {', '.join(report.plain_layers)}",
+            f"LoRA's start: {', '.join(report.plain_layers)}{_on_never_called(never_called)}",
             ZeroGradientWarning,
             stacklevel=3,
         )
@@ -78,6 +80,15 @@ def _check_rank(layer: Layer) -> None:
             f"layer {layer.name!r}: rank must be <= min(out, in) = {limit}, got {layer.rank}; lower the rank or leave "
             "the layer out of the targets"
         )
+
+
+def _on_never_called(layers: list[str]) -> str:
+    if not layers:
+        return ""
+    return (
+        f". Of these no forward pass called {', '.join(layers)}: no token reached them (experts), or other code reads "
+        "their weights, where LoRA has no effect: leave such layers out of the targets, or switch the fused kernel off"
+    )
 
 
 def _plain(session: Session, layer: Layer, seed: int) -> Factors:

@@ -30,6 +30,7 @@ class LayerReport:
         share_at_least: a lower bound on it from the energy that no pass has seen; it holds up to the error of
             `gradient_norm`, and is far too low where the unseen energy is spread over many directions.
         start: "spectral", or "plain" where the gradient was zero and the layer got plain LoRA's start.
+        called: whether any forward pass on the init batches called the layer; only PyTorch's backend ever says no.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LayerReport:
     share_of_best: float
     share_at_least: float
     start: str = "spectral"
+    called: bool = True
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Report:
             shape = f"{layer.out_features} x {layer.in_features}"
             row = f"{layer.name:<{width}}  {shape:>13}  {layer.rank:>3}  "
             if layer.start == "plain":
-                lines.append(row + "zero gradient: plain LoRA start")
+                lines.append(row + f"{'zero gradient' if layer.called else 'never called'}: plain LoRA start")
                 continue
             first, last = layer.singular_values[0], layer.singular_values[-1]
             lines.append(
@@ -148,10 +150,12 @@ class Report:
         return "\n".join(lines)
 
 
-def layer_report(name: str, shape: tuple[int, int], rank: int, spectrum: Spectrum | None) -> LayerReport:
+def layer_report(
+    name: str, shape: tuple[int, int], rank: int, spectrum: Spectrum | None, called: bool = True
+) -> LayerReport:
     """The entry of a layer, from its spectrum as NumPy arrays; None where the gradient was zero."""
     if spectrum is None:
-        return LayerReport(name, *shape, rank, [0.0] * rank, 0.0, 0.0, 0.0, 0.0, 0.0, start="plain")
+        return LayerReport(name, *shape, rank, [0.0] * rank, 0.0, 0.0, 0.0, 0.0, 0.0, start="plain", called=called)
     s = np.asarray(spectrum.s, dtype=np.float64)
     norm, error, unseen = float(spectrum.norm), float(spectrum.norm_error), float(spectrum.unseen)
     captured = np.sum((s / s[0]) ** 2)

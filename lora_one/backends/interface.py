@@ -26,6 +26,7 @@ class PassResult(NamedTuple):
 
     loss: float  # mean of the batches' losses
     batches: int
+    never_called: frozenset[str] = frozenset()  # layers that no forward pass called, nor read, if a backend knows
 
 
 class Session(Protocol):

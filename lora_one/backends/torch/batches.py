@@ -37,32 +37,45 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def losses(
-    model: nn.Module, batches: Iterable[Any], loss_fn: LossFn, backward: bool
-) -> Iterator[tuple[Tensor, float, bool]]:
+def losses(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> Iterator[tuple[Tensor, float, bool]]:
     """Each batch's loss, checked, with its value and whether it is the last.
 
     Raises:
-        BatchError: no batches, or a loss that is no scalar or (with `backward`) that depends on no target layer.
+        BatchError: no batches, or a loss that is no scalar.
         GradientError: a loss that is not finite.
     """
     device = device_of(model)
     for index, (batch, last) in enumerate(with_last(batches), start=1):
         loss = loss_fn(model, send_to_device(batch, device))
-        yield loss, _check_loss(loss, index, backward), last
+        yield loss, _check_loss(loss, index), last
 
 
-def _check_loss(loss: Any, index: int, backward: bool) -> float:
+def _check_loss(loss: Any, index: int) -> float:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise BatchError(f"batch {index}: the loss must be a scalar tensor, got {got}: return the mean over the batch")
-    value = check_finite_loss(float(loss.detach()), index)
-    if backward and not loss.requires_grad:
+    return check_finite_loss(float(loss.detach()), index)
+
+
+def check_depends(loss: Tensor, index: int, called: bool, layer: str) -> None:
+    """Raises BatchError for a loss that depends on no target layer.
+
+    Args:
+        called: whether any of them was called.
+        layer: the name of one.
+    """
+    if loss.requires_grad:
+        return
+    if called:
         raise BatchError(
             f"batch {index}: the loss must depend on the target layers, got one without a gradient: is it detached, "
             "computed under no_grad, or of another model?"
         )
-    return value
+    raise BatchError(
+        f"batch {index}: the loss must depend on the target layers, got one without a gradient, and no target layer "
+        f"was called, {layer!r} for one: is it the loss of another model, or do fused kernels read weights past the "
+        "layers? There LoRA would have no effect: switch them off, or name other targets"
+    )
 
 
 def device_of(model: nn.Module) -> torch.device:

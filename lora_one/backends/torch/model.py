@@ -1,6 +1,5 @@
 """A PyTorch model during `init`: probes in, the gradients that LoRA would have out."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,19 +13,22 @@ from lora_one.backends.checks import check_reiterable
 from lora_one.backends.interface import Layer, PassResult
 from lora_one.config import Config
 from lora_one.core.factors import Factors
-from lora_one.core.gradient import Gradient, RowProduct, arrays_of
+from lora_one.core.gradient import Gradient, arrays_of
 from lora_one.core.spectrum import Probe
+from lora_one.errors import BatchError
 from lora_one.memory import process_peak
 
 from .attach import Site, attach_lora, check_adapter_fits, find_sites
-from .batches import LossFn, default_loss, device_of, losses
+from .batches import LossFn, check_depends, default_loss, device_of, losses
 from .distributed import is_parallel, mean_over_processes, sum_over_processes, unanimous
 from .frozen_linear import frozen_linears
 from .ops import TorchOps
+from .own_gradients import NOTHING, own_gradients
 from .precision import full_precision, no_reduced_matmul
 from .recompute import Recompute
 from .snapshot import Snapshot
-from .tap import ROWS, WHOLE, Product, product_of, tap, whole
+from .sums import Sums
+from .tap import ROWS, WHOLE, Product, product_of, tap
 
 
 class TorchSession:
@@ -82,6 +84,7 @@ class TorchSession:
         self.model.requires_grad_(False)
         _evaluation_mode(self.model)
         self._context.enter_context(_no_cache(self.model))
+        self._context.enter_context(_no_fast_path())
         self._context.enter_context(no_reduced_matmul())
         self._context.enter_context(torch.enable_grad())
         self._context.enter_context(frozen_linears(self.model))
@@ -104,67 +107,99 @@ class TorchSession:
     def sketch_pass(self, probes: Mapping[str, Probe]) -> tuple[PassResult, dict[str, Tensor | None]]:
         gradients: dict[str, Tensor | None] = dict.fromkeys(probes)
         products = {name: product_of(probe) for name, probe in probes.items()}
-        result = self._tapped(products, gradients.__setitem__)
+        result, _ = self._pass(products, probes, gradients.__setitem__)
         return result, gradients
 
     def exact_pass(self, consume: Callable[[str, Gradient], None]) -> PassResult:
+        """Layers whose factors are read, and not called, take a pass more, and keep their gradients up to its end."""
+
         def consume_precisely(name: str, gradient: Gradient) -> None:
             with full_precision(arrays_of(gradient)[0].device):  # once, and not at each of its many small operations
                 consume(name, gradient)
 
         # Where matrices go in stacks, multiplying out costs next to nothing, and a launch for each product a lot.
         product = WHOLE if is_parallel() or self.stacked else ROWS
-        return self._tapped(dict.fromkeys(self._sites, product), consume_precisely)
+        products = dict.fromkeys(self._sites, product)
+        nothing = dict.fromkeys(self._sites, NOTHING)
+        result, read = self._pass(products, nothing, consume_precisely, early=True)
+        if read:
+            _check_second_pass(self._batches, read)
+            probes = {name: self._identity(name) for name in read}
+            self._pass(dict.fromkeys(read, WHOLE), nothing | probes, consume_precisely)
+        return result
 
-    def _tapped(self, products: Mapping[str, Product], consume: Callable[[str, Any], None]) -> PassResult:
-        """Run all batches backward and hand on each layer's mean product, as soon as it is whole.
+    def _identity(self, name: str) -> Probe:
+        """Beside it a factor's gradient is G itself."""
+        layer, like = self._sites[name].layer, self.like(name)
+        eye = torch.eye(min(layer.out_features, layer.in_features), device=like.device, dtype=like.dtype)
+        return Probe(eye, None) if layer.in_features <= layer.out_features else Probe(None, eye)
+
+    def _pass(
+        self,
+        products: Mapping[str, Product],
+        probes: Mapping[str, Probe],
+        consume: Callable[[str, Any], None],
+        early: bool = False,
+    ) -> tuple[PassResult, list[str]]:
+        """Run all batches backward and hand on each layer's mean product; see `Sums` for when.
 
         A layer that no gradient reached is not handed over.
+
+        Args:
+            products: what to form of the layers that are called.
+            probes: for whoever reads factors; the same products of those that `products` has.
+
+        Returns:
+            The result, and the layers whose factors somebody reads.
         """
-        sums: dict[str, Any] = {}
-        calls: Counter[str] = Counter()  # of a layer, in this batch's forward pass; a shared layer has several
-        last_of = _Position()
+        sums = Sums(consume, early)
 
-        def sink(name: str, product: Any) -> None:
-            if isinstance(product, RowProduct):
-                alone = last_of.batch and last_of.count == 1 and calls[name] == 1 and name not in sums
-                product = product if alone and product.is_smaller else whole(product)
-            sums[name] = sums[name].add_(product) if name in sums else product
-            calls[name] -= 1
-            # In the last batch a layer's sum is whole before the backward pass goes on below it: free it here, so that
-            # with one batch never more than one full gradient exists.
-            if last_of.batch and calls[name] == 0 and not is_parallel():
-                consume(name, _divided(sums.pop(name), last_of.count))
-
-        def backward(loss: Tensor, last: bool) -> None:
-            last_of.batch, last_of.count = last, last_of.count + 1
+        def backward(loss: Tensor, index: int, last: bool) -> None:
+            check_depends(loss, index, called=bool(sums.seen), layer=next(iter(self._sites)))
+            sums.next_batch(last)
             loss.backward()
-            calls.clear()
+            sums.end_batch()
             self._recompute.next_batch()
 
         with ExitStack() as stack:
+            for name, probe in probes.items():
+                sink = sums.add_read if name in products and probe is not NOTHING else sums.noticed
+                stack.enter_context(own_gradients(self._sites[name], probe, partial(sink, name)))
             for name, product in products.items():
-                layer, count = self._sites[name].module, partial(calls.update, [name])
-                stack.enter_context(tap(layer, layer.get_base_layer(), product, partial(sink, name), count))
+                layer, calls = self._sites[name].module, partial(sums.called, name)
+                if not isinstance(layer.get_base_layer(), nn.MultiheadAttention):  # PEFT merges there, and unmerges
+                    stack.enter_context(tap(layer, layer.get_base_layer(), product, partial(sums.add, name), calls))
             result = self._run(backward)
         for name, product in products.items():
-            if is_parallel() and name not in sums:
+            if is_parallel() and name not in sums.left:
                 layer = self._sites[name].layer
-                sums[name] = product.zero(layer.out_features, layer.in_features, self.like(name))
-            if name in sums:
-                consume(name, _divided(sum_over_processes(sums.pop(name)), result.batches))
-        return result
+                sums.left[name] = product.zero(layer.out_features, layer.in_features, self.like(name))
+            if name in sums.left:
+                total = sum_over_processes(sums.left.pop(name))
+                consume(name, total if result.batches == 1 else total / result.batches)
+        seen, read = (self._anywhere(names) for names in (sums.seen, sums.read))
+        return result._replace(never_called=frozenset(self._sites) - frozenset(seen)), read
+
+    def _anywhere(self, names: set[str]) -> list[str]:
+        """Those of the layers that are among the names in any process, in the model's order."""
+        if is_parallel():
+            mine = torch.tensor([name in names for name in self._sites], dtype=torch.int32, device=self._device)
+            names = {
+                name for name, any_has in zip(self._sites, sum_over_processes(mine).tolist(), strict=True) if any_has
+            }
+        return [name for name in self._sites if name in names]
 
     def mean_loss(self) -> PassResult:
         with torch.no_grad():
             return self._run(backward=None)
 
-    def _run(self, backward: Callable[[Tensor, bool], None] | None) -> PassResult:
+    def _run(self, backward: Callable[[Tensor, int, bool], None] | None) -> PassResult:
         total, count = 0.0, 0
-        for loss, value, last in losses(self.model, self._batches, self._loss_fn, backward is not None):
+        for loss, value, last in losses(self.model, self._batches, self._loss_fn):
+            count += 1
             if backward is not None:
-                backward(loss, last)
-            total, count = total + value, count + 1
+                backward(loss, count, last)
+            total += value
         return PassResult(*mean_over_processes(total, count, self._device))
 
     def unanimous(self, decision: bool) -> bool:
@@ -182,15 +217,12 @@ class TorchSession:
         return process_peak()
 
 
-def _divided(total: Any, count: int) -> Any:
-    return total if count == 1 else total / count
-
-
-class _Position:
-    """Where a pass is: batches so far, and whether this one is the last."""
-
-    batch = False
-    count = 0
+def _check_second_pass(batches: Iterable[Any], read: list[str]) -> None:
+    if isinstance(batches, Iterator):
+        raise BatchError(
+            f"batches are read twice, got a {type(batches).__name__} that can be read once: pass a list(...) of it. "
+            f'(Of layers whose factors a fused kernel reads, gradient="exact" takes a second pass: {", ".join(read)})'
+        )
 
 
 @contextmanager
@@ -207,6 +239,18 @@ def _no_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for config, use_cache in found:
             config.use_cache = use_cache
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """nn.TransformerEncoderLayer and nn.MultiheadAttention call no layer of theirs in evaluation mode where nothing
+    requires a gradient: one fused kernel reads the weights, and would leave LoRA out."""
+    found = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(found)
 
 
 def _evaluation_mode(model: nn.Module) -> None:

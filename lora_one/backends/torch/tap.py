@@ -72,7 +72,7 @@ def _apply(function: Callable[..., Any], *xs: Tensor) -> Any:
 
 @contextmanager
 def tap(
-    layer: nn.Module, base: nn.Module, product: Product, sink: Callable[[Any], None], on_call: Callable[[], None]
+    layer: nn.Module, base: nn.Module, product: Product, sink: Callable[[Any], None], on_call: Callable[[bool], None]
 ) -> Iterator[None]:
     """For a while a LoRA layer is its base alone, and for each of its calls the backward pass hands `sink` a product of
     G.
@@ -83,16 +83,17 @@ def tap(
             gradient.
         product: `WHOLE`, `ROWS`, or one of `product_of`.
         sink: called once a call of the layer that the loss depends on.
-        on_call: called at each forward pass that records a graph, but not where checkpointing repeats one.
+        on_call: called at each forward pass, but not where checkpointing repeats one, with whether it records a graph.
     """
     found = vars(layer).get("forward")
 
     @torch.compiler.disable  # it would trace neither the node that is asked for what it keeps, nor the sink
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return base(x, *args, **kwargs)
+        records = torch.is_grad_enabled()
         if torch._C._current_graph_task_id() == -1:  # outside of any backward pass
-            on_call()
+            on_call(records)
+        if not records:
+            return base(x, *args, **kwargs)
         # Something must require a gradient for the graph to exist, and where nothing below is tapped nothing does.
         anchor = torch.zeros((), device=x.device, requires_grad=True)
         # The node's output, and not the node alone: a node frees what it saved when its last output is gone.
