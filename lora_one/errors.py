@@ -48,6 +48,10 @@ class TargetsWarning(InitWarning):
     """Layers that "all-linear" suggests, but that no LoRA can be attached to, or none that LoRA-One can start."""
 
 
+class AdapterWarning(InitWarning):
+    """The adapter that an earlier call attached, in place, to the base model of this one: it is replaced."""
+
+
 class ZeroGradientWarning(InitWarning):
     """Some layers have no gradient on the init batches, or are never called, and keep plain LoRA's start."""
 

@@ -43,12 +43,18 @@ def setting_problems(config: Mapping[str, Any]) -> list[str]:
             continue
         problems.append(f"{name}={value!r}: {_REASONS.get(name, 'not known here, and it may change what is computed')}")
     start = config.get("init_lora_weights")
-    if start not in _STARTS_THAT_KEEP_THE_BASE:
+    if not keeps_base(start):
         problems.append(
             f"init_lora_weights={start!r}: it changed the base weights, which other libraries do not know of; "
             "PEFT can save the difference as plain LoRA: path_initial_model_for_weight_conversion"
         )
     return problems
+
+
+def keeps_base(init_lora_weights: Any) -> bool:
+    """Whether a start of PEFT's leaves the base weights as they are. One that is not known here counts as not."""
+    start = init_lora_weights
+    return (start.lower() if isinstance(start, str) else start) in _STARTS_THAT_KEEP_THE_BASE
 
 
 def tensor_reason(name: str) -> str:

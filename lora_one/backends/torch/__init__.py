@@ -1,6 +1,6 @@
 """PyTorch: arrays, models through PEFT's own LoRA layers, and the optimizer."""
 
-from .attach import attach_lora as attach_plain
+from .attach import attach_plain
 from .files import load, merge, save
 from .model import TorchSession
 from .model import TorchSession as attach

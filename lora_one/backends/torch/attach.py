@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,10 @@ from lora_one.config import Config
 from lora_one.core.factors import Factors
 from lora_one.errors import ModelError, TargetsWarning
 
+from .adapters import mark_as_ours, take_out_leftover
 from .snapshot import Snapshot
+from .tasks import heads, task_type
+from .wrappers import plain_names, unwrapped
 
 
 @dataclass(frozen=True)
@@ -47,44 +50,87 @@ class Site:
 ALL_LINEAR = "all-linear"
 LINEAR = (nn.Linear, Conv1D)
 
-# Of tasks whose heads PEFT trains whole, but does not keep out of "all-linear": it would fail.
-HEADS = {peft.TaskType.TOKEN_CLS: ("classifier", "score"), peft.TaskType.QUESTION_ANS: ("qa_outputs",)}
-
 # What PEFT warns of that is its own affair: what it sets itself, of a mixture of experts too, and what it calls.
 _OF_PEFT = (".*fan_in_fan_out.*", "The following .*_pattern keys did not match.*", ".*is_gradient_checkpointing.*")
 
 
+def attach_plain(model: nn.Module, config: Config) -> peft.PeftModel:
+    """LoRA with its usual start on a plain model, in place. On an exception the model is as it was."""
+    model = unwrapped(model)
+    with plain_names(model):
+        found = Snapshot(model)
+        try:
+            return attach_lora(model, config)
+        except BaseException:
+            found.restore()
+            raise
+
+
 def attach_lora(model: nn.Module, config: Config) -> peft.PeftModel:
     """A new PeftModel around a plain model, whose base modules stay the same objects. `Snapshot` takes it back."""
+    take_out_leftover(model)
     _check_modules_to_save(model, config.modules_to_save)
-    if config.targets != ALL_LINEAR:
-        return _attached(model, config, config.targets)
+    attached = (
+        _on_all_linear(model, config) if config.targets == ALL_LINEAR else _attached(model, config, config.targets)
+    )
+    mark_as_ours(attached)
+    return attached
+
+
+def _on_all_linear(model: nn.Module, config: Config) -> peft.PeftModel:
     before = Snapshot(model)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR)}
-    gates = [name for name, x in linear.items() if isinstance(x, nn.Linear) and 1 in (x.in_features, x.out_features)]
-    without = [*gates, *(name for name in HEADS.get(_task_type(model), ()) if hasattr(model, name))]
-    attached = _attached(model, config, ALL_LINEAR, without)
+    without = [name for name, x in linear.items() if isinstance(x, nn.Linear) and 1 in (x.in_features, x.out_features)]
+    without += heads(model)
+    attached, refused = _where_peft_lets(model, config, linear, without)
     if wrapped := _names(attached, ParamWrapper):
         # PEFT means the layers that a mixture of experts had in transformers 4, where routers and experts were linear.
         targets = sorted(_config_of(attached).target_modules)
         before.restore()
-        attached = _attached(model, config, targets, without)
+        attached = _attached(model, config, targets, [*without, *refused])
     started = _names(attached, LoraLayer)
     trained = set(_config_of(attached).modules_to_save or ())
     left = {*wrapped, *linear} - {*started, *_output_layer(model)}
     if patterns := sorted({re.sub(r"\.\d+\.", ".*.", x) for x in left if trained.isdisjoint(x.split("."))}):
         warnings.warn(
-            f"no LoRA on {', '.join(patterns)}: gates of one output, routers, experts that are one parameter, and what "
-            f"PEFT takes for these; it is on {len(started)} linear layers. To have it elsewhere, name the targets",
+            f"no LoRA on {', '.join(patterns)}: gates of one output, routers, experts that are one parameter, what "
+            f"PEFT takes for these, and layers of state-space models that their kernels do not call; it is on "
+            f"{len(started)} linear layers. To have it elsewhere, name the targets",
             TargetsWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
     return attached
+
+
+def _where_peft_lets(
+    model: nn.Module, config: Config, linear: Iterable[str], without: Sequence[str]
+) -> tuple[peft.PeftModel, list[str]]:
+    """LoRA on all linear layers but those that PEFT refuses in this kind of model, and their names."""
+    before, refused = Snapshot(model), list[str]()
+    while True:
+        try:
+            return _attached(model, config, ALL_LINEAR, [*without, *refused]), refused
+        except _RefusedByPeft as error:
+            # Only the last part of its name is said, and only the first such layer.
+            more = [name for name in linear if name.rpartition(".")[2] == error.name and name not in refused]
+            if not more:
+                raise
+            before.restore()
+            refused += more
+
+
+class _RefusedByPeft(ModelError):
+    """A linear layer that PEFT takes no LoRA on, because of the model that it is in."""
+
+    def __init__(self, message: str, name: str):
+        super().__init__(message)
+        self.name = name
 
 
 def _attached(
     model: nn.Module, config: Config, targets: str | Sequence[str], without: Sequence[str] = ()
 ) -> peft.PeftModel:
+    task = task_type(model)
     lora_config = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -92,8 +138,8 @@ def _attached(
         lora_dropout=config.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         exclude_modules=list(without) or None,
-        modules_to_save=list(config.modules_to_save) or None,
-        task_type=_task_type(model),
+        modules_to_save=list(dict.fromkeys([*config.modules_to_save, *(heads(model) if task is None else ())])) or None,
+        task_type=task,
     )
     # PEFT draws a random start, which is overwritten: the user's random stream should not notice.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -109,9 +155,11 @@ def _attached(
                 f"{shown or 'none'}"
             ) from error
         except ValueError as error:
-            if "is not supported" not in str(error):
-                raise
             reason = str(error).split(". Currently")[0]
+            if refused := re.search(r"Module '([^']+)' is incompatible with", reason):
+                raise _RefusedByPeft(f"targets {config.targets!r}: {reason}", refused[1]) from error
+            if "is not supported" not in reason:
+                raise ModelError(f"PEFT cannot attach LoRA for the targets {config.targets!r}: {reason}") from error
             raise ModelError(f"targets must be linear layers, got {config.targets!r}: {reason}") from error
 
 
@@ -217,20 +265,3 @@ def _check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
 def _require_lora(model: peft.PeftModel) -> None:
     if not isinstance(model.base_model, LoraModel):
         raise ModelError(f"the adapter must be LoRA, got {type(model.base_model).__name__}")
-
-
-def _task_type(model: nn.Module) -> peft.TaskType | None:
-    """PEFT's task of a transformers model, so that `generate` and a classifier's new head work as its users expect."""
-    if not isinstance(model, PreTrainedModel):
-        return None
-    name = type(model).__name__
-    for suffix, task in {
-        "ForSequenceClassification": peft.TaskType.SEQ_CLS,
-        "ForTokenClassification": peft.TaskType.TOKEN_CLS,
-        "ForQuestionAnswering": peft.TaskType.QUESTION_ANS,
-    }.items():
-        if name.endswith(suffix):
-            return task
-    if not model.can_generate():
-        return None
-    return peft.TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else peft.TaskType.CAUSAL_LM

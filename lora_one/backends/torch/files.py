@@ -1,5 +1,7 @@
 """Adapters of PyTorch models on disk, written and read by PEFT after our own checks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,54 +16,82 @@ from transformers.pytorch_utils import Conv1D
 from lora_one.checkpoint import PEFT_BASE_KEY, WEIGHTS, AdapterFolder, check_folder, read_folder
 from lora_one.errors import CheckpointError, ModelError
 
+from .adapters import adapter_of, is_leftover, mark_as_ours, take_out_leftover
 from .attach import find_sites
 from .snapshot import Snapshot
+from .starts import base_weights_kept, check_start
+from .wrappers import plain_names, unwrapped
 
 
 def save(model: nn.Module, path: Path) -> None:
     """See `lora_one.save`."""
-    # PEFT would add a copy of the base weight where LoRA is on the output layer; the base weight is never changed here.
-    _require_adapter(model, "save").save_pretrained(str(path), save_embedding_layers=False)
+    with _opened(model, "save") as adapted:
+        for config in adapted.peft_config.values():
+            # Where PEFT was given a compiled model, torch.compile's names: they would match nothing in a plain one.
+            if isinstance(config.target_modules, (set, list)):
+                config.target_modules = {name.replace("_orig_mod.", "") for name in config.target_modules}
+        # PEFT would add a copy of the base weight where LoRA is on the output layer; it is never changed here.
+        adapted.save_pretrained(str(path), save_embedding_layers=False)
 
 
 def merge(model: nn.Module) -> nn.Module:
     """See `lora_one.merge`."""
-    merged: Any = _require_adapter(model, "merge").base_model.merge_and_unload()
+    with _opened(model, "merge") as adapted:
+        merged: Any = adapted.base_model.merge_and_unload()
+    if hasattr(merged, "_hf_peft_config_loaded"):  # of transformers' add_adapter
+        merged._hf_peft_config_loaded = False
     return merged
 
 
-def load(model: nn.Module, path: Path, trainable: bool) -> peft.PeftModel:
+def load(model: nn.Module, path: Path, trainable: bool) -> nn.Module:
     """See `lora_one.load`."""
-    folder = _without_base_weights(read_folder(path), model)
-    problems = check_folder(folder, _linear_layers(model))
-    if isinstance(model, peft.PeftModel) and not problems:
-        problems = _missing(model, folder)
-    if problems:
-        raise CheckpointError(f"the adapter in {path} does not fit the model", problems)
-    if isinstance(model, peft.PeftModel):
-        adapter = model.active_adapters[0]
-        peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(path), device="cpu"), adapter)
-        return model
-    found = Snapshot(model)
-    try:
-        with torch.random.fork_rng(devices=[]):  # PEFT draws a start before it reads the file
-            adapted = peft.PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
-        problems = _missing(adapted, folder)
+    base = unwrapped(model)
+    with plain_names(base):
+        adapted = adapter_of(base)
+        present = None if is_leftover(base, adapted) else adapted  # what the folder's factors go into
+        folder = _without_base_weights(read_folder(path), base if adapted is None else adapted)
+        problems = check_folder(folder, _linear_layers(base)) + check_start(folder, present)
+        if present is not None and not problems:
+            problems = _missing(present, folder)
         if problems:
             raise CheckpointError(f"the adapter in {path} does not fit the model", problems)
-    except BaseException:
-        found.restore()
-        raise
+        if present is None:
+            return _attach(base, folder, trainable)
+        name = present.active_adapters[0]
+        peft.set_peft_model_state_dict(present, peft.load_peft_weights(str(path), device="cpu"), name)
+        return model
+
+
+def _attach(model: nn.Module, folder: AdapterFolder, trainable: bool) -> peft.PeftModel:
+    found = Snapshot(model)
+    with base_weights_kept(model, folder):
+        try:
+            take_out_leftover(model)
+            with torch.random.fork_rng(devices=[]):  # PEFT draws a start before it reads the file
+                adapted = peft.PeftModel.from_pretrained(model, str(folder.path), is_trainable=trainable)
+            problems = _missing(adapted, folder)
+            if problems:
+                raise CheckpointError(f"the adapter in {folder.path} does not fit the model", problems)
+        except BaseException:
+            found.restore()
+            raise
     found.restore_modes(adapted)
+    mark_as_ours(adapted)
     return adapted
 
 
-def _require_adapter(model: nn.Module, verb: str) -> peft.PeftModel:
-    if not isinstance(model, peft.PeftModel):
-        raise ModelError(
-            f"{verb} needs a model with LoRA layers, as lora_one.init returns it, got {type(model).__name__}"
-        )
-    return model
+@contextmanager
+def _opened(model: nn.Module, verb: str) -> Iterator[peft.PeftModel]:
+    """The adapter of a model, with the names that it has in the plain model."""
+    inner = unwrapped(model)
+    with plain_names(inner):
+        adapted = adapter_of(inner)
+        if adapted is None:
+            raise ModelError(
+                f"{verb} needs a model with LoRA layers, as lora_one.init returns it, got {type(inner).__name__} "
+                "without any"
+            )
+        yield adapted
 
 
 def _missing(model: peft.PeftModel, folder: AdapterFolder) -> list[str]:

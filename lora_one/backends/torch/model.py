@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import peft
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from lora_one.core.spectrum import Probe
 from lora_one.errors import BatchError
 from lora_one.memory import process_peak
 
+from .adapters import adapter_of, is_leftover
 from .attach import Site, attach_lora, check_adapter_fits, find_sites
 from .batches import LossFn, check_depends, default_loss, device_of, losses
 from .distributed import is_parallel, mean_over_processes, sum_over_processes, unanimous
@@ -27,8 +27,10 @@ from .own_gradients import NOTHING, own_gradients
 from .precision import full_precision, no_reduced_matmul
 from .recompute import Recompute
 from .snapshot import Snapshot
+from .starts import check_base_is_whole
 from .sums import Sums
 from .tap import ROWS, WHOLE, Product, product_of, tap
+from .wrappers import plain_names, unwrapped
 
 
 class TorchSession:
@@ -36,7 +38,8 @@ class TorchSession:
 
     def __init__(self, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None, config: Config):
         self.ops = TorchOps()
-        self.model = model
+        self.model = self._given = model
+        self._adapted = False  # whether it had its adapter before, and not LoRA of our own
         self.layers: list[Layer] = []
         self._sites: dict[str, Site] = {}
         self._factors_found: dict[str, Factors] = {}
@@ -46,8 +49,10 @@ class TorchSession:
 
     def __enter__(self) -> "TorchSession":
         check_reiterable(self._batches, self._config)
+        self._wrappers, self._context = ExitStack(), ExitStack()
+        self.model = unwrapped(self.model)
+        self._wrappers.enter_context(plain_names(self.model))
         self._found = Snapshot(self.model)
-        self._context = ExitStack()
         try:
             self._attach()
         except BaseException:
@@ -62,23 +67,29 @@ class TorchSession:
         self._context.close()
         self._attached.restore_requires_grad()
         self._found.restore_modes(self.model)
+        self._wrappers.close()
+        if self._adapted:
+            self.model = self._given
 
     def _undo(self) -> None:
         self._context.close()
         self._found.restore()
         for name, factors in self._factors_found.items():
             self.assign(name, factors)
+        self._wrappers.close()
 
     def _attach(self) -> None:
-        adapted = isinstance(self.model, peft.PeftModel)
-        if adapted:
-            check_adapter_fits(self.model, self._config)
+        adapted = adapter_of(self.model)
+        if adapted is None or is_leftover(self.model, adapted):
+            self.model = adapted = attach_lora(self.model, self._config)
         else:
-            self.model = attach_lora(self.model, self._config)
-        sites = find_sites(self.model)
+            self._adapted = True
+            check_adapter_fits(adapted, self._config)
+            check_base_is_whole(adapted)
+        sites = find_sites(adapted)
         self._sites = {site.layer.name: site for site in sites}
         self.layers = [site.layer for site in sites]
-        if adapted:
+        if self._adapted:
             self._factors_found = {name: site.factors() for name, site in self._sites.items()}
         self._attached = Snapshot(self.model)
         self.model.requires_grad_(False)
@@ -87,6 +98,8 @@ class TorchSession:
         self._context.enter_context(_no_fast_path())
         self._context.enter_context(no_reduced_matmul())
         self._context.enter_context(torch.enable_grad())
+        # Passes over a few batches are not worth compiling for, and taps go through no compiled graph.
+        self._context.enter_context(torch.compiler.set_stance("force_eager"))
         self._context.enter_context(frozen_linears(self.model))
         self._recompute = self._context.enter_context(Recompute(self.model, self._config.recompute, self._device))
         if self._device.type == "cuda":

@@ -1,0 +1,120 @@
+"""Which adapter a model has already: as a PeftModel, injected into its layers, or left in it by an earlier call."""
+
+import warnings
+from typing import Any
+
+import peft
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from lora_one.errors import AdapterWarning, ModelError
+
+from .starts import check_base_is_whole
+
+_OURS = "attached_by_lora_one"  # an attribute of PEFT's configuration: no field, so it goes into no file
+
+
+def adapter_of(model: nn.Module) -> peft.PeftModel | None:
+    """The adapter of a model as a PeftModel: the model itself, or a view of layers that were injected into it.
+
+    A view shares the model's modules and changes nothing in it.
+
+    Raises:
+        ModelError: layers of PEFT that do not belong to the model as a whole, or a PeftModel whose layers are gone.
+    """
+    if isinstance(model, peft.PeftModel):
+        _check_in_force(model)
+        return model
+    found = [path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    configs: Any = vars(model).get("peft_config")
+    if found and not configs:
+        owners = [path for path, module in model.named_modules() if path and "peft_config" in vars(module)]
+        where = f"hand in the module that has it, {owners[0]!r}" if owners else "hand in the PeftModel"
+        raise ModelError(
+            f"{found[0]}: an adapter of PEFT inside a {type(model).__name__} that is no PeftModel; {where}. "
+            "A loss_fn may use the whole model"
+        )
+    return _view(model, configs) if found else None
+
+
+def mark_as_ours(adapted: peft.PeftModel) -> None:
+    """Note that the adapter came by lora_one, so that its base model, handed in again, is known for what it is."""
+    for config in adapted.peft_config.values():
+        setattr(config, _OURS, True)
+
+
+def is_leftover(model: nn.Module, adapted: peft.PeftModel | None) -> bool:
+    """Whether a model that looks plain still has the adapter that an earlier `init` or `load` attached in place."""
+    return adapted is not None and adapted is not model and all(hasattr(c, _OURS) for c in adapted.peft_config.values())
+
+
+def take_out_leftover(model: nn.Module) -> None:
+    """Make a base model plain again that has the adapter of an earlier call. `Snapshot` undoes it.
+
+    Raises:
+        ModelError: an adapter of someone else, or one that changed the base weights.
+    """
+    adapted = adapter_of(model)
+    if adapted is None:
+        return
+    if not is_leftover(model, adapted):
+        raise ModelError(
+            f"a model without an adapter is expected, got one that has {sorted(adapted.peft_config)} already: "
+            "lora_one.init starts that one again; to be rid of it, take it out with PEFT's unload()"
+        )
+    check_base_is_whole(adapted)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise ModelError(
+                f"{path}: the adapter of an earlier call is merged into the base weight; call unmerge_adapter() of "
+                "the model that this call returned first"
+            )
+        for name, child in list(module._modules.items()):
+            if isinstance(child, AuxiliaryTrainingWrapper):
+                module._modules[name] = _original(child)
+            elif isinstance(child, BaseTunerLayer):
+                module._modules[name] = child.get_base_layer()
+    del model.peft_config
+    warnings.warn(
+        "the model still has the adapter that an earlier call of init, load or attach_plain put into it, in place: it "
+        "is taken out, and the model that this call returned loses it. To keep both, give each a base model of its own",
+        AdapterWarning,
+        stacklevel=6,
+    )
+
+
+def _original(wrapper: Any) -> nn.Module:
+    return wrapper.original_module if hasattr(wrapper, "original_module") else wrapper.token_adapter.get_base_layer()
+
+
+def _check_in_force(model: peft.PeftModel) -> None:
+    base: Any = getattr(model.base_model, "model", None)
+    configs = vars(base).get("peft_config") if isinstance(base, nn.Module) else None
+    if configs is not None and configs is not model.peft_config:
+        raise ModelError(
+            "the base model of this PeftModel has been given another adapter since, in place of this one's: use the "
+            "model that the later call of init, load or attach_plain returned"
+        )
+
+
+def _view(model: nn.Module, configs: dict[str, Any]) -> peft.PeftModel:
+    """What `get_peft_model` would have made of the same layers, but for the injecting."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    active = list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
+    kind = configs[active[0]].peft_type if active else next(iter(configs.values())).peft_type
+    tuner: Any = _bare(PEFT_TYPE_TO_TUNER_MAPPING[kind])
+    tuner.model, tuner.peft_config = model, configs
+    tuner.active_adapter = active[0] if len(active) == 1 else active
+    view: Any = _bare(peft.PeftModel)
+    view.base_model, view.peft_type, view.active_adapter = tuner, kind, tuner.active_adapter
+    view._is_prompt_learning, view._peft_config = False, None
+    view.special_peft_forward_args = set()
+    return view
+
+
+def _bare(cls: type[nn.Module]) -> nn.Module:
+    module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    return module
