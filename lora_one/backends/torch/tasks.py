@@ -18,14 +18,24 @@ _HEADS = {
     peft.TaskType.QUESTION_ANS: ("qa_outputs",),
 }
 
+_EMBEDDED = ("input_ids", "inputs_embeds")
+_HANDED_ON = ("attention_mask", "labels", "output_attentions", "output_hidden_states", "return_dict")
+
 
 def task_type(model: nn.Module) -> peft.TaskType | None:
-    """The task, where the model takes the arguments that PEFT's class for it hands on by name.
+    """The task, where the model takes all arguments that PEFT's class for it hands on by name.
 
     Speech and image models take no `input_ids`: PEFT's class without a task hands on what it is given.
     """
     task = _task(model)
-    return task if task is None or "input_ids" in inspect.signature(model.forward).parameters else None
+    if task is None:
+        return None
+    parameters = inspect.signature(model.forward).parameters
+    # Models pass on what they do not know, but their parts know no embeddings either.
+    named = [*_EMBEDDED, *(f"decoder_{name}" for name in _EMBEDDED if task == peft.TaskType.SEQ_2_SEQ_LM)]
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    fits = parameters.keys() >= {*named} and (open_ended or parameters.keys() >= {*_HANDED_ON})
+    return task if fits else None
 
 
 def heads(model: nn.Module) -> tuple[str, ...]:
