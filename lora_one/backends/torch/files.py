@@ -68,7 +68,7 @@ def _attach(model: nn.Module, folder: AdapterFolder, trainable: bool) -> peft.Pe
         try:
             take_out_leftover(model)
             with torch.random.fork_rng(devices=[]):  # PEFT draws a start before it reads the file
-                adapted = peft.PeftModel.from_pretrained(model, str(folder.path), is_trainable=trainable)
+                adapted = _opened_by_peft(model, folder, trainable)
             problems = _missing(adapted, folder)
             if problems:
                 raise CheckpointError(f"the adapter in {folder.path} does not fit the model", problems)
@@ -78,6 +78,15 @@ def _attach(model: nn.Module, folder: AdapterFolder, trainable: bool) -> peft.Pe
     found.restore_modes(adapted)
     mark_as_ours(adapted)
     return adapted
+
+
+def _opened_by_peft(model: nn.Module, folder: AdapterFolder, trainable: bool) -> peft.PeftModel:
+    try:
+        return peft.PeftModel.from_pretrained(model, str(folder.path), is_trainable=trainable)
+    except Exception as error:  # of whatever kind: what its configuration asks for is not ours
+        raise CheckpointError(
+            f"PEFT cannot attach the adapter in {folder.path} to the model: {type(error).__name__}: {error}"
+        ) from error
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from lora_one.checkpoint import AdapterFolder
@@ -64,7 +65,9 @@ def base_weights_kept(model: nn.Module, folder: AdapterFolder) -> Iterator[None]
     """On an exception put back the base weights that a folder's start changes, in place."""
     kept = []
     if not keeps_base(folder.config.get("init_lora_weights", True)):
-        weights: list[Any] = [model.get_submodule(name).weight for name in folder.lora_A]
+        config = peft.PeftConfig.from_pretrained(str(folder.path))
+        targets = [layer for name, layer in model.named_modules() if check_target_module_exists(config, name)]
+        weights = [layer.weight for layer in targets if isinstance(getattr(layer, "weight", None), nn.Parameter)]
         kept = [(weight, weight.detach().clone()) for weight in weights]
     try:
         yield
