@@ -62,3 +62,7 @@ class GammaWarning(InitWarning):
 
 class ChangingBatchesWarning(InitWarning):
     """The passes of a sketch did not see the same batches, so that they do not belong to one gradient."""
+
+
+class UnderflowWarning(InitWarning):
+    """Gradients that float16 cannot hold, at any scale of the loss."""

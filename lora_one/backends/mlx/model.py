@@ -1,7 +1,8 @@
 """An MLX model during `init`: probes in, LoRA's gradients out."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,9 +18,10 @@ from lora_one.core.spectrum import Probe
 from .attach import Site, attach_lora, check_adapter_fits, find_sites, random_stream_kept
 from .batches import LossFn, check_scalar, default_loss, to_mlx
 from .distributed import mean_over_processes, sum_over_processes, unanimous
-from .layout import read_factor, read_pairs, write_factor, write_pairs
+from .layout import read_factor, read_pairs, write_pairs
 from .ops import MlxOps
-from .tap import tap, zeros_without_memory
+from .scaling import LossScale, Summaries, summary
+from .standins import installed, tapped
 from .tree import Snapshot, train_without_dropout
 
 Arrays = dict[str, mx.array]  # by site
@@ -91,6 +93,8 @@ class MlxSession:
             self._pairs[site.path] = read_pairs(site.module)
             self._position.update({layer.name: (site.path, i) for i, layer in enumerate(site.layers)})
         self._attached = Snapshot(self.model)
+        self._scale = LossScale(self.model)
+        self._is_fitted = not self._scale.is_needed
         # What checkpointing hands to a block as its inputs is what is trainable in it: the probes must be.
         self.model.freeze()
         for site in sites:
@@ -105,7 +109,7 @@ class MlxSession:
     def sketch_pass(self, probes: Mapping[str, Probe]) -> tuple[PassResult, dict[str, mx.array | None]]:
         with ExitStack() as stack:
             for site in self._sites.values():
-                stack.enter_context(_installed(site, [probes[layer.name] for layer in site.layers]))
+                stack.enter_context(installed(site, [probes[layer.name] for layer in site.layers]))
             given_a = next(iter(probes.values())).lora_A is not None
             name = "lora_b" if given_a else "lora_a"
             modules = {path: site.module for path, site in self._sites.items()}
@@ -119,7 +123,7 @@ class MlxSession:
 
     def exact_pass(self, consume: Callable[[str, mx.array], None]) -> PassResult:
         with ExitStack() as stack:
-            taps = {path: stack.enter_context(_tapped(site)) for path, site in self._sites.items()}
+            taps = {path: stack.enter_context(tapped(site)) for path, site in self._sites.items()}
             # The last batch's gradients stay unevaluated, so that below one layer after the other is computed,
             # decomposed and freed, the last first, as the backward pass comes to them.
             result, sums = self._backward(taps, "gradient", lambda *lazy: mx.eval(lazy[0]))
@@ -139,18 +143,32 @@ class MlxSession:
         """
         values = {path: module[name] for path, module in modules.items()}
 
-        def loss_of(values: Arrays, batch: Any, index: int) -> mx.array:
+        def loss_of(values: Arrays, batch: Any, index: int, scale: float) -> tuple[mx.array, mx.array]:
             for path, value in values.items():
                 modules[path][name] = value
-            return check_scalar(self._loss_fn(self.model, batch), index)
+            loss = check_scalar(self._loss_fn(self.model, batch), index)
+            return (loss if scale == 1.0 else self.ops.at_least_float32(loss) * scale), loss
+
+        def backward(batch: Any, index: int, scale: float) -> tuple[mx.array, Arrays]:
+            with mx.stream(self._device):
+                (_, loss), gradients = mx.value_and_grad(loss_of)(values, to_mlx(batch), index, scale)
+            return loss, gradients if scale == 1.0 else {path: x / scale for path, x in gradients.items()}
+
+        def summaries(batch: Any, index: int, scale: float) -> Summaries:
+            loss, gradients = backward(batch, index, scale)
+            each = {path: summary(gradients.pop(path)) for path in values}  # so that no gradient stays in memory
+            mx.eval(loss, each)
+            check_finite_loss(float(np.array(loss)), index)
+            return {path: np.array(x) for path, x in each.items()}
 
         sums: Arrays = {}
         total, count = 0.0, 0
         try:
             for batch, last in with_last(self._batches):
                 count += 1
-                with mx.stream(self._device):
-                    loss, gradients = mx.value_and_grad(loss_of)(values, to_mlx(batch), count)
+                if not self._is_fitted:
+                    self._scale.fit(partial(summaries, batch, count))
+                loss, gradients = backward(batch, count, self._scale.value)
                 sums = {path: sums[path] + gradients[path] for path in values} if sums else gradients
                 del gradients  # or the sums could not take their place in memory
                 (evaluate_last if last else mx.eval)(loss, sums)
@@ -158,6 +176,9 @@ class MlxSession:
         finally:
             for path, value in values.items():
                 modules[path][name] = value
+        if not self._is_fitted:
+            self._is_fitted = True
+            self._scale.warn()
         return PassResult(*mean_over_processes(total, count)), sums
 
     def mean_loss(self) -> PassResult:
@@ -184,38 +205,3 @@ class MlxSession:
 
     def peak_memory(self) -> int | None:
         return mx.get_peak_memory()
-
-
-@contextmanager
-def _installed(site: Site, probes: list[Probe]) -> Iterator[None]:
-    """Put probes, one a pair, into a LoRA layer for a while, at scale 1; the other factor is zero."""
-    module = site.module
-    before = module.lora_a, module.lora_b, module.scale
-    given: list[mx.array] = []
-    zeros: list[mx.array] = []
-    for probe, layer in zip(probes, site.layers, strict=True):
-        if probe.lora_A is not None:
-            given.append(probe.lora_A)
-            zeros.append(zeros_without_memory((layer.out_features, probe.lora_A.shape[0]), probe.lora_A.dtype))
-        else:
-            assert probe.lora_B is not None
-            given.append(probe.lora_B)
-            zeros.append(zeros_without_memory((probe.lora_B.shape[1], layer.in_features), probe.lora_B.dtype))
-    both = write_factor(module, given), write_factor(module, zeros)
-    module.lora_a, module.lora_b = both if probes[0].lora_A is not None else both[::-1]
-    module.scale = 1.0
-    try:
-        yield
-    finally:
-        module.lora_a, module.lora_b, module.scale = before
-
-
-@contextmanager
-def _tapped(site: Site) -> Iterator[nn.Module]:
-    """A tap in the place of a LoRA layer for a while, which computes W x alone."""
-    standing_in = tap(site.module)
-    site.place.container[site.place.key] = standing_in
-    try:
-        yield standing_in
-    finally:
-        site.place.container[site.place.key] = site.module
