@@ -35,6 +35,7 @@ GradientOption = Annotated[str | None, typer.Option("--gradient", help="sketch o
 PassesOption = Annotated[str | None, typer.Option("--passes", help='Of the sketch: a number, or "auto", 4 to 12.')]
 InitBatchesOption = Annotated[int | None, typer.Option("--init-batches", help="Batches that the start reads.")]
 BatchSizeOption = Annotated[int | None, typer.Option("--batch-size")]
+MaxLengthOption = Annotated[int | None, typer.Option("--max-length", help="Tokens that sequences are cut to.")]
 SeedOption = Annotated[int | None, typer.Option("--seed")]
 OutOption = Annotated[str | None, typer.Option("--out", help="Folder for the adapter.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML or TOML with any of these settings.")]
@@ -57,6 +58,7 @@ def finetune(
     init_batches: InitBatchesOption = None,
     steps: Annotated[int | None, typer.Option("--steps")] = None,
     batch_size: BatchSizeOption = None,
+    max_length: MaxLengthOption = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr")] = None,
     precondition: Annotated[bool | None, typer.Option("--precondition/--no-precondition")] = None,
     plain: Annotated[bool | None, typer.Option("--plain", help="LoRA's usual start, for comparison.")] = None,
@@ -94,6 +96,7 @@ def init(
     passes: PassesOption = None,
     init_batches: InitBatchesOption = None,
     batch_size: BatchSizeOption = None,
+    max_length: MaxLengthOption = None,
     seed: SeedOption = None,
     out: OutOption = None,
     config: ConfigOption = None,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,13 @@ class TokenSequence:
         tokens: prompt, completion and end of sequence.
         prompt_length: how many of them are the prompt.
         pictures: see `Example`; each has one image token in the prompt.
+        where: see `Example`.
     """
 
     tokens: list[int]
     prompt_length: int
     pictures: Pictures | None = None
+    where: str = field(default="", compare=False)
 
     def cut(self, length: int, separate: bool = False) -> "TokenSequence | None":
         """The first `length` tokens, or None if nothing of the completion is among them.
@@ -142,7 +144,9 @@ def encode(tokenizer: Any, example: Example) -> TokenSequence:
     prompt = encode_prompt(tokenizer, example)
     if isinstance(example.prompt, str):
         completion = tokenizer.encode(example.completion, add_special_tokens=False)
-        return TokenSequence([*prompt, *completion, tokenizer.eos_token_id], len(prompt), example.pictures)
+        return TokenSequence(
+            [*prompt, *completion, tokenizer.eos_token_id], len(prompt), example.pictures, example.where
+        )
     messages = [*example.prompt, {"role": "assistant", "content": example.completion}]
     tokens = _template(tokenizer, messages, add_generation_prompt=False)
     if tokens[: len(prompt)] != prompt:
@@ -152,7 +156,7 @@ def encode(tokenizer: Any, example: Example) -> TokenSequence:
         )
     if len(tokens) == len(prompt):
         raise DataError(f"{example.where}: the completion has no tokens")
-    return TokenSequence(tokens, len(prompt), example.pictures)
+    return TokenSequence(tokens, len(prompt), example.pictures, example.where)
 
 
 def encode_prompt(tokenizer: Any, example: Example) -> list[int]:

@@ -12,8 +12,10 @@ from . import api
 from .backends import load_backend, load_tuner
 from .backends.interface import Tuner
 from .data import Example, TokenSequence, encode, read_examples
+from .destination import check_writable
 from .errors import DataError, InitWarning
 from .evaluation import Evaluation, answers, write_scores
+from .fit import check_questions, check_sequences
 from .recipe import Recipe
 from .report import Report
 from .scores import METRICS
@@ -74,12 +76,11 @@ def finetune(recipe: Recipe, progress: Progress) -> Outcome:
     Raises:
         LoraOneError: see `lora_one.errors`.
     """
+    check_writable(Path(recipe.out))
     evaluation = Evaluation(recipe)  # what it lacks should not be found out after the training
     tuner, sequences, tests = _prepare(recipe, progress)
     recipe = recipe.for_examples(len(sequences))
-    questions = [encode(tuner.tokenizer, example) for example in tests]
-    if tuner.separate and recipe.max_length is not None:
-        questions = [question.cut(recipe.max_length, separate=True) or question for question in questions]
+    questions = _questions(tuner, tests, recipe)
     held_out = _held_out(recipe, tuner)
     before = _score(tuner, tests, questions, recipe, progress, "before")
     _validate(tuner, held_out, progress, "before")
@@ -106,6 +107,7 @@ def finetune(recipe: Recipe, progress: Progress) -> Outcome:
 
 def initialize_only(recipe: Recipe, progress: Progress) -> Outcome:
     """The start alone, saved as an adapter, for people with a trainer of their own."""
+    check_writable(Path(recipe.out))
     tuner, sequences, _ = _prepare(recipe, progress)
     report = _start(tuner, sequences, recipe, progress)
     out = Path(recipe.out)
@@ -146,7 +148,18 @@ def _encode_all(tuner: Tuner, examples: Iterable[Example], recipe: Recipe, progr
     if len(sequences) < len(whole):
         lost = len(whole) - len(sequences)
         progress.warn(f"{lost} of {len(whole)} examples have a prompt that fills max_length: they are left out")
+    remark = check_sequences(sequences, tuner.tokenizer, tuner.limits, tuner.separate)
+    if remark is not None:
+        progress.warn(remark)
     return sequences
+
+
+def _questions(tuner: Tuner, tests: list[Example], recipe: Recipe) -> list[TokenSequence]:
+    questions = [encode(tuner.tokenizer, example) for example in tests]
+    if tuner.separate and recipe.max_length is not None:
+        questions = [question.cut(recipe.max_length, separate=True) or question for question in questions]
+    check_questions(questions, tuner.tokenizer, tuner.limits, tuner.separate)
+    return questions
 
 
 def _start(tuner: Tuner, sequences: list[TokenSequence], recipe: Recipe, progress: Progress) -> Report | None:
@@ -186,7 +199,12 @@ def _held_out(recipe: Recipe, tuner: Tuner) -> list[Any]:
     """Batches of the `valid.jsonl` beside the training data, where the data is a folder that has one."""
     if not isinstance(recipe.data, str) or not (file := Path(recipe.data) / "valid.jsonl").is_file():
         return []
-    return tuner.batches([encode(tuner.tokenizer, example) for example in read_examples(file)], recipe.batch_size)
+    whole = [encode(tuner.tokenizer, example) for example in read_examples(file)]
+    length = recipe.max_length
+    cut = whole if length is None else [sequence.cut(length, tuner.separate) for sequence in whole]
+    sequences = [sequence for sequence in cut if sequence is not None]
+    check_sequences(sequences, tuner.tokenizer, tuner.limits, tuner.separate)
+    return tuner.batches(sequences, recipe.batch_size)
 
 
 def _validate(tuner: Tuner, held_out: list[Any], progress: Progress, when: str) -> None:

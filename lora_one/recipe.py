@@ -43,8 +43,8 @@ class Recipe:
         batch_size, accumulation: sequences of a micro-batch, and micro-batches of a step.
         schedule: "linear" or "cosine", down to zero after the warmup.
         warmup, warmup_ratio: steps, or the share of all steps, in which the learning rate rises.
-        max_length: tokens that a training sequence is cut to; of prompt and completion each in an encoder-decoder. A
-            picture counts as one.
+        max_length: tokens that a training or validation sequence is cut to; of prompt and completion each in an
+            encoder-decoder. A picture counts as one.
         precondition, reg, damping: see `lora_one.optimizer`.
         init_batches: micro-batches of the training data that the initialisation reads.
         plain: start LoRA as usual instead, for comparison.

@@ -8,6 +8,7 @@ from lora_one.core.gradient import Gradient
 from lora_one.core.ops import Array, Ops
 from lora_one.core.spectrum import Probe
 from lora_one.data import TokenSequence
+from lora_one.fit import Limits
 from lora_one.recipe import Recipe
 
 
@@ -90,13 +91,15 @@ class Session(Protocol):
 class Tuner(Protocol):
     """A causal language model and its tokenizer, from a local folder in Hugging Face's format: what the command uses.
 
-    A backend that offers it has a module `tuner` with `open_tuner(folder: Path, dtype: str, device: str | None)`, and
-    `attach_plain(model, config)`, which attaches LoRA with its usual start, for comparison.
+    A backend that offers it has a module `tuner` with `open_tuner(folder: Path, dtype: str, device: str | None)`, which
+    refuses a tokenizer without an end-of-sequence token, and `attach_plain(model, config)`, which attaches LoRA with
+    its usual start, for comparison.
     """
 
     model: Any
     tokenizer: Any  # Hugging Face's, or one that passes `encode`, `decode` and `apply_chat_template` on to it
     separate: bool  # prompt and completion are sequences of their own: an encoder-decoder
+    limits: Limits  # of what the model can be given
 
     def batches(self, sequences: Sequence[TokenSequence], batch_size: int) -> list[Any]:
         """Padded batches, in order, for `init` with `loss_fn`."""

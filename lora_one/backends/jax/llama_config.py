@@ -18,6 +18,7 @@ class LlamaConfig:
     Attributes:
         qkv_bias, output_bias: whether the attention's projections have a bias.
         qk_norm: whether queries and keys are normalised by head (Qwen3).
+        max_position_embeddings: the longest sequence that it was trained on.
         windows: per layer, how many tokens back it sees; None is all.
         rope: `rope_parameters`: rope_theta, rope_type, and what the type needs.
     """
@@ -37,6 +38,7 @@ class LlamaConfig:
     qk_norm: bool
     windows: tuple[int | None, ...]
     rope: tuple[tuple[str, Any], ...]
+    max_position_embeddings: int | None = None
 
     def frequencies(self) -> list[float]:
         """Of the rotary embedding, (head_dim / 2,): default, linear, or llama3's piecewise scaling."""
@@ -90,6 +92,7 @@ def read_llama_config(folder: Path) -> LlamaConfig:
         qk_norm=family == "qwen3",
         windows=_windows(family, values, layers),
         rope=_rope(folder, values),
+        max_position_embeddings=values.get("max_position_embeddings"),
     )
 
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from lora_one.data import TokenSequence
 from lora_one.errors import ConfigError, ModelError
+from lora_one.fit import Limits, check_tokenizer, pad_token
 from lora_one.recipe import Recipe
 
 from .llama import causal_lm_loss
@@ -29,7 +30,7 @@ def open_tuner(folder: Path, dtype: str, device: str | None) -> "JaxTuner":
 
     Raises:
         ConfigError: no such device.
-        ModelError, CheckpointError: the folder holds no model of the Llama family, or no tokenizer.
+        ModelError, CheckpointError: the folder holds no model of the Llama family, or no tokenizer that ends texts.
     """
     try:
         where = None if device is None else jax.devices(device)[0]
@@ -40,6 +41,7 @@ def open_tuner(folder: Path, dtype: str, device: str | None) -> "JaxTuner":
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} must hold a causal language model and its tokenizer: {error}") from error
+    check_tokenizer(tokenizer, folder)
     with jax.default_device(where):
         return JaxTuner(load_llama(folder, jnp.dtype(dtype)), tokenizer)
 
@@ -49,10 +51,12 @@ class JaxTuner:
 
     separate = False
 
-    def __init__(self, model: nnx.Module, tokenizer: Any):
-        self.model: Any = model
+    def __init__(self, model: Any, tokenizer: Any):
+        self.model = model
         self.tokenizer = tokenizer
-        self._pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        config = model.config
+        self.limits = Limits(config.vocab_size, trained=config.max_position_embeddings)  # it rotates: no table ends
+        self._pad = pad_token(tokenizer, self.limits.rows)
 
     def batches(self, sequences: Sequence[TokenSequence], batch_size: int) -> list[dict[str, np.ndarray]]:
         return [self._collate(sequences[i : i + batch_size]) for i in range(0, len(sequences), batch_size)]

@@ -20,9 +20,11 @@ from mlx_lm.tuner.trainer import TrainingArgs, train
 
 from lora_one.data import TokenSequence
 from lora_one.errors import ModelError
+from lora_one.fit import check_tokenizer
 from lora_one.recipe import Recipe
 
 from .batches import default_loss
+from .limits import limits_of
 from .optimizer import LearningRate, optimizer
 from .pretrained import load_pretrained
 
@@ -44,12 +46,13 @@ def open_tuner(folder: Path, dtype: str, device: str | None) -> "MlxTuner":
         mx.set_default_device(mx.Device(mx.cpu if device == "cpu" else mx.gpu))
     try:
         model, tokenizer = load_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:  # mlx-lm's settings are dataclasses: TypeError
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{folder} must hold a causal language model that mlx-lm knows: {error}") from error
     if tokenizer is None:
         raise ModelError(f"{folder} must hold a tokenizer, got none")
+    check_tokenizer(tokenizer, folder)
     model.set_dtype(getattr(mx, dtype))
     return MlxTuner(model, tokenizer)
 
@@ -62,6 +65,7 @@ class MlxTuner:
     def __init__(self, model: nn.Module, tokenizer: Any):
         self.model = model
         self.tokenizer = tokenizer
+        self.limits = limits_of(model)
 
     def batches(self, sequences: Sequence[TokenSequence], batch_size: int) -> list[Batch]:
         return [_collate(sequences[i : i + batch_size]) for i in range(0, len(sequences), batch_size)]

@@ -22,9 +22,11 @@ from transformers import (
 
 from lora_one.data import TokenSequence
 from lora_one.errors import ModelError
+from lora_one.fit import check_tokenizer, pad_token
 from lora_one.recipe import Recipe
 
 from .batches import default_loss
+from .limits import limits_of
 from .optimizer import optimizer
 
 IGNORED = -100  # transformers' label of a token that is not part of the loss
@@ -37,7 +39,7 @@ def open_tuner(folder: Path, dtype: str, device: str | None) -> "TorchTuner":
         folder: or, where no such folder is, a name on the hub.
 
     Raises:
-        ModelError: it holds no such model that transformers can load.
+        ModelError: it holds no such model that transformers can load, or a tokenizer that ends no text.
     """
     from .seq2seq import Seq2SeqTuner
     from .vision import VisionTuner
@@ -51,9 +53,12 @@ def open_tuner(folder: Path, dtype: str, device: str | None) -> "TorchTuner":
             loader = AutoModelForImageTextToText
         elif config.is_encoder_decoder:
             loader = AutoModelForSeq2SeqLM
-        model = loader.from_pretrained(str(folder), dtype=getattr(torch, dtype), **where)
         opener: Any = AutoProcessor if seeing else AutoTokenizer
         words = opener.from_pretrained(str(folder), **where)
+        check_tokenizer(words.tokenizer if seeing else words, folder)
+        model = loader.from_pretrained(str(folder), dtype=getattr(torch, dtype), **where)
+    except ModelError:
+        raise
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} must hold a causal language model and its tokenizer: {error}") from error
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -71,7 +76,8 @@ class TorchTuner:
     def __init__(self, model: nn.Module, tokenizer: Any):
         self.model: Any = model
         self.tokenizer = tokenizer
-        self._pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.limits = limits_of(self.model)
+        self._pad = pad_token(tokenizer, self.limits.rows)
 
     def batches(self, sequences: Sequence[TokenSequence], batch_size: int) -> list[dict[str, Tensor]]:
         return [self._collate(sequences[i : i + batch_size]) for i in range(0, len(sequences), batch_size)]
