@@ -10,13 +10,15 @@ from typing import Any
 _CHANGES = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.chmod"}  # audit events
 
 
-def killed_before_each_change(action: Callable[[], object], prepare: Callable[[], object] = int) -> Iterator[int]:
+def killed_before_each_change(
+    action: Callable[[], object], prepare: Callable[[], object] = int, step: int = 1
+) -> Iterator[int]:
     """Run `action` again and again in a process of its own, killed before its 1st, 2nd, ... change; yields the number.
 
     The last run is not killed, and yields 0. Exchanging two names is no change that Python tells of: the state after it
     is seen before the next one.
     """
-    for moment in range(1, 1000):
+    for moment in range(1, 1000, step):
         if not _killed(moment, action, prepare):
             yield 0
             return
