@@ -1,17 +1,26 @@
 """The gradient oracle: one jitted function from factors and a batch to the loss and the factors' gradients."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_one.backends.checks import check_finite_loss, with_last
 
 from .batches import arrays_and_rest, check_loss, rejoin
 from .sites import Binding, Leaves
+from .underflow import LossScale, all_finite, computes_in_float16
 
 Gradients = dict[str, Leaves]
+
+
+class Scale(NamedTuple):
+    """A `LossScale` as the compiled step gets it."""
+
+    value: Any  # (), float32
+    is_last: Any  # (), bool
 
 
 class Oracle:
@@ -32,15 +41,28 @@ class Oracle:
             with jax.default_matmul_precision("highest"):
                 return check_loss(binding.loss(loss_fn, frozen, factors, rejoin(arrays, rest)), self._batch)
 
-        def step(total: Gradients, factors: Gradients, frozen: Any, arrays: list[Any], rest: Any) -> Any:
+        def step(total: Gradients, factors: Gradients, frozen: Any, scale: Scale, arrays: list[Any], rest: Any) -> Any:
             self.traces += 1
-            value, gradients = jax.value_and_grad(loss)(factors, frozen, arrays, rest)
-            return value, jax.tree.map(jnp.add, total, gradients)
+
+            def wide_loss(factors: Gradients) -> jax.Array:
+                value = loss(factors, frozen, arrays, rest)
+                return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
+            value, pullback = jax.vjp(wide_loss, factors)
+            (gradients,) = pullback(scale.value.astype(value.dtype))
+            finite = all_finite(gradients)
+            added = jax.tree.map(
+                lambda sum, x: jnp.where(finite | scale.is_last, sum + x / scale.value.astype(x.dtype), sum),
+                total,
+                gradients,
+            )
+            return value, added, finite
 
         self._loss: Any = jax.jit(loss, static_argnums=3)
         # The sums stay where they are, or the next batch would find other shardings and compile again.
         where = {name: site.shardings() for name, site in binding.sites.items()}
-        self._step: Any = jax.jit(step, static_argnums=4, donate_argnums=0, out_shardings=(None, where))
+        self._step: Any = jax.jit(step, static_argnums=5, donate_argnums=0, out_shardings=(None, where, None))
+        self._scale: LossScale | None = None  # known once the step was traced
 
     def compilations(self) -> int:
         """Programs that XLA has made of the function with gradients."""
@@ -50,7 +72,8 @@ class Oracle:
         """The compiled function with gradients as text: what each device does, collectives included."""
         arrays, rest = arrays_and_rest(batch)
         total = jax.tree.map(_zeros, factors)
-        return self._step.lower(total, factors, self._binding.frozen, arrays, rest).compile().as_text()
+        scale = _as_arrays(LossScale(False))
+        return self._step.lower(total, factors, self._binding.frozen, scale, arrays, rest).compile().as_text()
 
     def gradients(self, batches: Iterable[Any], factors: dict[str, Leaves]) -> tuple[float, int, Gradients]:
         """(mean loss, batches, mean gradients of the factors).
@@ -62,8 +85,15 @@ class Oracle:
 
         def run(arrays: list[Any], rest: Any) -> Any:
             nonlocal total
-            value, total = self._step(total, factors, self._binding.frozen, arrays, rest)
-            return value
+            frozen = self._binding.frozen
+            if self._scale is None:  # the call below finds the trace made here
+                traced = self._step.trace(total, factors, frozen, _as_arrays(LossScale(False)), arrays, rest)
+                self._scale = LossScale(computes_in_float16(traced.jaxpr.jaxpr))
+            while True:
+                value, total, finite = self._step(total, factors, frozen, _as_arrays(self._scale), arrays, rest)
+                if self._scale.is_last or finite or not jnp.isfinite(value):
+                    return value
+                self._scale.lower()
 
         mean, count = self._over(batches, run)
         return mean, count, _mean(total, count)
@@ -85,6 +115,10 @@ class Oracle:
 @jax.jit
 def _mean(total: Gradients, count: int) -> Gradients:
     return jax.tree.map(lambda x: x / count, total)
+
+
+def _as_arrays(scale: LossScale) -> Scale:
+    return Scale(np.float32(scale.value), np.bool_(scale.is_last))
 
 
 def _zeros(x: jax.Array) -> jax.Array:

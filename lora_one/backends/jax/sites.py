@@ -140,5 +140,8 @@ def _put(x: Array, where: Sharding | None) -> Array:
 
 
 def factor_dtype(kernel: Any) -> Any:
-    """The dtype to train factors in: the kernel's own, as the field does, if it is a float of 16 bits or more."""
-    return kernel.dtype if jnp.issubdtype(kernel.dtype, jnp.floating) and kernel.dtype.itemsize >= 2 else jnp.float32
+    """The dtype to train factors in: float32 or wider, as PEFT and mlx-lm do it.
+
+    In bfloat16 an entry keeps 8 bits, and the updates of a small learning rate are lost in rounding.
+    """
+    return jnp.float64 if kernel.dtype == jnp.float64 else jnp.float32

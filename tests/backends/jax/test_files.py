@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from flax import nnx
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
@@ -108,16 +109,21 @@ def test_a_folder_that_does_not_fit_changes_nothing(llama, tmp_path):
         lora_one.save(model, tmp_path)
 
 
-def test_bfloat16_factors_are_saved_as_they_are(tmp_path):
-    model = mlp(jnp.bfloat16)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_factors_are_kept_and_saved_as_they_are_where_somebody_made_them_so(dtype, tmp_path):
     config = lora_one.Config(rank=2, targets=["up"], passes=2)
-    model, _ = lora_one.init(model, regression(1), squared_error, config)
+    model, _ = lora_one.init(mlp(dtype), regression(1), squared_error, config)
+    nnx.update(model, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model, nnx.LoRAParam)))
+    model, _ = lora_one.init(model, regression(1), squared_error, lora_one.Config(rank=2, passes=2))
+    assert model.up.kernel_lora_a.dtype == dtype
     lora_one.save(model, tmp_path)
-    loaded = lora_one.load(mlp(jnp.bfloat16), tmp_path)
+    stored = safe_open(tmp_path / "adapter_model.safetensors", framework="flax")
+    assert {stored.get_tensor(name).dtype for name in stored.keys()} == {jnp.dtype(dtype)}  # noqa: SIM118
+    loaded = lora_one.load(mlp(dtype), tmp_path)
     for side in "ab":
         got, expected = (getattr(m.up, f"kernel_lora_{side}") for m in (loaded, model))
-        assert got.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(got[...], expected[...])
+        assert got.dtype == jnp.float32
+        np.testing.assert_array_equal(got[...], expected[...].astype(jnp.float32))
 
 
 @pytest.mark.parametrize("kind", ["several-axes", "stack", "linen", "pytree"])

@@ -275,11 +275,12 @@ def test_layers_stacked_along_another_axis_are_an_error():
         lora_one.init(nnx.Sequential(model), BATCHES, squared_error, CONFIG)
 
 
-def test_narrow_models_are_sketched_in_float32_and_trained_in_their_dtype():
+def test_narrow_models_are_sketched_and_trained_in_float32():
     model = mlp(jnp.bfloat16)
     before = values(model)
     adapted, report = lora_one.init(model, BATCHES, squared_error, lora_one.Config(rank=2, targets=["up"], passes=2))
-    assert adapted.up.kernel_lora_a.dtype == jnp.bfloat16
+    assert adapted.up.kernel_lora_a.dtype == adapted.up.kernel_lora_b.dtype == jnp.float32
+    assert adapted.up(BATCHES[0][0]).dtype == jnp.bfloat16
     assert report.layers[0].energy > 0.3
     after = values(adapted)
     assert_same({path: after[path] for path in before}, before)
