@@ -1,5 +1,7 @@
 """An adapter in memory, in no framework's arrays: what the layouts on disk are read into and written from."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from .core.factors import Factors
@@ -24,3 +26,4 @@ class Adapter(NamedTuple):
     layers: dict[str, LoraLayer]  # by path in the base model
     dropout: float = 0.0
     task: str | None = None  # PEFT's task_type
+    notes: Mapping[str, str] = MappingProxyType({})  # of a backend to itself, in the header of PEFT's file

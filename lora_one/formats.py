@@ -21,7 +21,7 @@ from .tensors import Tensor, wider, write_tensors
 
 def write_peft(path: Path, adapter: Adapter) -> None:
     """Write, into an empty folder, what PEFT, vLLM and `lora_one.load` open."""
-    write_tensors(path / WEIGHTS, _peft_tensors(adapter), "pt")
+    write_tensors(path / WEIGHTS, _peft_tensors(adapter), "pt", adapter.notes)
     _write_config(path, _peft_config(adapter))
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -70,7 +71,9 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
     return tensors
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], framework: str) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], framework: str, notes: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Write a file.
 
     By hand, since safetensors' writer for NumPy takes no bfloat16, and stores a transposed array as it lies in memory,
@@ -78,8 +81,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], framework: str) -> 
 
     Args:
         framework: what the file says of its origin: "pt", "mlx".
+        notes: further entries of its header's metadata.
     """
-    header: dict[str, object] = {"__metadata__": {"format": framework}}
+    header: dict[str, object] = {"__metadata__": {"format": framework, **notes}}
     chunks, end = [], 0
     for name, (array, dtype) in sorted(tensors.items(), key=lambda item: (-_size(item[1].dtype), item[0])):
         chunk = _bytes(array, dtype)

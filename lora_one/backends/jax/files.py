@@ -18,10 +18,11 @@ from lora_one.plain_lora import setting_problems
 
 from .adopt import find_adapters
 from .layers import adapted_kind, kind_of
+from .linen_files import fresh_layers, note_of
 from .llama import LlamaForCausalLM
 from .nnx import inject, linear_layers, remove, take_out
 from .sites import Leaves, Site
-from .tree_binding import find_layers, tree_sites
+from .tree_binding import Linear, find_layers, tree_sites
 from .trees import LinenModel, PytreeModel, merged
 
 _STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}  # safetensors' names
@@ -56,14 +57,18 @@ def save(model: Any, path: Path) -> None:
         for site, leaves in held
         for layer, pair in zip(site.layers(), site.spec_pairs(leaves), strict=True)
     }
-    write_peft(path, Adapter(layers, task="CAUSAL_LM" if isinstance(model, LlamaForCausalLM) else None))
+    task = "CAUSAL_LM" if isinstance(model, LlamaForCausalLM) else None
+    write_peft(path, Adapter(layers, task=task, notes=note_of(model) if isinstance(model, LinenModel) else {}))
 
 
 def load(model: Any, path: Path, trainable: bool) -> Any:
     """See `lora_one.load`. An NNX model gets its layers in place; `wrt=nnx.LoRAParam` says what trains."""
     folder = read_folder(path)
     held = {site.name: site for site, _ in _held(model)}
-    stacks = {name: site.layers() for name, site in (held or _plain_sites(model)).items()}
+    layers_of, unknown = ({}, []) if isinstance(model, nnx.Module) else _tree_layers(model, folder)
+    if unknown:
+        raise CheckpointError(f"the adapter in {path} does not fit the model", unknown)
+    stacks = {name: site.layers() for name, site in (held or _plain_sites(model, layers_of)).items()}
     linear = {layer.name: (layer.out_features, layer.in_features) for layers in stacks.values() for layer in layers}
     problems = setting_problems(folder.config) + check_folder(folder, linear) or _stack_problems(folder, stacks)
     if held and not problems:
@@ -83,11 +88,11 @@ def load(model: Any, path: Path, trainable: bool) -> Any:
     }
     if isinstance(model, nnx.Module):
         return _load_nnx(model, folder, factors, plan, bool(held))
-    sites = held or tree_sites(find_layers(model, (), None), plan)
+    sites = held or tree_sites(layers_of, plan)
     # One scale for all: what differs from it goes into lora_b.
     scaling = model.scaling if held else next(iter(plan.values()))[1]
     sites = {name: replace(site, scaling=scaling, native=scaling) for name, site in sites.items()}
-    params = {name: param for name, (param, _, _) in find_layers(model, (), None).items()}
+    params = {name: param for name, (param, _, _) in layers_of.items()}
     lora = {}
     for name, site in sites.items():
         leaves = site.trained(_pairs(site, folder, factors))
@@ -155,11 +160,17 @@ def _held(model: Any) -> list[_Held]:
     return [_Held(site, leaves[name]) for name, site in sites.items()]
 
 
-def _plain_sites(model: Any) -> dict[str, Site]:
+def _tree_layers(model: LinenModel | PytreeModel, folder: AdapterFolder) -> tuple[Linear, list[str]]:
+    """The linear layers of a model that is a value, and problems with those that the folder names."""
+    if isinstance(model, LinenModel) and not model.layouts:
+        return fresh_layers(model, folder)
+    return find_layers(model, (), None), []
+
+
+def _plain_sites(model: Any, layers_of: Linear) -> dict[str, Site]:
     """A site, of rank 1, for each layer that LoRA could go to: for its names and shapes."""
     if not isinstance(model, nnx.Module):
-        linear = {name: x for name, x in find_layers(model, (), None).items() if not isinstance(x[2], str)}
-        return tree_sites(linear, dict.fromkeys(linear, (1, 1.0)))
+        return tree_sites(layers_of, dict.fromkeys(layers_of, (1, 1.0)))
     sites = {}
     for name, layer in linear_layers(model).items():
         try:

@@ -27,12 +27,15 @@ class Layout:
         stack: axes that count independent matrices.
         ins: axes that are contracted with the input.
         outs: axes that the output gets.
+        lifts: where `nn.scan` and `nn.vmap` cut the kernel of a Linen layer, outermost first; empty elsewhere. They
+            cut its factors at the same places: see `lifting`.
     """
 
     shape: tuple[int, ...]
     stack: tuple[int, ...]
     ins: tuple[int, ...]
     outs: tuple[int, ...]
+    lifts: tuple[int, ...] = ()
 
     @property
     def count(self) -> int:
@@ -103,6 +106,13 @@ class Layout:
         order = self.stack + self.ins + self.outs
         delta = delta.reshape([self.shape[axis] for axis in order])
         return jnp.transpose(delta, [order.index(axis) for axis in range(len(order))])
+
+    def cuttable(self, leaf: Array) -> Array:
+        """A factor with its stacked axes where `lifts` says, in the place of the front."""
+        for depth in reversed(range(len(self.lifts))):  # the innermost first, behind those that are still in front
+            axis = self.lifts[depth]
+            leaf = jnp.moveaxis(leaf, depth, axis + (depth if axis >= 0 else leaf.ndim))
+        return leaf
 
     def _sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self.shape[axis] for axis in axes)

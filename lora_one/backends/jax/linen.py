@@ -6,6 +6,7 @@ from typing import Any
 from flax import linen
 
 from .layout import Layout, einsum_groups, plain_layout
+from .lifting import lifted
 from .product import add_einsum, add_general
 
 PARAM = "kernel"
@@ -35,6 +36,7 @@ def recording(layouts: dict[str, Layout], problems: dict[str, str], shapes: dict
 
     Args:
         shapes: of the kernels as they are stored, by layer; with more axes than the layer sees where nn.scan stacks it.
+            The kernels themselves must be `tracked`.
     """
 
     def interceptor(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -46,7 +48,9 @@ def recording(layouts: dict[str, Layout], problems: dict[str, str], shapes: dict
             try:
                 if type(layer) not in KINDS:
                     raise ValueError(f"it is a {type(layer).__name__}, a subclass of a layer of flax.linen")
-                layouts[name] = _layout(layer, x.ndim, args, kwargs, shapes[name])
+                kernel: Any = layer.get_variable("params", PARAM)
+                inner = _layout(layer, x.ndim, args, kwargs, tuple(kernel.value.shape))
+                layouts[name] = lifted(inner, shapes[name], kernel.lifts)
             except ValueError as error:
                 problems[name] = str(error)
         return y
@@ -54,15 +58,15 @@ def recording(layouts: dict[str, Layout], problems: dict[str, str], shapes: dict
     return interceptor
 
 
-def with_factors(params: Any, lora: dict[str, dict[str, Any]]) -> Any:
-    """The tree of parameters with each layer's factors beside its kernel."""
+def with_factors(params: Any, lora: dict[str, dict[str, Any]], layouts: dict[str, Layout]) -> Any:
+    """The tree of parameters with each layer's factors beside its kernel, stacked along the axes that it is."""
     params = dict(params)
     for name, factors in lora.items():
         node = params
         for part in name.split("."):
             node[part] = dict(node[part])
             node = node[part]
-        node.update(factors)
+        node.update({key: layouts[name].cuttable(leaf) for key, leaf in factors.items()})
     return params
 
 
@@ -70,9 +74,7 @@ def _layout(layer: Any, ndim: int, args: Any, kwargs: Any, shape: tuple[int, ...
     if isinstance(layer, linen.Einsum):
         equation = _equation(layer, args, kwargs)
         kernel = equation.split("->")[0].split(",")[1]
-        stacked = len(shape) - len(kernel)
-        groups = [tuple(stacked + kernel.index(c) for c in group) for group in einsum_groups(equation)]
-        return Layout(shape, tuple(range(stacked)) + groups[0], groups[1], groups[2])
+        return Layout(shape, *(tuple(kernel.index(c) for c in group) for group in einsum_groups(equation)))
     axis, _ = _axes(layer, ndim)
     features = (layer.features,) if isinstance(layer.features, int) else tuple(layer.features)
     return plain_layout(shape, len(axis), len(features))

@@ -6,16 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen
+from flax.core import meta
 
 from lora_one.config import Config
 from lora_one.errors import BatchError, ConfigError, ModelError
 
 from .batches import arrays_and_rest, rejoin
-from .layout import Layout, plain_layout
+from .layout import Layout
 from .linen import PARAM, recording
 from .sites import Leaves, Site, factor_dtype, kernel_sharding
 from .targets import select
-from .trees import LinenModel, PytreeModel, dotted, find_weights
+from .trees import LinenModel, PytreeModel, TrackedLinenModel, dotted, find_weights
 
 
 class TreeBinding:
@@ -101,28 +102,29 @@ def tree_sites(linear: Linear, chosen: dict[str, tuple[int, float]]) -> dict[str
 
 
 def find_layers(model: Any, batches: Iterable[Any], loss_fn: Any) -> Linear:
-    """name -> (parameter, array, layout, or why it has none) of every linear layer."""
+    """name -> (parameter, array, layout, or why it has none) of every linear layer.
+
+    Args:
+        batches, loss_fn: of `init`; what a Linen model's layers are is seen when its loss calls them. Not needed for
+            one that has LoRA, nor for a `PytreeModel`.
+    """
     if isinstance(model, PytreeModel):
         return dict(find_weights(model))
     if model.layouts:
         known = {name: layout for name, _, layout in model.layouts}
-        return {name: (PARAM, kernel, known[name]) for name, kernel in _kernels(model).items() if name in known}
-    if loss_fn is None:  # nobody calls the layers: only what two axes cannot mean otherwise is known
-        why = "what its axes are is known once lora_one.init has seen it called: load into the model of an `init`"
-        two = {name: plain_layout(kernel.shape, 1, 1) for name, kernel in _kernels(model).items() if kernel.ndim == 2}
-        return {name: (PARAM, kernel, two.get(name, why)) for name, kernel in _kernels(model).items()}
+        return {name: (PARAM, kernel, known[name]) for name, kernel in kernels_of(model).items() if name in known}
     if isinstance(batches, Iterator):
         raise BatchError(
             f"batches of a Linen model are read once more, to see its layers, got a {type(batches).__name__} that can "
             "be read once: pass a list(...) of it"
         )
-    kernels = _kernels(model)
+    kernels = kernels_of(model)
     layouts: dict[str, Layout] = {}
     problems: dict[str, str] = {}
     shapes = {name: tuple(kernel.shape) for name, kernel in kernels.items()}
     for batch in batches:
         arrays, rest = arrays_and_rest(batch)
-        frozen, others = arrays_and_rest(model)
+        frozen, others = arrays_and_rest(TrackedLinenModel(model.module, model.variables))
 
         def run(frozen: Any, arrays: Any) -> Any:
             with linen.intercept_methods(recording(layouts, problems, shapes)):
@@ -137,7 +139,17 @@ def find_layers(model: Any, batches: Iterable[Any], loss_fn: Any) -> Linear:
     return found
 
 
-def _kernels(model: LinenModel) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(model.variables["params"])
+def kernels_of(model: LinenModel) -> dict[str, Any]:
+    """The arrays called "kernel", by the path of their layer.
+
+    Raises:
+        ModelError: the variables are boxed.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(model.variables["params"], is_leaf=meta.is_axis_metadata)
+    if any(meta.is_axis_metadata(leaf) for _, leaf in leaves):
+        raise ModelError(
+            "variables must hold arrays, got boxes with metadata (nn.with_partitioning): hand in "
+            "LinenModel(module, flax.linen.meta.unbox(variables))"
+        )
     named = ((dotted(path), leaf) for path, leaf in leaves)
     return {name.rpartition(".")[0]: leaf for name, leaf in named if name.rpartition(".")[2] == PARAM}

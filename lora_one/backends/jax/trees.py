@@ -17,7 +17,8 @@ from jax import Array
 from lora_one.errors import ConfigError, ModelError
 
 from .layout import Layout
-from .linen import intercepted, with_factors
+from .lifting import tracked
+from .linen import PARAM, intercepted, with_factors
 
 Lora = dict[str, dict[str, Array]]  # layer -> {"<param>_lora_a": ..., "<param>_lora_b": ...}
 
@@ -43,9 +44,18 @@ class LinenModel(struct.PyTreeNode):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`module.apply(variables, ...)` with LoRA."""
-        variables = {**self.variables, "params": with_factors(self.variables["params"], self.lora)}
+        layouts = {name: layout for name, _, layout in self.layouts}
+        variables = {**self.variables, "params": with_factors(self.variables["params"], self.lora, layouts)}
         with linen.intercept_methods(intercepted(self.scaling)):
             return self.module.apply(variables, *args, **kwargs)
+
+
+class TrackedLinenModel(LinenModel):
+    """A `LinenModel` without LoRA while its layers are looked at: see `lora_one.backends.jax.linen.recording`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        variables = {**self.variables, "params": tracked(self.variables["params"], PARAM)}
+        return self.module.apply(variables, *args, **kwargs)
 
 
 class PytreeModel(struct.PyTreeNode):
