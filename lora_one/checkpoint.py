@@ -18,7 +18,7 @@ from .adapter import Adapter, LoraLayer
 from .atomic import replacing
 from .core.factors import Factors
 from .errors import CheckpointError
-from .plain_lora import tensor_reason
+from .plain_lora import remedy, tensor_reason
 from .report import Report
 from .tensors import read_tensors, wider
 from .versions import installed_versions
@@ -162,7 +162,7 @@ def check_folder(folder: AdapterFolder, linear: Mapping[str, tuple[int, int]]) -
     kept = tuple(folder.config.get("modules_to_save") or ())
     for key in folder.others:
         if not any(f".{name}." in f".{key}." for name in kept):
-            problems.append(f"{key}: {tensor_reason(key)}, and is not in modules_to_save")
+            problems.append(f"{key}: {tensor_reason(key)}{remedy(key)}")
     return problems
 
 

@@ -28,7 +28,7 @@ def initialize(session: Session, config: Config, backend: str, began: float) -> 
         GradientError: a gradient that is not finite.
     """
     for layer in session.layers:
-        _check_rank(layer)
+        _check_rank(layer, backend)
     spectra = exact(session) if config.gradient == "exact" else sketched(session, config)
 
     entries: list[LayerReport] = []
@@ -73,12 +73,15 @@ def initialize(session: Session, config: Config, backend: str, began: float) -> 
     return report
 
 
-def _check_rank(layer: Layer) -> None:
+def _check_rank(layer: Layer, backend: str) -> None:
     limit = min(layer.out_features, layer.in_features)
     if layer.rank > limit:
+        head = layer.name.rpartition(".")[2]
+        # Only PyTorch's backend has it.
+        whole = f", or, where it is a new head, train it whole: Config(modules_to_save=[{head!r}])"
         raise ModelError(
-            f"layer {layer.name!r}: rank must be <= min(out, in) = {limit}, got {layer.rank}; lower the rank or leave "
-            "the layer out of the targets"
+            f"layer {layer.name!r}: rank must be <= min(out, in) = {limit}, got {layer.rank}; lower the rank, "
+            f"leave the layer out of the targets{whole if backend == 'torch' else ''}"
         )
 
 

@@ -63,3 +63,10 @@ def tensor_reason(name: str) -> str:
         if re.search(pattern, name):
             return reason
     return "a weight that was trained whole"
+
+
+def remedy(name: str) -> str:
+    """What to do about a tensor that is not one of plain LoRA's, where an adapter is to be opened."""
+    if any(re.search(pattern, name) for pattern, _ in _TENSORS):
+        return ": the adapter is not plain LoRA; peft.PeftModel.from_pretrained opens it"
+    return ", and is not in modules_to_save"

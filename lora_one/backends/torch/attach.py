@@ -8,7 +8,7 @@ from typing import Any
 
 import peft
 import torch
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
@@ -21,6 +21,7 @@ from lora_one.core.factors import Factors
 from lora_one.errors import ModelError, TargetsWarning
 
 from .adapters import mark_as_ours, take_out_leftover
+from .refusals import kind_of, refusal
 from .snapshot import Snapshot
 from .tasks import heads, task_type
 from .wrappers import plain_names, unwrapped
@@ -195,24 +196,11 @@ def find_sites(model: peft.PeftModel) -> list[Site]:
         if not isinstance(module, LoraLayer):
             continue
         if adapter in module.lora_embedding_A:
-            problems.append(f"{path}: LoRA on an embedding")
+            problems.append(f"{path}: LoRA on an embedding, whose gradient is a few rows; leave it out of the targets")
         if adapter not in module.lora_A:
             continue
-        if isinstance(module, ParamWrapper):
-            # PEFT's "all-linear" does so in a mixture of experts, whose router returns more than a product.
-            problems.append(f"{path}: LoRA on its parameter {module.parameter_name!r}; name linear layers as targets")
-        elif not isinstance(module.lora_A[adapter], nn.Linear):
-            problems.append(f"{path}: LoRA on a {type(module.get_base_layer()).__name__}")
-        elif module.lora_A[adapter].weight.is_meta:
-            problems.append(f"{path}: offloaded, with LoRA weights that hold no numbers; load the model where it fits")
-        elif adapter in module.lora_variant:
-            problems.append(f"{path}: {type(module.lora_variant[adapter]).__name__}")
-        elif module.lora_bias.get(adapter):
-            problems.append(f"{path}: lora_bias")
-        elif module.disable_adapters:
-            problems.append(f"{path}: disabled; call model.enable_adapter_layers() first")
-        elif module.merged:
-            problems.append(f"{path}: merged into the base weight; call model.unmerge_adapter() first")
+        if reason := refusal(module, adapter):
+            problems.append(f"{path}: {reason}")
         else:
             rank, scaling = module.r[adapter], module.scaling[adapter]
             layer = Layer(path, module.out_features, module.in_features, rank, scaling)
@@ -263,5 +251,8 @@ def _check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def _require_lora(model: peft.PeftModel) -> None:
-    if not isinstance(model.base_model, LoraModel):
-        raise ModelError(f"the adapter must be LoRA, got {type(model.base_model).__name__}")
+    if kind := kind_of(model):
+        raise ModelError(
+            f"the adapter must be LoRA, got {kind}: hand in the base model without it, which gets LoRA, or one that "
+            "peft.LoraConfig was attached to"
+        )

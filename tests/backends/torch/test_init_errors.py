@@ -9,6 +9,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import attach_align_device_hook
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 
 import lora_one
 from lora_one.errors import BackendError, BatchError, ConfigError, GradientError, LoraOneError, ModelError
@@ -210,8 +211,9 @@ def test_model_that_had_its_own_hooks_and_frozen_weights_keeps_them(config):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"use_dora": True}, "up: DoraLinearVariant"),
-        ({"lora_bias": True}, "up: lora_bias"),
+        ({"use_dora": True}, "up: DoRA, with a magnitude beside the factors; attach LoRA without use_dora"),
+        ({"lora_bias": True}, "up: a bias in lora_B; attach LoRA without lora_bias"),
+        ({"alora_invocation_tokens": [3]}, "up: activated LoRA, .* without alora_invocation_tokens"),
     ],
 )
 def test_adapters_whose_start_is_another_problem(change, match, config):
@@ -236,7 +238,40 @@ def test_disabled_merged_and_foreign_adapters(config):
         r"up: merged into the base weight; call model.unmerge_adapter\(\)",
     )
     other = peft.get_peft_model(mlp().model, peft.IA3Config(target_modules=["up"], feedforward_modules=[]))
-    fails(other, mlp().batches, squared_error, config, ModelError, "must be LoRA, got IA3Model")
+    fails(
+        other,
+        mlp().batches,
+        squared_error,
+        config,
+        ModelError,
+        "must be LoRA, got IA3: hand in the base model without it",
+    )
+    adaptive = peft.AdaLoraConfig(target_modules=["up"], total_step=10)
+    adaptive = peft.get_peft_model(mlp().model, adaptive)
+    fails(adaptive, mlp().batches, squared_error, config, ModelError, "must be LoRA, got AdaLoRA, which has singular")
+
+
+def test_weights_that_hold_no_numbers_say_where_they_come_from(config):
+    lora = peft.LoraConfig(r=4, target_modules=["up"])
+    model = peft.get_peft_model(mlp().model, lora, low_cpu_mem_usage=True)
+    with pytest.raises(ModelError, match="up: LoRA weights that hold no numbers, as low_cpu_mem_usage=True makes them"):
+        lora_one.init(model, mlp().batches, squared_error, config)
+    layers = torch.nn.Sequential(torch.nn.Conv1d(2, 2, 3), torch.nn.Linear(4, 4))
+    model = peft.get_peft_model(layers, peft.LoraConfig(r=2, target_modules=["0", "1"]))
+    with pytest.raises(ModelError, match="0: LoRA on a Conv1d; name linear layers as targets"):
+        lora_one.init(model, [], squared_error)
+
+
+def test_a_head_smaller_than_the_rank_speaks_of_modules_to_save():
+    """As ViT's, whose task PEFT has no class for."""
+    vision = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    model = ViTForImageClassification(ViTConfig(**vision, image_size=16, patch_size=8, num_labels=3))
+    batch = {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.tensor([0, 2])}
+    with pytest.raises(ModelError, match=r"'classifier': .* = 3, got 8; .* modules_to_save=\['classifier'\]"):
+        lora_one.init(model, [batch], config=lora_one.Config(rank=8))
+    started, report = lora_one.init(model, [batch], config=lora_one.Config(rank=8, modules_to_save=["classifier"]))
+    assert started.base_model.model.classifier.modules_to_save["default"].weight.requires_grad
+    assert "classifier" not in [layer.name for layer in report.layers]
 
 
 def test_a_target_that_is_offloaded(config):

@@ -1,0 +1,57 @@
+"""What PEFT's layers and adapters really are, where they are not the plain LoRA that LoRA-One starts; what to do."""
+
+from typing import Any
+
+import peft
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+
+# By the beginning of the names of PEFT's classes.
+_VARIANTS = {
+    "Dora": "DoRA, with a magnitude beside the factors; attach LoRA without use_dora",
+    "ALora": "activated LoRA, on a part of the tokens; attach LoRA without alora_invocation_tokens",
+    "Arrow": "a router over several adapters; activate one of them, without arrow_config",
+    "BdLora": "LoRA of block-diagonal factors; attach LoRA without use_bdlora",
+    "Kasa": "KaSA, which changed the base weight; open the base model anew and attach LoRA without kasa_config",
+    "MiCA": "MiCA, whose lora_B is frozen; attach LoRA without init_lora_weights='mica'",
+    "Montec": "MonteCLoRA, whose factors are drawn at each step; attach LoRA without monteclora_config",
+    "QALora": "QA-LoRA, on groups of inputs; attach LoRA without use_qalora",
+    "Velora": "VeLoRA, with a backward pass of its own; attach LoRA without velora_config",
+}
+_KINDS = {"ADALORA": "AdaLoRA, which has singular values beside the factors and changes ranks as it goes"}
+
+
+def kind_of(model: peft.PeftModel) -> str | None:
+    """What an adapter is; None for LoRA. PEFT's AdaLoRA is a kind of its LoRA by its classes."""
+    config: Any = next(iter(model.peft_config.values()))
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    return None if kind == "LORA" else _KINDS.get(kind, kind)
+
+
+def refusal(module: LoraLayer, adapter: str) -> str | None:
+    """Why LoRA-One cannot start a layer's adapter, and the remedy; None where it can."""
+    factor, base = module.lora_A[adapter], module.get_base_layer()
+    if isinstance(module, ParamWrapper):
+        # PEFT's "all-linear" does so in a mixture of experts, whose router returns more than a product.
+        return f"LoRA on its parameter {module.parameter_name!r}; name linear layers as targets"
+    if not isinstance(factor, nn.Linear):
+        return f"LoRA on a {type(base).__name__}; name linear layers as targets"
+    if adapter in module.lora_variant:
+        variant = type(module.lora_variant[adapter]).__name__
+        known = (text for name, text in _VARIANTS.items() if variant.startswith(name))
+        return next(known, f"a variant of LoRA, {variant}; attach plain LoRA")
+    if factor.weight.is_meta:
+        if base.weight.is_meta:
+            return "offloaded, with LoRA weights that hold no numbers; load the model where it fits"
+        return (
+            "LoRA weights that hold no numbers, as low_cpu_mem_usage=True makes them; attach the adapter without that, "
+            "or load its weights first"
+        )
+    if module.lora_bias.get(adapter):
+        return "a bias in lora_B; attach LoRA without lora_bias"
+    if module.disable_adapters:
+        return "disabled; call model.enable_adapter_layers() first"
+    if module.merged:
+        return "merged into the base weight; call model.unmerge_adapter() first"
+    return None
