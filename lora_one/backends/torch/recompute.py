@@ -1,12 +1,13 @@
 """Activations that are computed again in the backward pass, where keeping them would take too much memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
 
 import psutil  # type: ignore[import-untyped]  # accelerate depends on it
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -67,14 +68,28 @@ class _Saved:
 
     def __init__(self, block: nn.Module):
         self.bytes = 0
-        self._seen = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+        self._seen = {pointer for parameter in block.parameters() for pointer, _ in _memory(parameter)}
 
     def pack(self, x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.bytes += storage.nbytes()
+        for pointer, size in _memory(x):
+            if pointer not in self._seen:
+                self._seen.add(pointer)
+                self.bytes += size
         return x.detach()  # x itself would be a reference cycle where it is an output
+
+
+def _memory(x: Tensor) -> Iterator[tuple[int, int]]:
+    """Where a tensor is, and the bytes of that; of one that wraps others (quantised, say) where each of those is."""
+    if is_traceable_wrapper_subclass(x):
+        for name in x.__tensor_flatten__()[0]:
+            if isinstance(inner := getattr(x, name), Tensor):
+                yield from _memory(inner)
+        return
+    try:
+        storage = x.untyped_storage()
+        yield storage.data_ptr(), storage.nbytes()
+    except (RuntimeError, NotImplementedError):  # a subclass with nothing behind it that anybody could find
+        yield id(x), x.nbytes
 
 
 def _free_memory(device: torch.device) -> int | None:

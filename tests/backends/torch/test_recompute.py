@@ -117,6 +117,89 @@ def test_what_a_block_keeps_is_counted_to_the_byte(monkeypatch):
     assert found == [(second, first + second)]
 
 
+class Int8(torch.Tensor):
+    """As torchao's weights: a wrapper around what it is made of, with no storage of its own."""
+
+    @staticmethod
+    def __new__(cls, values, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)
+
+    def __init__(self, values, scale):
+        self.values, self.scale = values, scale
+
+    def wide(self):
+        return self.values * self.scale
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            x, weight, *bias = args
+            return Product.apply(x, weight) + (bias[0] if bias and bias[0] is not None else 0.0)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return type(args[0])(args[0].values, args[0].scale)
+        raise NotImplementedError(str(function))
+
+
+class Flattened(Int8):
+    def __tensor_flatten__(self):
+        return ["values", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, meta, size, stride):
+        return Flattened(inner["values"], inner["scale"])
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x @ weight.wide().mT
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy @ ctx.saved_tensors[0].wide(), None
+
+
+def in_int8(kind):
+    """A Llama's MLPs with weights in 8 bits, or (None) the same numbers in float32."""
+    case = llama()
+    for block in case.model.model.layers:
+        for layer in block.mlp.children():
+            if isinstance(layer, torch.nn.Linear):
+                scale = layer.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+                quantised = (kind or Flattened)((layer.weight.detach() / scale).round().to(torch.int8), scale)
+                weight = quantised.wide() if kind is None else quantised
+                layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return case
+
+
+@pytest.mark.parametrize("recompute", ["auto", True, False])
+@pytest.mark.parametrize("kind", [Int8, Flattened])
+def test_weights_without_a_storage_of_their_own(kind, recompute):
+    expected = start(in_int8(None), recompute=False)
+    got = start(in_int8(kind), recompute=recompute)
+    for key, factor in expected.items():
+        torch.testing.assert_close(got[key].abs(), factor.abs(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Int8, Flattened])
+def test_what_a_wrapper_is_made_of_is_counted_once_and_a_blocks_own_not_at_all(kind):
+    values, scale = torch.zeros(6, 5, dtype=torch.int8), torch.ones(6, 1)
+    block = torch.nn.Linear(5, 6, bias=False)
+    block.weight = torch.nn.Parameter(kind(values, scale), requires_grad=False)
+    saved = module._Saved(block)
+    saved.pack(block.weight)
+    assert saved.bytes == 0
+    other = kind(values.clone(), scale.clone())
+    for _ in range(2):
+        saved.pack(other)
+    assert saved.bytes == (6 * 5 + 6 * 4 if kind is Flattened else 6 * 5 * 4)  # of what is not known its own claim
+
+
 def test_a_block_that_is_given_a_cache_is_not_run_twice():
     case = llama()
     counts = count_forwards(case.model)
