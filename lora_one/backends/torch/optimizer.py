@@ -53,7 +53,8 @@ def optimizer(
         betas, eps: Adam's.
         loraplus_lr_ratio: lora_B's learning rate over lora_A's (LoRA+, arXiv 2402.12354).
         param_groups: groups with settings of their own, as for torch.optim: their "params" are taken out of the rest.
-        fused: as torch.optim.AdamW; None takes the fused kernel wherever there is one.
+        fused: as torch.optim.AdamW. None takes the fused kernel wherever there is one, without its offer to undo a
+            GradScaler's scale in the step: whoever scales or clips gradients does so as before any other optimizer.
 
     Returns:
         A torch.optim.AdamW; a `LoraOneAdamW` with `precondition=True`.
@@ -77,9 +78,11 @@ def optimizer(
     groups.append({"params": [p for p in rest if id(p) not in faster]})
     groups.append({"params": [p for p in rest if id(p) in faster], "lr": learning_rate * loraplus_lr_ratio})
     groups = [group for group in groups if group["params"]]
+    there_is = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trainable)
+    adamw: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+    adamw["fused"] = there_is if fused is None else fused
+    made = LoraOneAdamW(groups, pairs, reg, damping, **adamw) if precondition else torch.optim.AdamW(groups, **adamw)
     if fused is None:
-        fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trainable)
-    adamw = {"lr": learning_rate, "weight_decay": weight_decay, "betas": betas, "eps": eps, "fused": fused}
-    if not precondition:
-        return torch.optim.AdamW(groups, **adamw)  # type: ignore[arg-type]
-    return LoraOneAdamW(groups, pairs, reg, damping, **adamw)
+        # Lightning refuses to clip the gradients of an optimizer that would still have to take a scale out of them.
+        made._step_supports_amp_scaling = False
+    return made

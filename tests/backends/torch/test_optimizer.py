@@ -81,6 +81,42 @@ def test_without_preconditioner_it_is_torch_adamw_itself():
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("precondition", [False, True])
+@pytest.mark.parametrize("unscale", [True, False])
+def test_mixed_precision_scales_and_clips_as_with_torchs_default(precondition, unscale):
+    """By a GradScaler, which skips a step that overflows. Lightning asks for that attribute before it clips."""
+    model, case = adapted()
+    other = copy.deepcopy(model)
+    ours = lora_one.optimizer(model, 1e-2, precondition=precondition, reg=1e-2)
+    theirs = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], 1e-2, weight_decay=0.0)
+    if precondition:
+        theirs = LoraOneAdamW(theirs.param_groups, lora_pairs(other), reg=1e-2, lr=1e-2, weight_decay=0.0)
+    assert not getattr(ours, "_step_supports_amp_scaling", False)
+    for net, optimizer in ((model, ours), (other, theirs)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
+        parameters = [p for p in net.parameters() if p.requires_grad]
+        for i in range(5):
+            loss = squared_error(net, case.batches[i % 3])
+            scaler.scale(loss * float("inf") if i == 1 else loss).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(parameters, 0.01)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    for x, y in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_the_fused_kernel_is_the_default_where_there_is_one_and_asked_for_it_is_torchs():
+    model, _ = adapted()
+    assert lora_one.optimizer(model).param_groups[0]["fused"] is True
+    assert lora_one.optimizer(model, fused=False).param_groups[0]["fused"] is False
+    assert lora_one.optimizer(model, fused=True)._step_supports_amp_scaling
+    model.extra = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))  # which it does not take
+    assert lora_one.optimizer(model).param_groups[0]["fused"] is False
+
+
 def test_gradients_are_left_as_the_backward_pass_made_them():
     model, case = adapted()
     optimizer = lora_one.optimizer(model, precondition=True)
