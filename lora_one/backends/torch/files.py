@@ -38,6 +38,7 @@ def merge(model: nn.Module) -> nn.Module:
     """See `lora_one.merge`."""
     with _opened(model, "merge") as adapted:
         merged: Any = adapted.base_model.merge_and_unload()
+    vars(merged).pop("peft_config", None)  # PEFT before 0.21 leaves it
     if hasattr(merged, "_hf_peft_config_loaded"):  # of transformers' add_adapter
         merged._hf_peft_config_loaded = False
     return merged

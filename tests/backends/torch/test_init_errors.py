@@ -267,7 +267,7 @@ def test_a_head_smaller_than_the_rank_speaks_of_modules_to_save():
     vision = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     model = ViTForImageClassification(ViTConfig(**vision, image_size=16, patch_size=8, num_labels=3))
     batch = {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.tensor([0, 2])}
-    with pytest.raises(ModelError, match=r"'classifier': .* = 3, got 8; .* modules_to_save=\['classifier'\]"):
+    with pytest.raises(ModelError, match=r"'classifier': .* = 3, got 8; .*modules_to_save=\['classifier'\]"):
         lora_one.init(model, [batch], config=lora_one.Config(rank=8))
     started, report = lora_one.init(model, [batch], config=lora_one.Config(rank=8, modules_to_save=["classifier"]))
     assert started.base_model.model.classifier.modules_to_save["default"].weight.requires_grad

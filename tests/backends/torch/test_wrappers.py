@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import lora_one
 from lora_one.backends.torch import attach_plain
@@ -153,3 +154,24 @@ def test_wrappers_that_shard_or_that_would_miss_lora_are_refused():
 
     with pytest.raises(ModelError, match=r"is a FullyShardedDataParallel, which shards the weights .* before sharding"):
         lora_one.init(FullyShardedDataParallel(llama().model), llama().batches)
+
+
+def test_distributed_data_parallel(tmp_path):
+    """At the top it is looked through; around a part it would not average what LoRA brings."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        case = mlp()
+        model, report = lora_one.init(DistributedDataParallel(case.model), case.batches, case.loss_fn, CONFIG)
+        assert [layer.name for layer in report.layers] == ["up", "shared", "down"]
+        started = DistributedDataParallel(model)
+        again, _ = lora_one.init(started, case.batches, case.loss_fn, CONFIG)
+        assert again is started
+        lora_one.save(started, tmp_path / "adapter")
+        opened = lora_one.load(mlp().model, tmp_path / "adapter")
+        x = case.batches[0][0]
+        assert torch.allclose(opened(x), started(x), atol=1e-6)
+        whole = nn.Sequential(DistributedDataParallel(mlp().model))
+        with pytest.raises(ModelError, match="0 is in DistributedDataParallel, .* wrap it after init or load"):
+            lora_one.init(whole, case.batches, case.loss_fn, CONFIG)
+    finally:
+        torch.distributed.destroy_process_group()
