@@ -64,9 +64,11 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Place]:
         if wrong:
             raise ModelError(f"targets must match linear layers only, got {targets!r}, which matches {_shown(wrong)}")
     if not found:
+        others = [f"{path} ({kind})" for path, kind in _left_out(model, [])]
+        none = f"none; mlx-lm has no LoRA layer for {_shown(others)}" if others else "none"
         raise ModelError(
             f"targets must match a linear layer of the model, got {targets!r}; its linear layers are: "
-            f"{_shown([place.path for place in linear]) or 'none'}"
+            f"{_shown([place.path for place in linear]) or none}"
         )
     return found
 

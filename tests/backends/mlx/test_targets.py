@@ -143,6 +143,11 @@ def test_a_subclass_of_linear_that_is_none_is_left_out_or_refused(quantised):
     }  # fmt: skip
 
 
+def test_a_model_without_linear_layers_is_told_what_it_has():
+    with pytest.raises(ModelError, match=r"its linear layers are: none; mlx-lm has no LoRA .* layers\.0 \(BitLinear\)"):
+        lora_one.init(nn.Sequential(BitLinear(16, 16)), token_batches(count=1), config=EXACT)
+
+
 class Cast(nn.Linear):
     """A linear layer all the same."""
 
