@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from .atomic import write_whole
 from .backends.interface import Tuner
-from .data import TokenSequence
+from .data import Example, TokenSequence
 from .recipe import Recipe
 
 SCORES = "evaluation.json"
@@ -71,6 +71,14 @@ def answers(tuner: Tuner, questions: Sequence[TokenSequence], max_new_tokens: in
     seeing: dict[str, Any] = {"pictures": pictures} if any(pictures) else {}
     found = tuner.generate(prompts, max_new_tokens=max_new_tokens, **seeing)
     return [tuner.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in found]
+
+
+def reference(tuner: Tuner, example: Example, question: TokenSequence) -> str:
+    """The text that is right: tool calls as the chat template writes them."""
+    if example.answer is None:
+        return example.completion
+    text: str = tuner.tokenizer.decode(question.tokens[question.prompt_length :], skip_special_tokens=True)
+    return text
 
 
 def write_scores(folder: Path, scores: Scores) -> None:

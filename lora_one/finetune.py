@@ -14,7 +14,7 @@ from .backends.interface import Tuner
 from .data import Example, TokenSequence, encode, read_examples
 from .destination import check_writable
 from .errors import DataError, InitWarning
-from .evaluation import Evaluation, answers, write_scores
+from .evaluation import Evaluation, answers, reference, write_scores
 from .fit import check_questions, check_sequences
 from .recipe import Recipe
 from .report import Report
@@ -189,7 +189,8 @@ def _score(
     progress.say(f"Answering {len(tests)} test items")
     longest = max(len(question.tokens) - question.prompt_length for question in questions)
     given = answers(tuner, questions, max_new_tokens=longest + 1)
-    pairs = [(text.strip(), example.completion.strip()) for text, example in zip(given, tests, strict=True)]
+    right = [reference(tuner, *item) for item in zip(tests, questions, strict=True)]
+    pairs = [(text.strip(), wanted.strip()) for text, wanted in zip(given, right, strict=True)]
     found = {metric: METRICS[metric](pairs) for metric in ("exact_match", *recipe.metrics)}
     progress.score(when, found["exact_match"], len(tests))
     return found

@@ -16,6 +16,8 @@ from .data import Example
 from .errors import BackendError, ConfigError, DataError
 from .settings import parsed
 
+_AS_JSON_LINES = "leave such rows out, or write them as JSON Lines with 'messages', which go through the chat template"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -125,7 +127,9 @@ class Rows:
             raise DataError(f"{source.path}, {source.split}: no columns {', '.join(missing)}; there are {found}")
 
     def __iter__(self) -> Iterator[Example]:
-        source, texts = self.source, self._rows.select_columns(sorted(self.source.columns))
+        source = self.source
+        tools = {"tools"} & set(self._rows.column_names) if source.conversation else set()
+        texts = self._rows.select_columns(sorted(source.columns | tools))
         for index, row in enumerate(texts):
             where = f"{source.path}, {source.split}, row {index}"
             kept = all(re.search(pattern, str(row[column])) for column, pattern in source.keep.items())
@@ -133,6 +137,8 @@ class Rows:
                 continue
             pictures = partial(load_pictures, self._rows, index, source.images) if source.images else None
             if source.conversation:
+                if row.get("tools"):
+                    raise DataError(f"{where}: 'tools' have no place in turns: {_AS_JSON_LINES}")
                 yield from _answers(source.turns, row[source.conversation], where, pictures)
                 continue
             row = {column: _word(source, column, value, where) for column, value in row.items()}
@@ -200,6 +206,10 @@ def _answers(turns: Mapping[str, str], messages: Any, where: str, pictures: Any)
         role, content = message["role"], message["content"]
         if role not in turns:
             raise DataError(f"{where}: turns has no template for the role {role!r}")
+        if message.get("tool_calls") or content is None:
+            raise DataError(
+                f"{where}: 'tool_calls', or a message without content, has no place in turns: {_AS_JSON_LINES}"
+            )
         if not isinstance(content, str):  # parts; pictures come first, wherever they are
             seen = turns.get("image", "") * sum(part["type"] == "image" for part in content)
             content = seen + "".join(part["text"] for part in content if part["type"] == "text").strip()

@@ -1,11 +1,14 @@
 import json
+from types import SimpleNamespace
 
 import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import AutoTokenizer
 
 from lora_one import demo
 from lora_one.data import Example, encode, encode_prompt, read_examples
 from lora_one.errors import DataError
+from lora_one.evaluation import reference
 
 GOOD = {"prompt": "a", "completion": "b"}
 
@@ -109,6 +112,124 @@ def test_a_conversation_goes_through_the_chat_template(tokenizer):
     example = Example([{"role": "user", "content": "sort:ba="}], "ab", "")
     assert encode(tokenizer, example) == encode(tokenizer, Example("sort:ba=", "ab", ""))
     assert encode_prompt(tokenizer, example) == tokenizer.encode("sort:ba=")
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}{% for m in messages %}<{{ m['role'] }}>"
+    "{% if think is defined %}({{ think }}){% endif %}{{ m['content'] }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function.arguments | tojson }}</call>{% endfor %}</s>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% if think is defined %}({{ think }}){% endif %}{% endif %}"
+)
+CALL = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "add", "arguments": '{"a": 1}'}}]}
+ASK = {"role": "user", "content": "1+1?"}
+
+
+@pytest.fixture
+def chatting(tokenizer):
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def conversation(tmp_path, **row):
+    (example,) = read_examples(write(tmp_path / "x.jsonl", row))
+    return example
+
+
+@pytest.mark.parametrize("given", [TOOLS, json.dumps(TOOLS)])
+def test_tools_reach_the_template_of_prompt_and_whole(tmp_path, chatting, given):
+    messages = [ASK, {"role": "assistant", "content": "2"}]
+    example = conversation(tmp_path, messages=messages, tools=given, source="an extra column")
+    sequence = encode(chatting, example)
+    whole = chatting.apply_chat_template(messages, tools=TOOLS, return_dict=False)
+    prompt = chatting.apply_chat_template([ASK], tools=TOOLS, add_generation_prompt=True, return_dict=False)
+    assert sequence.tokens == whole
+    assert sequence.prompt_length == len(prompt)
+    assert encode_prompt(chatting, example) == prompt
+    assert encode(TokenizerWrapper(chatting), example) == sequence  # mlx-lm's
+    assert encode(chatting, conversation(tmp_path, messages=messages)).tokens != whole
+    assert encode(chatting, conversation(tmp_path, messages=messages, tools=[])).tokens == (
+        chatting.apply_chat_template(messages, return_dict=False)
+    )
+
+
+def test_tool_calls_and_results_are_part_of_a_conversation(tmp_path, chatting):
+    """The form that templates read has arguments as objects; OpenAI's has JSON in a string, which they would quote."""
+    result = {"role": "tool", "name": "add", "tool_call_id": "1", "content": [{"type": "text", "text": "2"}]}
+    rows = [ASK, {**CALL, "content": None}, result, {"role": "assistant", "content": "It is 2."}]
+    example = conversation(tmp_path, messages=rows, tools=TOOLS)
+    read = [
+        ASK,
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"a": 1}}}]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "It is 2."},
+    ]
+    assert encode(chatting, example).tokens == chatting.apply_chat_template(read, tools=TOOLS, return_dict=False)
+    assert (example.completion, example.answer) == ("It is 2.", None)
+
+
+def test_an_answer_may_be_a_tool_call(tmp_path, chatting):
+    example = conversation(tmp_path, messages=[ASK, CALL], tools=TOOLS)
+    sequence = encode(chatting, example)
+    ids = sequence.tokens[sequence.prompt_length :]
+    assert ids == chatting.encode('<call>{"a": 1}</call></s>', add_special_tokens=False)
+    assert reference(SimpleNamespace(tokenizer=chatting), example, sequence) == chatting.decode(
+        ids, skip_special_tokens=True
+    )
+
+
+def test_a_rows_own_settings_of_the_template(tmp_path, chatting):
+    messages = [ASK, {"role": "assistant", "content": "2"}]
+    example = conversation(tmp_path, messages=messages, chat_template_kwargs={"think": "no"})
+    assert encode(chatting, example).tokens == chatting.apply_chat_template(messages, think="no", return_dict=False)
+    with pytest.raises(DataError, match="line 1: the tokenizer's chat template makes no use of thonk"):
+        encode(chatting, conversation(tmp_path, messages=messages, chat_template_kwargs={"thonk": 1}))
+
+
+def test_a_template_that_makes_no_use_of_tools_or_fails(tmp_path, chatting):
+    messages = [ASK, {"role": "assistant", "content": "2"}]
+    example = conversation(tmp_path, messages=messages, tools=TOOLS)
+    chatting.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(DataError, match="line 1: the tokenizer's chat template makes no use of 'tools': leave them"):
+        encode(chatting, example)
+    chatting.chat_template = "{{ raise_exception('no system role here') }}"
+    with pytest.raises(DataError, match=r"line 1: .* fails on this conversation: TemplateError: no system role here"):
+        encode(chatting, example)
+
+
+def talk(*messages, **row):
+    return {"messages": [ASK, *messages], **row}
+
+
+def call(**function):
+    return {"role": "assistant", "tool_calls": [{"function": function}]}
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ({**GOOD, "tools": TOOLS}, "'tools' are for the chat template, which only 'messages' go through"),
+        ({"text": "a", "tools": TOOLS}, "'tools' are for the chat template"),
+        ({**GOOD, "chat_template_kwargs": {"a": 1}}, "'chat_template_kwargs' are for the chat template"),
+        (talk(CALL, tools={"add": 1}), "'tools' must be a list of schemas .*, got {'add': 1}"),
+        (talk(CALL, tools="add"), "'tools' must be a list of schemas .*, got 'add'"),
+        (talk(CALL, functions=TOOLS), "'functions' are not read: write them as 'tools'"),
+        (talk(CALL, chat_template_kwargs=[1]), "'chat_template_kwargs' must be an object, got"),
+        (talk(CALL, chat_template_kwargs={"tokenize": False}), "must leave tokenize to lora-one"),
+        (talk({"role": "assistant", "content": None}), "strings 'role' and 'content', or 'tool_calls', got"),
+        (talk({"role": "assistant", "content": [{"type": "image"}]}), "'content' must be a string or a list of text"),
+        (talk({"role": "assistant", "content": 5}), "'content' must be a string or a list of text parts, got 5"),
+        (talk({"role": "assistant", "tool_calls": "add"}), "'tool_calls' must be a list of objects, got 'add'"),
+        (talk(call(arguments={})), "a tool call must have a 'function' with a 'name'"),
+        (talk(call(name="add", arguments="{a")), "'arguments' of a tool call must be an object, or one as JSON"),
+        (talk(call(name="add", arguments=[1])), "'arguments' of a tool call must be an object"),
+        ('{"prompt": "\\ud83d", "completion": "b"}', r"'\\ud83d' is half of a surrogate pair"),
+    ],
+)
+def test_rows_for_a_template_that_cannot_be(tmp_path, line, match):
+    with pytest.raises(DataError, match=f"^x.jsonl, line 2: .*{match}"):
+        read_examples(write(tmp_path / "x.jsonl", GOOD, line))
 
 
 class Fake:

@@ -1,5 +1,7 @@
 """Data sets through `datasets`: which rows, which words, which errors."""
 
+import json
+
 import datasets
 import pytest
 from PIL import Image
@@ -114,6 +116,21 @@ def test_each_answer_of_a_conversation_is_an_example_with_all_before_it(tmp_path
     assert (picture.mode, picture.size, picture.getpixel((0, 0))) == ("RGB", (4, 3), (7, 7, 7))
     with pytest.raises(DataError, match="row 0: turns has no template for the role 'user'"):
         list(Rows(Source(path=source.path, conversation="talk", turns={"assistant": "{content}"})))
+
+
+def test_tools_and_tool_calls_have_no_place_in_turns(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    turns = {"user": "U: {content}", "assistant": "A: {content}"}
+    talk = [{"role": "user", "content": "q", "tool_calls": None}, {"role": "assistant", "content": "a"}]
+    calling = [talk[0], {"role": "assistant", "content": None, "tool_calls": "f()"}]
+    for name, row, match in (
+        ("tools", {"talk": talk, "tools": "[{}]"}, "row 0: 'tools' have no place in turns"),
+        ("calls", {"talk": calling, "tools": ""}, "row 0: 'tool_calls', or a message without content, fits no turn"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(json.dumps(row) + "\n")
+        with pytest.raises(DataError, match=match):
+            list(Rows(Source(path=str(tmp_path / name), conversation="talk", turns=turns)))
 
 
 def test_a_package_that_is_not_there_is_named_with_the_extra():
