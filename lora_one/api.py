@@ -62,7 +62,7 @@ def optimizer(model: Any, learning_rate: float = 2e-4, weight_decay: float = 0.0
 
 
 def save(model: Any, path: str | Path, report: Report | None = None) -> None:
-    """Write the adapter as a folder that PEFT and vLLM open as is, with `lora_one.json` beside it.
+    """Write the active adapter as a folder that PEFT and vLLM open as is, with `lora_one.json` beside it.
 
     Args:
         path: made if it does not exist. An adapter in it, of any library's, is replaced in one step, so that at any
@@ -83,7 +83,8 @@ def load(model: Any, path: str | Path, trainable: bool = False) -> Any:
     """Open an adapter folder (PEFT's format) on its base model, after checking that it belongs to it.
 
     Args:
-        model: the base model the adapter was trained on, or one with a LoRA adapter of the same shape.
+        model: the base model the adapter was trained on, or one with a LoRA adapter of the same shape, which gets the
+            folder's factors and scales.
         trainable: False freezes the adapter, as PEFT does; True is for going on training.
 
     Raises:

@@ -4,7 +4,6 @@ A folder has `adapter_config.json`, `adapter_model.safetensors`, and, if lora-on
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -20,6 +19,7 @@ from .core.factors import Factors
 from .errors import CheckpointError
 from .plain_lora import remedy, tensor_reason
 from .report import Report
+from .scales import rank_of, scaling_of
 from .tensors import read_tensors, wider
 from .versions import installed_versions
 
@@ -56,24 +56,15 @@ class AdapterFolder:
     config: dict[str, Any]
     lora_A: dict[str, tuple[int, ...]]  # layer -> shape, (r, in)
     lora_B: dict[str, tuple[int, ...]]  # layer -> shape, (out, r)
-    others: list[str]  # keys that are not LoRA factors
+    others: Mapping[str, tuple[int, ...]]  # what is no LoRA factor: key -> shape
 
     def rank(self, layer: str) -> int:
-        """The rank that the configuration gives a layer: `r`, or what `rank_pattern` says (PEFT's meaning)."""
-        for pattern, rank in (self.config.get("rank_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", layer):
-                return rank
-        return self.config["r"]
+        """The rank that the configuration gives a layer."""
+        return rank_of(self.config, layer)
 
     def scaling(self, layer: str) -> float:
-        """The factor s of a layer: alpha / sqrt(rank) or alpha / rank, with `alpha_pattern` (PEFT's meaning)."""
-        alpha = self.config.get("lora_alpha", 8)
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", layer):
-                alpha = value
-                break
-        rank = self.rank(layer)
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        """The factor s of a layer."""
+        return scaling_of(self.config, layer)
 
 
 def read_folder(path: Path) -> AdapterFolder:
@@ -101,15 +92,15 @@ def read_folder(path: Path) -> AdapterFolder:
     if kind != "LORA" or not isinstance(config.get("r"), int):
         raise CheckpointError(f'{path / CONFIG}: "peft_type" must be "LORA" with an integer "r", got {kind!r}')
     shapes: dict[str, dict[str, tuple[int, ...]]] = {"A": {}, "B": {}}
-    others = []
+    others: dict[str, tuple[int, ...]] = {}
     try:
         with safe_open(path / WEIGHTS, framework="numpy") as file:
             for key in file.keys():  # noqa: SIM118  (not a mapping)
-                match = _KEY.fullmatch(key)
+                match, shape = _KEY.fullmatch(key), tuple(file.get_slice(key).get_shape())
                 if match is None:
-                    others.append(key)
+                    others[key] = shape
                 else:
-                    shapes[match["factor"]][match["layer"]] = tuple(file.get_slice(key).get_shape())
+                    shapes[match["factor"]][match["layer"]] = shape
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path / WEIGHTS} cannot be read: {error}") from error
     return AdapterFolder(path, config, shapes["A"], shapes["B"], others)
@@ -134,7 +125,7 @@ def read_adapter(folder: AdapterFolder) -> Adapter:
 
 
 def check_folder(folder: AdapterFolder, linear: Mapping[str, tuple[int, int]]) -> list[str]:
-    """All that keeps an adapter from belonging to a model.
+    """All that keeps an adapter from belonging to a model: of its factors, and of what else is in the file.
 
     Args:
         linear: the model's linear layers: name -> (out, in).
@@ -142,6 +133,13 @@ def check_folder(folder: AdapterFolder, linear: Mapping[str, tuple[int, int]]) -
     Returns:
         One sentence a problem; empty if there is none.
     """
+    kept = tuple(folder.config.get("modules_to_save") or ())
+    others = [key for key in folder.others if not any(f".{name}." in f".{key}." for name in kept)]
+    return check_factors(folder, linear) + [unknown_tensor(key) for key in others]
+
+
+def check_factors(folder: AdapterFolder, linear: Mapping[str, tuple[int, int]]) -> list[str]:
+    """The part of `check_folder` that is about factors: partners, layers, ranks and shapes."""
     problems = []
     if not folder.lora_A and not folder.lora_B:
         problems.append(f"{WEIGHTS}: no LoRA factors in it")
@@ -159,10 +157,6 @@ def check_folder(folder: AdapterFolder, linear: Mapping[str, tuple[int, int]]) -
         ):
             if layer in shapes and shapes[layer] != expected:
                 problems.append(f"{layer}: {name} must be {expected}, got {shapes[layer]}")
-    kept = tuple(folder.config.get("modules_to_save") or ())
-    for key in folder.others:
-        if not any(f".{name}." in f".{key}." for name in kept):
-            problems.append(f"{key}: {tensor_reason(key)}{remedy(key)}")
     return problems
 
 
@@ -173,6 +167,11 @@ def replacing_adapter(path: Path) -> AbstractContextManager[Path]:
         CheckpointError: see `lora_one.atomic.replacing`.
     """
     return replacing(path, ADAPTER_FILES)
+
+
+def unknown_tensor(key: str) -> str:
+    """The sentence about a tensor that nothing in the configuration speaks of."""
+    return f"{key}: {tensor_reason(key)}{remedy(key)}"
 
 
 def write_metadata(path: Path, backend: str, report: Report | None) -> None:

@@ -21,7 +21,8 @@ class Config:
     Attributes:
         rank: r of each pair.
         alpha: the product B A is scaled by alpha / sqrt(rank), or alpha / rank without rsLoRA.
-        use_rslora: see `alpha` (arXiv 2312.03732).
+        use_rslora: see `alpha` (arXiv 2312.03732). The adapter itself says the scale by the plain rule alpha / rank,
+            with the alpha that this takes, since many readers know no other.
         scale: "normalized" starts at one gradient step of spectral norm scaling / gamma, whatever the gradient's scale;
             "gradient" at B A = -eta G_r, the form of the paper's theory.
         gamma: the larger, the smaller the step of the normalized scale. "auto" starts from 128 and raises it while the

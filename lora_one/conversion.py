@@ -65,7 +65,7 @@ def _read_peft(src: Path) -> Adapter:
     folder = read_folder(src)
     problems = setting_problems(folder.config)
     problems += [f"{name}: {tensor_reason(name)}" for name in sorted(folder.others)]
-    problems += check_folder(replace(folder, others=[]), _own_shapes(folder))
+    problems += check_folder(replace(folder, others={}), _own_shapes(folder))
     if problems:
         raise CheckpointError(f"the adapter in {src} is more than plain LoRA on linear layers", problems)
     return read_adapter(folder)

@@ -7,7 +7,6 @@ adapters.safetensors      mlx-lm: lora_a (in, r), lora_b (r, out), or (experts, 
 """
 
 import json
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 
 from .adapter import Adapter, LoraLayer
 from .checkpoint import CONFIG, MLX_WEIGHTS, PEFT_KEY, WEIGHTS
+from .scales import plain_settings
 from .tensors import Tensor, wider, write_tensors
 
 
@@ -54,24 +54,17 @@ def _peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _peft_config(adapter: Adapter) -> dict[str, Any]:
-    sizes = {name: (layer.rank, layer.scaling * layer.rank) for name, layer in adapter.layers.items()}
-    rank, alpha = Counter(sizes.values()).most_common(1)[0][0]
-    # Patterns are anchored: one for "up" would otherwise hold for "blocks.0.up" too.
     return {
         "peft_type": "LORA",
         "task_type": adapter.task,
         "base_model_name_or_path": None,
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
+        **plain_settings({name: (layer.rank, layer.scaling) for name, layer in adapter.layers.items()}),
         "lora_dropout": adapter.dropout,
-        "use_rslora": False,
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,
-        "target_modules": list(sizes),
-        "rank_pattern": {f"^{re.escape(name)}": r for name, (r, _) in sizes.items() if r != rank},
-        "alpha_pattern": {f"^{re.escape(name)}": a for name, (_, a) in sizes.items() if a != alpha},
+        "target_modules": list(adapter.layers),
     }
 
 

@@ -4,14 +4,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+MLX_SETTINGS = {"fine_tune_type", "lora_parameters", "num_layers"}  # mlx-lm's, in a folder of both
 # Settings that say where LoRA went and how it was trained: the file's names and shapes say all of that again.
 _HARMLESS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
     "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
     "target_modules", "task_type", "use_rslora",
-    "fine_tune_type", "lora_parameters", "num_layers",  # mlx-lm's, in a folder of both
-}  # fmt: skip
+} | MLX_SETTINGS  # fmt: skip
 _REASONS = {
     "bias": "biases of the base model were trained",
     "use_dora": "DoRA's magnitudes are no part of plain LoRA",
@@ -37,11 +37,8 @@ _TENSORS = (
 
 def setting_problems(config: Mapping[str, Any]) -> list[str]:
     """What PEFT's adapter_config.json asks for besides plain LoRA: one sentence a setting. Unknown ones count."""
-    problems = []
-    for name, value in sorted(config.items()):
-        if name in _HARMLESS or value in (None, False, {}, [], ()) or (name == "bias" and value == "none"):
-            continue
-        problems.append(f"{name}={value!r}: {_REASONS.get(name, 'not known here, and it may change what is computed')}")
+    unknown = "not known here, and it may change what is computed"
+    problems = [f"{name}={value!r}: {_REASONS.get(name, unknown)}" for name, value in settings_beyond(config).items()]
     start = config.get("init_lora_weights")
     if not keeps_base(start):
         problems.append(
@@ -55,6 +52,15 @@ def keeps_base(init_lora_weights: Any) -> bool:
     """Whether a start of PEFT's leaves the base weights as they are. One that is not known here counts as not."""
     start = init_lora_weights
     return (start.lower() if isinstance(start, str) else start) in _STARTS_THAT_KEEP_THE_BASE
+
+
+def settings_beyond(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not plain LoRA's, by name, but for the start. Unknown ones count."""
+    return {
+        name: value
+        for name, value in sorted(config.items())
+        if name not in _HARMLESS and value not in (None, False, {}, [], ()) and (name, value) != ("bias", "none")
+    }
 
 
 def tensor_reason(name: str) -> str:

@@ -1,7 +1,8 @@
 """PyTorch: arrays, models through PEFT's own LoRA layers, and the optimizer."""
 
 from .attach import attach_plain
-from .files import load, merge, save
+from .files import load, save
+from .merge import merge
 from .model import TorchSession
 from .model import TorchSession as attach
 from .ops import TorchOps

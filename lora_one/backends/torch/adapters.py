@@ -1,6 +1,8 @@
 """Which adapter a model has already: as a PeftModel, injected into its layers, or left in it by an earlier call."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft
@@ -12,6 +14,7 @@ from torch import nn
 from lora_one.errors import AdapterWarning, ModelError
 
 from .starts import check_base_is_whole
+from .wrappers import plain_names, unwrapped
 
 _OURS = "attached_by_lora_one"  # an attribute of PEFT's configuration: no field, so it goes into no file
 
@@ -37,6 +40,24 @@ def adapter_of(model: nn.Module) -> peft.PeftModel | None:
             "A loss_fn may use the whole model"
         )
     return _view(model, configs) if found else None
+
+
+@contextmanager
+def opened(model: nn.Module, verb: str) -> Iterator[peft.PeftModel]:
+    """The adapter of a model, with the names that it has in the plain model.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    inner = unwrapped(model)
+    with plain_names(inner):
+        adapted = adapter_of(inner)
+        if adapted is None:
+            raise ModelError(
+                f"{verb} needs a model with LoRA layers, as lora_one.init returns it, got {type(inner).__name__} "
+                "without any"
+            )
+        yield adapted
 
 
 def mark_as_ours(adapted: peft.PeftModel) -> None:

@@ -1,9 +1,10 @@
 """LoRA on a PyTorch model, by PEFT's own layers: attaching, finding the layers, and taking it all back."""
 
+import math
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import peft
@@ -19,6 +20,7 @@ from lora_one.backends.interface import Layer
 from lora_one.config import Config
 from lora_one.core.factors import Factors
 from lora_one.errors import ModelError, TargetsWarning
+from lora_one.scales import plain_alpha, scaling_of
 
 from .adapters import mark_as_ours, take_out_leftover
 from .refusals import kind_of, refusal
@@ -52,7 +54,7 @@ ALL_LINEAR = "all-linear"
 LINEAR = (nn.Linear, Conv1D)
 
 # What PEFT warns of that is its own affair: what it sets itself, of a mixture of experts too, and what it calls.
-_OF_PEFT = (".*fan_in_fan_out.*", "The following .*_pattern keys did not match.*", ".*is_gradient_checkpointing.*")
+OF_PEFT = (".*fan_in_fan_out.*", "The following .*_pattern keys did not match.*", ".*is_gradient_checkpointing.*")
 
 
 def attach_plain(model: nn.Module, config: Config) -> peft.PeftModel:
@@ -134,8 +136,8 @@ def _attached(
     task = task_type(model)
     lora_config = peft.LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
-        use_rslora=config.use_rslora,
+        lora_alpha=plain_alpha(config.scaling, config.rank),  # rsLoRA as the plain rule, which all readers know
+        use_rslora=False,
         lora_dropout=config.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         exclude_modules=list(without) or None,
@@ -144,7 +146,7 @@ def _attached(
     )
     # PEFT draws a random start, which is overwritten: the user's random stream should not notice.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        for message in _OF_PEFT:
+        for message in OF_PEFT:
             warnings.filterwarnings("ignore", message=message)
         try:
             return peft.get_peft_model(model, lora_config)
@@ -223,12 +225,11 @@ def check_adapter_fits(model: peft.PeftModel, config: Config) -> None:
     lora_config: Any = model.peft_config[model.active_adapters[0]]
     pairs = {
         "rank": (config.rank, default.rank, lora_config.r),
-        "alpha": (config.alpha, default.alpha, lora_config.lora_alpha),
-        "use_rslora": (config.use_rslora, default.use_rslora, lora_config.use_rslora),
         "dropout": (config.dropout, default.dropout, lora_config.lora_dropout),
     }
     wrong = [f"{name} {asked} (the adapter's: {has})" for name, (asked, usual, has) in pairs.items()
              if asked not in (usual, has)]  # fmt: skip
+    wrong[1:1] = _other_scale(config, lora_config)
     if config.targets != default.targets:
         wrong.append(f"targets {config.targets!r}")
     kept = lora_config.modules_to_save or ()
@@ -239,6 +240,19 @@ def check_adapter_fits(model: peft.PeftModel, config: Config) -> None:
             "a PeftModel keeps its adapter's own settings, but the Config asks for "
             f"{'; '.join(wrong)}: leave them out of the Config, or hand in the model without its adapter"
         )
+
+
+def _other_scale(config: Config, lora_config: Any) -> list[str]:
+    """A scale that is asked for and not the adapter's. Both may say it in alphas of rsLoRA or of the plain rule."""
+    default = Config()
+    asked = replace(config, rank=lora_config.r).scaling
+    has = scaling_of({**lora_config.to_dict(), "alpha_pattern": {}, "rank_pattern": {}}, "")
+    usual = (config.alpha, config.use_rslora) == (default.alpha, default.use_rslora)
+    if usual or math.isclose(asked, has, rel_tol=1e-6):
+        return []
+    if config.alpha != lora_config.lora_alpha:
+        return [f"alpha {config.alpha} (the adapter's: {lora_config.lora_alpha})"]
+    return [f"use_rslora {config.use_rslora}, so a scale of {asked:g} (the adapter's: {has:g})"]
 
 
 def _check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:

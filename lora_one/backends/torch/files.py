@@ -1,47 +1,40 @@
-"""Adapters of PyTorch models on disk, written and read by PEFT after our own checks."""
+"""Adapters of PyTorch models on disk: PEFT's files, with every scale by the plain rule, read after our own checks."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+import copy
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from lora_one.checkpoint import PEFT_BASE_KEY, WEIGHTS, AdapterFolder, check_folder, read_folder
-from lora_one.errors import CheckpointError, ModelError
+from lora_one.checkpoint import CONFIG, WEIGHTS, AdapterFolder, read_folder
+from lora_one.errors import CheckpointError
+from lora_one.plain_lora import MLX_SETTINGS
+from lora_one.scales import plain_settings, scaling_of
 
-from .adapters import adapter_of, is_leftover, mark_as_ours, take_out_leftover
-from .attach import find_sites
+from .adapter_state import active_adapter, adapter_state, lora_layers, tokens_of_others, train_adapter
+from .adapters import adapter_of, is_leftover, mark_as_ours, opened, take_out_leftover
+from .attach import OF_PEFT
+from .embeddings import added_rows
+from .fit import problems_after, problems_before
 from .snapshot import Snapshot
 from .starts import base_weights_kept, check_start
 from .wrappers import plain_names, unwrapped
 
 
 def save(model: nn.Module, path: Path) -> None:
-    """See `lora_one.save`."""
-    with _opened(model, "save") as adapted:
-        for config in adapted.peft_config.values():
-            # Where PEFT was given a compiled model, torch.compile's names: they would match nothing in a plain one.
-            if isinstance(config.target_modules, (set, list)):
-                config.target_modules = {name.replace("_orig_mod.", "") for name in config.target_modules}
-        # PEFT would add a copy of the base weight where LoRA is on the output layer; it is never changed here.
-        adapted.save_pretrained(str(path), save_embedding_layers=False)
-
-
-def merge(model: nn.Module) -> nn.Module:
-    """See `lora_one.merge`."""
-    with _opened(model, "merge") as adapted:
-        merged: Any = adapted.base_model.merge_and_unload()
-    vars(merged).pop("peft_config", None)  # PEFT before 0.21 leaves it
-    if hasattr(merged, "_hf_peft_config_loaded"):  # of transformers' add_adapter
-        merged._hf_peft_config_loaded = False
-    return merged
+    """See `lora_one.save`. The active adapter alone; with it the rows of tokens that were added to the base model."""
+    with opened(model, "save") as adapted:
+        adapter = active_adapter(adapted, "save")
+        tensors = {**adapter_state(adapted, adapter), **added_rows(adapted)}
+        config = _config_on_disk(adapted, adapter)
+        path.mkdir(parents=True, exist_ok=True)
+        save_file(_separate(tensors), path / WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(str(path))
 
 
 def load(model: nn.Module, path: Path, trainable: bool) -> nn.Module:
@@ -50,101 +43,133 @@ def load(model: nn.Module, path: Path, trainable: bool) -> nn.Module:
     with plain_names(base):
         adapted = adapter_of(base)
         present = None if is_leftover(base, adapted) else adapted  # what the folder's factors go into
-        folder = _without_base_weights(read_folder(path), base if adapted is None else adapted)
-        problems = check_folder(folder, _linear_layers(base)) + check_start(folder, present)
-        if present is not None and not problems:
-            problems = _missing(present, folder)
-        if problems:
-            raise CheckpointError(f"the adapter in {path} does not fit the model", problems)
-        if present is None:
-            return _attach(base, folder, trainable)
-        name = present.active_adapters[0]
-        peft.set_peft_model_state_dict(present, peft.load_peft_weights(str(path), device="cpu"), name)
-        return model
+        plain = base if adapted is None else adapted.get_base_model()
+        held = None if present is None else present.peft_config[active_adapter(present, "load")]
+        folder = read_folder(path)
+        config = _read_config(folder)
+        _refuse(folder, problems_before(folder, config, plain, held) + check_start(folder, present))
+        loaded = _load(base, present, folder, config, trainable)
+    return model if present is not None else loaded
 
 
-def _attach(model: nn.Module, folder: AdapterFolder, trainable: bool) -> peft.PeftModel:
-    found = Snapshot(model)
-    with base_weights_kept(model, folder):
+def _load(
+    base: nn.Module, present: peft.PeftModel | None, folder: AdapterFolder, config: peft.LoraConfig, trainable: bool
+) -> peft.PeftModel:
+    found, depth = Snapshot(base), _depth(base)
+    existing = {id(tensor) for tensor in (*base.parameters(), *base.buffers())}
+    overwritten: list[tuple[Tensor, Tensor]] = []
+    with base_weights_kept(base, folder):
         try:
-            take_out_leftover(model)
-            with torch.random.fork_rng(devices=[]):  # PEFT draws a start before it reads the file
-                adapted = _opened_by_peft(model, folder, trainable)
-            problems = _missing(adapted, folder)
-            if problems:
-                raise CheckpointError(f"the adapter in {folder.path} does not fit the model", problems)
+            adapted = _attach(base, config, folder) if present is None else present
+            adapter = active_adapter(adapted, "load")
+            _refuse(folder, problems_after(folder, config, adapted, adapter))
+            state = {**adapted.state_dict(keep_vars=True), **adapter_state(adapted, adapter)}
+            # PEFT writes some weights of embeddings twice, under a second name that nothing reads.
+            tensors = {key: tensor for key, tensor in load_file(folder.path / WEIGHTS).items() if key in state}
+            overwritten += [(state[key], state[key].detach().clone()) for key in tensors if id(state[key]) in existing]
+            unused = dict.fromkeys(tokens_of_others(adapted, adapter), torch.empty(0))
+            peft.set_peft_model_state_dict(adapted, {**tensors, **unused}, adapter)
         except BaseException:
             found.restore()
+            _set(getattr(base, "config", None), depth)
+            with torch.no_grad():
+                for tensor, before in overwritten:
+                    tensor.copy_(before)
             raise
-    found.restore_modes(adapted)
-    mark_as_ours(adapted)
+    if present is None:
+        mark_as_ours(adapted)
+    else:
+        _take_scales(adapted, adapter, config)
+    train_adapter(adapted, adapter, trainable)
+    found.restore_modes(adapted if present is None else base)
     return adapted
 
 
-def _opened_by_peft(model: nn.Module, folder: AdapterFolder, trainable: bool) -> peft.PeftModel:
+def _depth(model: nn.Module) -> dict[str, Any]:
+    """What PEFT changes in a model's configuration where an adapter replicates layers."""
+    config: Any = getattr(model, "config", None)
+    return {"num_hidden_layers": config.num_hidden_layers} if hasattr(config, "num_hidden_layers") else {}
+
+
+def _refuse(folder: AdapterFolder, problems: list[str]) -> None:
+    if problems:
+        raise CheckpointError(f"the adapter in {folder.path} does not fit the model", problems)
+
+
+def _read_config(folder: AdapterFolder) -> peft.LoraConfig:
+    """The folder's settings, with its scales by the plain rule, so that a Trainer saves them so too."""
     try:
-        return peft.PeftModel.from_pretrained(model, str(folder.path), is_trainable=trainable)
-    except Exception as error:  # of whatever kind: what its configuration asks for is not ours
-        raise CheckpointError(
-            f"PEFT cannot attach the adapter in {folder.path} to the model: {type(error).__name__}: {error}"
-        ) from error
+        settings = {name: value for name, value in folder.config.items() if name not in MLX_SETTINGS}
+        config: Any = peft.LoraConfig.from_peft_type(**settings)
+        if config.use_rslora and folder.lora_A:
+            layers = {path: (folder.rank(path), folder.scaling(path)) for path in folder.lora_A}
+            _set(config, plain_settings(layers))
+    except Exception as error:  # of whatever kind: it may say anything
+        raise CheckpointError(f"{folder.path / CONFIG}: PEFT cannot use its settings: {error}") from error
+    return config
 
 
-@contextmanager
-def _opened(model: nn.Module, verb: str) -> Iterator[peft.PeftModel]:
-    """The adapter of a model, with the names that it has in the plain model."""
-    inner = unwrapped(model)
-    with plain_names(inner):
-        adapted = adapter_of(inner)
-        if adapted is None:
-            raise ModelError(
-                f"{verb} needs a model with LoRA layers, as lora_one.init returns it, got {type(inner).__name__} "
-                "without any"
-            )
-        yield adapted
+def _attach(model: nn.Module, config: peft.LoraConfig, folder: AdapterFolder) -> peft.PeftModel:
+    take_out_leftover(model)
+    name, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT warns where it changes it
+    # PEFT draws a start, which is overwritten: the user's random stream should not notice.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        for message in OF_PEFT:
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            adapted: Any = peft.get_peft_model(model, config)
+        except Exception as error:  # of whatever kind: what its configuration asks for is not ours
+            raise CheckpointError(
+                f"PEFT cannot attach the adapter in {folder.path} to the model: {type(error).__name__}: {error}"
+            ) from error
+    config.base_model_name_or_path = config.base_model_name_or_path or name
+    return adapted
 
 
-def _missing(model: peft.PeftModel, folder: AdapterFolder) -> list[str]:
-    """What the model has and the folder has not, or has with another rank, and modules that only one of them keeps."""
-    problems = []
-    for site in find_sites(model):
-        name = site.layer.name
-        if name not in folder.lora_A:
-            problems.append(f"{name}: the model has LoRA here, the file has none")
-        elif site.layer.rank != folder.lora_A[name][0]:
-            problems.append(f"{name}: the model has rank {site.layer.rank}, the file {folder.lora_A[name][0]}")
-    # PEFT passes over what only one side has: a trained head would be lost without a word.
-    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    kept = {key for key in state if ".lora_" not in key}
-    problems += [f"{key}: the model keeps it whole, the file has none" for key in sorted(kept - set(folder.others))]
-    problems += [
-        f"{key}: the file has it, the model has no such module to save" for key in folder.others if key not in kept
-    ]
-    return problems
+def _take_scales(model: peft.PeftModel, adapter: str, config: peft.LoraConfig) -> None:
+    """Give an adapter that was there the folder's ranks and scales, which may be said otherwise, or be others."""
+    settings = config.to_dict()
+    names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+    _set(model.peft_config[adapter], {name: settings[name] for name in names})
+    for path, module in lora_layers(model, adapter):
+        rank, scaling = module.r[adapter], scaling_of(settings, path)
+        module.scaling[adapter] = scaling
+        module.lora_alpha[adapter] = scaling * (math.sqrt(rank) if settings["use_rslora"] else rank)
+        if isinstance(getattr(module, "use_rslora", None), dict):
+            module.use_rslora[adapter] = settings["use_rslora"]
 
 
-def _without_base_weights(folder: AdapterFolder, model: nn.Module) -> AdapterFolder:
-    """PEFT saves the base weight with LoRA on an output layer. It says nothing where it is the model's own."""
-    names = {PEFT_BASE_KEY.format(path=layer): f"{layer}.weight" for layer in folder.lora_A}
-    copies = names.keys() & set(folder.others)
-    if not copies:
-        return folder
-    weights, same = model.state_dict(), set()
-    with safe_open(folder.path / WEIGHTS, framework="pt") as file:
-        for key in copies:
-            weight = weights.get(key if isinstance(model, peft.PeftModel) else names[key])
-            if weight is not None and torch.equal(file.get_tensor(key).to(weight), weight):
-                same.add(key)
-    return replace(folder, others=[key for key in folder.others if key not in same])
+def _config_on_disk(model: peft.PeftModel, adapter: str) -> peft.LoraConfig:
+    """The adapter's settings as others should read them: the scales that its layers have, by the plain rule."""
+    base: Any = model.get_base_model()
+    config: Any = copy.copy(model.peft_config[adapter])
+    config.inference_mode = True
+    if isinstance(config.target_modules, (set, list)):
+        # Where PEFT was given a compiled model, torch.compile's names: they would match nothing in a plain one.
+        config.target_modules = {name.replace("_orig_mod.", "") for name in config.target_modules}
+    config.base_model_name_or_path = config.base_model_name_or_path or base.__dict__.get("name_or_path") or None
+    if config.task_type is None:  # for peft.AutoPeftModel
+        config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    layers = {path: (module.r[adapter], module.scaling[adapter]) for path, module in lora_layers(model, adapter)}
+    settings = config.to_dict()
+    said = all(math.isclose(scaling_of(settings, path), scaling) for path, (_, scaling) in layers.items())
+    if layers and (config.use_rslora or not said):
+        _set(config, plain_settings(layers))
+    return config
 
 
-def _linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """name -> (out, in), names as in the base model."""
-    base: Any = model.base_model.model if isinstance(model, peft.PeftModel) else model
-    shapes = {}
-    for name, module in base.named_modules():
-        if isinstance(module, (nn.Linear, LoraLayer)):
-            shapes[name] = (int(module.out_features), int(module.in_features))
-        elif isinstance(module, Conv1D):
-            shapes[name] = (module.weight.shape[1], module.weight.shape[0])
-    return shapes
+def _set(config: Any, settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        setattr(config, name, value)
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, on the CPU, and each in memory of its own, as safetensors wants them."""
+    seen: set[int] = set()
+    separate = {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        separate[key] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return separate

@@ -17,6 +17,7 @@ from lora_one.core.spectrum import Probe
 from lora_one.errors import BatchError
 from lora_one.memory import process_peak
 
+from .adapter_state import is_frozen, train_adapter
 from .adapters import adapter_of, is_leftover
 from .attach import Site, attach_lora, check_adapter_fits, find_sites
 from .batches import LossFn, check_depends, default_loss, device_of, losses
@@ -91,6 +92,8 @@ class TorchSession:
         self.layers = [site.layer for site in sites]
         if self._adapted:
             self._factors_found = {name: site.factors() for name, site in self._sites.items()}
+            if is_frozen(adapted, sites[0].adapter):  # as `load` leaves it, unless it is told otherwise
+                train_adapter(adapted, sites[0].adapter, True)
         self._attached = Snapshot(self.model)
         self.model.requires_grad_(False)
         _evaluation_mode(self.model)

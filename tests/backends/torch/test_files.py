@@ -55,12 +55,8 @@ def test_folder_has_pefts_files_and_ours(tmp_path):
     lora_one.save(model, tmp_path, report)
     assert {f.name for f in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors", "lora_one.json"}
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["task_type"], config["r"], config["use_rslora"]) == (
-        "LORA",
-        "CAUSAL_LM",
-        4,
-        True,
-    )
+    assert (config["peft_type"], config["task_type"], config["r"]) == ("LORA", "CAUSAL_LM", 4)
+    assert (config["use_rslora"], config["lora_alpha"]) == (False, 32)  # 16 / sqrt(4) by the rule that all readers know
     written = json.loads((tmp_path / "lora_one.json").read_text())
     assert written["versions"]["torch"] == torch.__version__ and written["report"]["config"]["rank"] == 4
 
