@@ -171,7 +171,7 @@ def test_distributed_data_parallel(tmp_path):
         x = case.batches[0][0]
         assert torch.allclose(opened(x), started(x), atol=1e-6)
         whole = nn.Sequential(DistributedDataParallel(mlp().model))
-        with pytest.raises(ModelError, match="0 is in DistributedDataParallel, .* wrap it after init or load"):
+        with pytest.raises(ModelError, match=r"0 is in DistributedDataParallel, .* wrap it after init or load"):
             lora_one.init(whole, case.batches, case.loss_fn, CONFIG)
     finally:
         torch.distributed.destroy_process_group()
