@@ -11,7 +11,6 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -150,20 +149,18 @@ def _attached(
             warnings.filterwarnings("ignore", message=message)
         try:
             return peft.get_peft_model(model, lora_config)
-        except NoMatchingPeftModuleError as error:
-            linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
-            shown = ", ".join(linear[:8]) + (", ..." if len(linear) > 8 else "")
-            raise ModelError(
-                f"targets must match a linear layer of the model, got {config.targets!r}; its linear layers are: "
-                f"{shown or 'none'}"
-            ) from error
         except ValueError as error:
             reason = str(error).split(". Currently")[0]
             if refused := re.search(r"Module '([^']+)' is incompatible with", reason):
                 raise _RefusedByPeft(f"targets {config.targets!r}: {reason}", refused[1]) from error
-            if "is not supported" not in reason:
-                raise ModelError(f"PEFT cannot attach LoRA for the targets {config.targets!r}: {reason}") from error
-            raise ModelError(f"targets must be linear layers, got {config.targets!r}: {reason}") from error
+            if "is not supported" in reason:
+                raise ModelError(f"targets must be linear layers, got {config.targets!r}: {reason}") from error
+            linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
+            shown = ", ".join(linear[:8]) + (", ..." if len(linear) > 8 else "")
+            raise ModelError(
+                f"targets must match a linear layer of the model, got {config.targets!r}; its linear layers are: "
+                f"{shown or 'none'}. PEFT says: {reason}"
+            ) from error
 
 
 def _names(attached: peft.PeftModel, kind: type[nn.Module]) -> list[str]:
