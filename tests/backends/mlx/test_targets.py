@@ -12,7 +12,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRALinear
 
 import lora_one
-from lora_one.errors import ModelError, TargetsWarning
+from lora_one.errors import GradientError, ModelError, TargetsWarning
 from tests.backends.mlx.models import (
     VOCABULARY,
     contents,
@@ -241,7 +241,8 @@ def test_passes_run_in_train_mode_without_dropout_and_modes_come_back(config, tr
     assert report.base_loss == pytest.approx(loss_fn(other, x).item(), rel=1e-6)
 
 
-def test_layers_that_change_their_weight_with_the_mode_get_it_back(monkeypatch):
+@pytest.mark.parametrize("fails", [False, True])
+def test_layers_that_change_their_weight_with_the_mode_get_it_back(fails, monkeypatch):
     """nn.QQLinear dequantises its weight in train mode, where alone it has a gradient."""
     monkeypatch.setattr(nn.QQLinear, "__call__", lambda self, x: x @ self.weight.T)  # MLX has none for CPUs
     mx.random.seed(0)
@@ -252,11 +253,15 @@ def test_layers_that_change_their_weight_with_the_mode_get_it_back(monkeypatch):
     x = mx.random.normal((20, 64))
 
     def loss_fn(model, batch):
-        return mx.mean(model(batch) ** 2)
+        return mx.mean(model(batch) ** 2) * (float("nan") if fails else 1.0)
 
-    _, _, (text,) = init_warned(model, batches=[x], loss_fn=loss_fn, config=EXACT)
-    assert "layers.1 (QQLinear)" in text
-    assert isinstance(model.layers[0], LoRALinear)
+    if fails:
+        with pytest.raises(GradientError):
+            init_warned(model, batches=[x], loss_fn=loss_fn, config=EXACT)
+    else:
+        _, _, (text,) = init_warned(model, batches=[x], loss_fn=loss_fn, config=EXACT)
+        assert "layers.1 (QQLinear)" in text
+    assert isinstance(model.layers[0], LoRALinear) != fails
     after = contents(model.layers[1])
     assert after.keys() == before.keys() == {"weight", "scales"}
     for name, value in before.items():
