@@ -20,8 +20,9 @@ from .adopt import find_adapters
 from .layers import adapted_kind, kind_of
 from .linen_files import fresh_layers, note_of
 from .llama import LlamaForCausalLM
-from .nnx import inject, linear_layers, remove, take_out
-from .sites import Leaves, Site
+from .nnx import inject, linear_layers, take_out
+from .removal import remove
+from .sites import Leaves, Site, check_concrete
 from .tree_binding import Linear, find_layers, tree_sites
 from .trees import LinenModel, PytreeModel, merged
 
@@ -37,7 +38,10 @@ class _Held(NamedTuple):
 
 def merge(model: Any) -> Any:
     """See `lora_one.merge`. An NNX model is changed in place; a `LinenModel` or `PytreeModel` is a new one."""
-    return remove(model, merge=True) if isinstance(model, nnx.Module) else merged(model)
+    if isinstance(model, nnx.Module):
+        return remove(model, merge=True)
+    check_concrete("merge", model, traced=True)
+    return merged(model)
 
 
 def unload(model: Any) -> Any:
@@ -52,6 +56,7 @@ def save(model: Any, path: Path) -> None:
         raise ModelError(
             f"save needs a model with LoRA layers, as lora_one.init returns it, got {type(model).__name__}"
         )
+    check_concrete("save", [leaves for _, leaves in held])
     layers = {
         layer.name: LoraLayer([_to_numpy(pair)], layer.scaling, _STORED[leaves.a.dtype.name])
         for site, leaves in held

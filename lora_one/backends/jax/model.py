@@ -24,7 +24,7 @@ from .layout import Layout
 from .nnx import NnxBinding
 from .ops import JaxOps
 from .oracle import Oracle
-from .sites import Binding, Leaves, Site, replicated
+from .sites import Binding, Leaves, Site, check_concrete, replicated
 from .tree_binding import TreeBinding
 from .trees import LinenModel, PytreeModel
 
@@ -51,6 +51,11 @@ class JaxSession:
             raise BatchError("a Flax model has no loss of its own: pass loss_fn=(model, batch) -> mean loss")
         self._binding = bind(self.model, config, self._batches, self._loss_fn)
         self._sites = self._binding.sites
+        try:
+            check_concrete("init", self._binding.frozen)
+        except ModelError:
+            self._binding.undo()
+            raise
         self.oracle = Oracle(self._binding, self._loss_fn)
         self._context = ExitStack()
         meshes = (s.sharding.mesh for s in self._sites.values() if isinstance(s.sharding, NamedSharding))

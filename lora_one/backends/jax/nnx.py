@@ -13,7 +13,7 @@ from lora_one.config import Config
 from lora_one.errors import ConfigError, ModelError
 
 from .adopt import Found, find_adapters
-from .layers import adapted_kind, is_linear, kind_of
+from .layers import is_linear, kind_of
 from .sites import Leaves, Site, factor_dtype, kernel_sharding
 from .targets import select
 
@@ -155,29 +155,6 @@ def take_out(injected: list[Injected]) -> None:
         for name in names:
             if hasattr(layer, name):
                 delattr(layer, name)
-
-
-def remove(model: nnx.Module, merge: bool) -> nnx.Module:
-    """Take injected LoRA out of a model, in place: plain layers again, with the factors in their kernels or without.
-
-    Raises:
-        ModelError: no injected layers.
-    """
-    adapted = [(layer, *found) for _, layer in nnx.iter_graph(model) if (found := adapted_kind(layer)) is not None]
-    if not adapted:
-        raise ModelError(
-            f"merge needs a model with LoRA layers, as lora_one.init returns it, got {type(model).__name__}"
-        )
-    for layer, plain, kind in adapted:
-        names = [f"{kind.param}_lora_{part}" for part in ("a", "b", "scale")]
-        if merge:
-            a, b, scale = (getattr(layer, name) for name in names)
-            kernel = getattr(layer, kind.param)
-            delta = kind.layout(layer).product(a[...], b[...])
-            value = kernel.get_raw_value()
-            kernel.set_raw_value((value.astype(delta.dtype) + scale * delta).astype(value.dtype))
-        take_out([Injected(layer, plain, names)])
-    return model
 
 
 def _modes(model: nnx.Module) -> list[tuple[nnx.Module, str, Any]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 # The attribute by which qwix marks each module of a model that it has adapted.
 QWIX_PATH = "qwix_path"
+QWIX_ATTRIBUTES = (QWIX_PATH, "qwix_rngs", "disable_quant_stats_update")  # all that it leaves on a module
 
 
 def qwix_scale(model: Any, path: tuple[Any, ...], rank: int) -> float:
@@ -23,6 +24,11 @@ def qwix_scale(model: Any, path: tuple[Any, ...], rank: int) -> float:
         "the qwix rule that made it is not found on the model, so its scale is unknown: hand in the model that "
         "qwix.apply_lora_to_model returned"
     )
+
+
+def plain_class(model: Any) -> type | None:
+    """The class that a model had before qwix gave it one of its own; None for any other model."""
+    return vars(type(model)).get("_unquantized_type")
 
 
 def _rules(function: Any, depth: int) -> list[Any]:

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from lora_one.backends.interface import Layer
 from lora_one.core.factors import Factors
+from lora_one.errors import ModelError
 
 from .layout import Layout
 
@@ -122,12 +123,31 @@ def kernel_sharding(kernel: Any) -> Sharding | None:
 
     None matters: arrays put on a device by name and arrays that are there by default compile differently.
     """
-    if not getattr(kernel, "committed", False):
+    if isinstance(kernel, jax.core.Tracer) or not _placed(kernel):
         return None
     if not isinstance(kernel.sharding, NamedSharding):
         return kernel.sharding
     spec = (*kernel.sharding.spec, *[None] * (kernel.ndim - len(kernel.sharding.spec)))
     return NamedSharding(kernel.sharding.mesh, PartitionSpec(*spec))
+
+
+def _placed(kernel: Any) -> bool:
+    """Whether an array was put somewhere, or an abstract one says where it will be."""
+    return (
+        kernel.sharding is not None if isinstance(kernel, jax.ShapeDtypeStruct) else getattr(kernel, "committed", False)
+    )
+
+
+def check_concrete(what: str, arrays: Any, traced: bool = False) -> None:
+    """Raises ModelError for weights that are shapes alone, and while tracing too unless that is fine."""
+    for leaf in jax.tree.leaves(arrays):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ModelError(
+                f"{what} needs the model's weights, got shapes alone (nnx.eval_shape): load the weights first, or hand "
+                "in a model that has them"
+            )
+        if isinstance(leaf, jax.core.Tracer) and not traced:
+            raise ModelError(f"{what} needs the model's weights and cannot be traced: call it outside of jit")
 
 
 def replicated(sharding: Sharding | None) -> Sharding | None:
