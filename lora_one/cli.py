@@ -67,6 +67,10 @@ def finetune(
     allow_code_execution: Annotated[
         bool | None, typer.Option("--allow-code-execution", help="Let benchmarks run the code that the model writes.")
     ] = None,
+    save_every: Annotated[int | None, typer.Option("--save-every", help="Steps between checkpoints.")] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume", help="Go on from the last checkpoint in --out, if there is one.")
+    ] = None,
     seed: SeedOption = None,
     out: OutOption = None,
     config: ConfigOption = None,

@@ -18,6 +18,7 @@ from .evaluation import Evaluation, answers, reference, write_scores
 from .fit import check_questions, check_sequences
 from .recipe import Recipe
 from .report import Report
+from .runs import FOLDER, Checkpoint, Checkpoints, Run, latest
 from .scores import METRICS
 from .sources import Rows, Source
 
@@ -60,6 +61,7 @@ class Outcome:
         before, after: exact match on the test items; None without any.
         scores: benchmark -> metric -> value after the training, as in `evaluation.json`; "test" is the test items'.
         out: the adapter's folder.
+        resumed: steps that came from a checkpoint.
     """
 
     report: Report | None
@@ -68,6 +70,7 @@ class Outcome:
     after: float | None
     out: Path
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    resumed: int = 0
 
 
 def finetune(recipe: Recipe, progress: Progress) -> Outcome:
@@ -78,31 +81,41 @@ def finetune(recipe: Recipe, progress: Progress) -> Outcome:
     """
     check_writable(Path(recipe.out))
     evaluation = Evaluation(recipe)  # what it lacks should not be found out after the training
+    found = _checkpoint(recipe, progress)
     tuner, sequences, tests = _prepare(recipe, progress)
+    run = found.run if found else Run.begin(recipe, sequences)
     recipe = recipe.for_examples(len(sequences))
     questions = _questions(tuner, tests, recipe)
     held_out = _held_out(recipe, tuner)
-    before = _score(tuner, tests, questions, recipe, progress, "before")
-    _validate(tuner, held_out, progress, "before")
-    report = _start(tuner, sequences, recipe, progress)
-    losses: list[float] = []
+    if found:
+        run.check_data(sequences)
+        _attach(tuner, recipe)
+        _retell(run, len(tests), progress)
+    else:
+        run.before = _score(tuner, tests, questions, recipe, progress, "before")
+        run.validation = _validate(tuner, held_out, progress, "before")
+        run.report = _start(tuner, sequences, recipe, progress)
 
     def on_step(step: int, loss: float) -> None:
-        losses.append(loss)
+        run.losses.append(loss)
         progress.step(step, loss)
 
+    checkpoints = Checkpoints(run, Path(recipe.out), recipe.save_every, recipe.steps, found)
     progress.training(recipe.steps)
-    tuner.train(sequences, recipe, on_step)
+    for step, loss in enumerate(run.losses, start=1):
+        progress.step(step, loss)
+    tuner.train(sequences, recipe, on_step, checkpoints)
     after = _score(tuner, tests, questions, recipe, progress, "after")
     _validate(tuner, held_out, progress, "after")
     out = Path(recipe.out)
-    api.save(tuner.model, out, report)
+    api.save(tuner.model, out, run.report)
+    checkpoints.finish()
     scores = {"test": after} if after else {}
     scores |= evaluation.run(tuner, progress)
     if scores:
         write_scores(out, scores)
-    exact = [None if found is None else found["exact_match"] for found in (before, after)]
-    return Outcome(report, losses, exact[0], exact[1], out, scores)
+    exact = [None if values is None else values["exact_match"] for values in (run.before, after)]
+    return Outcome(run.report, run.losses, exact[0], exact[1], out, scores, checkpoints.done)
 
 
 def initialize_only(recipe: Recipe, progress: Progress) -> Outcome:
@@ -113,6 +126,41 @@ def initialize_only(recipe: Recipe, progress: Progress) -> Outcome:
     out = Path(recipe.out)
     api.save(tuner.model, out, report)
     return Outcome(report, [], None, None, out)
+
+
+def _checkpoint(recipe: Recipe, progress: Progress) -> Checkpoint | None:
+    """What to go on from. A script can always ask to resume: the first time there is nothing yet."""
+    out = Path(recipe.out)
+    if not recipe.resume:
+        if any((out / FOLDER).glob("step-*")):
+            progress.warn(f"{out / FOLDER} has checkpoints of an earlier run: without resume they are not used")
+        return None
+    found = latest(out, progress.warn)
+    if found is None:
+        progress.warn(f"nothing to resume: {out / FOLDER} has no checkpoint; starting from the beginning")
+        return None
+    found.run.check_settings(recipe)
+    for change in found.run.changed_versions():
+        progress.warn(f"{change}: from here on the last digits may be others than those of a run without a break")
+    return found
+
+
+def _attach(tuner: Tuner, recipe: Recipe) -> None:
+    """LoRA on the layers that the run has it on; the factors come from its checkpoint."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InitWarning)  # the run has told them when it began
+        tuner.model = load_backend(recipe.backend).attach_plain(tuner.model, recipe.config)
+
+
+def _retell(run: Run, tests: int, progress: Progress) -> None:
+    """What was found out before the training."""
+    progress.say("Going on from a checkpoint")
+    if run.before is not None:
+        progress.score("before", run.before["exact_match"], tests)
+    if run.validation is not None:
+        progress.validation("before", run.validation)
+    if run.report is not None:
+        progress.report(run.report)
 
 
 def _prepare(recipe: Recipe, progress: Progress) -> tuple[Tuner, list[TokenSequence], list[Example]]:
@@ -208,6 +256,9 @@ def _held_out(recipe: Recipe, tuner: Tuner) -> list[Any]:
     return tuner.batches(sequences, recipe.batch_size)
 
 
-def _validate(tuner: Tuner, held_out: list[Any], progress: Progress, when: str) -> None:
-    if held_out:
-        progress.validation(when, tuner.mean_loss(held_out))
+def _validate(tuner: Tuner, held_out: list[Any], progress: Progress, when: str) -> float | None:
+    if not held_out:
+        return None
+    loss = tuner.mean_loss(held_out)
+    progress.validation(when, loss)
+    return loss

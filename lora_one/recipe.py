@@ -57,6 +57,8 @@ class Recipe:
         evaluate: False leaves out `tasks` and `visual`.
         limit: at most so many items of each of them.
         allow_code_execution: lets tasks run the code that the model writes, in this process's rights.
+        save_every: steps from one checkpoint of the training to the next, in `out/checkpoints`; None makes none.
+        resume: go on from the newest checkpoint in `out`, where there is one.
         config: the initialisation.
     """
 
@@ -90,6 +92,8 @@ class Recipe:
     evaluate: bool = True
     limit: int | None = None
     allow_code_execution: bool = False
+    save_every: int | None = None
+    resume: bool = False
     config: Config = field(default_factory=Config)
 
     def __post_init__(self) -> None:
@@ -121,7 +125,7 @@ class Recipe:
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         check_choice("schedule", self.schedule, ("linear", "cosine"))
         check_choice("damping", self.damping, ("absolute", "relative"))
-        for name in ("precondition", "plain", "evaluate", "allow_code_execution"):
+        for name in ("precondition", "plain", "evaluate", "allow_code_execution", "resume"):
             check_flag(name, getattr(self, name))
 
     def _check_numbers(self) -> None:
@@ -132,7 +136,7 @@ class Recipe:
         check_positive("learning_rate", self.learning_rate)
         check_range("weight_decay", self.weight_decay, 0.0)
         check_range("reg", self.reg, 0.0)
-        for name in ("max_length", "limit"):
+        for name in ("max_length", "limit", "save_every"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), least=1)
         if self.num_fewshot is not None:

@@ -101,6 +101,8 @@ class Terminal:
         """The last lines: what came out, and what to do next."""
         seconds = time.perf_counter() - self._began
         out = escape(str(outcome.out))
+        if outcome.resumed:
+            self._say(f"Resumed after step {outcome.resumed}")
         if outcome.before is not None and outcome.after is not None:
             self._say(
                 f"[bold green]Exact match {outcome.before:.1%} -> {outcome.after:.1%}[/] in {seconds:.0f} s, all told"

@@ -75,6 +75,25 @@ def test_plain_start_is_loras_own(tmp_path):
     assert max(layer.norm for layer in found.layers) < 1e-5  # B = 0, but for one step at a rate of 1e-9
 
 
+def test_a_job_is_resumed_and_one_that_is_done_trains_nothing_again(tmp_path, monkeypatch, capsys):
+    rows = demo.TRAIN.read_text().splitlines()[:8]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    data = ["--model", str(demo.MODEL), "--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "out")]
+    job = ["finetune", *data, "--steps", "3", "--save-every", "2", "--resume", "--plain", *SMALL]
+    assert "nothing to resume" in run(*job)
+    adapter = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    monkeypatch.setattr(torch.optim.AdamW, "step", None)  # whoever trains now fails
+    text = run(*job)
+    assert "nothing to resume" not in text
+    assert "Resumed after step 3" in text
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == adapter
+    monkeypatch.setattr(sys, "argv", ["lora-one", *job, "--lr", "0.5"])
+    monkeypatch.setattr(cli, "console", cli.Console(width=1000))
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "learning_rate was 0.002, is 0.5: give them as they were" in capsys.readouterr().out
+
+
 def test_init_saves_the_start_and_inspect_shows_it(tmp_path):
     text = run("init", "--out", str(tmp_path), "--rank", "4", "--gamma", "64", "--targets", "q_proj,up_proj", *SMALL)
     assert "Adapter:" in text

@@ -10,6 +10,7 @@ from lora_one.core.spectrum import Probe
 from lora_one.data import TokenSequence
 from lora_one.fit import Limits
 from lora_one.recipe import Recipe
+from lora_one.runs import NOWHERE, Checkpoints
 
 
 class Layer(NamedTuple):
@@ -113,10 +114,20 @@ class Tuner(Protocol):
         """The mean of `loss_fn` over batches, without dropout or gradients."""
         ...
 
-    def train(self, sequences: Sequence[TokenSequence], recipe: Recipe, on_step: Callable[[int, float], None]) -> None:
-        """Train the model's LoRA factors for `recipe.steps` steps; `on_step(step, loss)` after each.
+    def train(
+        self,
+        sequences: Sequence[TokenSequence],
+        recipe: Recipe,
+        on_step: Callable[[int, float], None],
+        checkpoints: Checkpoints = NOWHERE,
+    ) -> None:
+        """Train the model's LoRA factors up to step `recipe.steps`; `on_step(step, loss)` after each.
 
         A step's batch is a draw from a seeded permutation of the sequences, epoch after epoch.
+
+        Args:
+            checkpoints: says after which steps to write one, and from which to go on: the LoRA layers are there then,
+                their factors are the checkpoint's. The steps after it are bit for bit those of a run that never ended.
         """
         ...
 

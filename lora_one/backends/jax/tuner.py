@@ -1,5 +1,6 @@
 """Fine-tuning a Llama-family language model from a local Hugging Face folder, with nnx.Optimizer and optax."""
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,18 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from safetensors.flax import load_file, save_file
 from transformers import AutoTokenizer
 
 from lora_one.data import TokenSequence
 from lora_one.errors import ConfigError, ModelError
 from lora_one.fit import Limits, check_tokenizer, pad_token
 from lora_one.recipe import Recipe
+from lora_one.runs import NOWHERE, Checkpoints
 
 from .llama import causal_lm_loss
 from .llama_files import load_llama
 from .optimizer import optimizer
 
 IGNORED = -100
+STATE = "state.safetensors"  # of a checkpoint
 WIDTHS = 16  # batches are padded to a multiple of it, so that few shapes are compiled
 
 
@@ -69,7 +73,13 @@ class JaxTuner:
         loss: Any = nnx.jit(causal_lm_loss)
         return float(np.mean([np.asarray(loss(self.model, batch)) for batch in batches]))
 
-    def train(self, sequences: Sequence[TokenSequence], recipe: Recipe, on_step: Callable[[int, float], None]) -> None:
+    def train(
+        self,
+        sequences: Sequence[TokenSequence],
+        recipe: Recipe,
+        on_step: Callable[[int, float], None],
+        checkpoints: Checkpoints = NOWHERE,
+    ) -> None:
         # As transformers' Trainer does it: linear warmup and decay, gradients clipped at norm 1.
         rate = optax.join_schedules(
             [
@@ -96,8 +106,13 @@ class JaxTuner:
             return loss
 
         self.model.train()
-        for number, batch in enumerate(self._draws(sequences, recipe), start=1):
+        if checkpoints.start:
+            _restore(checkpoints.start.path, self.model, state)
+        batches = enumerate(self._draws(sequences, recipe), start=1)
+        for number, batch in itertools.islice(batches, checkpoints.done, None):
             on_step(number, float(step(self.model, state, batch)))
+            if checkpoints.due(number):
+                checkpoints.write(number, lambda folder: _store(folder, self.model, state))
 
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         self.model.eval()
@@ -136,6 +151,26 @@ class JaxTuner:
             tokens[row, :length] = sequence.tokens
             labels[row, sequence.prompt_length : length] = sequence.tokens[sequence.prompt_length :]
         return {"input_ids": tokens, "labels": labels}
+
+
+def _store(folder: Path, model: Any, optimizer: nnx.Optimizer) -> None:
+    """Write the factors and the optimizer's state, each array under its path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(_state(model, optimizer))
+    save_file({jax.tree_util.keystr(path): leaf for path, leaf in leaves}, folder / STATE)
+
+
+def _restore(folder: Path, model: Any, optimizer: nnx.Optimizer) -> None:
+    """Bring back what `_store` wrote, each array to where the one in its place is."""
+    arrays = load_file(folder / STATE)
+    factors, moments = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.device_put(arrays[jax.tree_util.keystr(path)], leaf.sharding), _state(model, optimizer)
+    )
+    nnx.update(model, factors)
+    nnx.update(optimizer, moments)
+
+
+def _state(model: Any, optimizer: nnx.Optimizer) -> tuple[Any, Any]:
+    return nnx.state(model, nnx.LoRAParam), nnx.state(optimizer)
 
 
 def _padded(width: int) -> int:

@@ -1,11 +1,11 @@
 """MLX: arrays, models through mlx-lm's own LoRA layers, and the optimizer."""
 
-from .attach import attach_lora as attach_plain
 from .files import load, merge, save
 from .model import MlxSession
 from .model import MlxSession as attach
 from .ops import MlxOps
 from .optimizer import LoraOneAdamW, optimizer
+from .plain import attach_plain
 from .pretrained import load_pretrained
 from .targets import last_layers
 

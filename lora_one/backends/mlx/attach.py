@@ -74,12 +74,23 @@ def attach_layer(place: Place, rank: int, scale: float, dropout: float) -> LoraM
 @contextmanager
 def random_stream_kept() -> Iterator[None]:
     """mlx-lm's layers draw a random start. Where it is overwritten, the user's random stream should not notice."""
-    random: Any = mx.random.state
-    high, low = (int(word) for word in np.array(random[0]))
+    key = random_key()
     try:
         yield
     finally:
-        mx.random.seed(high << 32 | low)
+        set_random_key(key)
+
+
+def random_key() -> mx.array:
+    """Where the random stream is, (2,)."""
+    state: Any = mx.random.state
+    return mx.array(np.array(state[0]))
+
+
+def set_random_key(key: mx.array) -> None:
+    """Go on from a place in the random stream."""
+    high, low = (int(word) for word in np.array(key))
+    mx.random.seed(high << 32 | low)
 
 
 def find_sites(model: nn.Module) -> list[Site]:

@@ -1,6 +1,7 @@
 """Fine-tuning a causal language model from a local folder, by mlx-lm's own training loop."""
 
 import io
+import itertools
 import random
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs, train
@@ -22,7 +24,9 @@ from lora_one.data import TokenSequence
 from lora_one.errors import ModelError
 from lora_one.fit import check_tokenizer
 from lora_one.recipe import Recipe
+from lora_one.runs import NOWHERE, Checkpoints
 
+from .attach import random_key, set_random_key
 from .batches import default_loss
 from .limits import limits_of
 from .optimizer import LearningRate, optimizer
@@ -30,6 +34,7 @@ from .pretrained import load_pretrained
 
 Batch = tuple[mx.array, mx.array]  # tokens (sequences, width), and where each one's loss begins and ends
 
+STATE = "state.safetensors"  # of a checkpoint
 WIDTHS = 8  # widths are multiples of it: each width is compiled once
 GENERATED_AT_ONCE = 128
 
@@ -77,7 +82,13 @@ class MlxTuner:
         self.model.eval()
         return float(np.mean([np.array(self.loss_fn(self.model, batch)) for batch in batches]))
 
-    def train(self, sequences: Sequence[TokenSequence], recipe: Recipe, on_step: Callable[[int, float], None]) -> None:
+    def train(
+        self,
+        sequences: Sequence[TokenSequence],
+        recipe: Recipe,
+        on_step: Callable[[int, float], None],
+        checkpoints: Checkpoints = NOWHERE,
+    ) -> None:
         mx.random.seed(recipe.seed)
         adamw = optimizer(
             self.model,
@@ -88,13 +99,22 @@ class MlxTuner:
             damping=recipe.damping,  # type: ignore[arg-type]
         )
 
+        done = checkpoints.done
+        if checkpoints.start:
+            _restore(checkpoints.start.path, self.model, adamw)
+
         def iterate(dataset: Sequence[TokenSequence], batch_size: int, **_: Any) -> Iterator[Batch]:
-            return map(_collate, _draws(dataset, batch_size, recipe.seed))
+            return map(_collate, itertools.islice(_draws(dataset, batch_size, recipe.seed), done, None))
+
+        def after_step(step: int, loss: float) -> None:
+            on_step(done + step, loss)
+            if checkpoints.due(done + step):
+                checkpoints.write(done + step, lambda folder: _store(folder, self.model, adamw))
 
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):  # mlx-lm prints a picture too
             arguments = TrainingArgs(
                 batch_size=recipe.batch_size,
-                iters=recipe.steps,
+                iters=recipe.steps - done,
                 steps_per_report=1,
                 steps_per_save=recipe.steps + 1,
                 adapter_file=str(Path(folder) / "adapters.safetensors"),  # saving is the caller's
@@ -105,7 +125,7 @@ class MlxTuner:
                 sequences,
                 args=arguments,
                 iterate_batches=iterate,
-                training_callback=_OnStep(on_step),
+                training_callback=_OnStep(after_step),
             )
         self.model.eval()
 
@@ -138,6 +158,21 @@ class MlxTuner:
                 break
         rows: list[list[int]] = np.array(mx.concatenate(columns, axis=1)).tolist()
         return rows
+
+
+def _store(folder: Path, model: nn.Module, optimizer: Any) -> None:
+    """Write the factors, the optimizer's state and the random stream, each array under its path."""
+    state = {"model": model.trainable_parameters(), "optimizer": optimizer.state, "random": random_key()}
+    mx.save_safetensors(str(folder / STATE), dict(tree_flatten(state)))
+
+
+def _restore(folder: Path, model: nn.Module, optimizer: Any) -> None:
+    """Bring back what `_store` wrote."""
+    arrays: Any = mx.load(str(folder / STATE))
+    state: Any = tree_unflatten(list(arrays.items()))
+    model.update(state["model"])
+    optimizer.state = state["optimizer"]
+    set_random_key(state["random"])
 
 
 def _collate(sequences: Sequence[TokenSequence]) -> Batch:

@@ -57,9 +57,10 @@ OF_PEFT = (".*fan_in_fan_out.*", "The following .*_pattern keys did not match.*"
 
 
 def attach_plain(model: nn.Module, config: Config) -> peft.PeftModel:
-    """LoRA with its usual start on a plain model, in place. On an exception the model is as it was."""
+    """LoRA with its usual start on a plain model, in place, drawn by `config.seed`. If it fails, nothing changed."""
     model = unwrapped(model)
-    with plain_names(model):
+    with plain_names(model), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
         found = Snapshot(model)
         try:
             return attach_lora(model, config)

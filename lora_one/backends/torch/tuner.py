@@ -24,8 +24,10 @@ from lora_one.data import TokenSequence
 from lora_one.errors import ModelError
 from lora_one.fit import check_tokenizer, pad_token
 from lora_one.recipe import Recipe
+from lora_one.runs import NOWHERE, Checkpoints
 
 from .batches import default_loss
+from .checkpoints import train_with_checkpoints
 from .limits import limits_of
 from .optimizer import optimizer
 
@@ -91,7 +93,13 @@ class TorchTuner:
         losses = [self.loss_fn(self.model, send_to_device(batch, self.model.device)) for batch in batches]
         return float(torch.stack(losses).mean())
 
-    def train(self, sequences: Sequence[TokenSequence], recipe: Recipe, on_step: Callable[[int, float], None]) -> None:
+    def train(
+        self,
+        sequences: Sequence[TokenSequence],
+        recipe: Recipe,
+        on_step: Callable[[int, float], None],
+        checkpoints: Checkpoints = NOWHERE,
+    ) -> None:
         arguments = TrainingArguments(
             output_dir=str(Path(recipe.out)),
             max_steps=recipe.steps,
@@ -100,7 +108,7 @@ class TorchTuner:
             lr_scheduler_type=recipe.schedule,
             warmup_steps=recipe.warmup,
             logging_steps=1,
-            save_strategy="no",
+            save_strategy="no",  # but for what `checkpoints` asks for
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
@@ -128,7 +136,7 @@ class TorchTuner:
             # T5 and its like take the number of tokens in a step and pass over it: their losses would be summed up.
             trainer.model_accepts_loss_kwargs = False
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        train_with_checkpoints(trainer, checkpoints)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:

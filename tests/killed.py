@@ -1,0 +1,94 @@
+"""Fine-tuning runs in processes of their own that are killed, as by a scheduler, at a moment that the test chooses."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from lora_one.finetune import finetune
+from lora_one.recipe import make_recipe
+from tests.test_tuners import Diary
+
+_CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}  # audit events; and "open" to write
+
+# Each process is forked from one that has the imports behind it, and no threads yet.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    [
+        "tests.killed",
+        "transformers.trainer",
+        "transformers.models.llama.modeling_llama",
+        "peft.tuners.lora",
+        *(f"lora_one.backends.{backend}.tuner" for backend in ("torch", "jax", "mlx")),
+    ]
+)
+
+
+def run(settings: dict[str, Any], step: int = 0, change: int = 0) -> dict[str, Any] | None:
+    """Fine-tune in a new process.
+
+    Args:
+        step: SIGKILL once this step is told of; 0 for no step.
+        change: SIGKILL before this change to the disk, counted from the first checkpoint on; 0 for none.
+
+    Returns:
+        What the run told; None if it was killed.
+    """
+    told = Path(settings["out"]).with_suffix(".json")
+    told.unlink(missing_ok=True)
+    process = _CONTEXT.Process(target=_run, args=(settings, told, step, change))
+    process.start()
+    process.join(120)
+    assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
+    return json.loads(told.read_text()) if process.exitcode == 0 else None
+
+
+def _run(settings: dict[str, Any], told: Path, step: int, change: int) -> None:
+    if settings["backend"] == "torch":
+        import torch
+
+        torch.set_num_threads(1)
+    changes = _Changes(Path(settings["out"]) / "checkpoints", change)
+    sys.addaudithook(changes)
+    diary = _Diary(step)
+    outcome = finetune(make_recipe(settings), diary)
+    report = None if outcome.report is None else outcome.report.to_dict()
+    found = {
+        "losses": outcome.losses,
+        "told": diary.losses,
+        "validations": diary.validations,
+        "scores": diary.scores,
+        "start": report and [report["layers"], report["base_loss"]],
+        "resumed": outcome.resumed,
+        "warnings": diary.warnings,
+    }
+    told.write_text(json.dumps(found))
+
+
+class _Diary(Diary):
+    def __init__(self, last: int):
+        super().__init__()
+        self._last = last
+
+    def step(self, step: int, loss: float) -> None:
+        super().step(step, loss)
+        if step == self._last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _Changes:
+    """Counts the changes below a folder, and ends the process before one of them."""
+
+    def __init__(self, folder: Path, last: int):
+        self._folder = str(folder)
+        self._left = last
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event == "open" and bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        if (writes or event in _CHANGES) and str(arguments[0]).startswith(self._folder):
+            self._left -= 1
+            if self._left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
