@@ -25,7 +25,9 @@ def init(
 
     Args:
         model: a torch.nn.Module: plain, of transformers, or a PeftModel with one active LoRA adapter. A plain model
-            gets LoRA attached, in place, by PEFT; the layers of a PeftModel are started again. Or an
+            gets LoRA attached, in place, by PEFT; the layers of a PeftModel, and those that were injected into a
+            model, are started again. torch.compile and DataParallel around it, or around its parts, are looked through:
+            wrap what comes back once more, unless it had its adapter already and is what you handed in. Or an
             mlx.nn.Module, with mlx-lm's LoRA layers in the same way; its batches and its default loss are mlx-lm's.
         batches: a re-iterable collection of batches (a list, a DataLoader): the sketch reads it once a pass.
             A few dozen sequences are enough. Tensors are moved to the model's device.
@@ -39,7 +41,8 @@ def init(
 
     Raises:
         BackendError, ConfigError, ModelError, BatchError, GradientError: see `lora_one.errors`. On any exception, the
-            caller's own included, the model is as it was: weights, train/eval mode, requires_grad, hooks.
+            caller's own included, the model is as it was: weights, train/eval mode, requires_grad, hooks, and the
+            adapter that it had.
     """
     began = time.perf_counter()
     config = Config() if config is None else config

@@ -3,25 +3,24 @@
 import math
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lora_one.backends.interface import Layer
 from lora_one.config import Config
 from lora_one.core.factors import Factors
-from lora_one.errors import ModelError, TargetsWarning
+from lora_one.errors import ModelError
 from lora_one.scales import plain_alpha, scaling_of
 
 from .adapters import mark_as_ours, take_out_leftover
+from .all_linear import ALL_LINEAR, LINEAR, RefusedByPeft, on_all_linear
 from .refusals import kind_of, refusal
 from .snapshot import Snapshot
 from .tasks import heads, task_type
@@ -49,9 +48,6 @@ class Site:
         return Factors(self.lora_A.weight.detach().clone(), self.lora_B.weight.detach().clone())
 
 
-ALL_LINEAR = "all-linear"
-LINEAR = (nn.Linear, Conv1D)
-
 # What PEFT warns of that is its own affair: what it sets itself, of a mixture of experts too, and what it calls.
 OF_PEFT = (".*fan_in_fan_out.*", "The following .*_pattern keys did not match.*", ".*is_gradient_checkpointing.*")
 
@@ -73,61 +69,10 @@ def attach_lora(model: nn.Module, config: Config) -> peft.PeftModel:
     """A new PeftModel around a plain model, whose base modules stay the same objects. `Snapshot` takes it back."""
     take_out_leftover(model)
     _check_modules_to_save(model, config.modules_to_save)
-    attached = (
-        _on_all_linear(model, config) if config.targets == ALL_LINEAR else _attached(model, config, config.targets)
-    )
+    attach = partial(_attached, model, config)
+    attached = on_all_linear(model, attach) if config.targets == ALL_LINEAR else attach(config.targets)
     mark_as_ours(attached)
     return attached
-
-
-def _on_all_linear(model: nn.Module, config: Config) -> peft.PeftModel:
-    before = Snapshot(model)
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR)}
-    without = [name for name, x in linear.items() if isinstance(x, nn.Linear) and 1 in (x.in_features, x.out_features)]
-    without += heads(model)
-    attached, refused = _where_peft_lets(model, config, linear, without)
-    if wrapped := _names(attached, ParamWrapper):
-        # PEFT means the layers that a mixture of experts had in transformers 4, where routers and experts were linear.
-        targets = sorted(_config_of(attached).target_modules)
-        before.restore()
-        attached = _attached(model, config, targets, [*without, *refused])
-    started = _names(attached, LoraLayer)
-    trained = set(_config_of(attached).modules_to_save or ())
-    left = {*wrapped, *linear} - {*started, *_output_layer(model)}
-    if patterns := sorted({re.sub(r"\.\d+\.", ".*.", x) for x in left if trained.isdisjoint(x.split("."))}):
-        warnings.warn(
-            f"no LoRA on {', '.join(patterns)}: gates of one output, routers, experts that are one parameter, what "
-            f"PEFT takes for these, and layers of state-space models that their kernels do not call; it is on "
-            f"{len(started)} linear layers. To have it elsewhere, name the targets",
-            TargetsWarning,
-            stacklevel=6,
-        )
-    return attached
-
-
-def _where_peft_lets(
-    model: nn.Module, config: Config, linear: Iterable[str], without: Sequence[str]
-) -> tuple[peft.PeftModel, list[str]]:
-    """LoRA on all linear layers but those that PEFT refuses in this kind of model, and their names."""
-    before, refused = Snapshot(model), list[str]()
-    while True:
-        try:
-            return _attached(model, config, ALL_LINEAR, [*without, *refused]), refused
-        except _RefusedByPeft as error:
-            # Only the last part of its name is said, and only the first such layer.
-            more = [name for name in linear if name.rpartition(".")[2] == error.name and name not in refused]
-            if not more:
-                raise
-            before.restore()
-            refused += more
-
-
-class _RefusedByPeft(ModelError):
-    """A linear layer that PEFT takes no LoRA on, because of the model that it is in."""
-
-    def __init__(self, message: str, name: str):
-        super().__init__(message)
-        self.name = name
 
 
 def _attached(
@@ -153,7 +98,7 @@ def _attached(
         except ValueError as error:
             reason = str(error).split(". Currently")[0]
             if refused := re.search(r"Module '([^']+)' is incompatible with", reason):
-                raise _RefusedByPeft(f"targets {config.targets!r}: {reason}", refused[1]) from error
+                raise RefusedByPeft(f"targets {config.targets!r}: {reason}", refused[1]) from error
             if "is not supported" in reason:
                 raise ModelError(f"targets must be linear layers, got {config.targets!r}: {reason}") from error
             linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
@@ -162,21 +107,6 @@ def _attached(
                 f"targets must match a linear layer of the model, got {config.targets!r}; its linear layers are: "
                 f"{shown or 'none'}. PEFT says: {reason}"
             ) from error
-
-
-def _names(attached: peft.PeftModel, kind: type[nn.Module]) -> list[str]:
-    """Of the modules of a kind, as the base model has them."""
-    found = [name for name, module in attached.base_model.model.named_modules() if isinstance(module, kind)]
-    return [name for name in found if not name.endswith(".base_layer")]
-
-
-def _config_of(attached: peft.PeftModel) -> Any:
-    return attached.peft_config[attached.active_adapter]
-
-
-def _output_layer(model: nn.Module) -> set[str]:
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    return {name for name, module in model.named_modules() if module is output}
 
 
 def find_sites(model: peft.PeftModel) -> list[Site]:

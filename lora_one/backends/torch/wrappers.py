@@ -28,6 +28,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
                 "expected: attach and start LoRA before sharding, and save or merge the model that it was made from, "
                 "with the weights gathered"
             )
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ModelError(
+            "the weights are partitioned over processes by DeepSpeed ZeRO-3; whole ones are expected: init, load, save "
+            "and merge before, or with the weights gathered"
+        )
     return model
 
 

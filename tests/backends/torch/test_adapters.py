@@ -6,6 +6,7 @@ import warnings
 import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 import lora_one
 from lora_one.backends.torch import attach_plain
@@ -106,7 +107,7 @@ def injected_by_peft(model):
 def injected_by_transformers(model):
     with pytest.MonkeyPatch.context() as patch:  # transformers asks for the newest PEFT, and needs nothing of it
         patch.setattr("transformers.integrations.peft.check_peft_version", lambda min_version: None)
-        model.add_adapter(peft.LoraConfig(**LORA))
+        model.add_adapter(peft.LoraConfig(**LORA), "mine")
     return model
 
 
@@ -191,3 +192,23 @@ def test_injected_adapters_that_are_no_lora():
     model = peft.inject_adapter_in_model(peft.IA3Config(target_modules=["up"], feedforward_modules=[]), mlp().model)
     with pytest.raises(ModelError, match="must be LoRA, got IA3"):
         lora_one.init(model, mlp().batches, squared_error)
+
+
+def test_of_several_injected_adapters_the_active_one_is_meant(tmp_path):
+    model = injected_by_peft(llama().model)
+    peft.inject_adapter_in_model(peft.LoraConfig(**LORA), model, "second")
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.set_adapter("second")
+    before = {name: p.clone() for name, p in model.named_parameters() if ".default." in name}
+    started, report = lora_one.init(model, llama().batches, config=CONFIG)
+    alone, _ = lora_one.init(injected_by_peft(llama().model), llama().batches, config=CONFIG)
+    assert torch.equal(logits(started), logits(alone))
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
+    lora_one.save(started, tmp_path, report)
+    assert torch.allclose(logits(lora_one.load(llama().model, tmp_path)), logits(alone), atol=1e-6)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.set_adapter(["default", "second"])
+    with pytest.raises(ModelError, match="one active adapter is expected"):
+        lora_one.init(model, llama().batches, config=CONFIG)

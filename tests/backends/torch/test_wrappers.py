@@ -154,6 +154,10 @@ def test_wrappers_that_shard_or_that_would_miss_lora_are_refused():
 
     with pytest.raises(ModelError, match=r"is a FullyShardedDataParallel, which shards the weights .* before sharding"):
         lora_one.init(FullyShardedDataParallel(llama().model), llama().batches)
+    case = mlp()
+    case.model.up.weight.ds_id = 0
+    with pytest.raises(ModelError, match="partitioned over processes by DeepSpeed ZeRO-3"):
+        lora_one.init(case.model, case.batches, case.loss_fn)
 
 
 def test_distributed_data_parallel(tmp_path):
