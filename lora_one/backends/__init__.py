@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -61,10 +62,25 @@ def backend_of(model: Any, backend: str | None = None) -> ModuleType:
         _check_name(backend)
     if not found:
         models = [name for name, (_, roots) in BACKENDS.items() if roots]
-        raise BackendError(f"model must be of one of the frameworks {', '.join(models)}, got {kind}")
+        raise BackendError(
+            f"model must be of one of the frameworks {', '.join(models)}, got {kind}{_pytree_hint(model)}"
+        )
     if backend is not None and backend not in found:
         raise BackendError(f"backend {backend!r} does not fit the model: {kind} belongs to {found[0]!r}")
     return load_backend(found[0])
+
+
+def _pytree_hint(model: Any) -> str:
+    """How parameters in a pytree are handed in, if the model is one: a dict, an Equinox module, a dataclass of JAX."""
+    jax = sys.modules.get("jax")
+    is_tree = isinstance(model, (dict, list, tuple)) if jax is None else not jax.tree_util.all_leaves([model])
+    if model is None or not is_tree:
+        return ""
+    return (
+        ". It is a pytree: parameters for JAX, an Equinox module for instance, go in as "
+        "lora_one.backends.jax.PytreeModel(params), and a Linen module with its variables as "
+        "LinenModel(module, variables), see docs/jax.md"
+    )
 
 
 def _check_name(backend: str) -> None:

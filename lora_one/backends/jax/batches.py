@@ -36,21 +36,26 @@ def arrays_and_rest(batch: Any) -> tuple[list[Any], Any]:
         BatchError: a leaf that is neither an array nor hashable.
     """
     leaves, structure = jax.tree.flatten(batch)
-    is_array = tuple(isinstance(leaf, (Array, np.ndarray, np.generic)) for leaf in leaves)
-    rest = tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
+    arrays = tuple(is_array(leaf) for leaf in leaves)
+    rest = tuple(None if array else leaf for leaf, array in zip(leaves, arrays, strict=True))
     try:
         hash(rest)
     except TypeError as error:
-        kinds = sorted({type(leaf).__name__ for leaf, array in zip(leaves, is_array, strict=True) if not array})
+        kinds = sorted({type(leaf).__name__ for leaf, array in zip(leaves, arrays, strict=True) if not array})
         raise BatchError(
             f"a batch must be a pytree of JAX or NumPy arrays, got leaves of type {', '.join(kinds)}: convert them"
         ) from error
-    return [leaf for leaf, array in zip(leaves, is_array, strict=True) if array], (structure, is_array, rest)
+    return [leaf for leaf, array in zip(leaves, arrays, strict=True) if array], (structure, arrays, rest)
 
 
 def rejoin(arrays: list[Any], rest: Any) -> Any:
     """The inverse of `arrays_and_rest`."""
-    structure, is_array, others = rest
+    structure, are_arrays, others = rest
     remaining = iter(arrays)
-    leaves = [next(remaining) if array else other for array, other in zip(is_array, others, strict=True)]
+    leaves = [next(remaining) if array else other for array, other in zip(are_arrays, others, strict=True)]
     return jax.tree.unflatten(structure, leaves)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf of a batch or of a model is data, and no setting."""
+    return isinstance(leaf, (Array, np.ndarray, np.generic))

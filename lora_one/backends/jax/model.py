@@ -27,6 +27,7 @@ from .oracle import Oracle
 from .sites import Binding, Leaves, Site, check_concrete, replicated
 from .tree_binding import TreeBinding
 from .trees import LinenModel, PytreeModel
+from .uses import warn_of_left_out
 
 LossFn = Callable[[Any, Any], Any]
 
@@ -39,6 +40,7 @@ class JaxSession:
         self.model = model
         self.layers: list[Layer] = []
         self.stacked = False
+        self._warned = False
         self._batches = batches
         self._loss_fn = loss_fn
         self._config = config
@@ -139,6 +141,7 @@ class JaxSession:
             loss, count, gradients = self.oracle.gradients(self._batches, placed)
             for name, leaves in gradients.items():
                 collected[name].append(self._sites[name].whole(leaves))
+        self._warn_of_left_out()
         joined = [_joined(site, collected[name], given[name].a.shape[-1]) for name, site in self._sites.items()]
         natives = tuple(site.native for site in self._sites.values())
         of_b = tuple(some[0].lora_A is not None for some in in_order)
@@ -146,6 +149,12 @@ class JaxSession:
         names = [layer.name for site in self._sites.values() for layer in site.layers()]
         found = dict(zip(names, matrices, strict=True))
         return PassResult(loss, count), found
+
+    def _warn_of_left_out(self) -> None:
+        """Once: after the first pass, which has seen what the loss does with each weight."""
+        if self._config.targets == Config().targets and self._binding.attached and not self._warned:
+            warn_of_left_out(*self._binding.weight_names(), self.oracle.uses)
+        self._warned = True
 
 
 def _columns(site: Site, leaves: Leaves, turn: int) -> Leaves:

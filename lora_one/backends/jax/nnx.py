@@ -14,7 +14,7 @@ from lora_one.errors import ConfigError, ModelError
 
 from .adopt import Found, find_adapters
 from .layers import is_linear, kind_of
-from .sites import Leaves, Site, factor_dtype, kernel_sharding
+from .sites import Leaves, Site, factor_dtype, is_matrix, kernel_sharding
 from .targets import select
 
 _MODES = ("deterministic", "use_running_average")
@@ -44,6 +44,7 @@ class NnxBinding:
             else:
                 self._inject(config)
                 found = find_adapters(model, config)
+            self.attached = bool(self._classes)
             self._found = {f.site.name: f for f in found}
             self.sites: dict[str, Site] = {name: f.site for name, f in self._found.items()}
             for module, name, _ in self._modes:
@@ -74,6 +75,16 @@ class NnxBinding:
             return nnx.merge(graphdef, *jax.tree.map(lambda x: x, (nnx.from_flat_state(flat), frozen)))
 
         self._rebuild = rebuild
+
+    def weight_names(self) -> tuple[list[str | None], set[str]]:
+        params = {tuple(path) for path, variable in nnx.to_flat_state(self.frozen) if isinstance(variable, nnx.Param)}
+        names: list[str | None] = []
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(self.frozen):
+            path = tuple(getattr(key, "key", getattr(key, "name", None)) for key in keys)
+            path = path if path in params else path[:-1]  # the last may be the variable's own
+            names.append(".".join(map(str, path)) if path in params and is_matrix(leaf) else None)
+        adapted = {".".join(map(str, f.a_path)).removesuffix("_lora_a") for f in self._found.values()}
+        return names, adapted
 
     def loss(self, loss_fn: Callable[[Any, Any], Any], frozen: Any, factors: dict[str, Leaves], batch: Any) -> Any:
         return loss_fn(self._rebuild(frozen, factors), batch)

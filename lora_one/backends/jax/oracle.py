@@ -12,6 +12,7 @@ from lora_one.backends.checks import check_finite_loss, with_last
 from .batches import arrays_and_rest, check_loss, rejoin
 from .sites import Binding, Leaves
 from .underflow import LossScale, all_finite, computes_in_float16
+from .uses import Uses, uses_of
 
 Gradients = dict[str, Leaves]
 
@@ -62,7 +63,8 @@ class Oracle:
         # The sums stay where they are, or the next batch would find other shardings and compile again.
         where = {name: site.shardings() for name, site in binding.sites.items()}
         self._step: Any = jax.jit(step, static_argnums=5, donate_argnums=0, out_shardings=(None, where, None))
-        self._scale: LossScale | None = None  # known once the step was traced
+        self._scale: LossScale | None = None  # known, as what follows is, once the step was traced
+        self.uses = Uses(set(), set())  # of the frozen arrays
 
     def compilations(self) -> int:
         """Programs that XLA has made of the function with gradients."""
@@ -88,7 +90,10 @@ class Oracle:
             frozen = self._binding.frozen
             if self._scale is None:  # the call below finds the trace made here
                 traced = self._step.trace(total, factors, frozen, _as_arrays(LossScale(False)), arrays, rest)
-                self._scale = LossScale(computes_in_float16(traced.jaxpr.jaxpr))
+                program = traced.jaxpr.jaxpr
+                self._scale = LossScale(computes_in_float16(program))
+                before = len(jax.tree.leaves((total, factors)))
+                self.uses = uses_of(program, range(before, before + len(jax.tree.leaves(frozen))))
             while True:
                 value, total, finite = self._step(total, factors, frozen, _as_arrays(self._scale), arrays, rest)
                 if self._scale.is_last or finite or not jnp.isfinite(value):

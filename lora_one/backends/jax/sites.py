@@ -96,6 +96,11 @@ class Binding(Protocol):
     model: Any  # what `init` returns
     sites: dict[str, Site]
     frozen: Any  # pytree: all arrays of the model but the factors
+    attached: bool  # whether LoRA is new here, and was not found in the model
+
+    def weight_names(self) -> tuple[list[str | None], set[str]]:
+        """(the path of each leaf of `frozen`, or None if it is no parameter of two axes; those that have LoRA)."""
+        ...
 
     def loss(self, loss_fn: Callable[[Any, Any], Any], frozen: Any, factors: dict[str, Leaves], batch: Any) -> Any:
         """The user's loss with these arrays in the model. Pure and traceable."""
@@ -165,3 +170,9 @@ def factor_dtype(kernel: Any) -> Any:
     In bfloat16 an entry keeps 8 bits, and the updates of a small learning rate are lost in rounding.
     """
     return jnp.float64 if kernel.dtype == jnp.float64 else jnp.float32
+
+
+def is_matrix(leaf: Any) -> bool:
+    """Whether an array may be a weight of a linear map: two axes or more, floating, or quantised to a byte."""
+    byte = jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.dtype.itemsize == 1
+    return leaf.ndim >= 2 and (byte or jnp.issubdtype(leaf.dtype, jnp.floating))

@@ -18,7 +18,7 @@ def select(targets: str | Sequence[str], linear: Iterable[str]) -> list[str]:
     """
     linear = list(linear)
     if targets == "all-linear":
-        chosen = [name for name in linear if name.rsplit(".", 1)[-1] not in OUTPUT_LAYERS]
+        chosen = [name for name in linear if not is_output_layer(name)]
     elif isinstance(targets, str):
         chosen = [name for name in linear if re.fullmatch(targets, name)]
     else:
@@ -29,3 +29,10 @@ def select(targets: str | Sequence[str], linear: Iterable[str]) -> list[str]:
             f"targets must match a linear layer of the model, got {targets!r}; its linear layers are: {shown or 'none'}"
         )
     return chosen
+
+
+def is_output_layer(name: str) -> bool:
+    """Whether a layer, or a weight by its whole path, is the output layer's."""
+    *parents, last = name.split(".")
+    layer = parents[-1] if parents and last in ("kernel", "weight") else last
+    return layer in OUTPUT_LAYERS

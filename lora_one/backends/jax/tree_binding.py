@@ -11,10 +11,10 @@ from flax.core import meta
 from lora_one.config import Config
 from lora_one.errors import BatchError, ConfigError, ModelError
 
-from .batches import arrays_and_rest, rejoin
+from .batches import arrays_and_rest, is_array, rejoin
 from .layout import Layout
 from .linen import PARAM, recording
-from .sites import Leaves, Site, factor_dtype, kernel_sharding
+from .sites import Leaves, Site, factor_dtype, is_matrix, kernel_sharding
 from .targets import select
 from .trees import LinenModel, PytreeModel, TrackedLinenModel, dotted, find_weights
 
@@ -45,8 +45,19 @@ class TreeBinding:
         scaling = next(iter(chosen.values()))[1]
         # The frozen arrays, apart from what else is in the tree: Equinox modules hold functions.
         self.frozen, rest = arrays_and_rest(model.replace(lora={}, scaling=scaling, layouts=layouts))
+        self.attached = not model.lora
         self._rebuild = lambda arrays: rejoin(arrays, rest)
         self._written: dict[str, Leaves] = {}
+
+    def weight_names(self) -> tuple[list[str | None], set[str]]:
+        linen = isinstance(self.model, LinenModel)
+        within = "variables.params." if linen else "params."
+        names: list[str | None] = []
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.model.replace(lora={})):
+            if is_array(leaf):
+                name = dotted(path)
+                names.append(name.removeprefix(within) if name.startswith(within) and is_matrix(leaf) else None)
+        return names, {f"{name}.{self._params[name]}" if linen else name for name in self.sites}
 
     def loss(self, loss_fn: Callable[[Any, Any], Any], frozen: Any, factors: dict[str, Leaves], batch: Any) -> Any:
         model = self._rebuild(frozen).replace(lora=self._lora(factors))

@@ -171,3 +171,13 @@ def test_what_cannot_be():
     model = LinenModel(network, network.init(jax.random.key(0), BATCHES[0][0]))
     with pytest.raises(BatchError, match="read once more, to see its layers"):
         lora_one.init(model, iter(BATCHES), squared_error, once)
+
+
+@pytest.mark.parametrize("params", [{"kernel": np.ones((8, 7), "f")}, EquinoxNet(jax.random.key(0)), [np.ones(3)]])
+def test_a_bare_pytree_is_told_how_to_go_in(params):
+    for call in (lambda: lora_one.init(params, BATCHES, squared_error), lambda: lora_one.merge(params)):
+        with pytest.raises(BackendError, match=r"lora_one\.backends\.jax\.PytreeModel\(params\)"):
+            call()
+    with pytest.raises(BackendError) as caught:
+        lora_one.init("a string", BATCHES, squared_error)
+    assert "PytreeModel" not in str(caught.value)
