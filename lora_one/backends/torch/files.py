@@ -56,6 +56,7 @@ def _load(
     base: nn.Module, present: peft.PeftModel | None, folder: AdapterFolder, config: peft.LoraConfig, trainable: bool
 ) -> peft.PeftModel:
     found, depth = Snapshot(base), _depth(base)
+    config.inference_mode = not trainable
     existing = {id(tensor) for tensor in (*base.parameters(), *base.buffers())}
     overwritten: list[tuple[Tensor, Tensor]] = []
     with base_weights_kept(base, folder):
@@ -127,9 +128,9 @@ def _attach(model: nn.Module, config: peft.LoraConfig, folder: AdapterFolder) ->
 
 
 def _take_scales(model: peft.PeftModel, adapter: str, config: peft.LoraConfig) -> None:
-    """Give an adapter that was there the folder's ranks and scales, which may be said otherwise, or be others."""
+    """Give an adapter that was there the folder's ranks and scales, which may be others, or said otherwise."""
     settings = config.to_dict()
-    names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+    names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "inference_mode")
     _set(model.peft_config[adapter], {name: settings[name] for name in names})
     for path, module in lora_layers(model, adapter):
         rank, scaling = module.r[adapter], scaling_of(settings, path)
@@ -146,7 +147,7 @@ def _config_on_disk(model: peft.PeftModel, adapter: str) -> peft.LoraConfig:
     config.inference_mode = True
     if isinstance(config.target_modules, (set, list)):
         # Where PEFT was given a compiled model, torch.compile's names: they would match nothing in a plain one.
-        config.target_modules = {name.replace("_orig_mod.", "") for name in config.target_modules}
+        config.target_modules = sorted({name.replace("_orig_mod.", "") for name in config.target_modules})
     config.base_model_name_or_path = config.base_model_name_or_path or base.__dict__.get("name_or_path") or None
     if config.task_type is None:  # for peft.AutoPeftModel
         config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}

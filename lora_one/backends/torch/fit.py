@@ -27,7 +27,8 @@ def problems_before(
     Args:
         held: the settings of the adapter that the model has, if the folder is for that one.
     """
-    shapes = {base_path(key): tuple(tensor.shape) for key, tensor in base.state_dict().items() if ".lora_" not in key}
+    tensors = (*base.named_parameters(remove_duplicate=False), *base.named_buffers(remove_duplicate=False))
+    shapes = {base_path(name): tuple(tensor.shape) for name, tensor in tensors if ".lora_" not in name}
     problems = []
     if not config.layer_replication:  # its paths are of layers that are still to come
         problems += check_factors(folder, _linear_layers(base))

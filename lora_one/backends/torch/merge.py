@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -33,65 +34,114 @@ def merge(model: nn.Module) -> nn.Module:
 
 def _merged(adapted: peft.PeftModel) -> Any:
     base: Any = adapted.get_base_model()
-    shared = _shared_weights(adapted)
-    tied = _tied(base, shared)
-    if tied and _TIE in _source_of_forward(base):
+    shared = _shared_layers(adapted)
+    flag_counts = _TIE in _source_of_forward(base)
+    if flag_counts and (tied := _tied(base, shared)):
         raise ModelError(
             f"merge would part {', '.join(tied)} from the weight it is tied to, and a {type(base).__name__} without "
             f"{_TIE} computes something else: keep the adapter by itself, or leave the layer out of the targets"
         )
-    found = [(layer, dict(layer._parameters)) for layer in shared.values()]
+    _check_tokens(adapted)
+    found = [(module, module._modules["base_layer"]) for module in shared.values()]
     try:
-        for layer in shared.values():
-            _part(layer)
+        for module in shared.values():
+            module._modules["base_layer"] = _parted(module.get_base_layer())
         merged: Any = adapted.base_model.merge_and_unload()
     except BaseException:
-        for layer, parameters in found:
-            layer._parameters.update(parameters)
+        for module, layer in found:
+            module._modules["base_layer"] = layer
         raise
-    if tied:
+    if not flag_counts and any(merged.get_parameter(x) is not merged.get_parameter(y) for x, y in _ties(merged)):
         _untie(merged)
     return merged
 
 
-def _shared_weights(model: peft.PeftModel) -> dict[str, nn.Module]:
-    """The layers under LoRA with a parameter that is another module's too. One module in many places shares nothing."""
+def _shared_layers(model: peft.PeftModel) -> dict[str, LoraLayer]:
+    """The LoRA layers above a layer, or a parameter of one, that is also elsewhere in the model.
+
+    A LoRA layer that is itself in many places, or called many times, shares nothing.
+    """
+    places, owners = defaultdict[int, int](int), _owners(model)
+    for module in model.modules():
+        for child in module._modules.values():
+            places[id(child)] += 1
+    adapted = [(path, x) for path, x in model.get_base_model().named_modules() if isinstance(x, LoraLayer)]
+    return {
+        path: module
+        for path, module in adapted
+        if places[id(layer := module.get_base_layer())] > 1
+        or any(len(owners[id(p)]) > 1 for p in layer._parameters.values() if p is not None)
+    }
+
+
+def _check_tokens(model: peft.PeftModel) -> None:
+    """Trained tokens are put into the weight in place. Where it is shared, all must have the same tokens trained.
+
+    Raises:
+        ModelError: they have not, or PEFT could not merge them.
+    """
+    owners = _owners(model)
+    wrappers: dict[int, Any] = {}  # by the layer that is wrapped
+    for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            wrappers[id(module.token_adapter.get_base_layer())] = module
+    for path, module in model.get_base_model().named_modules():
+        if not isinstance(module, TrainableTokensWrapper):
+            continue
+        if isinstance(module.token_adapter.base_layer, LoraLayer):
+            raise ModelError(
+                f"{path}: PEFT merges either LoRA or trained tokens of one layer, and it has both, by its own choice or "
+                "since it is tied to the layer of the tokens: keep the adapter by itself"
+            )
+        weight = module.token_adapter.get_base_layer().weight
+        others = [wrappers.get(owner) for owner in owners[id(weight)]]
+        deltas = {None if x is None else id(x.token_adapter.trainable_tokens_delta) for x in others}
+        if len(deltas) > 1:
+            raise ModelError(
+                f"{path}: merge would put its trained tokens into a weight that another module shares, without these "
+                "tokens: keep the adapter by itself, or train the tokens of both"
+            )
+
+
+def _owners(model: nn.Module) -> dict[int, set[int]]:
+    """Which modules a parameter is in, both by their id."""
     owners: dict[int, set[int]] = defaultdict(set)
     for module in model.modules():
         for parameter in module._parameters.values():
             owners[id(parameter)].add(id(module))
-    adapted = [(path, x) for path, x in model.get_base_model().named_modules() if isinstance(x, LoraLayer)]
-    layers = {path: module.get_base_layer() for path, module in adapted}
-    return {
-        path: layer
-        for path, layer in layers.items()
-        if any(p is not None and len(owners[id(p)]) > 1 for p in layer._parameters.values())
-    }
+    return owners
 
 
-def _tied(base: nn.Module, shared: dict[str, nn.Module]) -> list[str]:
+def _ties(base: nn.Module) -> list[tuple[str, str]]:
+    """What transformers ties: a parameter's path, and the other's."""
+    return list((getattr(base, "all_tied_weights_keys", None) or {}).items())
+
+
+def _tied(base: nn.Module, shared: dict[str, LoraLayer]) -> list[str]:
     """Those that share by transformers' doing, which would tie them again at the next load."""
-    names = getattr(base, "all_tied_weights_keys", None) or {}
-    tied = {name.rpartition(".")[0] for pair in names.items() for name in pair}
+    tied = {name.rpartition(".")[0] for pair in _ties(base) for name in pair}
     return [path for path in shared if path in tied]
 
 
 def _untie(base: PreTrainedModel) -> None:
     """Part all that transformers ties: without the setting it would look for each by itself."""
-    ties = base.all_tied_weights_keys
-    for name, other in ties.items():
+    for name, other in _ties(base):
+        path, _, parameter = name.rpartition(".")
         if base.get_parameter(name) is base.get_parameter(other):
-            _part(base.get_submodule(name.rpartition(".")[0]))
-    ties.clear()
-    configs = [getattr(module, "config", None) for module in base.modules()]
-    for config in configs:
+            module = base.get_submodule(path)
+            module._parameters[parameter] = copy.deepcopy(module._parameters[parameter])
+    base.all_tied_weights_keys.clear()
+    for module in base.modules():
+        config = getattr(module, "config", None)
         if getattr(config, _TIE, False):
             setattr(config, _TIE, False)
 
 
-def _part(module: nn.Module) -> None:
-    for name, parameter in module._parameters.items():
-        module._parameters[name] = copy.deepcopy(parameter)
+def _parted(layer: nn.Module) -> nn.Module:
+    """The layer once more, with parameters of its own."""
+    own = copy.copy(layer)
+    own._parameters = {name: copy.deepcopy(parameter) for name, parameter in layer._parameters.items()}
+    return own
 
 
 def _source_of_forward(model: nn.Module) -> str:

@@ -121,6 +121,73 @@ def test_layers_that_share_a_weight_each_get_their_own_delta(targets):
         assert torch.equal(getattr(merged, name).weight, getattr(base, name).weight)
 
 
+class TwoNames(nn.Module):
+    """One layer under two names, of which PEFT adapts the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(6, 6)
+        self.two = self.one
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(torch.tanh(self.one(x)))
+
+
+def test_a_layer_of_two_names_is_parted():
+    torch.manual_seed(0)
+    base, x = TwoNames(), torch.randn(4, 6)
+    weight = base.one.weight.detach().clone()
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["one"], init_lora_weights=False))
+    expected = model.eval()(x)
+    merged = lora_one.merge(model)
+    torch.testing.assert_close(merged(x), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(merged.two.weight, weight) and not torch.equal(merged.one.weight, weight)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_whole_embedding_that_was_trained_is_parted_from_the_output_layer(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], init_lora_weights=False)
+    model = peft.get_peft_model(llama(tie=True).model, config)
+    with torch.no_grad():
+        model.get_base_model().model.embed_tokens.modules_to_save.default.weight.add_(1.0)
+    expected = logits(model)
+    merged = lora_one.merge(model)
+    assert not merged.config.tie_word_embeddings
+    merged.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(LlamaForCausalLM.from_pretrained(tmp_path)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trainable_token_indices": {"lm_head": [4]}}, "into a weight that another module shares, without these"),
+        ({"trainable_token_indices": {"lm_head": [4], "embed_tokens": [5]}}, "into a weight that another module"),
+        ({"trainable_token_indices": [4], "target_modules": ["lm_head"]}, "either LoRA or trained tokens of one layer"),
+    ],
+)
+def test_trained_tokens_of_one_of_two_tied_layers_are_refused(settings, message):
+    model = peft.get_peft_model(
+        llama(tie=True).model, peft.LoraConfig(r=2, **{"target_modules": ["q_proj"], **settings})
+    )
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    with pytest.raises(ModelError, match=message):
+        lora_one.merge(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_trained_tokens_of_both_tied_layers_stay_tied():
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[4], init_lora_weights=False)
+    model = peft.get_peft_model(llama(tie=True).model, config)
+    with torch.no_grad():
+        model.get_base_model().model.embed_tokens.token_adapter.trainable_tokens_delta.default.add_(1.0)
+    expected = logits(model)
+    merged = lora_one.merge(model)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight and merged.config.tie_word_embeddings
+
+
 def test_layers_that_are_one_module_stay_one():
     """ALBERT runs one block many times: its weight is not shared, it is the same."""
     torch.manual_seed(0)
