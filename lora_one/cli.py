@@ -2,8 +2,9 @@
 
 import json
 import sys
+import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from .errors import LoraOneError
 
@@ -15,6 +16,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"the lora-one command needs the package {error.name!r}: pip install 'lora-one[cli]'")
 
 from .atomic import write_whole
+from .quiet import VERBOSE, is_verbose, quiet
 from .recipe import Recipe, make_recipe, read_recipe
 
 app = typer.Typer(help="LoRA-One: start LoRA where an epoch of training would get to.", no_args_is_help=True)
@@ -39,6 +41,7 @@ MaxLengthOption = Annotated[int | None, typer.Option("--max-length", help="Token
 SeedOption = Annotated[int | None, typer.Option("--seed")]
 OutOption = Annotated[str | None, typer.Option("--out", help="Folder for the adapter.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML or TOML with any of these settings.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show what other libraries say, and tracebacks.")]
 
 
 @app.command()
@@ -74,13 +77,14 @@ def finetune(
     seed: SeedOption = None,
     out: OutOption = None,
     config: ConfigOption = None,
+    verbose: VerboseOption = False,
 ) -> None:
     """Fine-tune a model with LoRA-One. Without arguments: the embedded model on the embedded task."""
     from .finetune import finetune as run
     from .terminal import Terminal
 
     recipe = _recipe(config, locals())
-    with Terminal(console, recipe) as terminal:
+    with Terminal(console, recipe, verbose) as terminal:
         outcome = run(recipe, terminal)
     terminal.finish(outcome)
 
@@ -104,13 +108,14 @@ def init(
     seed: SeedOption = None,
     out: OutOption = None,
     config: ConfigOption = None,
+    verbose: VerboseOption = False,
 ) -> None:
     """Start LoRA and save the adapter, for a trainer of your own."""
     from .finetune import initialize_only
     from .terminal import Terminal
 
     recipe = _recipe(config, locals())
-    with Terminal(console, recipe) as terminal:
+    with Terminal(console, recipe, verbose) as terminal:
         outcome = initialize_only(recipe, terminal)
     terminal.finish(outcome)
 
@@ -125,10 +130,11 @@ def inspect(
     from .plots import plot_inspection
     from .terminal import inspection_table
 
-    found = inspect_adapter(adapter)
-    console.print(inspection_table(found))
     picture = plot or adapter / "spectra.png"
-    plot_inspection(found, picture)
+    with quiet(console):
+        found = inspect_adapter(adapter)
+        console.print(inspection_table(found))
+        plot_inspection(found, picture)
     console.print(f"Picture: {picture}", soft_wrap=True)
 
 
@@ -143,7 +149,7 @@ def conformance(
     from .conformance import check_installed
     from .terminal import conformance_tables
 
-    with console.status("") as status:
+    with console.status("") as status, quiet(console):
         found = check_installed(backend, device, dtype, status.update)
     for table in conformance_tables(found):
         console.print(table)
@@ -196,7 +202,8 @@ def estimate(
         precondition=precondition,
         config=Config(rank=rank, passes=passes, oversample=oversample, targets=names),
     )
-    found = run(read_architecture(model), work, choose(hardware, tflops, bandwidth, efficiency, dtype))
+    with quiet(console):
+        found = run(read_architecture(model), work, choose(hardware, tflops, bandwidth, efficiency, dtype))
     text = json.dumps(found.to_dict(), indent=1) if as_json else as_text(found)
     console.print(text, soft_wrap=True, markup=False)
 
@@ -214,7 +221,8 @@ def convert(
     pairs = [name.partition("=") for name in rename or ()]
     if not all(equals for _, equals, _ in pairs):
         raise typer.BadParameter(f"--rename must be OLD=NEW, got {' '.join(rename or ())}")
-    run(src, dst, to, {old: new for old, _, new in pairs})
+    with quiet(console):
+        run(src, dst, to, {old: new for old, _, new in pairs})
     console.print(f"Adapter: {dst}", soft_wrap=True)
 
 
@@ -225,7 +233,8 @@ def doctor(
     """Say which frameworks and devices work here, and what each missing piece would give. Fails if one is broken."""
     from .doctor import describe, examine
 
-    found = examine()
+    with quiet(console):
+        found = examine()
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1))
     else:
@@ -252,9 +261,26 @@ def _recipe(config: Path | None, arguments: dict[str, Any]) -> Recipe:
 
 
 def main() -> None:
-    """Run the command; what lora-one raises on purpose is a message, not a traceback."""
+    """Run the command; an error is a message, not a traceback, and Ctrl-C is exit status 130."""
     try:
         app()
     except LoraOneError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(1)
+        _fail(str(error))
+    except SystemExit as stop:
+        raise SystemExit(130 if _interrupted(stop) else stop.code) from None
+    except Exception as error:  # a mistake of ours, or of a library's
+        if is_verbose() or "--verbose" in sys.argv:
+            traceback.print_exception(error)
+        _fail(f"unexpected {type(error).__name__}: {error} ({VERBOSE}=1 shows where)")
+
+
+def _fail(text: str) -> NoReturn:
+    console.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+    sys.exit(1)
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether it was Ctrl-C that ended the command: typer turns it into an exit status of 1."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None

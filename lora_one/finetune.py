@@ -223,7 +223,10 @@ def _start(tuner: Tuner, sequences: list[TokenSequence], recipe: Recipe, progres
         warnings.simplefilter("always", InitWarning)
         tuner.model, report = api.init(tuner.model, batches, tuner.loss_fn, recipe.config, recipe.backend)
     for warning in caught:
-        progress.warn(str(warning.message))
+        if issubclass(warning.category, InitWarning):
+            progress.warn(str(warning.message))
+        else:  # another library's
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     progress.report(report)
     return report
 

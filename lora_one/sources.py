@@ -207,9 +207,7 @@ def _answers(turns: Mapping[str, str], messages: Any, where: str, pictures: Any)
         if role not in turns:
             raise DataError(f"{where}: turns has no template for the role {role!r}")
         if message.get("tool_calls") or content is None:
-            raise DataError(
-                f"{where}: 'tool_calls', or a message without content, has no place in turns: {_AS_JSON_LINES}"
-            )
+            raise DataError(f"{where}: 'tool_calls', or a message without content, fits no turn: {_AS_JSON_LINES}")
         if not isinstance(content, str):  # parts; pictures come first, wherever they are
             seen = turns.get("image", "") * sum(part["type"] == "image" for part in content)
             content = seen + "".join(part["text"] for part in content if part["type"] == "text").strip()

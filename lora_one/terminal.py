@@ -1,9 +1,7 @@
 """What a fine-tuning run looks like in a terminal."""
 
 import itertools
-import os
 import time
-import warnings
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -15,6 +13,7 @@ from rich.table import Table
 from .conformance.report import Conformance, cell
 from .finetune import Outcome
 from .inspection import Inspection
+from .quiet import is_verbose, quiet
 from .recipe import Recipe
 from .report import Report
 from .sources import Source
@@ -26,8 +25,9 @@ SMOOTHING = 10  # steps that the loss shown is a mean of
 class Terminal:
     """Tells a person how far the job is: see `lora_one.finetune.Progress`."""
 
-    def __init__(self, console: Console, recipe: Recipe):
+    def __init__(self, console: Console, recipe: Recipe, verbose: bool = False):
         self._console = console
+        self._quiet = quiet(console, verbose)
         self._recipe = recipe
         self._losses: list[float] = []
         self._steps = recipe.steps
@@ -41,19 +41,22 @@ class Terminal:
             TimeElapsedColumn(),
             console=console,
             transient=True,
+            redirect_stdout=verbose or is_verbose(),  # what others print goes above the bars then, and else nowhere
+            redirect_stderr=verbose or is_verbose(),
         )
         self._task: Any = None
 
     def __enter__(self) -> "Terminal":
-        _quiet_libraries()
         self._console.print(
             f"[bold]lora-one[/]  model {escape(self._recipe.model or 'embedded tiny Llama')}, "
             f"data {escape(_name(self._recipe.data) or 'embedded task: sort letters')}"
         )
         self._bars.__enter__()
+        self._quiet.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self._quiet.__exit__(*exception)
         self._bars.__exit__(*exception)
 
     def say(self, text: str) -> None:
@@ -189,20 +192,6 @@ def _common_prefix(names: list[str]) -> str:
     parts = [name.split(".")[:-1] for name in names]
     shared = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
     return "".join(f"{level[0]}." for level in shared)
-
-
-def _quiet_libraries() -> None:
-    """Progress bars and advice of the libraries underneath would tear the picture."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    try:
-        from transformers.utils import logging
-    except ImportError:
-        return
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def conformance_tables(found: Conformance) -> list[Table]:

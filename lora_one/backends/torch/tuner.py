@@ -46,7 +46,8 @@ def open_tuner(folder: Path, dtype: str, device: str | None) -> "TorchTuner":
     from .seq2seq import Seq2SeqTuner
     from .vision import VisionTuner
 
-    where: Any = {"local_files_only": folder.is_dir()}
+    # Without trust_remote_code transformers asks in the terminal whether to run the model's own code.
+    where: Any = {"local_files_only": folder.is_dir(), "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(str(folder), **where)
         seeing = hasattr(config, "vision_config")
