@@ -108,8 +108,10 @@ def read_architecture(folder: str | Path) -> Architecture:
     file = folder if folder.suffix == ".json" else folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} must be a model's config.json: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file} must be a model's config.json, an object, got {type(config).__name__}")
     name = file.resolve().parent.name if file.name == "config.json" else file.stem
     return architecture(config, name)
 
@@ -121,14 +123,26 @@ def architecture(config: dict[str, Any], name: str = "model") -> Architecture:
         ConfigError: a model type that is not known here, or keys that are missing.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        inner = config.get("text_config", {})
-        nested = f"; its text_config ({inner.get('model_type')}) may be estimated alone" if inner else ""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(
-            f"model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}{nested}: for another decoder add a "
-            "row to lora_one/estimate/families.py"
+            f"model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}{_language_model(config)}; for "
+            "another decoder add a row to lora_one/estimate/families.py"
         )
     return _Reader(config, model_type).read(name)
+
+
+def _language_model(config: dict[str, Any]) -> str:
+    """What can be done about a model that has a language model as a part, pictures' for instance."""
+    for key in ("text_config", "llm_config", "language_config"):
+        inner = config.get(key)
+        if isinstance(inner, dict):
+            try:
+                architecture(inner)
+            except ConfigError as error:
+                return f"; nor can its {key} be estimated alone: {error}"
+            kind = inner["model_type"]
+            return f"; its {key} ({kind}) can be estimated alone: write it to a file and give that, --model {key}.json"
+    return ""
 
 
 class _Reader:

@@ -61,7 +61,15 @@ def test_targets_by_name_are_one_pair_an_expert():
     ("change", "match"),
     [
         ({"model_type": "mamba"}, r"model_type must be one of llama, .*, got 'mamba'"),
-        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, r"its text_config \(gemma3_text\)"),
+        ({"model_type": ["llama"]}, r"model_type must be one of llama, .*, got \['llama'\]"),
+        (
+            {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "hidden_size": 2560}},
+            r"nor can its text_config be estimated alone: config.json of a gemma3_text must give intermediate_size",
+        ),
+        (
+            {"model_type": "qwen2_vl", "text_config": {"model_type": "qwen2_vl_text"}},
+            r"nor can its text_config be estimated alone: model_type must be one of .*, got 'qwen2_vl_text'",
+        ),
         ({"hidden_size": None, "vocab_size": "many"}, r"must give hidden_size, vocab_size .* missing, vocab_size many"),
         ({"model_type": "qwen2", "num_key_value_heads": None}, r"num_key_value_heads as integers; got .* missing"),
         ({"model_type": "qwen2_moe"}, r"must give num_experts, moe_intermediate_size, num_experts_per_tok, shared_exp"),
@@ -70,6 +78,24 @@ def test_targets_by_name_are_one_pair_an_expert():
 def test_what_is_missing_is_named(change, match):
     with pytest.raises(ConfigError, match=match):
         architecture({**LLAMA_2_7B, **change})
+
+
+@pytest.mark.parametrize("key", ["text_config", "llm_config"])
+def test_a_language_model_that_is_recommended_can_be_estimated(key, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        architecture({"model_type": "llava", key: LLAMA_2_7B, "vision_config": {}})
+    text = str(caught.value)
+    assert f"its {key} (llama) can be estimated alone: write it to a file and give that, --model {key}.json" in text
+    (tmp_path / f"{key}.json").write_text(json.dumps(LLAMA_2_7B))
+    assert read_architecture(tmp_path / f"{key}.json").parameters == architecture(LLAMA_2_7B).parameters
+
+
+def test_a_config_that_is_no_object_and_one_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"must be a model's config.json, an object, got list"):
+        read_architecture(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(LLAMA_2_7B).encode())
+    assert read_architecture(tmp_path).parameters == architecture(LLAMA_2_7B).parameters
 
 
 def test_a_folder_without_config(tmp_path):
