@@ -86,13 +86,14 @@ def _check_tokens(model: peft.PeftModel) -> None:
         if isinstance(module, TrainableTokensWrapper):
             wrappers[id(module.token_adapter.get_base_layer())] = module
     for path, module in model.get_base_model().named_modules():
+        below = module.base_layer if isinstance(module, LoraLayer) else getattr(module, "token_adapter", module)
+        if isinstance(below, TrainableTokensWrapper) or isinstance(getattr(below, "base_layer", None), LoraLayer):
+            raise ModelError(
+                f"{path}: PEFT merges either LoRA or trained tokens of one layer, and it has both (tied layers train "
+                "the same tokens): keep the adapter by itself"
+            )
         if not isinstance(module, TrainableTokensWrapper):
             continue
-        if isinstance(module.token_adapter.base_layer, LoraLayer):
-            raise ModelError(
-                f"{path}: PEFT merges either LoRA or trained tokens of one layer, and it has both, by its own choice or "
-                "since it is tied to the layer of the tokens: keep the adapter by itself"
-            )
         weight = module.token_adapter.get_base_layer().weight
         others = [wrappers.get(owner) for owner in owners[id(weight)]]
         deltas = {None if x is None else id(x.token_adapter.trainable_tokens_delta) for x in others}
