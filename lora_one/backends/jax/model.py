@@ -1,8 +1,9 @@
 """A JAX model during `init`: probes in, LoRA's gradients out."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from .nnx import NnxBinding
 from .ops import JaxOps
 from .oracle import Oracle
 from .sites import Binding, Leaves, Site, check_concrete, replicated
+from .stacks import check_stacks, is_ambiguous
 from .tree_binding import TreeBinding
 from .trees import LinenModel, PytreeModel
 from .uses import warn_of_left_out
@@ -53,17 +55,19 @@ class JaxSession:
             raise BatchError("a Flax model has no loss of its own: pass loss_fn=(model, batch) -> mean loss")
         self._binding = bind(self.model, config, self._batches, self._loss_fn)
         self._sites = self._binding.sites
-        try:
-            check_concrete("init", self._binding.frozen)
-        except ModelError:
-            self._binding.undo()
-            raise
         self.oracle = Oracle(self._binding, self._loss_fn)
         self._context = ExitStack()
         meshes = (s.sharding.mesh for s in self._sites.values() if isinstance(s.sharding, NamedSharding))
         mesh: Any = next(meshes, None)
         if mesh is not None and jax.sharding.get_abstract_mesh().empty:
             self._context.enter_context(jax.set_mesh(mesh))
+        try:
+            check_concrete("init", self._binding.frozen)
+            self._check_stacks()
+        except BaseException:
+            self._context.close()
+            self._binding.undo()
+            raise
         self._of: dict[str, tuple[Site, int]] = {}
         for site in self._sites.values():
             for index, layer in enumerate(site.layers()):
@@ -71,6 +75,17 @@ class JaxSession:
                 self.layers.append(layer)
         self._pending: dict[str, dict[int, Factors]] = {}
         return self
+
+    def _check_stacks(self) -> None:
+        binding, loss_fn = self._binding, self._loss_fn
+        if not (isinstance(binding, NnxBinding) and binding.attached and loss_fn is not None):
+            return
+        if any(is_ambiguous(site.layout) for site in self._sites.values()):
+            first = next(iter(self._batches), None)
+            if isinstance(self._batches, Iterator):
+                self._batches = chain(() if first is None else (first,), self._batches)
+            if first is not None:  # none at all is an error of the first pass
+                check_stacks(binding, loss_fn, first)
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
         self._context.close()

@@ -76,6 +76,20 @@ class NnxBinding:
 
         self._rebuild = rebuild
 
+    def kernel(self, site: str) -> Any:
+        """The array beside a site's factors."""
+        return dict(nnx.to_flat_state(self.frozen))[self._kernel_path(site)].get_raw_value()
+
+    def with_kernel(self, site: str, kernel: Any) -> Any:
+        """`frozen` with another array there."""
+        flat = dict(nnx.to_flat_state(self.frozen))
+        path = self._kernel_path(site)
+        return nnx.from_flat_state(list({**flat, path: flat[path].replace(kernel)}.items()))
+
+    def _kernel_path(self, site: str) -> tuple[Any, ...]:
+        *parents, factor = self._found[site].a_path
+        return (*parents, factor.removesuffix("_lora_a"))
+
     def weight_names(self) -> tuple[list[str | None], set[str]]:
         params = {tuple(path) for path, variable in nnx.to_flat_state(self.frozen) if isinstance(variable, nnx.Param)}
         names: list[str | None] = []

@@ -7,7 +7,7 @@ import orbax.checkpoint
 import peft
 import pytest
 import torch
-from flax import nnx
+from flax import linen, nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
@@ -16,7 +16,7 @@ import lora_one
 from lora_one.backends.jax import LinenModel, PytreeModel, load_llama
 from lora_one.backends.jax.llama import causal_lm_loss
 from lora_one.checkpoint import read_report
-from lora_one.errors import CheckpointError, ModelError
+from lora_one.errors import CheckpointError, GradientError, ModelError
 from tests.backends.jax.models import mlp, regression, squared_error, values
 from tests.backends.jax.test_llama import make
 from tests.backends.jax.test_nnx import Stacked
@@ -179,3 +179,53 @@ def test_orbax_keeps_the_factors(llama, tmp_path):
     nnx.replace_by_pure_dict(empty, restored)
     nnx.update(fresh, empty)
     np.testing.assert_array_equal(fresh(TOKENS), model(TOKENS))
+
+
+class Small(nnx.Module):
+    def __init__(self):
+        self.up, self.down = nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 7, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.down(jnp.tanh(self.up(x)))
+
+
+class SmallLinen(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(7, name="down")(jnp.tanh(linen.Dense(8, name="up")(x)))
+
+
+def small(kind):
+    if kind == "nnx":
+        return Small()
+    if kind == "flax's own":
+        model = Small()
+        model.up = nnx.LoRA(8, 2, 8, base_module=model.up, rngs=nnx.Rngs(2))
+        model.down = nnx.LoRA(8, 2, 7, base_module=model.down, rngs=nnx.Rngs(3))
+        return model
+    return LinenModel(SmallLinen(), SmallLinen().init(jax.random.key(0), np.ones((1, 8), "f")))
+
+
+@pytest.mark.parametrize("kind", ["nnx", "flax's own", "linen"])
+def test_an_adapter_of_another_scale_computes_what_the_folder_says_on_a_model_that_has_one(kind, tmp_path):
+    """And a load or an init that fails on it changes nothing."""
+    batches, x = regression(1), regression(1)[0][0]
+    of_folder, _ = lora_one.init(small("linen" if kind == "linen" else "nnx"), batches, squared_error,
+                                 lora_one.Config(rank=2, alpha=3.0, use_rslora=False, passes=2))  # fmt: skip
+    lora_one.save(of_folder, tmp_path / "one")
+    adapted, _ = lora_one.init(small(kind), batches, squared_error, lora_one.Config(rank=2, alpha=64.0, passes=2))
+    other, _ = lora_one.init(small("nnx"), batches, squared_error, lora_one.Config(rank=3, passes=2))
+    lora_one.save(other, tmp_path / "other")
+    before = adapted(x)
+    with pytest.raises(CheckpointError, match="the model has rank 2"):
+        lora_one.load(adapted, tmp_path / "other")
+    bad = [(x * np.nan, batches[0][1])]
+    with pytest.raises(GradientError):
+        lora_one.init(adapted, bad, squared_error, lora_one.Config(rank=2, passes=2))
+    np.testing.assert_array_equal(adapted(x), before)
+    loaded = lora_one.load(adapted, tmp_path / "one")
+    np.testing.assert_allclose(loaded(x), of_folder(x), atol=1e-5)
+    assert float(np.abs(before - of_folder(x)).max()) > 1e-3
+    lora_one.save(loaded, tmp_path / "again")
+    fresh = small("linen" if kind == "linen" else "nnx")
+    np.testing.assert_allclose(lora_one.load(fresh, tmp_path / "again")(x), of_folder(x), atol=1e-5)
