@@ -2,14 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+OLDEST := .venv-oldest/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 
 demo: .venv/demo
 	$(BIN)/lora-one finetune
 
 test: .venv/dev
 	LORA_ONE_BACKENDS=numpy,torch,jax,mlx OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+# The lowest versions that pyproject.toml admits: the main job, conformance, and what touches a framework.
+test-oldest: .venv-oldest/dev
+	$(OLDEST)/lora-one finetune --steps 20 --out .venv-oldest/adapter
+	LORA_ONE_BACKENDS=numpy,torch,jax,mlx OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -q -n 2 tests/conformance tests/backends
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -27,5 +33,10 @@ lint: .venv/dev
 	$(INSTALL) -e '.[dev]'
 	touch $@
 
+.venv-oldest/dev: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/python || $(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[dev]'
+	touch $@
+
 clean:
-	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest dist build .pytest_cache .mypy_cache .ruff_cache

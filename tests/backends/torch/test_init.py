@@ -50,9 +50,12 @@ def products(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def assert_one_step(model: nn.Module, expected: dict[str, np.ndarray], tolerance: float, gamma: float = 128.0) -> None:
+    """The closer s_r is to s_(r+1), the more does rounding in G turn the subspace between them (Davis and Kahan)."""
     for name, product in products(model).items():
-        step = -best_rank(expected[name], RANK) / np.linalg.norm(expected[name], 2) * SCALING / gamma
-        assert np.linalg.norm(product - step) <= tolerance * np.linalg.norm(step), name
+        s = np.append(np.linalg.svd(expected[name], compute_uv=False), 0.0)
+        step = -best_rank(expected[name], RANK) / s[0] * SCALING / gamma
+        allowed = tolerance * s[RANK - 1] / (s[RANK - 1] - s[RANK])
+        assert np.linalg.norm(product - step) <= allowed * np.linalg.norm(step), name
 
 
 @pytest.mark.parametrize("name", CASES)
