@@ -8,10 +8,11 @@ from .config import Config
 from .core.factors import Factors, gradient_factors, normalized_factors, plain_factors
 from .core.ops import as_one_program
 from .core.spectrum import Spectrum, draw_omega
-from .errors import BatchError, GammaWarning, ModelError, ZeroGradientWarning
+from .errors import BatchError, GammaWarning, ModelError, UnderflowWarning, ZeroGradientWarning
 from .report import GammaTrial, LayerReport, Report, layer_report
 from .spectra import exact, sketched
 
+ROUNDED_AWAY = 0.03  # of a gradient's norm: 0.001 of its energy
 GAMMA_GROWTH = 4.0
 GAMMA_TRIALS = 8
 
@@ -39,7 +40,8 @@ def initialize(session: Session, config: Config, backend: str, began: float) -> 
         if found is not None and found.values.s[0] > 0:
             spectral[layer.name], values = found
         shape, called = (layer.out_features, layer.in_features), layer.name not in spectra.result.never_called
-        entries.append(layer_report(layer.name, shape, layer.rank, values, called))
+        rounded_away = spectra.result.rounded_away.get(layer.name, 0.0)
+        entries.append(layer_report(layer.name, shape, layer.rank, values, called, rounded_away))
     never_called = [entry.name for entry in entries if not entry.called]
     if not spectral:
         raise BatchError(
@@ -68,6 +70,14 @@ def initialize(session: Session, config: Config, backend: str, began: float) -> 
             f"{len(report.plain_layers)} of {len(entries)} layers have no gradient on the init batches and keep plain "
             f"LoRA's start: {', '.join(report.plain_layers)}{_on_never_called(never_called)}",
             ZeroGradientWarning,
+            stacklevel=3,
+        )
+    if lost := {layer.name: layer.rounded_away for layer in entries if layer.rounded_away > ROUNDED_AWAY}:
+        warnings.warn(
+            f"float16 is too short of range for the gradients of {len(lost)} of {len(entries)} layers, at any scale of "
+            f"the loss that the others allow: it may have lost up to {max(lost.values()):.2g} of their norm in "
+            f"{', '.join(lost)}; load the model in bfloat16 or float32",
+            UnderflowWarning,
             stacklevel=3,
         )
     return report

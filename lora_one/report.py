@@ -27,9 +27,12 @@ class LayerReport:
         energy: share of ||G||_F^2 that the r directions hold, by that estimate.
         share_of_best: that energy over the energy of the best r directions: 1 where G was in hand, otherwise an
             estimate from how fast the passes converge: most often far too low before the fourth.
+            Of a gradient that float16 did not hold no more than what it may have held.
         share_at_least: a lower bound on it from the energy that no pass has seen; it holds up to the error of
             `gradient_norm`, and is far too low where the unseen energy is spread over many directions.
         start: "spectral", or "plain" where the gradient was zero and the layer got plain LoRA's start.
+        rounded_away: the share of the gradient's norm that float16 may not have held, at the best scale of the loss; 0
+            with any other dtype, and not known where a fused kernel reads the layer.
         called: whether any forward pass on the init batches called the layer; only PyTorch's backend ever says no.
     """
 
@@ -45,6 +48,7 @@ class LayerReport:
     share_at_least: float
     start: str = "spectral"
     called: bool = True
+    rounded_away: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,12 @@ class Report:
 
 
 def layer_report(
-    name: str, shape: tuple[int, int], rank: int, spectrum: Spectrum | None, called: bool = True
+    name: str,
+    shape: tuple[int, int],
+    rank: int,
+    spectrum: Spectrum | None,
+    called: bool = True,
+    rounded_away: float = 0.0,
 ) -> LayerReport:
     """The entry of a layer, from its spectrum as NumPy arrays; None where the gradient was zero."""
     if spectrum is None:
@@ -159,6 +168,7 @@ def layer_report(
     s = np.asarray(spectrum.s, dtype=np.float64)
     norm, error, unseen = float(spectrum.norm), float(spectrum.norm_error), float(spectrum.unseen)
     captured = np.sum((s / s[0]) ** 2)
+    held = 1.0 / (1.0 + rounded_away**2)  # of the energy of what came and what did not
     return LayerReport(
         name=name,
         out_features=shape[0],
@@ -168,9 +178,10 @@ def layer_report(
         gradient_norm=norm,
         gradient_norm_error=error,
         energy=float(min(1.0, captured / (norm / s[0]) ** 2)),
-        share_of_best=share_of_best(spectrum),
+        share_of_best=held * share_of_best(spectrum),
         # Whatever r directions are best, they hold at most what ours hold and all that no pass has seen.
-        share_at_least=float(captured / (captured + (unseen / s[0]) ** 2)),
+        share_at_least=held * float(captured / (captured + (unseen / s[0]) ** 2)),
+        rounded_away=rounded_away,
     )
 
 

@@ -1,6 +1,7 @@
 """The seam between the algorithm and a framework's models: what a backend supplies to `lora_one.init`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from lora_one.core.factors import Factors
@@ -28,6 +29,8 @@ class PassResult(NamedTuple):
 
     loss: float  # mean of the batches' losses
     batches: int
+    # Of a layer that computes in a dtype too short of range, the share of its gradient's norm that may be lost.
+    rounded_away: Mapping[str, float] = MappingProxyType({})
     never_called: frozenset[str] = frozenset()  # layers that no forward pass called, nor read, if a backend knows
 
 

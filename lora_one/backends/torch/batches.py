@@ -1,6 +1,7 @@
 """Batches in, losses out, and everything that can be wrong with either."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lora_one.errors import BatchError
 from .token_loss import loss_by_rows
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+Evaluate = Callable[[], tuple[Tensor, float]]  # a forward pass: the loss and its value
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -37,8 +39,8 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def losses(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> Iterator[tuple[Tensor, float, bool]]:
-    """Each batch's loss, checked, with its value and whether it is the last.
+def losses(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> Iterator[tuple[Evaluate, bool]]:
+    """For each batch what computes its loss, checked, as often as it is called, and whether it is the last.
 
     Raises:
         BatchError: no batches, or a loss that is no scalar.
@@ -46,15 +48,15 @@ def losses(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> Iterato
     """
     device = device_of(model)
     for index, (batch, last) in enumerate(with_last(batches), start=1):
-        loss = loss_fn(model, send_to_device(batch, device))
-        yield loss, _check_loss(loss, index), last
+        yield partial(_loss, model, send_to_device(batch, device), loss_fn, index), last
 
 
-def _check_loss(loss: Any, index: int) -> float:
+def _loss(model: nn.Module, batch: Any, loss_fn: LossFn, index: int) -> tuple[Tensor, float]:
+    loss = loss_fn(model, batch)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise BatchError(f"batch {index}: the loss must be a scalar tensor, got {got}: return the mean over the batch")
-    return check_finite_loss(float(loss.detach()), index)
+    return loss, check_finite_loss(float(loss.detach()), index)
 
 
 def check_depends(loss: Tensor, index: int, called: bool, layer: str) -> None:

@@ -20,9 +20,10 @@ from lora_one.memory import process_peak
 from .adapter_state import is_frozen, train_adapter
 from .adapters import adapter_of, is_leftover
 from .attach import Site, attach_lora, check_adapter_fits, find_sites
-from .batches import LossFn, check_depends, default_loss, device_of, losses
+from .batches import Evaluate, LossFn, check_depends, default_loss, device_of, losses
 from .distributed import is_parallel, mean_over_processes, sum_over_processes, unanimous
 from .frozen_linear import frozen_linears
+from .loss_scale import LossScale
 from .ops import TorchOps
 from .own_gradients import NOTHING, own_gradients
 from .precision import full_precision, no_reduced_matmul
@@ -105,6 +106,7 @@ class TorchSession:
         self._context.enter_context(torch.compiler.set_stance("force_eager"))
         self._context.enter_context(frozen_linears(self.model))
         self._recompute = self._context.enter_context(Recompute(self.model, self._config.recompute, self._device))
+        self._scale = LossScale(self.model, self._device)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
@@ -168,14 +170,20 @@ class TorchSession:
         Returns:
             The result, and the layers whose factors somebody reads.
         """
-        sums = Sums(consume, early)
+        self._scale.begin_pass()
+        sums = Sums(consume, early, self._scale)
 
-        def backward(loss: Tensor, index: int, last: bool) -> None:
-            check_depends(loss, index, called=bool(sums.seen), layer=next(iter(self._sites)))
+        def backward(evaluate: Evaluate, index: int, last: bool) -> float:
             sums.next_batch(last)
-            loss.backward()
-            sums.end_batch()
-            self._recompute.next_batch()
+            done = False
+            while not done:
+                sums.next_attempt()
+                self._recompute.next_batch()
+                loss, value = evaluate()
+                check_depends(loss, index, called=bool(sums.seen), layer=next(iter(self._sites)))
+                done = self._scale.backward(loss)
+                del loss  # its graph, before there is another one
+            return value
 
         with ExitStack() as stack:
             for name, probe in probes.items():
@@ -194,7 +202,8 @@ class TorchSession:
                 total = sum_over_processes(sums.left.pop(name))
                 consume(name, total if result.batches == 1 else total / result.batches)
         seen, read = (self._anywhere(names) for names in (sums.seen, sums.read))
-        return result._replace(never_called=frozenset(self._sites) - frozenset(seen)), read
+        never_called = frozenset(self._sites) - frozenset(seen)
+        return result._replace(never_called=never_called, rounded_away=self._scale.rounded_away()), read
 
     def _anywhere(self, names: set[str]) -> list[str]:
         """Those of the layers that are among the names in any process, in the model's order."""
@@ -209,13 +218,11 @@ class TorchSession:
         with torch.no_grad():
             return self._run(backward=None)
 
-    def _run(self, backward: Callable[[Tensor, int, bool], None] | None) -> PassResult:
+    def _run(self, backward: Callable[[Evaluate, int, bool], float] | None) -> PassResult:
         total, count = 0.0, 0
-        for loss, value, last in losses(self.model, self._batches, self._loss_fn):
+        for evaluate, last in losses(self.model, self._batches, self._loss_fn):
             count += 1
-            if backward is not None:
-                backward(loss, count, last)
-            total += value
+            total += evaluate()[1] if backward is None else backward(evaluate, count, last)
         return PassResult(*mean_over_processes(total, count, self._device))
 
     def unanimous(self, decision: bool) -> bool:

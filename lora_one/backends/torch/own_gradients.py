@@ -5,7 +5,7 @@ beside a zero: the model computes what it did, and the zero's gradient is the pr
 nobody reads the factors that costs nothing: a zero is one number, seen many times.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -13,22 +13,23 @@ from torch import Tensor, nn
 from lora_one.core.spectrum import Probe
 
 from .attach import Site
+from .tap import Sink
 from .wide import widened
 
 NOTHING = Probe(None, None)  # two zeros: whose gradients are zero too, but arrive where anybody reads the factors
 
 
 @contextmanager
-def own_gradients(site: Site, probe: Probe, sink: Callable[[Tensor], None]) -> Iterator[None]:
-    """A layer's factors are a probe and a zero for a while; at scale 1 the zero's gradient goes to `sink`, once in each
-    backward pass that reaches it."""
+def own_gradients(site: Site, probe: Probe, sink: Sink) -> Iterator[None]:
+    """A layer's factors are a probe and a zero for a while. The zero's gradient goes to `sink`, at scale 1 and as it
+    is, once in each backward pass that reaches it."""
     lora_A, lora_B = site.lora_A, site.lora_B
     found = lora_A.weight, lora_B.weight
 
     def take(zero: Tensor) -> None:
         assert zero.grad is not None
         gradient, zero.grad = zero.grad, None
-        sink(widened(gradient) / site.module.scaling[site.adapter])
+        sink(widened(gradient) / site.module.scaling[site.adapter], gradient)
 
     def factor(given: Tensor | None, shape: tuple[int, int], like: Tensor) -> nn.Parameter:
         if given is not None:

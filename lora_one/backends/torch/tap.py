@@ -19,6 +19,8 @@ from lora_one.core.spectrum import Probe
 from .precision import full_precision
 from .wide import few_rows_times, product_over_rows, times_few_columns, widened
 
+Sink = Callable[[Any, Tensor], None]
+
 
 class Product(NamedTuple):
     """A linear function of G = dy^T x, in two halves: what the backward pass needs of x, and what it makes of that.
@@ -72,7 +74,7 @@ def _apply(function: Callable[..., Any], *xs: Tensor) -> Any:
 
 @contextmanager
 def tap(
-    layer: nn.Module, base: nn.Module, product: Product, sink: Callable[[Any], None], on_call: Callable[[bool], None]
+    layer: nn.Module, base: nn.Module, product: Product, sink: Sink, on_call: Callable[[bool], None]
 ) -> Iterator[None]:
     """For a while a LoRA layer is its base alone, and for each of its calls the backward pass hands `sink` a product of
     G.
@@ -82,7 +84,7 @@ def tap(
         base: its own: computes y (..., out) from its first argument x (..., in); nothing in it needs to require a
             gradient.
         product: `WHOLE`, `ROWS`, or one of `product_of`.
-        sink: called once a call of the layer that the loss depends on.
+        sink: called once a call of the layer that the loss depends on, with the product and dL/dy, (..., out).
         on_call: called at each forward pass, but not where checkpointing repeats one, with whether it records a graph.
     """
     found = vars(layer).get("forward")
@@ -104,7 +106,7 @@ def tap(
             (kept,) = keepers[0].grad_fn.saved_tensors
             if not torch.is_grad_enabled():  # or this graph may be asked again
                 keepers.clear()
-            sink(_apply(product.form, dy, kept))
+            sink(_apply(product.form, dy, kept), dy)
 
         y = y if y.requires_grad else y + anchor
         y.register_hook(form)  # no node of ours, whose output would be a view: the model may change y in place

@@ -3,6 +3,9 @@
 What it takes beside the logits is their gradient, in their dtype, which the forward pass forms with the loss. PyTorch's
 cross-entropy takes the log-softmax of a float32 copy, its gradient, and that gradient in float32 and in the logits'
 dtype: of 128,256 logits a token more than the rest of a model's activations.
+
+In float16 that gradient is kept times a power of two, which the backward pass takes out: with the weight of one token
+of thousands it would be below the dtype's range, whatever scale the loss has.
 """
 
 from collections.abc import Iterator
@@ -74,20 +77,38 @@ class _CrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(logits.dtype, torch.float32)
         counted = (targets != ignore_index)[:, None]  # (rows, 1)
         index, weights = targets.clamp(min=0)[:, None], counted.to(wide) / count
+        unit = _unit(count) if logits.dtype == torch.float16 else None
         gradient, log_likelihood = torch.empty_like(logits), torch.empty_like(weights)
-        at_once = CHUNK_BYTES if logits.device.type == "cpu" else CHUNK_BYTES_OF_A_GPU
-        rows = max(1, at_once // (4 * logits.shape[1]))
+        rows = _rows_at_once(logits)
         for i in range(0, len(logits), rows):
             some = slice(i, i + rows)
             log_p = torch.log_softmax(logits[some], dim=1, dtype=wide)
             log_likelihood[some] = log_p.gather(1, index[some])
             p = log_p.exp_().mul_(weights[some])
-            gradient[some] = p.scatter_add_(1, index[some], -weights[some])
-        ctx.save_for_backward(gradient)
+            p.scatter_add_(1, index[some], -weights[some])
+            gradient[some] = p if unit is None else p.mul_(unit)
+        ctx.save_for_backward(gradient, unit)
         return -(log_likelihood.where(counted, 0.0) * weights).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient.mul_(scale), None, None, None
+        gradient, unit = ctx.saved_tensors
+        if unit is None:
+            return gradient.mul_(scale), None, None, None
+        rows = _rows_at_once(gradient)
+        for i in range(0, len(gradient), rows):
+            some = slice(i, i + rows)
+            gradient[some] = gradient[some].float().mul_(scale / unit)  # which alone may be below float16's range
+        return gradient, None, None, None
+
+
+def _unit(count: Tensor) -> Tensor:
+    """A power of two: times a weight of 1 / count it is up to 2^14, a quarter of float16's largest number."""
+    _, exponent = torch.frexp(count.float())
+    return torch.ldexp(torch.ones_like(count, dtype=torch.float32), exponent + 13)
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    at_once = CHUNK_BYTES if logits.device.type == "cpu" else CHUNK_BYTES_OF_A_GPU
+    return max(1, at_once // (4 * logits.shape[1]))

@@ -46,7 +46,8 @@ class Mlp(nn.Module):
         if not self.with_lora:
             return functional.linear(x, base.weight, base.bias)
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        return functional.linear(x, base.weight + layer.scaling["default"] * (b @ a), base.bias)
+        delta = (layer.scaling["default"] * (b @ a)).to(base.weight.dtype)
+        return functional.linear(x, base.weight + delta, base.bias)
 
 
 class Both(Mlp):

@@ -70,6 +70,18 @@ def test_bfloat16_is_rounded_once(rows):
     torch.testing.assert_close(gradient, its, rtol=2**-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+@pytest.mark.parametrize("count", [33, 2**20 + 1])
+def test_float16_holds_the_gradient_whatever_the_weight_of_a_token(rows, count, scale):
+    """As far as its range goes: to 6e-8."""
+    logits, labels = inputs(torch.float16)
+    (got,) = torch.autograd.grad(scale * next_token_loss(logits, labels, VOCABULARY, num_items_in_batch=count), logits)
+    wide = logits.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(scale * ForCausalLMLoss(wide, labels, VOCABULARY, count), wide)
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got.double(), expected, rtol=2**-10, atol=2**-24)
+
+
 def test_what_it_keeps():
     logits, labels = inputs(torch.bfloat16)
     saved = []
