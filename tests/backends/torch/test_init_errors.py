@@ -321,7 +321,7 @@ def test_models_of_no_backend():
         ({"gradient": "full"}, "gradient must be one of 'sketch', 'exact'"),
         ({"targets": []}, "targets must be"),
         ({"targets": "(("}, "targets must be a regular expression, got '\\(\\('"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\), got 1.0"),
         ({"eta": 0}, "eta must be a number > 0"),
     ],
 )
