@@ -11,7 +11,7 @@ from lora_one.backends.checks import check_finite_loss, with_last
 
 from .batches import arrays_and_rest, check_loss, rejoin
 from .sites import Binding, Leaves
-from .underflow import LossScale, all_finite, computes_in_float16
+from .underflow import STEP, LossScale, all_finite, computes_in_float16
 from .uses import Uses, uses_of
 
 Gradients = dict[str, Leaves]
@@ -90,15 +90,22 @@ class Oracle:
             frozen = self._binding.frozen
             if self._scale is None:  # the call below finds the trace made here
                 traced = self._step.trace(total, factors, frozen, _as_arrays(LossScale(False)), arrays, rest)
-                program = traced.jaxpr.jaxpr
+                program = getattr(traced.jaxpr, "jaxpr", traced.jaxpr)  # closed or not, as JAX's version has it
                 self._scale = LossScale(computes_in_float16(program))
                 before = len(jax.tree.leaves((total, factors)))
                 self.uses = uses_of(program, range(before, before + len(jax.tree.leaves(frozen))))
             while True:
                 value, total, finite = self._step(total, factors, frozen, _as_arrays(self._scale), arrays, rest)
-                if self._scale.is_last or finite or not jnp.isfinite(value):
+                if self._scale.is_last or not jnp.isfinite(value):
                     return value
+                if finite:
+                    break
                 self._scale.lower()
+            if not self._scale.checked:  # the sum is of this one batch yet
+                lower = Scale(np.float32(self._scale.value * STEP), np.bool_(True))
+                again = self._step(jax.tree.map(_zeros, factors), factors, frozen, lower, arrays, rest)[1]
+                self._scale.check(_relative_changes(again, total))
+            return value
 
         mean, count = self._over(batches, run)
         return mean, count, _mean(total, count)
@@ -120,6 +127,21 @@ class Oracle:
 @jax.jit
 def _mean(total: Gradients, count: int) -> Gradients:
     return jax.tree.map(lambda x: x / count, total)
+
+
+@jax.jit
+def _relative_changes(those: Gradients, these: Gradients) -> dict[str, jax.Array]:
+    def norm(leaves: Leaves) -> jax.Array:
+        return jnp.sqrt(sum(jnp.sum(jnp.square(x / largest)) for x in leaves))
+
+    found = {}
+    for name, leaves in these.items():
+        largest = jnp.maximum(jnp.max(jnp.abs(leaves.a)), jnp.max(jnp.abs(leaves.b)))
+        largest = jnp.where(largest > 0, largest, 1.0)  # a unit: squares of small numbers would be zero
+        size = norm(leaves)
+        off = norm(Leaves(those[name].a - leaves.a, those[name].b - leaves.b))
+        found[name] = jnp.where(size > 0, off / jnp.where(size > 0, size, 1.0), 0.0)
+    return found
 
 
 def _as_arrays(scale: LossScale) -> Scale:

@@ -3,13 +3,17 @@
 By a power of two, so that no other number changes: the largest of a few for which every gradient is finite.
 """
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lora_one.errors import UnderflowWarning
+
 FIRST, LEAST, STEP = 2.0**24, 2.0**-16, 2.0**-4
+TOLERATED = 0.01  # of a layer's gradient may be lost without a word
 
 
 class LossScale:
@@ -17,6 +21,7 @@ class LossScale:
 
     def __init__(self, computes_in_float16: bool):
         self.value, self._least = (FIRST, LEAST) if computes_in_float16 else (1.0, 1.0)
+        self.checked = False
 
     @property
     def is_last(self) -> bool:
@@ -25,6 +30,24 @@ class LossScale:
 
     def lower(self) -> None:
         self.value *= STEP
+
+    def check(self, changes: Mapping[str, Any]) -> None:
+        """Warn of layers whose gradients are too small for float16 at this scale too.
+
+        Args:
+            changes: how far off each layer's gradient is at the next lower scale, relative; here it is a STEP-th of it.
+        """
+        self.checked = True
+        lost = {site: STEP * float(change) for site, change in changes.items() if STEP * float(change) > TOLERATED}
+        if lost:
+            worst = max(lost, key=lambda site: lost[site])
+            warnings.warn(
+                f"float16 cannot hold the gradients of {len(lost)} layers beside the others', at any loss scale; of "
+                f"that of {worst} about {lost[worst]:.0%} or more is lost, and the report's shares are of the rest: a "
+                "model in bfloat16 or float32 keeps them",
+                UnderflowWarning,
+                stacklevel=6,
+            )
 
 
 def all_finite(tree: Any) -> jax.Array:

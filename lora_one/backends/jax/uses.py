@@ -83,7 +83,7 @@ def _outputs(equation: Any, given: list[Origins], uses: Uses) -> list[Origins]:
         return [None if i < len(carried) else one for i, one in enumerate(found)]
     if name == "while":
         constants = given[params["cond_nconsts"] :][: params["body_nconsts"]]
-        body = params["body_jaxpr"].jaxpr
+        body = getattr(params["body_jaxpr"], "jaxpr", params["body_jaxpr"])
         _walk(body, [*constants, *[None] * (len(body.invars) - len(constants))], uses)
         return [None] * count
     if name == "cond":

@@ -1,5 +1,7 @@
 """Models in bfloat16 and float16: factors that move, gradients that do not vanish, outputs in the model's dtype."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from flax import linen, nnx
 
 import lora_one
 from lora_one.backends.jax import LinenModel, PytreeModel
-from lora_one.errors import GradientError
+from lora_one.errors import GradientError, UnderflowWarning
 from tests.arrays import best_rank
 from tests.backends.jax.models import counted_compilations, regression, squared_error
 
@@ -115,6 +117,30 @@ def test_float16_gradients_neither_vanish_nor_overflow(params, compute, scale):
         cosine = np.sum(got * expected) / np.linalg.norm(got) / np.linalg.norm(expected)
         assert cosine > 0.999, layer.name
         assert layer.gradient_norm == pytest.approx(scale * np.linalg.norm(g), rel=2e-2)
+
+
+class Uneven(nnx.Module):
+    """Two layers side by side, the second's gradients far below the first's."""
+
+    def __init__(self, dtype, share):
+        options = {"rngs": nnx.Rngs(0), "param_dtype": dtype, "dtype": dtype}
+        self.large, self.small, self.share = nnx.Linear(8, 7, **options), nnx.Linear(8, 7, **options), share
+
+    def __call__(self, x):
+        tiny = self.small(x) * jnp.asarray(self.share, self.small.dtype)
+        return (100 * self.large(x)).astype("float32") + tiny.astype("float32") * 1e-4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "share", "warns"), [("float16", 1e-5, True), ("float16", 1.0, False), ("bfloat16", 1e-5, False)]
+)
+def test_gradients_that_no_scale_keeps_are_warned_of(dtype, share, warns):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        lora_one.init(Uneven(dtype, share), BATCHES, squared_error, CONFIG)
+    found = [str(w.message) for w in seen if issubclass(w.category, UnderflowWarning)]
+    assert len(found) == warns
+    assert all("of that of small" in text for text in found)
 
 
 def test_a_gradient_that_no_scale_makes_finite_is_an_error():
