@@ -86,6 +86,7 @@ def take_out_leftover(model: nn.Module) -> None:
             "lora_one.init starts that one again; to be rid of it, take it out with PEFT's unload()"
         )
     check_base_is_whole(adapted)
+    _check_base_is_left(adapted)
     for path, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise ModelError(
@@ -104,6 +105,16 @@ def take_out_leftover(model: nn.Module) -> None:
         AdapterWarning,
         stacklevel=6,
     )
+
+
+def _check_base_is_left(adapted: peft.PeftModel) -> None:
+    for config in adapted.peft_config.values():
+        changed = [name for name in ("bias", "layer_replication") if getattr(config, name, None) not in (None, "none")]
+        if changed:
+            raise ModelError(
+                f"the model still has the adapter of an earlier call, whose {changed[0]}="
+                f"{getattr(config, changed[0])!r} changed the base model itself: open the base model anew"
+            )
 
 
 def _original(wrapper: Any) -> nn.Module:

@@ -22,7 +22,7 @@ def check_base_is_whole(adapted: peft.PeftModel) -> None:
     """A start is right for the base model that its gradient was taken of, as it will be opened again.
 
     Raises:
-        ModelError: an adapter that moved a part of the base weights into its factors, or trained the base's biases.
+        ModelError: an adapter that moved a part of the base weights into its factors.
     """
     configs: dict[str, Any] = adapted.peft_config
     for name, config in configs.items():

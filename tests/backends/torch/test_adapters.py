@@ -212,3 +212,18 @@ def test_of_several_injected_adapters_the_active_one_is_meant(tmp_path):
             module.set_adapter(["default", "second"])
     with pytest.raises(ModelError, match="one active adapter is expected"):
         lora_one.init(model, llama().batches, config=CONFIG)
+
+
+def test_a_leftover_that_changed_the_base_itself_is_refused(tmp_path):
+    """Biases that were trained in place, and layers that PEFT made by replication, do not go with the adapter."""
+    torch.manual_seed(0)
+    for more in ({"bias": "all"}, {"layer_replication": [[0, 2], [1, 2]]}):
+        trained = peft.get_peft_model(llama().model, peft.LoraConfig(**LORA, **more))
+        lora_one.save(trained, tmp_path)
+        base = llama().model
+        first = lora_one.load(base, tmp_path)
+        before = logits(first)
+        for again in (lambda base: lora_one.load(base, tmp_path), lambda base: attach_plain(base, CONFIG)):
+            with pytest.raises(ModelError, match=f"{next(iter(more))}=.* changed the base model itself"):
+                again(base)
+        assert torch.equal(logits(first), before)
