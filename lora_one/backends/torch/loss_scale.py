@@ -73,6 +73,8 @@ class LossScale:
                 return True
             self._begin()  # autocast inside of the model or the loss
             raise _Again
+        if dy.numel() == 0:  # an expert that is called with no token
+            return self._settled
         norm = torch.linalg.vector_norm(dy, dtype=torch.promote_types(dy.dtype, torch.float32))
         largest, norm = torch.stack([torch.linalg.vector_norm(dy, torch.inf).to(norm.dtype), norm]).tolist()
         if not math.isfinite(largest) and self.value > LEAST:

@@ -156,6 +156,16 @@ def test_other_dtypes_have_no_scale(monkeypatch):
         assert all(layer.rounded_away == 0.0 for layer in report.layers)
 
 
+def test_a_layer_that_is_called_without_tokens():
+    model, batches, _ = mlp(HALF)
+
+    def loss_fn(model, batch):
+        return squared_error(model, batch) + model(batch[0][:0]).sum()
+
+    expected = products(lora_one.init(mlp(HALF).model, batches, squared_error, EXACT)[0])
+    assert_alike(lora_one.init(model, batches, loss_fn, EXACT)[0], expected)
+
+
 class Unequal(nn.Module):
     """Two layers whose gradients are 2^34 apart: no scale holds both."""
 
