@@ -41,7 +41,10 @@ def run(settings: dict[str, Any], step: int = 0, change: int = 0) -> dict[str, A
     told.unlink(missing_ok=True)
     process = _CONTEXT.Process(target=_run, args=(settings, told, step, change))
     process.start()
-    process.join(120)
+    process.join(600)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError("the run hangs")
     assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
     return json.loads(told.read_text()) if process.exitcode == 0 else None
 

@@ -1,5 +1,6 @@
 """Fine-tuning encoder-decoders and image-text models: the batches against transformers' own tokenizer and processor."""
 
+import contextlib
 from functools import partial
 
 import peft
@@ -15,9 +16,11 @@ from transformers import (
 
 import lora_one
 from lora_one.backends import load_tuner
+from lora_one.backends.torch import attach_plain
 from lora_one.data import Example, TokenSequence, encode
-from lora_one.errors import DataError, ModelError
+from lora_one.errors import CheckpointError, DataError, ModelError
 from lora_one.recipe import Recipe
+from lora_one.runs import NOWHERE, Checkpoints, Run, latest
 from tests.recipes.standins import make_llava, make_t5
 
 PAIRS = [("sort: ba", "ab"), ("sort: hello", "ehllo"), ("x", "x")]
@@ -160,3 +163,66 @@ def test_a_cut_sequence_still_has_its_end_in_the_encoder(t5):
     (batch,) = tuner.batches([TokenSequence([10, 11, 12, 13, 1], 3).cut(3, tuner.separate)], 1)
     assert batch["input_ids"].tolist() == [[10, 11, 1]]
     assert batch["labels"].tolist() == [[13, 1]]
+
+
+class Stopped(Exception):
+    """A run's end before its time."""
+
+
+def resumable(folder, out, sequences, checkpoints=NOWHERE, run=None, last=None):
+    """Train all five steps, or up to one that ends in an exception, with dropout."""
+    tuner = open_tuner(folder)
+    config = lora_one.Config(rank=2, targets=["q", "v"] if tuner.separate else ["q_proj"], dropout=0.3)
+    tuner.model = attach_plain(tuner.model, config)
+    settings = {"learning_rate": 0.01, "warmup": 1, "steps": 5, "batch_size": 2, "precondition": True}
+    recipe = Recipe(model=str(folder), data="x", out=str(out), **settings)
+    run = run or Run.begin(recipe, sequences)
+
+    def on_step(step, loss):
+        run.losses.append(loss)
+        if step == last:
+            raise Stopped
+
+    with contextlib.suppress(Stopped):
+        tuner.train(sequences, recipe, on_step, checkpoints(run) if callable(checkpoints) else checkpoints)
+    return peft.get_peft_model_state_dict(tuner.model), run.losses
+
+
+@pytest.mark.parametrize("kind", ["t5", "llava"])
+def test_every_kind_of_tuner_goes_on_bit_for_bit(kind, tmp_path, request):
+    folder = request.getfixturevalue(kind)
+    tokenizer = open_tuner(folder).tokenizer
+    seen = {} if kind == "t5" else {"pictures": partial(list, [picture(50)])}
+    image = "<image>" if seen else ""
+    sequences = [encode(tokenizer, Example(f"{image}say {i}", "ab", "", **seen)) for i in range(5)]
+    whole, losses = resumable(folder, tmp_path, sequences)
+
+    def saving(run):
+        return Checkpoints(run, tmp_path, every=1, last=5)
+
+    resumable(folder, tmp_path, sequences, saving, last=4)  # in the second epoch
+    start = latest(tmp_path, pytest.fail)
+    assert start.step == 3
+    going_on = Checkpoints(start.run, tmp_path, 1, 5, start)
+    found, same = resumable(folder, tmp_path, sequences, going_on, start.run)
+    assert same == losses
+    for name, factor in whole.items():
+        assert torch.equal(found[name], factor), name
+
+
+def test_a_full_disk_ends_the_training_with_the_checkpoint_before_whole(t5, tmp_path, monkeypatch):
+    """What torch.save raises there is a RuntimeError."""
+    sequences = [encode(open_tuner(t5).tokenizer, Example(f"say {i}", "ab", "")) for i in range(4)]
+    save, calls = torch.save, []
+
+    def full(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) > 4:  # optimizer, schedule, random streams; then the second checkpoint's
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"a checkpoint in .* cannot be written: PytorchStreamWriter failed"):
+        resumable(t5, tmp_path, sequences, lambda run: Checkpoints(run, tmp_path, every=1, last=5))
+    assert latest(tmp_path, pytest.fail).step == 1
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
