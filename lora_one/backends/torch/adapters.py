@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_one.errors import AdapterWarning, ModelError
 
+from .refusals import kind_of
 from .starts import check_base_is_whole
 from .wrappers import plain_names, unwrapped
 
@@ -47,7 +48,7 @@ def opened(model: nn.Module, verb: str) -> Iterator[peft.PeftModel]:
     """The adapter of a model, with the names that it has in the plain model.
 
     Raises:
-        ModelError: the model has none.
+        ModelError: the model has none, or one that is not LoRA.
     """
     inner = unwrapped(model)
     with plain_names(inner):
@@ -57,7 +58,20 @@ def opened(model: nn.Module, verb: str) -> Iterator[peft.PeftModel]:
                 f"{verb} needs a model with LoRA layers, as lora_one.init returns it, got {type(inner).__name__} "
                 "without any"
             )
+        require_lora(adapted, verb)
         yield adapted
+
+
+def require_lora(adapted: peft.PeftModel, verb: str) -> None:
+    """
+    Raises:
+        ModelError: another kind of adapter, of which PEFT has many.
+    """
+    if kind := kind_of(adapted):
+        raise ModelError(
+            f"{verb} needs an adapter that is LoRA, got {kind}: use PEFT's own functions for it, or hand in the base "
+            "model without it"
+        )
 
 
 def mark_as_ours(adapted: peft.PeftModel) -> None:

@@ -19,9 +19,9 @@ from lora_one.core.factors import Factors
 from lora_one.errors import ModelError
 from lora_one.scales import plain_alpha, scaling_of
 
-from .adapters import mark_as_ours, take_out_leftover
+from .adapters import mark_as_ours, require_lora, take_out_leftover
 from .all_linear import ALL_LINEAR, LINEAR, RefusedByPeft, on_all_linear
-from .refusals import kind_of, refusal
+from .refusals import refusal
 from .snapshot import Snapshot
 from .tasks import heads, task_type
 from .wrappers import plain_names, unwrapped
@@ -116,7 +116,7 @@ def find_sites(model: peft.PeftModel) -> list[Site]:
         ModelError: no LoRA, several active adapters, merged ones, or a kind of adapter whose start is another problem
             (DoRA, embeddings, convolutions, a bias in lora_B; routers and experts that are one parameter).
     """
-    _require_lora(model)
+    require_lora(model, "init")
     adapters = model.active_adapters
     if len(adapters) != 1:
         raise ModelError(f"one active adapter is expected, got {adapters}: choose with model.set_adapter(name)")
@@ -148,7 +148,7 @@ def check_adapter_fits(model: peft.PeftModel, config: Config) -> None:
     Raises:
         ModelError: a setting that is neither its default nor the adapter's.
     """
-    _require_lora(model)
+    require_lora(model, "init")
     default = Config()
     lora_config: Any = model.peft_config[model.active_adapters[0]]
     pairs = {
@@ -190,11 +190,3 @@ def _check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
     if unknown:
         children = ", ".join(name for name, _ in model.named_children())
         raise ModelError(f"modules_to_save must name modules of the model, got {unknown}; at its top are: {children}")
-
-
-def _require_lora(model: peft.PeftModel) -> None:
-    if kind := kind_of(model):
-        raise ModelError(
-            f"the adapter must be LoRA, got {kind}: hand in the base model without it, which gets LoRA, or one that "
-            "peft.LoraConfig was attached to"
-        )

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_one.checkpoint import CONFIG, WEIGHTS, AdapterFolder, read_folder
-from lora_one.errors import CheckpointError
+from lora_one.errors import CheckpointError, ModelError
 from lora_one.plain_lora import MLX_SETTINGS
 from lora_one.scales import plain_settings, scaling_of
 
 from .adapter_state import active_adapter, adapter_state, lora_layers, tokens_of_others, train_adapter
-from .adapters import adapter_of, is_leftover, mark_as_ours, opened, take_out_leftover
+from .adapters import adapter_of, is_leftover, mark_as_ours, opened, require_lora, take_out_leftover
 from .attach import OF_PEFT
 from .embeddings import added_rows
 from .fit import problems_after, problems_before
@@ -32,6 +32,11 @@ def save(model: nn.Module, path: Path) -> None:
         adapter = active_adapter(adapted, "save")
         tensors = {**adapter_state(adapted, adapter), **added_rows(adapted)}
         config = _config_on_disk(adapted, adapter)
+        if empty := [key for key, tensor in tensors.items() if tensor.is_meta]:
+            raise ModelError(
+                f"{empty[0]}: it holds no numbers, as low_cpu_mem_usage=True makes weights, and offloading; load the "
+                "adapter's weights first, or the model where it fits"
+            )
         path.mkdir(parents=True, exist_ok=True)
         save_file(_separate(tensors), path / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(path))
@@ -43,6 +48,8 @@ def load(model: nn.Module, path: Path, trainable: bool) -> nn.Module:
     with plain_names(base):
         adapted = adapter_of(base)
         present = None if is_leftover(base, adapted) else adapted  # what the folder's factors go into
+        if present is not None:
+            require_lora(present, "load")
         plain = base if adapted is None else adapted.get_base_model()
         held = None if present is None else present.peft_config[active_adapter(present, "load")]
         folder = read_folder(path)

@@ -19,7 +19,7 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
     """The trainable LoRA pairs of the linear layers of a model."""
     pairs = []
     for module in model.modules():
-        if not isinstance(module, LoraLayer):
+        if not isinstance(module, LoraLayer) or isinstance(module.lora_A, nn.ParameterDict):  # AdaLoRA's are no pairs
             continue
         for adapter in module.lora_A:
             pair = LoraPair(module.lora_A[adapter].weight, module.lora_B[adapter].weight)

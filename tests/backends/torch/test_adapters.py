@@ -190,7 +190,7 @@ def test_an_adapter_in_a_part_of_the_model_names_the_part(call, tmp_path):
 
 def test_injected_adapters_that_are_no_lora():
     model = peft.inject_adapter_in_model(peft.IA3Config(target_modules=["up"], feedforward_modules=[]), mlp().model)
-    with pytest.raises(ModelError, match="must be LoRA, got IA3"):
+    with pytest.raises(ModelError, match="that is LoRA, got IA3"):
         lora_one.init(model, mlp().batches, squared_error)
 
 
@@ -227,3 +227,23 @@ def test_a_leftover_that_changed_the_base_itself_is_refused(tmp_path):
             with pytest.raises(ModelError, match=f"{next(iter(more))}=.* changed the base model itself"):
                 again(base)
         assert torch.equal(logits(first), before)
+
+
+@pytest.mark.parametrize("call", ["save", "load", "merge"])
+def test_adapters_that_are_no_lora_are_called_what_they_are(call, tmp_path):
+    lora_one.save(attach_plain(mlp().model, lora_one.Config(rank=2, targets=("up",))), tmp_path)
+    arguments = () if call == "merge" else (tmp_path,)
+    model = peft.get_peft_model(mlp().model, peft.AdaLoraConfig(target_modules=["up"], total_step=10))
+    with pytest.raises(ModelError, match=f"{call} needs an adapter that is LoRA, got AdaLoRA"):
+        getattr(lora_one, call)(model, *arguments)
+    assert isinstance(lora_one.optimizer(model), torch.optim.AdamW)  # which needs no pairs
+    prompted = peft.get_peft_model(llama().model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ModelError, match=f"{call} needs an adapter that is LoRA, got PROMPT_TUNING"):
+        getattr(lora_one, call)(prompted, *arguments)
+
+
+def test_weights_without_numbers_are_not_saved(tmp_path):
+    model = peft.get_peft_model(mlp().model, peft.LoraConfig(target_modules=["up"]), low_cpu_mem_usage=True)
+    with pytest.raises(ModelError, match=r"up\.lora_A\.weight: it holds no numbers, as low_cpu_mem_usage=True makes"):
+        lora_one.save(model, tmp_path / "new")
+    assert not any((tmp_path / "new").glob("*"))
