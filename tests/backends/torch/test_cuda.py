@@ -142,6 +142,22 @@ def test_starts_are_those_of_the_float64_gradient(name, config, tolerance):
     assert report.peak_memory is not None and report.peak_memory > 0
 
 
+@pytest.mark.parametrize("config", [EXACT, SKETCH], ids=["exact", "sketch"])
+@pytest.mark.parametrize("factor", [2.0**-30, 2.0**14])
+def test_float16_starts_are_those_of_float32(config, factor):
+    """However small or large the loss: a backward pass that overflows is left from the device's own thread."""
+
+    def start(dtype):
+        case = llama(torch.float16)
+        batches = [{k: v.cuda() for k, v in batch.items()} for batch in case.batches]
+        model = case.model.to(dtype).cuda()
+        adapted, _ = lora_one.init(model, batches, lambda m, b: m(**b).loss * factor, config)
+        return [site.lora_B.weight @ site.lora_A.weight for site in find_sites(adapted)]
+
+    for got, expected in zip(start(torch.float16), start(torch.float32), strict=True):
+        assert float(torch.cosine_similarity(got.flatten(), expected.flatten(), dim=0)) > 0.999
+
+
 def test_a_bfloat16_gradient_is_multiplied_in_float32():
     """G of a bfloat16 model by tensor cores: what the narrow dy and x are, no further rounding."""
     case = llama(torch.bfloat16)
