@@ -86,13 +86,15 @@ def _check_tokens(model: peft.PeftModel) -> None:
         if isinstance(module, TrainableTokensWrapper):
             wrappers[id(module.token_adapter.get_base_layer())] = module
     for path, module in model.get_base_model().named_modules():
-        below = module.base_layer if isinstance(module, LoraLayer) else getattr(module, "token_adapter", module)
-        if isinstance(below, TrainableTokensWrapper) or isinstance(getattr(below, "base_layer", None), LoraLayer):
+        has_tokens = isinstance(module, TrainableTokensWrapper)
+        if (isinstance(module, LoraLayer) and isinstance(module.base_layer, TrainableTokensWrapper)) or (
+            has_tokens and isinstance(module.token_adapter.base_layer, LoraLayer)
+        ):
             raise ModelError(
                 f"{path}: PEFT merges either LoRA or trained tokens of one layer, and it has both (tied layers train "
                 "the same tokens): keep the adapter by itself"
             )
-        if not isinstance(module, TrainableTokensWrapper):
+        if not has_tokens:
             continue
         weight = module.token_adapter.get_base_layer().weight
         others = [wrappers.get(owner) for owner in owners[id(weight)]]
