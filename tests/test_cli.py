@@ -145,6 +145,7 @@ def test_product_spectrum_is_that_of_the_product():
         (["finetune", "--backend", "numpy"], "backend 'numpy' has no models to fine-tune, only arrays"),
         (["finetune", "--model", "nowhere"], "model is given without data"),
         (["init", "--targets", "zzz"], "targets must match"),
+        (["init", "--device", "nonsense"], "device must be one that PyTorch can use here, got 'nonsense'"),
         (["inspect", "nowhere"], "not an adapter folder"),
         (["finetune", "--config", "x.ini"], "must end in .toml, .yaml or .yml"),
     ],

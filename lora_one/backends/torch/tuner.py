@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lora_one.data import TokenSequence
-from lora_one.errors import ModelError
+from lora_one.errors import ConfigError, ModelError
 from lora_one.fit import check_tokenizer, pad_token
 from lora_one.recipe import Recipe
 from lora_one.runs import NOWHERE, Checkpoints
@@ -41,11 +41,13 @@ def open_tuner(folder: Path, dtype: str, device: str | None) -> "TorchTuner":
         folder: or, where no such folder is, a name on the hub.
 
     Raises:
+        ConfigError: no such device.
         ModelError: it holds no such model that transformers can load, or a tokenizer that ends no text.
     """
     from .seq2seq import Seq2SeqTuner
     from .vision import VisionTuner
 
+    place = _device(device)
     # Without trust_remote_code transformers asks in the terminal whether to run the model's own code.
     where: Any = {"local_files_only": folder.is_dir(), "trust_remote_code": False}
     try:
@@ -64,10 +66,20 @@ def open_tuner(folder: Path, dtype: str, device: str | None) -> "TorchTuner":
         raise
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} must hold a causal language model and its tokenizer: {error}") from error
-    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = model.to(place)
     if seeing:
         return VisionTuner(model, words)
     return Seq2SeqTuner(model, words) if config.is_encoder_decoder else TorchTuner(model, words)
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # of CUDA where there is none: AssertionError
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"device must be one that PyTorch can use here, got {name!r}: {first}") from error
+    return place
 
 
 class TorchTuner:
