@@ -2,7 +2,10 @@
 
 import copy
 import math
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_one.checkpoint import CONFIG, WEIGHTS, AdapterFolder, read_folder
-from lora_one.errors import CheckpointError, ModelError
+from lora_one.errors import CheckpointError, LoraOneError, ModelError
 from lora_one.plain_lora import MLX_SETTINGS
 from lora_one.scales import plain_settings, scaling_of
 
@@ -53,8 +56,10 @@ def load(model: nn.Module, path: Path, trainable: bool) -> nn.Module:
         plain = base if adapted is None else adapted.get_base_model()
         held = None if present is None else present.peft_config[active_adapter(present, "load")]
         folder = read_folder(path)
-        config = _read_config(folder)
-        _refuse(folder, problems_before(folder, config, plain, held) + check_start(folder, present))
+        with _settings_of(folder):
+            config = _read_config(folder)
+            problems = problems_before(folder, config, plain, held) + check_start(folder, present)
+        _refuse(folder, problems)
         loaded = _load(base, present, folder, config, trainable)
     return model if present is not None else loaded
 
@@ -106,15 +111,25 @@ def _refuse(folder: AdapterFolder, problems: list[str]) -> None:
 
 def _read_config(folder: AdapterFolder) -> peft.LoraConfig:
     """The folder's settings, with its scales by the plain rule, so that a Trainer saves them so too."""
-    try:
-        settings = {name: value for name, value in folder.config.items() if name not in MLX_SETTINGS}
-        config: Any = peft.LoraConfig.from_peft_type(**settings)
-        if config.use_rslora and folder.lora_A:
-            layers = {path: (folder.rank(path), folder.scaling(path)) for path in folder.lora_A}
-            _set(config, plain_settings(layers))
-    except Exception as error:  # of whatever kind: it may say anything
-        raise CheckpointError(f"{folder.path / CONFIG}: PEFT cannot use its settings: {error}") from error
+    settings = {name: value for name, value in folder.config.items() if name not in MLX_SETTINGS}
+    config: Any = peft.LoraConfig.from_peft_type(**settings)
+    if config.use_rslora and folder.lora_A:
+        layers = {path: (folder.rank(path), folder.scaling(path)) for path in folder.lora_A}
+        _set(config, plain_settings(layers))
     return config
+
+
+@contextmanager
+def _settings_of(folder: AdapterFolder) -> Iterator[None]:
+    """Whatever goes wrong with an adapter's settings, which may be anything, is told of the file that they are in."""
+    try:
+        yield
+    except LoraOneError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, re.error) as error:
+        raise CheckpointError(
+            f"{folder.path / CONFIG}: its settings cannot be used: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _attach(model: nn.Module, config: peft.LoraConfig, folder: AdapterFolder) -> peft.PeftModel:

@@ -105,10 +105,14 @@ def test_settings_that_peft_cannot_use_are_a_checkpoint_error(tmp_path):
         ('"lora_alpha": 8', '"lora_alpha": "much"'),
         ('"bias": "none"', '"bias": "some"'),
         ('"q_proj"', '"z_proj"'),
+        ('"rank_pattern": {}', '"rank_pattern": {"((": 2}'),
+        ('"rank_pattern": {}', '"rank_pattern": [1]'),
+        ('"trainable_token_indices": null', '"trainable_token_indices": {"embed_tokens": 5}'),
+        ('"trainable_token_indices": null', '"trainable_token_indices": [null]'),
     ):
         assert old in text
         (tmp_path / "adapter_config.json").write_text(text.replace(old, new))
         plain = base()
-        with pytest.raises(CheckpointError, match=r"PEFT cannot (use its settings|attach the adapter)|does not fit"):
+        with pytest.raises(CheckpointError, match=r"its settings cannot be used|PEFT cannot attach|does not fit"):
             lora_one.load(plain, tmp_path)
         assert not any("lora" in name for name, _ in plain.named_modules())
