@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from safetensors import SafetensorError, safe_open
 
 from .adapter import Adapter, LoraLayer
 from .atomic import replacing
+from .checks import shown
 from .core.factors import Factors
 from .errors import CheckpointError
+from .json_files import read_object
+from .peft_config import check_patterns, config_problems, layer_ranks, layer_scalings
 from .plain_lora import remedy, tensor_reason
 from .report import Report
-from .scales import rank_of, scaling_of
 from .tensors import read_tensors, wider
 from .versions import installed_versions
 
@@ -56,15 +58,17 @@ class AdapterFolder:
     config: dict[str, Any]
     lora_A: dict[str, tuple[int, ...]]  # layer -> shape, (r, in)
     lora_B: dict[str, tuple[int, ...]]  # layer -> shape, (out, r)
+    ranks: dict[str, int]  # layer -> what the configuration says
+    scalings: dict[str, float]  # layer -> the factor s, by the configuration
     others: Mapping[str, tuple[int, ...]]  # what is no LoRA factor: key -> shape
 
     def rank(self, layer: str) -> int:
-        """The rank that the configuration gives a layer."""
-        return rank_of(self.config, layer)
+        """The rank that the configuration gives a layer of the file."""
+        return self.ranks[layer]
 
     def scaling(self, layer: str) -> float:
-        """The factor s of a layer."""
-        return scaling_of(self.config, layer)
+        """The factor s that the configuration gives a layer of the file."""
+        return self.scalings[layer]
 
 
 def read_folder(path: Path) -> AdapterFolder:
@@ -73,24 +77,24 @@ def read_folder(path: Path) -> AdapterFolder:
     Raises:
         CheckpointError: a file that is missing or cannot be read, or an adapter that is not LoRA.
     """
-    missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
-    if WEIGHTS in missing and (path / PICKLED).is_file():
+    missing = [name for name in (CONFIG, WEIGHTS) if not is_file(path / name)]
+    if WEIGHTS in missing and is_file(path / PICKLED):
         raise CheckpointError(
             f"{path} has {PICKLED}, which is a pickle, and no {WEIGHTS}: open it in PEFT and save it again"
         )
-    if WEIGHTS in missing and (path / MLX_WEIGHTS).is_file():
+    if WEIGHTS in missing and is_file(path / MLX_WEIGHTS):
         raise CheckpointError(
             f"{path} is in mlx-lm's layout only ({MLX_WEIGHTS}): lora-one convert {path} DESTINATION --to peft"
         )
     if missing:
         raise CheckpointError(f"{path} is not an adapter folder", [f"{name}: not found" for name in missing])
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise CheckpointError(f"{path / CONFIG} is not JSON: {error}") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA" or not isinstance(config.get("r"), int):
-        raise CheckpointError(f'{path / CONFIG}: "peft_type" must be "LORA" with an integer "r", got {kind!r}')
+    config = read_object(path / CONFIG)
+    kind = config.get("peft_type")
+    if kind != "LORA" or config.get("r") is None:
+        raise CheckpointError(f'{path / CONFIG}: "peft_type" must be "LORA" with an integer "r", got {shown(kind)}')
+    problems = config_problems(config)
+    if problems:
+        raise CheckpointError(f"{path / CONFIG}: its settings cannot be used", problems)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {"A": {}, "B": {}}
     others: dict[str, tuple[int, ...]] = {}
     try:
@@ -103,18 +107,38 @@ def read_folder(path: Path) -> AdapterFolder:
                     shapes[match["factor"]][match["layer"]] = shape
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path / WEIGHTS} cannot be read: {error}") from error
-    return AdapterFolder(path, config, shapes["A"], shapes["B"], others)
+    try:
+        ranks = layer_ranks(config, sorted(shapes["A"] | shapes["B"]))
+        scalings = layer_scalings(config, ranks)
+        check_patterns(config, list(ranks))
+    except ValueError as error:
+        raise CheckpointError(f"{path / CONFIG}: its settings cannot be used: {error}") from error
+    return AdapterFolder(path, config, shapes["A"], shapes["B"], ranks, scalings, others)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is one, also under a name that no file can have."""
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a folder that may not be looked into
+        return False
+
+
+def own_shapes(folder: AdapterFolder) -> dict[str, tuple[int, int]]:
+    """layer -> (out, in), by its own factors, where no model is at hand to ask."""
+    a, b = folder.lora_A, folder.lora_B
+    return {layer: ((*b.get(layer, ()), 0)[0], (0, *a.get(layer, ()))[-1]) for layer in a.keys() | b.keys()}
 
 
 def read_adapter(folder: AdapterFolder) -> Adapter:
     """The pairs of an adapter in PEFT's layout, with each layer's own scale.
 
     Raises:
-        CheckpointError: a factor without its partner, or a dtype that is not floating.
+        CheckpointError: factors that are no pairs of the configuration's ranks, or whose dtype is not floating.
     """
-    alone = sorted(folder.lora_A.keys() ^ folder.lora_B.keys())
-    if alone:
-        raise CheckpointError(f"{folder.path / WEIGHTS}: lora_A or lora_B is missing", alone)
+    problems = check_folder(replace(folder, others={}), own_shapes(folder))
+    if problems:
+        raise CheckpointError(f"{folder.path / WEIGHTS} does not hold what {CONFIG} says", problems)
     names = {layer: [PEFT_KEY.format(path=layer, side=side) for side in "AB"] for layer in folder.lora_A}
     tensors = read_tensors(folder.path / WEIGHTS, {name for pair in names.values() for name in pair})
     layers = {}
@@ -151,6 +175,8 @@ def check_factors(folder: AdapterFolder, linear: Mapping[str, tuple[int, int]]) 
             continue
         out_features, in_features = linear[layer]
         rank = folder.rank(layer)
+        if not out_features or not in_features:
+            problems.append(f"{layer}: lora_A or lora_B is empty")
         for name, shapes, expected in (
             ("lora_A", folder.lora_A, (rank, in_features)),
             ("lora_B", folder.lora_B, (out_features, rank)),
@@ -188,12 +214,12 @@ def read_report(path: Path) -> Report:
         CheckpointError: lora-one did not write the folder, or wrote it without a report.
     """
     file = path / METADATA
-    if not file.is_file():
+    if not is_file(file):
         raise CheckpointError(f"{path} has no {METADATA}: lora-one did not write it")
-    try:
-        report = json.loads(file.read_text(encoding="utf-8-sig"))["report"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error!r}") from error
+    metadata = read_object(file)
+    if "report" not in metadata:
+        raise CheckpointError(f'{file} cannot be read: it has no "report"')
+    report = metadata["report"]
     if report is None:
         raise CheckpointError(f"{path} was saved without a report: pass it to lora_one.save(model, path, report)")
     return Report.from_dict(report)

@@ -1,11 +1,12 @@
 """Adapter folders from one library's layout into another's, without a model and without a framework."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from .adapter import Adapter
-from .checkpoint import METADATA, AdapterFolder, check_folder, read_adapter, read_folder, replacing_adapter
+from .checkpoint import METADATA, check_folder, is_file, own_shapes, read_adapter, read_folder, replacing_adapter
 from .errors import CheckpointError, ConfigError
 from .formats import write_mlx_lm, write_peft
 from .mlx_lm_files import is_mlx_lm, read_mlx_lm
@@ -39,8 +40,7 @@ def convert(src: str | Path, dst: str | Path, to: str, rename: Mapping[str, str]
     src, dst = Path(src), Path(dst)
     if to not in LAYOUTS:
         raise ConfigError(f"to must be one of {', '.join(LAYOUTS)}, got {to!r}")
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise CheckpointError(f"{dst} must not exist, or be an empty folder: convert overwrites nothing")
+    _check_free(dst)
     adapter = _renamed(_read_mlx_lm(src) if is_mlx_lm(src) else _read_peft(src), rename or {})
     metadata = _metadata(src)
     with replacing_adapter(dst) as folder:
@@ -52,11 +52,20 @@ def convert(src: str | Path, dst: str | Path, to: str, rename: Mapping[str, str]
             (folder / METADATA).write_bytes(metadata)
 
 
+def _check_free(dst: Path) -> None:
+    try:
+        free = not dst.exists() or (dst.is_dir() and not any(dst.iterdir()))
+    except OSError as error:
+        raise CheckpointError(f"the folder {dst} cannot be written: {error.strerror or error}") from error
+    if not free:
+        raise CheckpointError(f"{dst} must not exist, or be an empty folder: convert overwrites nothing")
+
+
 def _metadata(src: Path) -> bytes | None:
     """The report of the start: `lora-one inspect` reads it."""
     file = src / METADATA
     try:
-        return file.read_bytes() if file.is_file() else None
+        return file.read_bytes() if is_file(file) else None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
 
@@ -65,16 +74,10 @@ def _read_peft(src: Path) -> Adapter:
     folder = read_folder(src)
     problems = setting_problems(folder.config)
     problems += [f"{name}: {tensor_reason(name)}" for name in sorted(folder.others)]
-    problems += check_folder(replace(folder, others={}), _own_shapes(folder))
+    problems += check_folder(replace(folder, others={}), own_shapes(folder))
     if problems:
         raise CheckpointError(f"the adapter in {src} is more than plain LoRA on linear layers", problems)
     return read_adapter(folder)
-
-
-def _own_shapes(folder: AdapterFolder) -> dict[str, tuple[int, int]]:
-    """layer -> (out, in), by its own factors: no model is at hand to ask."""
-    a, b = folder.lora_A, folder.lora_B
-    return {layer: ((*b.get(layer, ()), 0)[0], (0, *a.get(layer, ()))[-1]) for layer in a.keys() | b.keys()}
 
 
 def _read_mlx_lm(src: Path) -> Adapter:
@@ -109,5 +112,6 @@ def _renamed(adapter: Adapter, prefixes: Mapping[str, str]) -> Adapter:
 
 def _blocks(adapter: Adapter) -> int:
     """How many blocks the adapter's paths tell of. mlx-lm wants a number, and goes by the full paths all the same."""
-    indices = [next((int(part) for part in name.split(".") if part.isdigit()), -1) for name in adapter.layers]
+    numbers = re.compile(r"[0-9]{1,6}")
+    indices = [next((int(x) for x in name.split(".") if numbers.fullmatch(x)), -1) for name in adapter.layers]
     return max(indices) + 1

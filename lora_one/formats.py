@@ -32,7 +32,8 @@ def write_mlx_lm(path: Path, adapter: Adapter, num_layers: int) -> None:
         num_layers: blocks of the model, which mlx-lm's configuration wants to hold.
     """
     rank = max(layer.rank for layer in adapter.layers.values())
-    scale = Counter(layer.scaling for layer in adapter.layers.values()).most_common(1)[0][0]
+    scales = Counter(layer.scaling for layer in adapter.layers.values() if layer.scaling)
+    scale = scales.most_common(1)[0][0] if scales else 1.0  # layers of scale 0 get a lora_b of zeros
     parameters = {"rank": rank, "scale": scale, "dropout": adapter.dropout, "keys": list(adapter.layers)}
     config: dict[str, Any] = {"fine_tune_type": "lora", "num_layers": num_layers, "lora_parameters": parameters}
     tensors = {}

@@ -49,7 +49,7 @@ def inspect_adapter(path: Path) -> Inspection:
     """Read an adapter folder, of lora-one or of PEFT alone.
 
     Raises:
-        CheckpointError: a folder that cannot be read.
+        CheckpointError: a folder that cannot be read, or factors that are not finite.
     """
     folder = read_folder(path)
     try:
@@ -60,7 +60,9 @@ def inspect_adapter(path: Path) -> Inspection:
     layers = []
     for name, layer in read_adapter(folder).layers.items():
         pair = layer.pairs[0]
-        s = product_spectrum(pair, layer.scaling)
+        if not all(np.isfinite(factor).all() for factor in pair):
+            raise CheckpointError(f"{path}: {name}: lora_A or lora_B has entries that are not finite")
+        s = product_spectrum(Factors(*(factor.astype(np.float64) for factor in pair)), layer.scaling)
         start = starts.get(name)
         norm = float(np.linalg.norm(s))
         layers.append(
@@ -83,11 +85,12 @@ def product_spectrum(pair: Factors, scaling: float) -> np.ndarray:
     """Singular values of s B A, (r,), through the r x r cores of the factors: the product is never formed."""
     _, rb = np.linalg.qr(pair.lora_B)  # (r, r)
     _, ra = np.linalg.qr(pair.lora_A.T)  # (r, r)
-    return scaling * np.linalg.svd(rb @ ra.T, compute_uv=False)
+    return abs(scaling) * np.linalg.svd(rb @ ra.T, compute_uv=False)
 
 
 def _growth(norm: float, start: LayerReport | None, report: Report | None, scaling: float) -> float | None:
-    if start is None or report is None or report.gamma is None or start.start != "spectral":
+    if start is None or report is None or not report.gamma or start.start != "spectral":
         return None
-    s = np.array(start.singular_values) / start.singular_values[0]
-    return norm / float(np.linalg.norm(s) * scaling / report.gamma)
+    s = np.array(start.singular_values)
+    began = float(np.linalg.norm(s / s[0]) * scaling / report.gamma) if s[0] > 0 else 0.0
+    return norm / began if began > 0 else None

@@ -1,14 +1,16 @@
 """Adapter folders in mlx-lm's layout (see `formats`), read into no framework's arrays."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .adapter import Adapter, LoraLayer
-from .checkpoint import CONFIG, MLX_WEIGHTS
+from .checkpoint import CONFIG, MLX_WEIGHTS, is_file
+from .checks import is_number, shown
 from .core.factors import Factors
 from .errors import CheckpointError
+from .json_files import read_object
+from .peft_config import LARGEST_ALPHA, is_rank
 from .tensors import Tensor, read_tensors, tensor_names, wider
 
 Shapes = Mapping[str, tuple[int, ...]]  # path -> (out, in), or (experts, out, in)
@@ -27,7 +29,7 @@ def is_mlx_lm(path: Path) -> bool:
     """
     config = _read_config(path)
     speaks = isinstance(config.get("lora_parameters"), dict) or "peft_type" not in config
-    return speaks and (path / MLX_WEIGHTS).is_file()
+    return speaks and is_file(path / MLX_WEIGHTS)
 
 
 def read_mlx_lm(path: Path, model: Shapes | None = None) -> Adapter:
@@ -68,29 +70,37 @@ def _read_parameters(path: Path) -> tuple[int, float, float]:
     if kind != "lora":
         names = tensor_names(path / MLX_WEIGHTS)
         raise CheckpointError(
-            f'{path / CONFIG}: "fine_tune_type" must be "lora", got {kind!r}: {_OTHER_KINDS.get(kind, "not LoRA")}',
+            f'{path / CONFIG}: "fine_tune_type" must be "lora", got {shown(kind)}: '
+            f"{_OTHER_KINDS.get(str(kind), 'not LoRA')}",
             [name for name in names if kind != "dora" or name.endswith(".m")],
         )
-    rank, scale = parameters.get("rank"), parameters.get("scale")
-    if not isinstance(rank, int) or not isinstance(scale, (int, float)):
-        raise CheckpointError(f'{path / CONFIG}: "lora_parameters" must have a rank and a scale, got {parameters}')
-    return rank, float(scale), float(parameters.get("dropout") or 0.0)
+    found: dict[str, Any] = parameters if isinstance(parameters, dict) else {}
+    rank: Any = found.get("rank")
+    scale: Any = found.get("scale")
+    dropout = found.get("dropout") or 0.0
+    if not is_rank(rank) or not is_number(scale) or abs(scale) > LARGEST_ALPHA:
+        raise CheckpointError(
+            f'{path / CONFIG}: "lora_parameters" must have a rank, an integer from 1 on, and a scale, a number, '
+            f"got {shown(parameters)}"
+        )
+    if not is_number(dropout) or not 0 <= dropout <= 1:
+        raise CheckpointError(
+            f'{path / CONFIG}: the dropout in "lora_parameters" must be in [0, 1], got {shown(dropout)}'
+        )
+    return rank, float(scale), float(dropout)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        return read_object(path / CONFIG)
+    except CheckpointError as error:
         raise CheckpointError(f"{path} is not an adapter folder", [f"{CONFIG}: {error}"]) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not an adapter folder", [f"{CONFIG}: must be a JSON object"])
-    return config
 
 
 def _shape_problems(name: str, a: tuple[int, ...], b: tuple[int, ...], rank: int, model: Shapes | None) -> list[str]:
     if model is not None and name not in model:
         return [f"{name}: the model has no such linear layer"]
-    if len(a) != len(b) or len(a) not in (2, 3):
+    if len(a) != len(b) or len(a) not in (2, 3) or 0 in (*a, *b):
         return [f"{name}: lora_a and lora_b must be matrices, or stacks of them, got {a} and {b}"]
     own = (b[-1], a[0]) if len(a) == 2 else (a[0], b[-2], a[-1])
     *experts, out_features, in_features = own if model is None else model[name]

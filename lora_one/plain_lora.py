@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from .checks import shown
+
 MLX_SETTINGS = {"fine_tune_type", "lora_parameters", "num_layers"}  # mlx-lm's, in a folder of both
 # Settings that say where LoRA went and how it was trained: the file's names and shapes say all of that again.
 _HARMLESS = {
@@ -38,11 +40,13 @@ _TENSORS = (
 def setting_problems(config: Mapping[str, Any]) -> list[str]:
     """What PEFT's adapter_config.json asks for besides plain LoRA: one sentence a setting. Unknown ones count."""
     unknown = "not known here, and it may change what is computed"
-    problems = [f"{name}={value!r}: {_REASONS.get(name, unknown)}" for name, value in settings_beyond(config).items()]
+    problems = [
+        f"{name}={shown(value)}: {_REASONS.get(name, unknown)}" for name, value in settings_beyond(config).items()
+    ]
     start = config.get("init_lora_weights")
     if not keeps_base(start):
         problems.append(
-            f"init_lora_weights={start!r}: it changed the base weights, which other libraries do not know of; "
+            f"init_lora_weights={shown(start)}: it changed the base weights, which other libraries do not know of; "
             "PEFT can save the difference as plain LoRA: path_initial_model_for_weight_conversion"
         )
     return problems

@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from .atomic import write_whole
+from .checks import shown
 from .config import Config
 from .core.spectrum import Spectrum
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError
+
+_Plain = TypeVar("_Plain")
 
 
 @dataclass(frozen=True)
@@ -100,12 +104,18 @@ class Report:
     def from_dict(cls, values: dict[str, Any]) -> "Report":
         """The inverse of `to_dict`."""
         try:
-            layers = [LayerReport(**layer) for layer in values["layers"]]
-            trials = [GammaTrial(**trial) for trial in values["gamma_trials"]]
+            layers = [_typed(LayerReport, layer) for layer in values["layers"]]
+            trials = [_typed(GammaTrial, trial) for trial in values["gamma_trials"]]
             config = Config.from_dict(values["config"])
-            return cls(**{**values, "config": config, "layers": layers, "gamma_trials": trials})
-        except (KeyError, TypeError, ConfigError) as error:
+            report = _typed(cls, {**values, "config": config, "layers": layers, "gamma_trials": trials})
+        except (KeyError, TypeError, ValueError) as error:  # ConfigError is one
             raise CheckpointError(f"not a report of lora-one: {error}") from error
+        for layer in report.layers:
+            if layer.rank < 1 or len(layer.singular_values) != layer.rank:
+                raise CheckpointError(
+                    f"not a report of lora-one: {shown(layer.name)} has not as many values as its rank"
+                )
+        return report
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
@@ -152,6 +162,30 @@ class Report:
                 f"{layer.share_of_best:>7.3f}"
             )
         return "\n".join(lines)
+
+
+def _typed(cls: type[_Plain], values: Any) -> _Plain:
+    """An instance of a dataclass, its fields of the types that it says.
+
+    Raises:
+        TypeError: they are not.
+    """
+    made = cls(**values)
+    for name, hint in typing.get_type_hints(cls).items():
+        if not _fits(getattr(made, name), hint):
+            raise TypeError(f"{name} cannot be {shown(getattr(made, name))}")
+    return made
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if inner:
+        return any(_fits(value, kind) for kind in inner)
+    if hint in (int, float) and isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, hint)
 
 
 def layer_report(
