@@ -17,7 +17,7 @@ FRAMEWORKS = {
     "mlx": {"mlx", "mlx_lm"},
 }
 BASE = {"numpy", "safetensors"}  # the hard dependencies
-COMMAND = {"cli.py", "terminal.py"}  # may use what the command needs
+COMMAND = {"cli.py", "quiet.py", "terminal.py"}  # may use what the command needs
 
 
 def imports(file: Path) -> set[tuple[str, bool]]:

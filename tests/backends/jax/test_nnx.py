@@ -1,5 +1,6 @@
 import pickle
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -270,7 +271,12 @@ def test_scanned_layers_get_one_pair_a_slice():
 
 
 def test_layers_stacked_along_another_axis_are_an_error():
-    model = nnx.vmap(lambda rngs: nnx.Linear(8, 7, rngs=rngs), in_axes=(0,), out_axes=-1)(nnx.Rngs(0).split(3))
+    @nnx.split_rngs(splits=3)
+    @partial(nnx.vmap, in_axes=(0,), out_axes=-1)
+    def stack(rngs):
+        return nnx.Linear(8, 7, rngs=rngs)
+
+    model = stack(nnx.Rngs(0))
     with pytest.raises(ModelError, match=r"its kernel must be \(stack..., 8, 7\), got \(8, 7, 3\): stack along axis 0"):
         lora_one.init(nnx.Sequential(model), BATCHES, squared_error, CONFIG)
 

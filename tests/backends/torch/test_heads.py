@@ -181,7 +181,7 @@ def test_a_failing_init_takes_the_head_back():
 
 
 def test_one_name_is_not_a_sequence_of_letters():
-    with pytest.raises(ConfigError, match="modules_to_save must be a sequence of module names, got 'head'"):
+    with pytest.raises(ConfigError, match="modules_to_save must be a list, got 'head'"):
         lora_one.Config(modules_to_save="head")
 
 
