@@ -10,9 +10,8 @@ from typing import Any
 
 from lora_one.finetune import finetune
 from lora_one.recipe import make_recipe
+from tests.kills import Killer
 from tests.test_tuners import Diary
-
-_CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}  # audit events; and "open" to write
 
 # Each process is forked from one that has the imports behind it, and no threads yet.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -54,8 +53,7 @@ def _run(settings: dict[str, Any], told: Path, step: int, change: int) -> None:
         import torch
 
         torch.set_num_threads(1)
-    changes = _Changes(Path(settings["out"]) / "checkpoints", change)
-    sys.addaudithook(changes)
+    sys.addaudithook(Killer(change, below=str(Path(settings["out"]) / "checkpoints")))
     diary = _Diary(step)
     outcome = finetune(make_recipe(settings), diary)
     report = None if outcome.report is None else outcome.report.to_dict()
@@ -80,18 +78,3 @@ class _Diary(Diary):
         super().step(step, loss)
         if step == self._last:
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-class _Changes:
-    """Counts the changes below a folder, and ends the process before one of them."""
-
-    def __init__(self, folder: Path, last: int):
-        self._folder = str(folder)
-        self._left = last
-
-    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        writes = event == "open" and bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-        if (writes or event in _CHANGES) and str(arguments[0]).startswith(self._folder):
-            self._left -= 1
-            if self._left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)

@@ -31,7 +31,7 @@ def _killed(moment: int, action: Callable[[], object], prepare: Callable[[], obj
     if child == 0:
         try:
             prepare()
-            sys.addaudithook(_Killer(moment))
+            sys.addaudithook(Killer(moment))
             action()
         except BaseException:
             traceback.print_exc()
@@ -45,13 +45,20 @@ def _killed(moment: int, action: Callable[[], object], prepare: Callable[[], obj
     return False
 
 
-class _Killer:
-    def __init__(self, moment: int):
+class Killer:
+    """An audit hook that ends the process before its `moment`-th change to the disk; 0 for never.
+
+    Args:
+        below: counts only changes to paths that begin with this.
+    """
+
+    def __init__(self, moment: int, below: str = ""):
         self._left = moment
+        self._below = below
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        writes = event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-        if writes or event in _CHANGES:
+        writes = event == "open" and bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        if (writes or event in _CHANGES) and str(arguments[0]).startswith(self._below):
             self._left -= 1
             if self._left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)

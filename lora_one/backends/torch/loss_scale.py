@@ -15,9 +15,8 @@ from torch import Tensor, nn
 FIRST = 2.0**15  # the largest that a loss in float16 can be multiplied by
 LEAST = 2.0**-25  # below which an infinite gradient is the model's own
 DOWN = 2.0**-4
-LARGEST = (
-    2.0**11
-)  # of all entries of gradients, after raising: what other batches have more, and what lies between layers
+# Of all entries of gradients, after raising: room for what other batches have more, and for what lies between layers.
+LARGEST = 2.0**11
 FULL = 2.0**8  # from where on raising is not worth a try
 RAISES = 4
 STEP = 2.0**-24  # between float16's smallest numbers
