@@ -28,7 +28,7 @@ from benchmarks.init_models import RANK, TARGETS, cases, random_llama, worst_ene
 from lora_one import spectra
 from lora_one.backends import load_backend
 from lora_one.backends.torch import TorchSession, frozen_linear
-from lora_one.backends.torch.tuner import TorchTuner
+from lora_one.backends.torch.causal import TorchTuner
 
 Numbers = dict[str, float]
 CLOCK = {"cpu": "cpu_seconds", "cuda": "seconds"}  # what ratios are of

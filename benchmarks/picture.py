@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 import lora_one
 from lora_one import demo
 from lora_one.backends.torch import TorchSession, attach_plain, ops
-from lora_one.backends.torch.tuner import TorchTuner, open_tuner
+from lora_one.backends.torch.causal import TorchTuner
+from lora_one.backends.torch.tuner import open_tuner
 from lora_one.core.gradient import as_matrix
 from lora_one.data import TokenSequence, encode, read_examples
 from lora_one.recipe import Recipe

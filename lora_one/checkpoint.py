@@ -3,7 +3,6 @@
 A folder has `adapter_config.json`, `adapter_model.safetensors`, and, if lora-one wrote it, `lora_one.json`.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -21,9 +20,7 @@ from .errors import CheckpointError
 from .json_files import read_object
 from .peft_config import check_patterns, config_problems, layer_ranks, layer_scalings
 from .plain_lora import remedy, tensor_reason
-from .report import Report
 from .tensors import read_tensors, wider
-from .versions import installed_versions
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -35,19 +32,6 @@ PEFT_KEY = "base_model.model.{path}.lora_{side}.weight"
 PEFT_BASE_KEY = "base_model.model.{path}.base_layer.weight"
 
 _KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
-_PACKAGES = (
-    "lora-one",
-    "numpy",
-    "safetensors",
-    "torch",
-    "peft",
-    "transformers",
-    "jax",
-    "flax",
-    "optax",
-    "mlx",
-    "mlx-lm",
-)
 
 
 @dataclass(frozen=True)
@@ -198,28 +182,3 @@ def replacing_adapter(path: Path) -> AbstractContextManager[Path]:
 def unknown_tensor(key: str) -> str:
     """The sentence about a tensor that nothing in the configuration speaks of."""
     return f"{key}: {tensor_reason(key)}{remedy(key)}"
-
-
-def write_metadata(path: Path, backend: str, report: Report | None) -> None:
-    """Write `lora_one.json`: the report with its configuration, and the versions of what made the adapter."""
-    versions = installed_versions(_PACKAGES)
-    metadata = {"backend": backend, "versions": versions, "report": None if report is None else report.to_dict()}
-    (path / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
-
-
-def read_report(path: Path) -> Report:
-    """The report kept in an adapter folder.
-
-    Raises:
-        CheckpointError: lora-one did not write the folder, or wrote it without a report.
-    """
-    file = path / METADATA
-    if not is_file(file):
-        raise CheckpointError(f"{path} has no {METADATA}: lora-one did not write it")
-    metadata = read_object(file)
-    if "report" not in metadata:
-        raise CheckpointError(f'{file} cannot be read: it has no "report"')
-    report = metadata["report"]
-    if report is None:
-        raise CheckpointError(f"{path} was saved without a report: pass it to lora_one.save(model, path, report)")
-    return Report.from_dict(report)

@@ -187,7 +187,7 @@ def estimate(
     from .config import Config
     from .estimate import Workload, read_architecture
     from .estimate import estimate as run
-    from .estimate.hardware import choose
+    from .estimate.choice import choose
     from .estimate.table import as_text
 
     names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .atomic import write_whole
-from .backends.interface import Tuner
 from .data import Example, TokenSequence
 from .recipe import Recipe
+from .tuner import Tuner
 
 SCORES = "evaluation.json"
 

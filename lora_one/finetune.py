@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from . import api
-from .backends import load_backend, load_tuner
-from .backends.interface import Tuner
+from .backends import load_backend
 from .data import Example, TokenSequence, encode, read_examples
 from .destination import check_writable
 from .errors import DataError, InitWarning
@@ -21,6 +20,8 @@ from .report import Report
 from .runs import FOLDER, Checkpoint, Checkpoints, Run, latest
 from .scores import METRICS
 from .sources import Rows, Source
+from .tuner import Tuner
+from .tuners import load_tuner
 
 
 class Progress(Protocol):

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .backends.interface import Tuner
 from .errors import BackendError, ConfigError, DataError
 from .recipe import Recipe
 from .sources import require
+from .tuner import Tuner
 
 EVALUATED_AT_ONCE = 8
 FEWSHOT_SEED = 1234  # lm_eval's own

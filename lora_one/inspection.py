@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import METADATA, read_adapter, read_folder, read_report
+from .checkpoint import METADATA, read_adapter, read_folder
 from .core.factors import Factors
 from .errors import CheckpointError
+from .metadata import read_report
 from .report import LayerReport, Report
 
 

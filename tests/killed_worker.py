@@ -18,7 +18,8 @@ from typing import Any
 
 import lora_one
 from lora_one.backends import load_backend
-from lora_one.checkpoint import MLX_WEIGHTS, check_folder, read_adapter, read_folder, read_report
+from lora_one.checkpoint import MLX_WEIGHTS, check_folder, read_adapter, read_folder
+from lora_one.metadata import read_report
 from lora_one.mlx_lm_files import read_mlx_lm
 from lora_one.report import Report
 from tests.kills import killed_before_each_change

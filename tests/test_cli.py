@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 import lora_one
 from lora_one import cli, demo
-from lora_one.checkpoint import read_report
 from lora_one.core.factors import Factors
 from lora_one.inspection import inspect_adapter, product_spectrum
+from lora_one.metadata import read_report
 
 runner = CliRunner(env={"TERM": "dumb"})  # 80 columns, as where there is no terminal
 SMALL = ["--init-batches", "1", "--batch-size", "8", "--passes", "2"]

@@ -9,10 +9,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lora_one import api, finetune
-from lora_one.backends import load_tuner
 from lora_one.errors import ConfigError, DataError, ModelError
 from lora_one.finetune import initialize_only
 from lora_one.recipe import make_recipe
+from lora_one.tuners import load_tuner
 from tests.test_tuners import BACKENDS, Diary
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"

@@ -11,9 +11,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import lora_one
 from lora_one import demo
-from lora_one.backends import load_tuner
 from lora_one.data import encode, read_examples
 from lora_one.recipe import make_recipe
+from lora_one.tuners import load_tuner
 from tests.frameworks import MODELS, logits, opened_by_lora_one, opened_by_peft
 
 TOKENS = np.random.default_rng(0).integers(4, 100, (2, 24))

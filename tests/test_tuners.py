@@ -5,10 +5,10 @@ import json
 import pytest
 
 from lora_one import demo
-from lora_one.backends import load_tuner
 from lora_one.data import encode, read_examples
 from lora_one.finetune import finetune
 from lora_one.recipe import make_recipe
+from lora_one.tuners import load_tuner
 
 BACKENDS = ["torch", "jax", "mlx"]
 

@@ -1,7 +1,6 @@
 """Which frameworks there are, and which of them a model belongs to. Imports none of them until asked to."""
 
 import importlib
-import importlib.util
 import sys
 from types import ModuleType
 from typing import Any
@@ -32,18 +31,6 @@ def load_backend(name: str) -> ModuleType:
         raise BackendError(
             f"backend {name!r} needs the package {error.name!r}: pip install 'lora-one[{name}]'"
         ) from error
-
-
-def load_tuner(name: str) -> ModuleType:
-    """The backend's module that fine-tunes causal language models: see `lora_one.backends.interface.Tuner`.
-
-    Raises:
-        BackendError: as `load_backend`, or a backend that has arrays only.
-    """
-    backend = load_backend(name)
-    if importlib.util.find_spec(f"{backend.__name__}.tuner") is None:
-        raise BackendError(f"backend {name!r} has no models to fine-tune, only arrays")
-    return importlib.import_module(f"{backend.__name__}.tuner")
 
 
 def backend_of(model: Any, backend: str | None = None) -> ModuleType:

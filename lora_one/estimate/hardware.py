@@ -1,7 +1,7 @@
 """How fast a machine is: peaks of known accelerators, two numbers that are given, or this machine, measured."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lora_one.errors import ConfigError
 
@@ -110,28 +110,3 @@ def given(tflops: float, bandwidth: float) -> Hardware:
             raise ConfigError(f"{name} must be > 0, got {value}")
     slow = ASSUMED_DECOMPOSITION * tflops * TERA
     return Hardware("as given", tflops * TERA, ASSUMED_EFFICIENCY, bandwidth * GIGA, slow, slow)
-
-
-def choose(
-    name: str | None, tflops: float | None, bandwidth: float | None, efficiency: float | None, dtype: str
-) -> Hardware:
-    """By name, by its two numbers, or with neither this machine, measured.
-
-    Raises:
-        ConfigError: a name that is not known, one number without the other, or both ways at once.
-    """
-    if (tflops is None) != (bandwidth is None) or (name is not None and tflops is not None):
-        raise ConfigError("give either hardware, or both tflops and bandwidth, or none of them")
-    if tflops is not None and bandwidth is not None:
-        hardware = given(tflops, bandwidth)
-    elif name is not None:
-        hardware = known(name, dtype)
-    else:
-        from .rates import measured
-
-        hardware = measured(dtype)
-    if efficiency is None:
-        return hardware
-    if not 0 < efficiency <= 1:
-        raise ConfigError(f"efficiency must be in (0, 1], got {efficiency}")
-    return replace(hardware, efficiency=efficiency)

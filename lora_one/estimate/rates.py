@@ -1,23 +1,11 @@
-"""This machine's CPU, measured in a second or two: by PyTorch in the model's dtype, or by NumPy in float32."""
+"""How fast this machine's CPU is at NumPy's float32 products, copies and decompositions."""
 
-import importlib
-import importlib.util
 import time
-from collections.abc import Callable
 
 import numpy as np
 
 from .hardware import Hardware
-
-Clock = Callable[[], float]
-THIN_COLUMNS = (4, 8, 12, 16, 32, 64)
-
-
-def measured(dtype: str, clock: Clock = time.perf_counter) -> Hardware:
-    """By PyTorch in that dtype where the torch extra is installed, or else by NumPy in float32."""
-    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft")):
-        return by_numpy(clock=clock)
-    return by_torch(dtype, clock=clock)
+from .timing import THIN_COLUMNS, Clock, least
 
 
 def by_numpy(size: int = 1024, clock: Clock = time.perf_counter) -> Hardware:
@@ -50,19 +38,3 @@ def by_numpy(size: int = 1024, clock: Clock = time.perf_counter) -> Hardware:
         first_touch=source.nbytes / least(lambda: np.ones(source.size, np.float32), clock),
         heap=True,
     )
-
-
-def by_torch(dtype: str, size: int = 1024, clock: Clock = time.perf_counter) -> Hardware:
-    """See `lora_one.backends.torch.rates.rates`."""
-    found: Hardware = importlib.import_module("lora_one.backends.torch.rates").rates(dtype, size, clock)
-    return found
-
-
-def least(run: Callable[[], object], clock: Clock, repeats: int = 3) -> float:
-    """Seconds of a call, after one that warms up: the least, since what else the machine does only adds to it."""
-    times = []
-    for _ in range(repeats + 1):
-        began = clock()
-        run()
-        times.append(clock() - began)
-    return min(times[1:])

@@ -14,7 +14,7 @@ from mlx_lm import generate, lora
 import lora_one
 from lora_one import demo
 from lora_one.backends.mlx import load_pretrained
-from lora_one.checkpoint import read_report
+from lora_one.metadata import read_report
 
 SCRIPT = Path(__file__).parents[2] / "adapters" / "mlx_lm" / "finetune.py"
 

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 import lora_one
 from lora_one.adapter import Adapter, LoraLayer
-from lora_one.checkpoint import check_folder, read_adapter, read_folder, read_report
+from lora_one.checkpoint import check_folder, read_adapter, read_folder
 from lora_one.core.factors import Factors
 from lora_one.errors import CheckpointError, LoraOneError
 from lora_one.formats import write_mlx_lm
 from lora_one.inspection import inspect_adapter
+from lora_one.metadata import read_report
 from lora_one.mlx_lm_files import read_mlx_lm
 from lora_one.report import LayerReport, Report
 from tests.fuzz.inputs import DAMAGE, DEEP, HEADERS, LONG, TENSORS, TEXTS, VALUES, damaged, examples, honest, lying

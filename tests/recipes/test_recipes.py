@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from benchmarks.recipe_table import FOLDER, PAGE, table
 from lora_one import cli
-from lora_one.checkpoint import read_report
+from lora_one.metadata import read_report
 from lora_one.recipe import make_recipe, read_recipe
 
 FILES = sorted(FOLDER.glob("*.yaml"))

@@ -30,7 +30,7 @@ WIDTHS = 16  # batches are padded to a multiple of it, so that few shapes are co
 
 
 def open_tuner(folder: Path, dtype: str, device: str | None) -> "JaxTuner":
-    """See `lora_one.backends.interface.Tuner`.
+    """See `lora_one.tuner.Tuner`.
 
     Raises:
         ConfigError: no such device.
@@ -51,7 +51,7 @@ def open_tuner(folder: Path, dtype: str, device: str | None) -> "JaxTuner":
 
 
 class JaxTuner:
-    """See `lora_one.backends.interface.Tuner`."""
+    """See `lora_one.tuner.Tuner`."""
 
     separate = False
 

@@ -40,7 +40,7 @@ GENERATED_AT_ONCE = 128
 
 
 def open_tuner(folder: Path, dtype: str, device: str | None) -> "MlxTuner":
-    """See `lora_one.backends.interface.Tuner`. On Apple silicon the devices are "gpu", the default, and "cpu".
+    """See `lora_one.tuner.Tuner`. On Apple silicon the devices are "gpu", the default, and "cpu".
 
     Raises:
         ModelError: the folder holds no model that mlx-lm can load, or no tokenizer; or there is no such device.
@@ -63,7 +63,7 @@ def open_tuner(folder: Path, dtype: str, device: str | None) -> "MlxTuner":
 
 
 class MlxTuner:
-    """See `lora_one.backends.interface.Tuner`."""
+    """See `lora_one.tuner.Tuner`."""
 
     separate = False
 

@@ -1,19 +1,20 @@
 """How fast this machine's CPU is at what a PyTorch model's training step and init consist of."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from lora_one.estimate.hardware import Hardware
-from lora_one.estimate.rates import THIN_COLUMNS, Clock, least
+from lora_one.estimate.timing import THIN_COLUMNS, Clock, least
 
 from .frozen_linear import product_of_rows
 
 TOKENS = 256
 
 
-def rates(dtype: str, size: int, clock: Clock) -> Hardware:
+def by_torch(dtype: str, size: int = 1024, clock: Clock = time.perf_counter) -> Hardware:
     """PyTorch's products, attention and copies in a dtype, and what is done in float32 anyway.
 
     Args:

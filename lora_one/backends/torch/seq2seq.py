@@ -7,11 +7,11 @@ from torch import Tensor
 
 from lora_one.data import TokenSequence
 
-from .tuner import IGNORED, TorchTuner
+from .causal import IGNORED, TorchTuner
 
 
 class Seq2SeqTuner(TorchTuner):
-    """See `lora_one.backends.interface.Tuner`."""
+    """See `lora_one.tuner.Tuner`."""
 
     separate = True
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from lora_one.data import Pictures, TokenSequence
 from lora_one.errors import DataError
 
-from .tuner import TorchTuner
+from .causal import TorchTuner
 
 TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}  # of a processor's result
 
 
 class VisionTuner(TorchTuner):
-    """See `lora_one.backends.interface.Tuner`; prompts have one image token for each picture."""
+    """See `lora_one.tuner.Tuner`; prompts have one image token for each picture."""
 
     generated_at_once = 16
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 import lora_one
 from lora_one.backends.jax import LinenModel, PytreeModel, load_llama
 from lora_one.backends.jax.llama import causal_lm_loss
-from lora_one.checkpoint import read_report
 from lora_one.errors import CheckpointError, GradientError, ModelError
+from lora_one.metadata import read_report
 from tests.backends.jax.models import mlp, regression, squared_error, values
 from tests.backends.jax.test_llama import make
 from tests.backends.jax.test_nnx import Stacked

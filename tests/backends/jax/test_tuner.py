@@ -6,12 +6,12 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lora_one import demo
-from lora_one.backends import load_tuner
 from lora_one.backends.torch.batches import default_loss
 from lora_one.cli import app
 from lora_one.config import Config
 from lora_one.data import encode, encode_prompt, read_examples
 from lora_one.errors import ConfigError, ModelError
+from lora_one.tuners import load_tuner
 
 
 @pytest.fixture(scope="module")

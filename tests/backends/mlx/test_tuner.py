@@ -9,10 +9,10 @@ from mlx_lm.generate import generate
 
 import lora_one
 from lora_one import demo
-from lora_one.backends import load_tuner
 from lora_one.data import TokenSequence, encode, encode_prompt, read_examples
 from lora_one.finetune import finetune
 from lora_one.recipe import Recipe
+from lora_one.tuners import load_tuner
 from tests.test_tuners import Diary
 
 

@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 
 import lora_one
-from lora_one.checkpoint import read_report
 from lora_one.errors import CheckpointError, ModelError
+from lora_one.metadata import read_report
 from tests.backends.torch.models import CASES, classifier, gpt2, llama, mlp
 
 

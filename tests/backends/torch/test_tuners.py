@@ -15,12 +15,12 @@ from transformers import (
 )
 
 import lora_one
-from lora_one.backends import load_tuner
 from lora_one.backends.torch import attach_plain
 from lora_one.data import Example, TokenSequence, encode
 from lora_one.errors import CheckpointError, DataError, ModelError
 from lora_one.recipe import Recipe
 from lora_one.runs import NOWHERE, Checkpoints, Run, latest
+from lora_one.tuners import load_tuner
 from tests.recipes.standins import make_llava, make_t5
 
 PAIRS = [("sort: ba", "ab"), ("sort: hello", "ehllo"), ("x", "x")]
