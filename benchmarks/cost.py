@@ -30,10 +30,10 @@ from typing import Any, NamedTuple
 from lora_one.config import Config
 from lora_one.estimate import Column, Workload, estimate
 from lora_one.estimate.architecture import architecture
-from lora_one.estimate.choice import measured
 from lora_one.estimate.hardware import Hardware
 from lora_one.estimate.jobs import MEASURED
 from lora_one.estimate.memory import PROCESS
+from lora_one.estimate.rates.choice import measured
 
 RESULT = Path(__file__).parent / "results" / "cost.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "cost.png"

@@ -22,9 +22,9 @@ import torch
 import lora_one
 from lora_one import demo
 from lora_one.backends.torch import attach_plain
-from lora_one.backends.torch.tuner import open_tuner
-from lora_one.data import encode, encode_prompt, read_examples
-from lora_one.recipe import Recipe
+from lora_one.finetune.data import encode, encode_prompt, read_examples
+from lora_one.finetune.recipe import Recipe
+from lora_one.finetune.tuners.torch.opening import open_tuner
 
 RESULT = Path(__file__).parent / "results" / "demo.json"
 TASKS = {

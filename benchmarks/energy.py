@@ -18,7 +18,7 @@ import torch
 import lora_one
 from benchmarks.minilm import contrastive_loss, docstring_pairs, load_minilm, pair_batches
 from lora_one.backends.torch import TorchSession, ops
-from lora_one.backends.torch.batches import LossFn
+from lora_one.backends.torch.passes.batches import LossFn
 from lora_one.core.alignment import captured_energy
 from lora_one.core.factors import Factors
 from lora_one.core.gradient import as_matrix

@@ -25,10 +25,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import lora_one
 from benchmarks.harness import MIB, peak_memory, synchronize
 from benchmarks.init_models import RANK, TARGETS, cases, random_llama, worst_energies
-from lora_one import spectra
+from lora_one import passes as spectra
 from lora_one.backends import load_backend
-from lora_one.backends.torch import TorchSession, frozen_linear
-from lora_one.backends.torch.causal import TorchTuner
+from lora_one.backends.torch import TorchSession
+from lora_one.backends.torch.passes import frozen_linear
+from lora_one.finetune.tuners.torch.causal import TorchTuner
 
 Numbers = dict[str, float]
 CLOCK = {"cpu": "cpu_seconds", "cuda": "seconds"}  # what ratios are of

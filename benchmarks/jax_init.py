@@ -16,7 +16,7 @@ import transformers
 
 import lora_one
 from lora_one.backends.jax import load_llama
-from lora_one.backends.jax.llama import causal_lm_loss
+from lora_one.backends.jax.llama.model import causal_lm_loss
 
 RESULT = Path(__file__).parent / "results" / "jax_init.json"
 

@@ -22,8 +22,8 @@ from benchmarks.init_models import prepared
 from lora_one.backends.numpy import ops
 from lora_one.config import AUTO_PASSES, Config
 from lora_one.core.spectrum import advance_on, draw_omega, finish, start
+from lora_one.passes import ENOUGH
 from lora_one.report import share_of_best
-from lora_one.spectra import ENOUGH
 
 RESULT = harness.RESULTS / "passes.json"
 RANKS = (4, 8, 16, 32)

@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 import lora_one
 from lora_one import demo
 from lora_one.backends.torch import TorchSession, attach_plain, ops
-from lora_one.backends.torch.causal import TorchTuner
-from lora_one.backends.torch.tuner import open_tuner
 from lora_one.core.gradient import as_matrix
-from lora_one.data import TokenSequence, encode, read_examples
-from lora_one.recipe import Recipe
+from lora_one.finetune.data import TokenSequence, encode, read_examples
+from lora_one.finetune.recipe import Recipe
+from lora_one.finetune.tuners.torch.causal import TorchTuner
+from lora_one.finetune.tuners.torch.opening import open_tuner
 
 PICTURE = Path(__file__).parents[1] / "docs" / "how-it-works.png"
 RATE = 3e-3

@@ -2,8 +2,8 @@
 
 from . import errors
 from .api import init, load, merge, optimizer, save
+from .checkpoint.conversion import convert
 from .config import Config
-from .conversion import convert
 from .report import Report
 
 __version__ = "0.1.0"

@@ -1,5 +1,5 @@
 """`python -m lora_one`: the `lora-one` command."""
 
-from .cli import main
+from .cli.commands import main
 
 main()

@@ -9,8 +9,8 @@ from .core.factors import Factors, gradient_factors, normalized_factors, plain_f
 from .core.ops import as_one_program
 from .core.spectrum import Spectrum, draw_omega
 from .errors import BatchError, GammaWarning, ModelError, UnderflowWarning, ZeroGradientWarning
+from .passes import exact, sketched
 from .report import GammaTrial, LayerReport, Report, layer_report
-from .spectra import exact, sketched
 
 ROUNDED_AWAY = 0.03  # of a gradient's norm: 0.001 of its energy
 GAMMA_GROWTH = 4.0

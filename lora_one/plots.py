@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from .atomic import replacing_file
+from .checkpoint.inspection import Inspection
 from .errors import BackendError, ConfigError
-from .inspection import Inspection
+from .files.atomic import replacing_file
 from .report import Report
 
 

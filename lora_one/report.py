@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .atomic import write_whole
 from .checks import shown
 from .config import Config
 from .core.spectrum import Spectrum
 from .errors import CheckpointError
+from .files.atomic import write_whole
 
 _Plain = TypeVar("_Plain")
 

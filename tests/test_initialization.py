@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_one import spectra
+from lora_one import passes as spectra
 from lora_one.backends.interface import Layer, PassResult
 from lora_one.backends.numpy import ops
 from lora_one.config import Config

@@ -29,7 +29,8 @@ def test_wheel_carries_the_embedded_model_its_data_and_the_license(wheel):
     for name in ("model/model.safetensors", "model/tokenizer.json", "data/train.jsonl", "data/harder/test.jsonl"):
         assert f"lora_one/demo/{name}" in names
     assert "lora_one/conformance/vectors.safetensors" in names
-    assert "lora_one/tested.json" in names
+    assert "lora_one/doctor/tested.json" in names
+    assert not any("conformance/making" in name for name in names)  # needs what no user has
     assert "lora_one/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests", "benchmarks", "adapters")) for name in names)
@@ -46,7 +47,7 @@ sys.path.insert(0, {str(target)!r})
 import lora_one, lora_one.demo
 assert lora_one.__file__.startswith({str(target)!r})
 from lora_one.finetune import initialize_only
-from lora_one.recipe import make_recipe
+from lora_one.finetune.recipe import make_recipe
 class Quiet:
     say = warn = report = step = validation = score = lambda *a: None
 outcome = initialize_only(make_recipe(dict(init_batches=1, batch_size=4, passes=2, out="adapter")), Quiet())

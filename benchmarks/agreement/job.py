@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_one import Config, demo
-from lora_one.data import encode, read_examples
+from lora_one.finetune.data import encode, read_examples
 
 Batch = dict[str, np.ndarray]  # "input_ids", "labels": (rows, length), int32; -100 is a label that does not count
 

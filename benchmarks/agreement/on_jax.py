@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from lora_one.backends.jax import load_llama
-from lora_one.backends.jax.llama import causal_lm_loss
+from lora_one.backends.jax.llama.model import causal_lm_loss
 from lora_one.core.factors import Factors
 
 from .job import Batch

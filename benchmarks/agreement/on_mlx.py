@@ -11,7 +11,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from lora_one.backends.mlx import load_pretrained
-from lora_one.backends.mlx.batches import default_loss
+from lora_one.backends.mlx.passes.batches import default_loss
 from lora_one.core.factors import Factors
 
 from .job import Batch

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
-from lora_one.backends.torch.attach import find_sites
+from lora_one.backends.torch.attachment.attach import find_sites
 from lora_one.core.factors import Factors
 
 from .job import Batch

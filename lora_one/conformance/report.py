@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_one.versions import installed_versions
+from lora_one.environment import installed_versions
 
 from .suite import Result
 from .vectors import VERSION

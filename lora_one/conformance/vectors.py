@@ -1,4 +1,7 @@
-"""The committed inputs and float64 answers: one safetensors file, made by `python -m lora_one.conformance.generate`."""
+"""The committed inputs and float64 answers, in one safetensors file.
+
+`python -m lora_one.conformance.making.generate` makes it.
+"""
 
 import json
 from functools import lru_cache

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lora_one import demo
-from lora_one.metadata import read_report
+from lora_one.checkpoint.metadata import read_report
 
 SCRIPT = Path(__file__).parents[2] / "adapters" / "flax" / "finetune.py"
 

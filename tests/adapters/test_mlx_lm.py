@@ -14,7 +14,7 @@ from mlx_lm import generate, lora
 import lora_one
 from lora_one import demo
 from lora_one.backends.mlx import load_pretrained
-from lora_one.metadata import read_report
+from lora_one.checkpoint.metadata import read_report
 
 SCRIPT = Path(__file__).parents[2] / "adapters" / "mlx_lm" / "finetune.py"
 
@@ -45,7 +45,7 @@ def start(tmp_path_factory):
     """A start that the model can feel, as `lora-one init --backend mlx` writes it."""
     from typer.testing import CliRunner
 
-    from lora_one.cli import app
+    from lora_one.cli.commands import app
 
     out = tmp_path_factory.mktemp("start")
     arguments = ["init", "--backend", "mlx", "--rank", "4", "--gamma", "4", "--passes", "2", "--out", str(out)]
@@ -120,7 +120,7 @@ def test_a_4_bit_folder_of_mlx_lm_goes_through_the_command(tmp_path, data, comma
     """mlx_lm.convert -q, lora-one finetune on mlx-lm's data layout, mlx_lm.generate."""
     from typer.testing import CliRunner
 
-    from lora_one.cli import app
+    from lora_one.cli.commands import app
 
     command(
         sys.modules["mlx_lm.convert"].main,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import lora_one
 from lora_one import demo
-from lora_one.metadata import read_report
+from lora_one.checkpoint.metadata import read_report
 from tests.backends.torch.models import causal_batches, llama
 
 SCRIPT = Path(__file__).parents[2] / "adapters" / "transformers" / "finetune.py"

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lora_one.conformance import generate
-from lora_one.conformance.cases import all_cases
+from lora_one.conformance.making import generate
+from lora_one.conformance.making.cases import all_cases
 from lora_one.conformance.suite import SAFETY, relative_error
 from lora_one.conformance.vectors import EPS, FILE, read_vectors
 from lora_one.core import precondition, spectrum, step

@@ -9,9 +9,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_one import demo
-from lora_one.backends.torch.tuner import open_tuner
-from lora_one.data import encode_prompt, read_examples
 from lora_one.demo import tasks
+from lora_one.finetune.data import encode_prompt, read_examples
+from lora_one.finetune.tuners.torch.opening import open_tuner
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_tokenizer_is_one_token_a_character_and_exact():
 
 def test_pretraining_script_learns(tmp_path):
     """A few steps of the committed script: the loss falls, and what it writes opens."""
-    from lora_one.demo import pretrain
+    from benchmarks.embedded_llama import pretrain
 
     tokenizer = pretrain.write_tokenizer(tmp_path)
     torch.manual_seed(0)

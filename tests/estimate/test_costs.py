@@ -6,14 +6,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cost import RESULT, summary
-from lora_one.backends.torch.rates import by_torch
 from lora_one.config import Config
 from lora_one.core.spectrum import EXACT_OVERSAMPLE
 from lora_one.errors import ConfigError
 from lora_one.estimate import Workload, estimate, measured_error
 from lora_one.estimate.activations import kept_bytes
 from lora_one.estimate.architecture import Linear, read_architecture, target_linears
-from lora_one.estimate.choice import choose
 from lora_one.estimate.flops import EXACT_PRODUCTS, exact_products, pass_flops
 from lora_one.estimate.hardware import Hardware, known
 from lora_one.estimate.memory import (
@@ -26,7 +24,9 @@ from lora_one.estimate.memory import (
     sketch_memory,
     step_memory,
 )
-from lora_one.estimate.rates import by_numpy
+from lora_one.estimate.rates.choice import choose
+from lora_one.estimate.rates.numpy import by_numpy
+from lora_one.estimate.rates.torch import by_torch
 
 from .models import count, shape_of, small
 

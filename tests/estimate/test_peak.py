@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import lora_one
-from lora_one.backends.torch import token_loss
+from lora_one.backends.torch.passes import token_loss
 from lora_one.config import Config
 from lora_one.estimate import Workload, activations
 from lora_one.estimate.memory import exact_memory, sketch_memory, step_memory

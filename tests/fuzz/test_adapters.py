@@ -16,14 +16,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import lora_one
-from lora_one.adapter import Adapter, LoraLayer
-from lora_one.checkpoint import check_folder, read_adapter, read_folder
+from lora_one.checkpoint.adapter import Adapter, LoraLayer
+from lora_one.checkpoint.inspection import inspect_adapter
+from lora_one.checkpoint.layouts import write_mlx_lm
+from lora_one.checkpoint.metadata import read_report
+from lora_one.checkpoint.mlx_lm import read_mlx_lm
+from lora_one.checkpoint.peft import check_folder, read_adapter, read_folder
 from lora_one.core.factors import Factors
 from lora_one.errors import CheckpointError, LoraOneError
-from lora_one.formats import write_mlx_lm
-from lora_one.inspection import inspect_adapter
-from lora_one.metadata import read_report
-from lora_one.mlx_lm_files import read_mlx_lm
 from lora_one.report import LayerReport, Report
 from tests.fuzz.inputs import DAMAGE, DEEP, HEADERS, LONG, TENSORS, TEXTS, VALUES, damaged, examples, honest, lying
 
@@ -173,7 +173,7 @@ def test_reports_of_any_kind(root, values, layer):
     ],
 )
 def test_a_pattern_without_end_is_refused(root, setting, pattern, monkeypatch):
-    monkeypatch.setattr("lora_one.patterns.SECONDS", 0.5)
+    monkeypatch.setattr("lora_one.checkpoint.patterns.SECONDS", 0.5)
     config = json.loads((root.parent / "good" / CONFIG).read_text())
     config[setting] = pattern if setting.endswith("modules") else {pattern: 2}
     name = f"base_model.model.{'a' * 60}b.lora_{{}}.weight"

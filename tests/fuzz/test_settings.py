@@ -11,9 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import lora_one
-from lora_one.data import read_examples
 from lora_one.errors import ConfigError, DataError, LoraOneError
-from lora_one.recipe import Recipe, make_recipe, read_recipe
+from lora_one.finetune.data import read_examples
+from lora_one.finetune.recipe import Recipe, make_recipe, read_recipe
 from tests.fuzz.inputs import DAMAGE, DEEP, LONG, TEXTS, VALUES, damaged, examples
 
 NAMES = [*Recipe.__dataclass_fields__, *lora_one.Config.__dataclass_fields__, "notes", "no such setting"]

@@ -1,14 +1,14 @@
 """JAX: arrays, Flax models, and the optimizer."""
 
 from .files import load, merge, save, unload
-from .layers import register_layer
-from .llama_files import load_llama
-from .model import JaxSession
-from .model import JaxSession as attach
+from .llama.files import load_llama
+from .nnx.layers import register_layer
+from .nnx.plain import attach_plain
 from .ops import JaxOps
 from .optimizer import lora_adamw, optimizer, scale_by_lora_preconditioner
-from .plain import attach_plain
-from .trees import LinenModel, PytreeModel
+from .session import JaxSession
+from .session import JaxSession as attach
+from .trees.models import LinenModel, PytreeModel
 
 ops = JaxOps()
 

@@ -8,23 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora_one.adapter import Adapter, LoraLayer
-from lora_one.checkpoint import AdapterFolder, check_folder, read_adapter, read_folder
+from lora_one.checkpoint.adapter import Adapter, LoraLayer
+from lora_one.checkpoint.layouts import write_peft
+from lora_one.checkpoint.peft import AdapterFolder, check_folder, read_adapter, read_folder
+from lora_one.checkpoint.plain_lora import setting_problems
 from lora_one.config import Config
 from lora_one.core.factors import Factors
 from lora_one.errors import CheckpointError, ModelError
-from lora_one.formats import write_peft
-from lora_one.plain_lora import setting_problems
 
-from .adopt import find_adapters
-from .layers import adapted_kind, kind_of
-from .linen_files import fresh_layers, note_of
-from .llama import LlamaForCausalLM
-from .nnx import inject, linear_layers, take_out
-from .removal import remove
+from .llama.model import LlamaForCausalLM
+from .nnx.adopt import find_adapters
+from .nnx.binding import inject, linear_layers, take_out
+from .nnx.layers import adapted_kind, kind_of
+from .nnx.removal import remove
 from .sites import Leaves, Site, check_concrete
-from .tree_binding import Linear, find_layers, tree_sites
-from .trees import LinenModel, PytreeModel, merged
+from .trees.binding import Linear, find_layers, tree_sites
+from .trees.linen_files import fresh_layers, note_of
+from .trees.models import LinenModel, PytreeModel, merged
 
 _STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}  # safetensors' names
 

@@ -15,8 +15,8 @@ from lora_one.core.precondition import Damping, precondition
 from lora_one.errors import ConfigError, ModelError
 
 from .layout import Layout, plain_layout
-from .model import stacks_of
 from .ops import JaxOps
+from .session import stacks_of
 from .sites import Leaves
 
 _OPS = JaxOps()

@@ -1,12 +1,12 @@
 """MLX: arrays, models through mlx-lm's own LoRA layers, and the optimizer."""
 
 from .files import load, merge, save
-from .model import MlxSession
-from .model import MlxSession as attach
 from .ops import MlxOps
 from .optimizer import LoraOneAdamW, optimizer
 from .plain import attach_plain
 from .pretrained import load_pretrained
+from .session import MlxSession
+from .session import MlxSession as attach
 from .targets import last_layers
 
 ops = MlxOps()

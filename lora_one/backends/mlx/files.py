@@ -7,15 +7,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
-from lora_one.adapter import Adapter, LoraLayer
+from lora_one.checkpoint.adapter import Adapter, LoraLayer
+from lora_one.checkpoint.layouts import write_mlx_lm
+from lora_one.checkpoint.mlx_lm import Shapes
 from lora_one.errors import CheckpointError, ModelError
-from lora_one.formats import write_mlx_lm
-from lora_one.mlx_lm_files import Shapes
 
 from .attach import Site, attach_layer, find_sites, random_stream_kept
 from .folder import read_adapter, stored_dtype, to_layer, to_mlx
 from .layout import is_switch, read_pairs, write_pairs
-from .merging import Merged, compute_dtype, merged_layer
+from .merge import Merged, compute_dtype, merged_layer
 from .targets import columns, is_linear
 from .tree import Snapshot, flat, places
 

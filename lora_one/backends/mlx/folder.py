@@ -5,13 +5,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from lora_one.adapter import Adapter, LoraLayer
-from lora_one.checkpoint import check_folder, read_folder
-from lora_one.checkpoint import read_adapter as read_peft
+from lora_one.checkpoint.adapter import Adapter, LoraLayer
+from lora_one.checkpoint.mlx_lm import Shapes, is_mlx_lm, read_mlx_lm
+from lora_one.checkpoint.peft import check_folder, read_folder
+from lora_one.checkpoint.peft import read_adapter as read_peft
+from lora_one.checkpoint.plain_lora import setting_problems
 from lora_one.core.factors import Factors
 from lora_one.errors import CheckpointError
-from lora_one.mlx_lm_files import Shapes, is_mlx_lm, read_mlx_lm
-from lora_one.plain_lora import setting_problems
 
 _STORED = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.float64: "F64"}  # safetensors' names
 

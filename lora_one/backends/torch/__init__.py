@@ -1,12 +1,12 @@
 """PyTorch: arrays, models through PEFT's own LoRA layers, and the optimizer."""
 
-from .attach import attach_plain
-from .files import load, save
+from .attachment.attach import attach_plain
+from .files.folder import load, save
 from .merge import merge
-from .model import TorchSession
-from .model import TorchSession as attach
 from .ops import TorchOps
 from .optimizer import LoraOneAdamW, optimizer
+from .session import TorchSession
+from .session import TorchSession as attach
 
 ops = TorchOps()
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_one.core.factors import Factors
 from lora_one.core.precondition import Damping, apply_inverses, damped_inverse, grams
 
-from .narrow import narrow_matmul
+from .linalg.narrow import narrow_matmul
 from .ops import TorchOps
 
 _STACKED_BELOW = {"cpu": 16}  # device type -> the rank from which pairs go one by one; elsewhere none does

@@ -12,7 +12,7 @@ from lora_one.core.precondition import Damping
 from lora_one.errors import ConfigError, ModelError
 
 from .directions import LoraPair, directions
-from .precision import full_precision
+from .linalg.precision import full_precision
 
 _SETTINGS = ("lr", "weight_decay", "eps", "amsgrad", "maximize", "foreach", "capturable", "fused")  # of a group
 

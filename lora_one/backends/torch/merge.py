@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lora_one.errors import ModelError
 
-from .adapters import opened
+from .attachment.adapters import opened
 
 _TIE = "tie_word_embeddings"
 

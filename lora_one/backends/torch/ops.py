@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import decompositions
-from .narrow import narrow_matmul
-from .precision import full_precision
+from .linalg import decompositions
+from .linalg.narrow import narrow_matmul
+from .linalg.precision import full_precision
 
 
 class TorchOps:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora_one.backends.jax.layers import LoraLinear  # noqa: F401  (pickles name it)
+from lora_one.backends.jax.nnx.layers import LoraLinear  # noqa: F401  (pickles name it)
 from tests.arrays import best_rank
 
 

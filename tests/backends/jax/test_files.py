@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 
 import lora_one
 from lora_one.backends.jax import LinenModel, PytreeModel, load_llama
-from lora_one.backends.jax.llama import causal_lm_loss
+from lora_one.backends.jax.llama.model import causal_lm_loss
+from lora_one.checkpoint.metadata import read_report
 from lora_one.errors import CheckpointError, GradientError, ModelError
-from lora_one.metadata import read_report
+from tests.backends.jax.llama.test_llama import make
 from tests.backends.jax.models import mlp, regression, squared_error, values
-from tests.backends.jax.test_llama import make
-from tests.backends.jax.test_nnx import Stacked
-from tests.backends.jax.test_trees import Network
+from tests.backends.jax.nnx.test_nnx import Stacked
+from tests.backends.jax.trees.test_trees import Network
 
 TOKENS = np.random.default_rng(0).integers(3, 60, (4, 12))
 TEXT = [{"input_ids": TOKENS[i : i + 2], "labels": TOKENS[i : i + 2]} for i in (0, 2)]

@@ -11,8 +11,8 @@ from flax import linen, nnx
 
 import lora_one
 from lora_one.backends.jax import LinenModel, PytreeModel
-from lora_one.backends.jax.llama import LlamaForCausalLM, causal_lm_loss
-from lora_one.backends.jax.llama_config import LlamaConfig
+from lora_one.backends.jax.llama.config import LlamaConfig
+from lora_one.backends.jax.llama.model import LlamaForCausalLM, causal_lm_loss
 from lora_one.errors import TargetsWarning
 from tests.backends.jax.models import regression, squared_error
 

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import lora_one
 from lora_one.backends.torch import LoraOneAdamW
-from lora_one.backends.torch.attach import find_sites
+from lora_one.backends.torch.attachment.attach import find_sites
 from tests.arrays import best_rank
 from tests.backends.torch.models import CASES, llama
 from tests.backends.torch.test_init import EXACT, RANK, SKETCH, assert_one_step, gradients

@@ -11,7 +11,7 @@ from torch import nn
 
 import lora_one
 from lora_one.backends.torch import TorchOps, TorchSession, ops
-from lora_one.backends.torch.attach import find_sites
+from lora_one.backends.torch.attachment.attach import find_sites
 from lora_one.core.alignment import captured_energy
 from lora_one.core.gradient import Gradient, RowProduct, as_matrix
 from lora_one.errors import ZeroGradientWarning
@@ -398,7 +398,7 @@ def test_dataloader_is_a_re_iterable_collection():
 
 
 def test_full_precision_blocks_nest_and_leave_the_flags_alone():
-    from lora_one.backends.torch.precision import full_precision
+    from lora_one.backends.torch.linalg.precision import full_precision
 
     flags = torch.backends.mkldnn.matmul
     before = flags.fp32_precision

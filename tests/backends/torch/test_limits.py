@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as hf
 
-from lora_one.backends.torch.limits import limits_of
+from lora_one.finetune.tuners.torch.limits import limits_of
 
 TINY = {"vocab_size": 40}
 GPT = {"n_positions": 12, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4}

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lora_one
 from lora_one import demo
-from lora_one.backends.torch.attach import find_sites
+from lora_one.backends.torch.attachment.attach import find_sites
 from tests.arrays import best_rank
 
 RANK = 4

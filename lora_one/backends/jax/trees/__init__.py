@@ -1,0 +1,1 @@
+"""LoRA on parameters in a pytree: Flax Linen modules and pure functions."""

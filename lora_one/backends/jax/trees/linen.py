@@ -1,0 +1,93 @@
+"""LoRA in Linen layers by interception: factors lie beside the kernel in "params", so that nn.scan slices them too."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import linen
+
+from lora_one.backends.jax.layout import Layout, einsum_groups, plain_layout
+from lora_one.backends.jax.product import add_einsum, add_general
+
+from .lifting import lifted
+
+PARAM = "kernel"
+KINDS = (linen.Dense, linen.DenseGeneral, linen.Einsum)
+
+
+def intercepted(scaling: float) -> Callable[..., Any]:
+    """An interceptor for `linen.intercept_methods`: layers with factors add scaling * x a b to their output."""
+
+    def interceptor(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        y = call(*args, **kwargs)
+        layer = context.module
+        if context.method_name != "__call__" or not layer.has_variable("params", f"{PARAM}_lora_a"):
+            return y
+        a, b = (layer.get_variable("params", f"{PARAM}_lora_{side}") for side in "ab")
+        x = args[0] if args else kwargs["inputs"]
+        if isinstance(layer, linen.Einsum):
+            return add_einsum(y, x, a, b, scaling, _equation(layer, args, kwargs))
+        axis, batch_axis = _axes(layer, x.ndim)
+        return add_general(y, x, a, b, scaling, axis=axis, batch_axis=batch_axis)
+
+    return interceptor
+
+
+def recording(layouts: dict[str, Layout], problems: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> Any:
+    """An interceptor that notes, for each linear layer that is called, what the axes of its kernel are.
+
+    Args:
+        shapes: of the kernels as they are stored, by layer; with more axes than the layer sees where nn.scan stacks it.
+            The kernels themselves must be `tracked`.
+    """
+
+    def interceptor(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        y = call(*args, **kwargs)
+        layer = context.module
+        name = ".".join(layer.path)
+        if context.method_name == "__call__" and isinstance(layer, KINDS) and name in shapes:
+            x = args[0] if args else kwargs["inputs"]
+            try:
+                if type(layer) not in KINDS:
+                    raise ValueError(f"it is a {type(layer).__name__}, a subclass of a layer of flax.linen")
+                kernel: Any = layer.get_variable("params", PARAM)
+                inner = _layout(layer, x.ndim, args, kwargs, tuple(kernel.value.shape))
+                layouts[name] = lifted(inner, shapes[name], kernel.lifts)
+            except ValueError as error:
+                problems[name] = str(error)
+        return y
+
+    return interceptor
+
+
+def with_factors(params: Any, lora: dict[str, dict[str, Any]], layouts: dict[str, Layout]) -> Any:
+    """The tree of parameters with each layer's factors beside its kernel, stacked along the axes that it is."""
+    params = dict(params)
+    for name, factors in lora.items():
+        node = params
+        for part in name.split("."):
+            node[part] = dict(node[part])
+            node = node[part]
+        node.update({key: layouts[name].cuttable(leaf) for key, leaf in factors.items()})
+    return params
+
+
+def _layout(layer: Any, ndim: int, args: Any, kwargs: Any, shape: tuple[int, ...]) -> Layout:
+    if isinstance(layer, linen.Einsum):
+        equation = _equation(layer, args, kwargs)
+        kernel = equation.split("->")[0].split(",")[1]
+        return Layout(shape, *(tuple(kernel.index(c) for c in group) for group in einsum_groups(equation)))
+    axis, _ = _axes(layer, ndim)
+    features = (layer.features,) if isinstance(layer.features, int) else tuple(layer.features)
+    return plain_layout(shape, len(axis), len(features))
+
+
+def _axes(layer: Any, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if isinstance(layer, linen.Dense):
+        return (ndim - 1,), ()
+    axis = (layer.axis,) if isinstance(layer.axis, int) else tuple(layer.axis)
+    return tuple(i % ndim for i in axis), tuple(i % ndim for i in layer.batch_dims)
+
+
+def _equation(layer: linen.Einsum, args: Any, kwargs: Any) -> str:
+    called: Any = args[1] if len(args) > 1 else kwargs.get("einsum_str")
+    return str(called or layer.einsum_str).replace(" ", "")

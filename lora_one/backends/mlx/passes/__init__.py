@@ -1,0 +1,1 @@
+"""What a pass over an MLX model takes."""

@@ -1,0 +1,192 @@
+"""LoRA on a PyTorch model, by PEFT's own layers: attaching, finding the layers, and taking it all back."""
+
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lora_one.backends.interface import Layer
+from lora_one.checkpoint.scales import plain_alpha, scaling_of
+from lora_one.config import Config
+from lora_one.core.factors import Factors
+from lora_one.errors import ModelError
+
+from .adapters import mark_as_ours, require_lora, take_out_leftover
+from .all_linear import ALL_LINEAR, LINEAR, RefusedByPeft, on_all_linear
+from .refusals import refusal
+from .snapshot import Snapshot
+from .tasks import heads, task_type
+from .wrappers import plain_names, unwrapped
+
+
+@dataclass(frozen=True)
+class Site:
+    """A LoRA layer of the model and the adapter in it that is meant."""
+
+    layer: Layer
+    module: LoraLayer
+    adapter: str
+
+    @property
+    def lora_A(self) -> nn.Linear:
+        return self.module.lora_A[self.adapter]
+
+    @property
+    def lora_B(self) -> nn.Linear:
+        return self.module.lora_B[self.adapter]
+
+    def factors(self) -> Factors:
+        """A copy of the pair."""
+        return Factors(self.lora_A.weight.detach().clone(), self.lora_B.weight.detach().clone())
+
+
+# What PEFT warns of that is its own affair: what it sets itself, of a mixture of experts too, and what it calls.
+OF_PEFT = (".*fan_in_fan_out.*", "The following .*_pattern keys did not match.*", ".*is_gradient_checkpointing.*")
+
+
+def attach_plain(model: nn.Module, config: Config) -> peft.PeftModel:
+    """LoRA with its usual start on a plain model, in place, drawn by `config.seed`. If it fails, nothing changed."""
+    model = unwrapped(model)
+    with plain_names(model), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        found = Snapshot(model)
+        try:
+            return attach_lora(model, config)
+        except BaseException:
+            found.restore()
+            raise
+
+
+def attach_lora(model: nn.Module, config: Config) -> peft.PeftModel:
+    """A new PeftModel around a plain model, whose base modules stay the same objects. `Snapshot` takes it back."""
+    take_out_leftover(model)
+    _check_modules_to_save(model, config.modules_to_save)
+    attach = partial(_attached, model, config)
+    attached = on_all_linear(model, attach) if config.targets == ALL_LINEAR else attach(config.targets)
+    mark_as_ours(attached)
+    return attached
+
+
+def _attached(
+    model: nn.Module, config: Config, targets: str | Sequence[str], without: Sequence[str] = ()
+) -> peft.PeftModel:
+    task = task_type(model)
+    lora_config = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=plain_alpha(config.scaling, config.rank),  # rsLoRA as the plain rule, which all readers know
+        use_rslora=False,
+        lora_dropout=config.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=list(without) or None,
+        modules_to_save=list(dict.fromkeys([*config.modules_to_save, *(heads(model) if task is None else ())])) or None,
+        task_type=task,
+    )
+    # PEFT draws a random start, which is overwritten: the user's random stream should not notice.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        for message in OF_PEFT:
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            return peft.get_peft_model(model, lora_config)
+        except ValueError as error:
+            reason = str(error).split(". Currently")[0]
+            if refused := re.search(r"Module '([^']+)' is incompatible with", reason):
+                raise RefusedByPeft(f"targets {config.targets!r}: {reason}", refused[1]) from error
+            if "is not supported" in reason:
+                raise ModelError(f"targets must be linear layers, got {config.targets!r}: {reason}") from error
+            linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
+            shown = ", ".join(linear[:8]) + (", ..." if len(linear) > 8 else "")
+            raise ModelError(
+                f"targets must match a linear layer of the model, got {config.targets!r}; its linear layers are: "
+                f"{shown or 'none'}. PEFT says: {reason}"
+            ) from error
+
+
+def find_sites(model: peft.PeftModel) -> list[Site]:
+    """The LoRA layers of the one active adapter.
+
+    Raises:
+        ModelError: no LoRA, several active adapters, merged ones, or a kind of adapter whose start is another problem
+            (DoRA, embeddings, convolutions, a bias in lora_B; routers and experts that are one parameter).
+    """
+    require_lora(model, "init")
+    adapters = model.active_adapters
+    if len(adapters) != 1:
+        raise ModelError(f"one active adapter is expected, got {adapters}: choose with model.set_adapter(name)")
+    adapter = adapters[0]
+    sites, problems = [], []
+    for path, module in model.base_model.model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if adapter in module.lora_embedding_A:
+            problems.append(f"{path}: LoRA on an embedding, whose gradient is a few rows; leave it out of the targets")
+        if adapter not in module.lora_A:
+            continue
+        if reason := refusal(module, adapter):
+            problems.append(f"{path}: {reason}")
+        else:
+            rank, scaling = module.r[adapter], module.scaling[adapter]
+            layer = Layer(path, module.out_features, module.in_features, rank, scaling)
+            sites.append(Site(layer, module, adapter))
+    if problems:
+        raise ModelError("LoRA-One starts plain LoRA on linear layers, got:\n  " + "\n  ".join(problems))
+    if not sites:
+        raise ModelError(f"the model must have LoRA layers of adapter {adapter!r}, got none")
+    return sites
+
+
+def check_adapter_fits(model: peft.PeftModel, config: Config) -> None:
+    """An adapter that is there keeps its own rank, alpha, ...; a `Config` that asks for others is an error.
+
+    Raises:
+        ModelError: a setting that is neither its default nor the adapter's.
+    """
+    require_lora(model, "init")
+    default = Config()
+    lora_config: Any = model.peft_config[model.active_adapters[0]]
+    pairs = {
+        "rank": (config.rank, default.rank, lora_config.r),
+        "dropout": (config.dropout, default.dropout, lora_config.lora_dropout),
+    }
+    wrong = [f"{name} {asked} (the adapter's: {has})" for name, (asked, usual, has) in pairs.items()
+             if asked not in (usual, has)]  # fmt: skip
+    wrong[1:1] = _other_scale(config, lora_config)
+    if config.targets != default.targets:
+        wrong.append(f"targets {config.targets!r}")
+    kept = lora_config.modules_to_save or ()
+    if not set(config.modules_to_save) <= set(kept):
+        wrong.append(f"modules_to_save {config.modules_to_save} (the adapter's: {tuple(kept)})")
+    if wrong:
+        raise ModelError(
+            "a PeftModel keeps its adapter's own settings, but the Config asks for "
+            f"{'; '.join(wrong)}: leave them out of the Config, or hand in the model without its adapter"
+        )
+
+
+def _other_scale(config: Config, lora_config: Any) -> list[str]:
+    """A scale that is asked for and not the adapter's. Both may say it in alphas of rsLoRA or of the plain rule."""
+    default = Config()
+    asked = replace(config, rank=lora_config.r).scaling
+    has = scaling_of({**lora_config.to_dict(), "alpha_pattern": {}, "rank_pattern": {}}, "")
+    usual = (config.alpha, config.use_rslora) == (default.alpha, default.use_rslora)
+    if usual or math.isclose(asked, has, rel_tol=1e-6):
+        return []
+    if config.alpha != lora_config.lora_alpha:
+        return [f"alpha {config.alpha} (the adapter's: {lora_config.lora_alpha})"]
+    return [f"use_rslora {config.use_rslora}, so a scale of {asked:g} (the adapter's: {has:g})"]
+
+
+def _check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
+    """PEFT passes over names that the model does not have; here they are an error."""
+    paths = [path for path, _ in model.named_modules()]
+    unknown = [name for name in names if not any(f".{path}".endswith(f".{name}") for path in paths)]
+    if unknown:
+        children = ", ".join(name for name, _ in model.named_children())
+        raise ModelError(f"modules_to_save must name modules of the model, got {unknown}; at its top are: {children}")

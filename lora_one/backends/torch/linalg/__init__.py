@@ -1,0 +1,1 @@
+"""Products and decompositions, as each device is quick at them."""

@@ -1,0 +1,98 @@
+"""What an adapter on disk does to its model: the spectrum of s B A in each layer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lora_one.core.factors import Factors
+from lora_one.errors import CheckpointError
+from lora_one.report import LayerReport, Report
+
+from .metadata import read_report
+from .peft import METADATA, read_adapter, read_folder
+
+
+@dataclass(frozen=True)
+class LayerInspection:
+    """One layer's update.
+
+    Attributes:
+        name: path of the module.
+        out_features, in_features, rank: shapes of the pair.
+        singular_values: of s B A, (r,), descending.
+        norm: ||s B A||_F.
+        stable_rank: ||s B A||_F^2 / ||s B A||_2^2: how many directions count.
+        start: the layer in the report of the initialisation, if there is one.
+        growth: norm over the norm at the start, if known.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int
+    singular_values: list[float]
+    norm: float
+    stable_rank: float
+    start: LayerReport | None
+    growth: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """An adapter folder, layer by layer, and the report of its start if lora-one made it."""
+
+    path: Path
+    layers: list[LayerInspection]
+    report: Report | None
+
+
+def inspect_adapter(path: Path) -> Inspection:
+    """Read an adapter folder, of lora-one or of PEFT alone.
+
+    Raises:
+        CheckpointError: a folder that cannot be read, or factors that are not finite.
+    """
+    folder = read_folder(path)
+    try:
+        report = read_report(path) if (path / METADATA).is_file() else None
+    except CheckpointError:
+        report = None  # saved without one
+    starts = {layer.name: layer for layer in report.layers} if report else {}
+    layers = []
+    for name, layer in read_adapter(folder).layers.items():
+        pair = layer.pairs[0]
+        if not all(np.isfinite(factor).all() for factor in pair):
+            raise CheckpointError(f"{path}: {name}: lora_A or lora_B has entries that are not finite")
+        s = product_spectrum(Factors(*(factor.astype(np.float64) for factor in pair)), layer.scaling)
+        start = starts.get(name)
+        norm = float(np.linalg.norm(s))
+        layers.append(
+            LayerInspection(
+                name=name,
+                out_features=pair.lora_B.shape[0],
+                in_features=pair.lora_A.shape[1],
+                rank=pair.lora_A.shape[0],
+                singular_values=s.tolist(),
+                norm=norm,
+                stable_rank=float((norm / s[0]) ** 2) if s[0] > 0 else 0.0,
+                start=start,
+                growth=_growth(norm, start, report, layer.scaling),
+            )
+        )
+    return Inspection(path, layers, report)
+
+
+def product_spectrum(pair: Factors, scaling: float) -> np.ndarray:
+    """Singular values of s B A, (r,), through the r x r cores of the factors: the product is never formed."""
+    _, rb = np.linalg.qr(pair.lora_B)  # (r, r)
+    _, ra = np.linalg.qr(pair.lora_A.T)  # (r, r)
+    return abs(scaling) * np.linalg.svd(rb @ ra.T, compute_uv=False)
+
+
+def _growth(norm: float, start: LayerReport | None, report: Report | None, scaling: float) -> float | None:
+    if start is None or report is None or not report.gamma or start.start != "spectral":
+        return None
+    s = np.array(start.singular_values)
+    began = float(np.linalg.norm(s / s[0]) * scaling / report.gamma) if s[0] > 0 else 0.0
+    return norm / began if began > 0 else None

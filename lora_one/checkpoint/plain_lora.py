@@ -1,0 +1,82 @@
+"""What a PEFT adapter can be besides plain LoRA on linear layers, and why none of it can be carried elsewhere."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lora_one.checks import shown
+
+MLX_SETTINGS = {"fine_tune_type", "lora_parameters", "num_layers"}  # mlx-lm's, in a folder of both
+# Settings that say where LoRA went and how it was trained: the file's names and shapes say all of that again.
+_HARMLESS = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
+    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "target_modules", "task_type", "use_rslora",
+} | MLX_SETTINGS  # fmt: skip
+_REASONS = {
+    "bias": "biases of the base model were trained",
+    "use_dora": "DoRA's magnitudes are no part of plain LoRA",
+    "lora_bias": "LoRA with a bias: no other library's LoRA has one",
+    "modules_to_save": "layers that were trained whole have no place beside the factors",
+    "trainable_token_indices": "embeddings of single tokens were trained",
+    "target_parameters": "LoRA on parameters, such as stacks of experts, in place of linear layers",
+    "layer_replication": "the base model has layers that were made by replication",
+    "alora_invocation_tokens": "activated LoRA acts on a part of the tokens only",
+}
+_STARTS_THAT_KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+_TENSORS = (
+    (r"\.lora_embedding_[AB]$", "LoRA on an embedding: its factors are looked up, not multiplied"),
+    (r"\.lora_magnitude_vector(\.weight)?$", "a magnitude of DoRA"),
+    (r"\.lora_[AB]\.bias$", "a bias of LoRA's own"),
+    (
+        r"\.base_layer\.weight$",
+        "PEFT's copy of the base weight, which may have changed; save_embedding_layers=False where it has not",
+    ),
+    (r"\.lora_[AB]\.", "not lora_A or lora_B of a linear layer"),
+)
+
+
+def setting_problems(config: Mapping[str, Any]) -> list[str]:
+    """What PEFT's adapter_config.json asks for besides plain LoRA: one sentence a setting. Unknown ones count."""
+    unknown = "not known here, and it may change what is computed"
+    problems = [
+        f"{name}={shown(value)}: {_REASONS.get(name, unknown)}" for name, value in settings_beyond(config).items()
+    ]
+    start = config.get("init_lora_weights")
+    if not keeps_base(start):
+        problems.append(
+            f"init_lora_weights={shown(start)}: it changed the base weights, which other libraries do not know of; "
+            "PEFT can save the difference as plain LoRA: path_initial_model_for_weight_conversion"
+        )
+    return problems
+
+
+def keeps_base(init_lora_weights: Any) -> bool:
+    """Whether a start of PEFT's leaves the base weights as they are. One that is not known here counts as not."""
+    start = init_lora_weights
+    return (start.lower() if isinstance(start, str) else start) in _STARTS_THAT_KEEP_THE_BASE
+
+
+def settings_beyond(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not plain LoRA's, by name, but for the start. Unknown ones count."""
+    return {
+        name: value
+        for name, value in sorted(config.items())
+        if name not in _HARMLESS and value not in (None, False, {}, [], ()) and (name, value) != ("bias", "none")
+    }
+
+
+def tensor_reason(name: str) -> str:
+    """Why a tensor of PEFT's file is not one of plain LoRA's."""
+    for pattern, reason in _TENSORS:
+        if re.search(pattern, name):
+            return reason
+    return "a weight that was trained whole"
+
+
+def remedy(name: str) -> str:
+    """What to do about a tensor that is not one of plain LoRA's, where an adapter is to be opened."""
+    if any(re.search(pattern, name) for pattern, _ in _TENSORS):
+        return ": the adapter is not plain LoRA; peft.PeftModel.from_pretrained opens it"
+    return ", and is not in modules_to_save"

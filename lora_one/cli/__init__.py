@@ -1,0 +1,5 @@
+"""The `lora-one` command."""
+
+from .commands import main
+
+__all__ = ["main"]

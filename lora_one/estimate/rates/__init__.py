@@ -1,0 +1,5 @@
+"""How fast this machine is, measured in a second or two; one module per framework."""
+
+from .choice import choose, measured
+
+__all__ = ["choose", "measured"]

@@ -1,0 +1,5 @@
+"""Fine-tuning a model in Hugging Face's format with PyTorch."""
+
+from .opening import open_tuner
+
+__all__ = ["open_tuner"]
