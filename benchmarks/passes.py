@@ -21,7 +21,8 @@ from benchmarks import harness
 from benchmarks.init_models import prepared
 from lora_one.backends.numpy import ops
 from lora_one.config import AUTO_PASSES, Config
-from lora_one.core.spectrum import advance_on, draw_omega, finish, start
+from lora_one.core.omega import draw_omega
+from lora_one.core.sketch import advance_on, finish, start
 from lora_one.passes import ENOUGH
 from lora_one.report import share_of_best
 

@@ -47,9 +47,9 @@ def init(
     """
     began = time.perf_counter()
     config = Config() if config is None else config
-    module = backend_of(model, backend)
-    with module.attach(model, batches, loss_fn, config) as session:
-        report = initialize(session, config, module.ops.name, began)
+    framework = backend_of(model, backend)
+    with framework.open_session(model, batches, loss_fn, config) as session:
+        report = initialize(session, config, framework.ops.name, began)
     return session.model, report
 
 
@@ -77,10 +77,10 @@ def save(model: Any, path: str | Path, report: Report | None = None) -> None:
         ModelError: the model has no adapter that can be saved.
         CheckpointError: the folder cannot be written; what it held is as it was.
     """
-    module = backend_of(model)
+    framework = backend_of(model)
     with replacing_adapter(Path(path)) as folder:
-        module.save(model, folder)
-        write_metadata(folder, module.ops.name, report)
+        framework.save(model, folder)
+        write_metadata(folder, framework.ops.name, report)
 
 
 def load(model: Any, path: str | Path, trainable: bool = False) -> Any:

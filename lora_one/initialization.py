@@ -6,8 +6,9 @@ import warnings
 from .backends.interface import Layer, Session
 from .config import Config
 from .core.factors import Factors, gradient_factors, normalized_factors, plain_factors
+from .core.omega import draw_omega
 from .core.ops import as_one_program
-from .core.spectrum import Spectrum, draw_omega
+from .core.spectrum import Spectrum
 from .errors import BatchError, GammaWarning, ModelError, UnderflowWarning, ZeroGradientWarning
 from .passes import exact, sketched
 from .report import GammaTrial, LayerReport, Report, layer_report

@@ -13,13 +13,15 @@ import numpy as np
 
 from .backends.interface import Layer, PassResult, Session
 from .config import Config
+from .core.exact import exact_spectra
 from .core.gradient import Gradient, arrays_of
+from .core.omega import draw_omega
 from .core.ops import Array, Ops
-from .core.spectrum import Probe, SketchState, Spectrum, advance, draw_omega, exact_spectra, finish, probe, start
+from .core.sketch import Probe, SketchState, advance, finish, probe, start
+from .core.spectrum import Spectrum
 from .core.stacking import one_of, stack_of, stacked, unstacked
 from .errors import ChangingBatchesWarning, GradientError
 from .report import share_of_best
-from .stacks import groups, kind
 
 ENOUGH = 0.99  # of the energy of the best rank-r gradient: where passes="auto" stops
 SAME_LOSS = 1e-3  # well above what rounding, and batches regrouped by a shuffle, make of the same data
@@ -47,9 +49,10 @@ def sketched(session: Session, config: Config) -> Spectra:
     suspect: Layer | None = None
     for number in range(1, config.pass_counts[-1] + 1):
         probes = {
-            layer.name: its
+            layer.name: Probe(side, factor if len(layers) == 1 else factor[index])
             for layers, state in states.items()
-            for layer, its in zip(layers, unstacked(probe(ops, state), len(layers)), strict=True)
+            for side, factor in [probe(ops, state)]
+            for index, layer in enumerate(layers)
         }
         result, gradients = session.sketch_pass(probes)
         for layers, state in states.items():
@@ -73,7 +76,7 @@ def sketched(session: Session, config: Config) -> Spectra:
             suspect = _lacking(ops, states, suspect) if may_go_on and suspect is not None else None
             if suspect is None:
                 spectra, suspect = _finished(ops, states, may_go_on)
-            if session.unanimous(spectra is not None):
+            if session.all_agree(spectra is not None):
                 break
     assert spectra is not None
     return Spectra(first, number, spectra)
@@ -89,7 +92,7 @@ def _start(session: Session, config: Config) -> _States:
 
     states = {}
     with ThreadPoolExecutor() as pool:  # NumPy draws outside of Python's lock; a GPU would wait for it
-        for layers in groups(session):
+        for layers in _groups(session):
             like = session.like(layers[0].name)
             omega = stacked(ops, [ops.asarray(x, like=like) for x in pool.map(drawn, layers)])
             states[layers] = start(ops, omega, layers[0].out_features)
@@ -100,10 +103,9 @@ def _or_zeros(ops: Ops, gradient: Array | None, probe: Probe, layer: Layer) -> A
     """No gradient is one of zeros: such a layer keeps plain LoRA's start."""
     if gradient is not None:
         return gradient
-    if probe.lora_A is not None:
-        return ops.zeros((layer.out_features, probe.lora_A.shape[0]), like=probe.lora_A)
-    assert probe.lora_B is not None
-    return ops.zeros((probe.lora_B.shape[1], layer.in_features), like=probe.lora_B)
+    if probe.side == "A":
+        return ops.zeros((layer.out_features, probe.factor.shape[0]), like=probe.factor)
+    return ops.zeros((probe.factor.shape[1], layer.in_features), like=probe.factor)
 
 
 def _finished(ops: Ops, states: _States, may_go_on: bool) -> tuple[dict[str, Found] | None, Layer | None]:
@@ -150,9 +152,9 @@ def exact(session: Session) -> Spectra:
         layer = layer_of[name]
         for array in arrays_of(gradient):
             _check_finite(ops, (layer,), array, "of the weight")
-        of_kind = kind(session, layer)
+        of_kind = _kind(session, layer)
         waiting[of_kind][layer] = gradient
-        if not session.stacked:  # there is no other of its kind
+        if not session.stacks_layers:  # there is no other of its kind
             decompose(of_kind)
         while sum(map(size, waiting)) > STACK_BYTES:
             decompose(max(waiting, key=size))
@@ -198,3 +200,19 @@ def _by_layer(ops: Ops, layers: tuple[Layer, ...], spectrum: Spectrum) -> dict[s
             )
         found[layer.name] = Found(its, Spectrum(its.u, s, its.vt, *norms))
     return found
+
+
+def _kind(session: Session, layer: Layer) -> Hashable:
+    """What layers have in common whose arrays can be stacked: all that they are, where the session stacks none."""
+    if not session.stacks_layers:
+        return layer.name
+    like = session.like(layer.name)
+    return layer.out_features, layer.in_features, layer.rank, like.dtype, str(like.device)
+
+
+def _groups(session: Session) -> list[tuple[Layer, ...]]:
+    """All layers, those of a kind together."""
+    found: dict[Hashable, list[Layer]] = defaultdict(list)
+    for layer in session.layers:
+        found[_kind(session, layer)].append(layer)
+    return [tuple(layers) for layers in found.values()]

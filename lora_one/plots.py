@@ -1,44 +1,50 @@
-"""Pictures of reports and of adapters. Needs matplotlib, which only this file imports."""
+"""Pictures of spectra, drawn from plain lists. Needs matplotlib, which only this file imports."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .checkpoint.inspection import Inspection
 from .errors import BackendError, ConfigError
 from .files.atomic import replacing_file
-from .report import Report
 
 
-def plot_report(report: Report, path: str | Path) -> None:
-    """Each layer's leading singular values, relative to its first, and the energy that they hold.
+class Panel(NamedTuple):
+    """A panel's title and the label of its axis."""
+
+    title: str
+    label: str
+
+
+def draw(
+    path: str | Path,
+    names: list[str],
+    spectra: list[list[float]],
+    sizes: list[float],
+    panels: tuple[Panel, Panel],
+    limit: float | None = None,
+) -> None:
+    """Draw each layer's singular values, relative to its first, beside one number per layer.
+
+    Args:
+        names: of the layers.
+        spectra: the singular values of each layer, descending.
+        sizes: one number per layer.
+        panels: of the spectra and of the numbers.
+        limit: the largest number that there can be; None where there is no such.
 
     Raises:
         BackendError: matplotlib is not installed.
-        ConfigError, CheckpointError: no such kind of picture; it cannot be written.
+        ConfigError: `path` does not end in the name of a kind of picture.
+        CheckpointError: the picture cannot be written.
     """
-    layers = [layer for layer in report.layers if layer.start == "spectral"]
-    figure, left, right = _figure(len(layers))
-    _draw_spectra(left, [layer.singular_values for layer in layers])
-    left.set(ylabel="$S_i / S_1$", title="leading singular values of the gradient")
-    _draw_bars(right, [layer.name for layer in layers], [layer.energy for layer in layers])
-    right.set(xlim=(0, 1), xlabel=r"share of $\|G\|_F^2$", title="energy of the gradient in the factors")
-    _save(figure, path)
-
-
-def plot_inspection(found: Inspection, path: str | Path) -> None:
-    """An adapter on disk: each layer's singular values of s B A, and their norm.
-
-    Raises:
-        BackendError: matplotlib is not installed.
-        ConfigError, CheckpointError: no such kind of picture; it cannot be written.
-    """
-    figure, left, right = _figure(len(found.layers))
-    _draw_spectra(left, [layer.singular_values for layer in found.layers])
-    left.set(ylabel="$S_i / S_1$", title="singular values of $s B A$")
-    _draw_bars(right, [layer.name for layer in found.layers], [layer.norm for layer in found.layers])
-    right.set(xlabel=r"$\|s B A\|_F$", title="size of the update")
+    figure, left, right = _figure(len(names))
+    _draw_spectra(left, spectra)
+    left.set(title=panels[0].title, ylabel=panels[0].label)
+    _draw_bars(right, names, sizes)
+    right.set(title=panels[1].title, xlabel=panels[1].label)
+    if limit is not None:
+        right.set(xlim=(0, limit))
     _save(figure, path)
 
 

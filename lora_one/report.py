@@ -1,7 +1,6 @@
 """What an initialisation did: plain data that prints as a table, saves as JSON, and plots."""
 
 import dataclasses
-import json
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from .checks import shown
 from .config import Config
 from .core.spectrum import Spectrum
 from .errors import CheckpointError
-from .files.atomic import write_whole
+from .plots import Panel, draw
 
 _Plain = TypeVar("_Plain")
 
@@ -117,15 +116,20 @@ class Report:
                 )
         return report
 
-    def save(self, path: str | Path) -> None:
-        """Write the report as JSON."""
-        write_whole(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
-
     def plot(self, path: str | Path) -> None:
         """Draw the layers' spectra and energies as an image; needs matplotlib."""
-        from .plots import plot_report
-
-        plot_report(self, path)
+        layers = [layer for layer in self.layers if layer.start == "spectral"]
+        draw(
+            path,
+            [layer.name for layer in layers],
+            [layer.singular_values for layer in layers],
+            [layer.energy for layer in layers],
+            (
+                Panel("leading singular values of the gradient", "$S_i / S_1$"),
+                Panel("energy of the gradient in the factors", r"share of $\|G\|_F^2$"),
+            ),
+            limit=1.0,
+        )
 
     def summary(self) -> str:
         """Two lines: what was done, and how much of the gradient it holds."""

@@ -1,6 +1,7 @@
-"""Who may import whom, and what `import lora_one` may need."""
+"""Who may import whom, and what `import lora_one` may need. All of it is read from the source."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -11,79 +12,147 @@ import pytest
 import lora_one
 
 ROOT = Path(lora_one.__file__).parent
+FILES = {
+    ".".join(("lora_one", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): file
+    for file in sorted(ROOT.rglob("*.py"))
+}
 FRAMEWORKS = {
+    "numpy": set(),
     "torch": {"torch", "peft", "transformers", "accelerate", "bitsandbytes"},
     "jax": {"jax", "jaxlib", "flax", "optax", "orbax", "qwix", "equinox"},
     "mlx": {"mlx", "mlx_lm"},
 }
 BASE = {"numpy", "safetensors"}  # the hard dependencies
-COMMAND = {"cli"}  # may use what the command needs
+# A tool that needs framework code has one folder with one module per framework.
+PER_FRAMEWORK = re.compile(
+    r"lora_one\.(backends|conformance\.targets|estimate\.rates|finetune\.tuners)\.(numpy|torch|jax|mlx)(\..*)?"
+)
+# part of the package -> the other parts that it may import. The command may import everything.
+MAY_IMPORT = {
+    "errors": set(),
+    "environment": set(),
+    "demo": set(),
+    "core": set(),
+    "checks": {"errors"},
+    "files": {"errors"},
+    "config": {"checks", "errors"},
+    "plots": {"errors", "files"},
+    "report": {"checks", "config", "core", "errors", "plots"},
+    "checkpoint": {"checks", "core", "environment", "errors", "files", "plots", "report"},
+    "backends": {"checkpoint", "checks", "config", "core", "environment", "errors"},
+    "passes": {"backends", "config", "core", "errors", "report"},
+    "initialization": {"backends", "config", "core", "errors", "passes", "report"},
+    "api": {"backends", "checkpoint", "config", "initialization", "report"},
+    "lora_one": {"api", "checkpoint", "config", "errors", "report"},
+    "finetune": {
+        "api",
+        "backends",
+        "checks",
+        "config",
+        "core",
+        "demo",
+        "environment",
+        "errors",
+        "files",
+        "report",
+    },
+    "estimate": {"backends", "config", "core", "errors"},
+    "conformance": {"backends", "core", "environment", "errors"},
+    "doctor": {"environment", "lora_one"},
+}
 
 
-def imports(file: Path) -> set[tuple[str, bool]]:
-    """(top package, or lora_one.<part> for our own; whether at the top of the file) of every import in a file."""
-    found = set()
+def imports(module: str) -> set[tuple[str, bool]]:
+    """(module of ours, or top package of others'; whether at the top of the file) of every import in a file."""
+    file = FILES[module]
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    package = ["lora_one", *file.relative_to(ROOT).parent.parts]
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    found = set()
     for node in ast.walk(tree):
-        names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            prefix = ".".join([*base, *([node.module] if node.module else [])])
-            names = [prefix] if node.module else [f"{prefix}.{alias.name}" for alias in node.names]
-        for name in names:
-            own = name.split(".")[:3] if name.startswith("lora_one.backends") else name.split(".")[:2]
-            top = ".".join(own) if name.startswith("lora_one") else name.split(".")[0]
-            found.add((top, node in tree.body))
+            above = package.split(".")
+            base = ".".join([*above[: len(above) - node.level + 1], *filter(None, [node.module])])
+            base = base if node.level else node.module
+            names = [f"{base}.{a.name}" if f"{base}.{a.name}" in FILES else base for a in node.names]
+        else:
+            continue
+        found |= {(name if name in FILES else name.split(".")[0], node in tree.body) for name in names}
     return found
 
 
-def files(*parts: str) -> list[Path]:
-    return sorted(ROOT.joinpath(*parts).rglob("*.py"))
+def own_imports(module: str) -> set[str]:
+    return {name for name, _ in imports(module) if name in FILES and name != module}
+
+
+def part(module: str) -> str:
+    return module.split(".")[1] if "." in module else module
 
 
 def standard(name: str) -> bool:
     return name in sys.stdlib_module_names or name == "__future__"
 
 
-@pytest.mark.parametrize("file", files("core"), ids=lambda f: f.name)
-def test_core_imports_numpy_at_most(file):
-    for name, _ in imports(file):
-        assert standard(name) or name == "numpy" or name.startswith("lora_one.core"), name
+def test_no_module_imports_itself_by_way_of_others():
+    """Imports inside functions and under TYPE_CHECKING count too."""
+    graphlib.TopologicalSorter({module: own_imports(module) for module in FILES}).prepare()
 
 
-@pytest.mark.parametrize("backend", ["numpy", *FRAMEWORKS])
-def test_a_backend_imports_its_own_framework_and_no_other_backend(backend):
-    others = set().union(*FRAMEWORKS.values()) - FRAMEWORKS.get(backend, set())
-    shared = {"lora_one.backends.interface", "lora_one.backends.checks", "lora_one.backends.targets"}
-    # Every framework's checkpoints are read with Hugging Face's tokenizers and configurations.
-    allowed = {"transformers"} if backend in ("jax", "mlx") else set()
-    for file in files("backends", backend):
-        for name, _ in imports(file):
-            assert name not in others - allowed, f"{file}: {name}"
-            if name.startswith("lora_one.backends."):
-                assert name in shared | {f"lora_one.backends.{backend}"}, f"{file}: {name}"
+@pytest.mark.parametrize("name", sorted({part(module) for module in FILES} - {"cli", "__main__"}))
+def test_a_part_imports_what_it_may(name):
+    for module in FILES:
+        if part(module) == name:
+            others = {part(other) for other in own_imports(module)} - {name}
+            assert others <= MAY_IMPORT[name], module
 
 
-def test_nothing_outside_the_backends_imports_a_framework():
-    frameworks = set().union(*FRAMEWORKS.values())
-    for file in files():
-        part = file.relative_to(ROOT).parts
-        if part[0] in ("backends", "conformance", "estimate", "finetune") and len(part) > 2:
-            continue
-        for name, top in imports(file):
-            assert name not in frameworks or (part[0] in COMMAND and not top), f"{file}: {name}"
+def test_few_modules_lie_flat():
+    assert len(list(ROOT.glob("*.py"))) <= 12
+
+
+def test_core_imports_numpy_at_most():
+    for module in FILES:
+        if part(module) == "core":
+            assert all(standard(name) or name == "numpy" or name in FILES for name, _ in imports(module)), module
+
+
+def test_a_framework_is_imported_in_its_own_modules_only():
+    for module in FILES:
+        match = PER_FRAMEWORK.fullmatch(module)
+        own = FRAMEWORKS[match[2]] if match else set()
+        if module.startswith("lora_one.finetune.tuners."):  # whose tokenizers all of them use
+            own = own | {"transformers"}
+        others = set().union(*FRAMEWORKS.values()) - own
+        assert not others & {name for name, _ in imports(module)}, module
+
+
+@pytest.mark.parametrize("backend", FRAMEWORKS)
+def test_no_backend_imports_another(backend):
+    shared = {"lora_one.backends." + name for name in ("interface", "checks", "targets")}
+    for module in FILES:
+        if module.startswith(f"lora_one.backends.{backend}"):
+            for name in own_imports(module):
+                assert (
+                    part(name) != "backends" or name in shared or f"{name}.".startswith(f"lora_one.backends.{backend}.")
+                ), (module, name)
 
 
 def test_files_that_everybody_imports_need_the_hard_dependencies_only():
-    for file in files():
-        part = file.relative_to(ROOT).parts
-        if part[0] in {"backends", "conformance", "estimate", "finetune"} | COMMAND:
+    for module in FILES:
+        if part(module) == "cli" or module.startswith("lora_one.conformance.making") or PER_FRAMEWORK.fullmatch(module):
             continue
-        for name, top in imports(file):
-            assert not top or standard(name) or name in BASE or name.startswith("lora_one"), f"{file}: {name}"
+        for name, top in imports(module):
+            assert not top or standard(name) or name in BASE or name in FILES, f"{module}: {name}"
+
+
+def test_the_face_of_a_package_defines_nothing():
+    """Backends name their one set of operations there; the package itself its version."""
+    for module, file in FILES.items():
+        if file.name == "__init__.py":
+            text = file.read_text(encoding="utf-8")
+            kinds = {type(node) for node in ast.parse(text).body}
+            assert kinds <= {ast.Expr, ast.Import, ast.ImportFrom, ast.Assign} and len(text.splitlines()) <= 40, module
 
 
 def run(code: str) -> str:

@@ -25,9 +25,9 @@ class MatrixSession:
 
     ops = ops
 
-    def __init__(self, gradients: Mapping[str, np.ndarray], others_go_on_to: int = 0, stacked: bool = False) -> None:
+    def __init__(self, gradients: Mapping[str, np.ndarray], others_go_on_to: int = 0, stacks_layers=False) -> None:
         self.gradients = gradients
-        self.stacked = stacked
+        self.stacks_layers = stacks_layers
         self.others_go_on_to = others_go_on_to  # the number of passes that other processes make
         self.layers = [Layer(name, *g.shape, RANK, 1.0) for name, g in gradients.items()]
         self.factors: dict[str, Factors] = {}
@@ -47,7 +47,7 @@ class MatrixSession:
                 consume(name, g)
         return PassResult(1.0, 1)
 
-    def unanimous(self, decision: bool) -> bool:
+    def all_agree(self, decision: bool) -> bool:
         return decision and self.passes >= self.others_go_on_to
 
     def assign(self, layer: str, factors: Factors) -> None:
@@ -60,7 +60,7 @@ class MatrixSession:
 def _product(g: np.ndarray, probe: Any) -> np.ndarray | None:
     if not g.any():
         return None
-    return g @ probe.lora_A.T if probe.lora_A is not None else probe.lora_B.T @ g
+    return g @ probe.factor.T if probe.side == "A" else probe.factor.T @ g
 
 
 STEEP = spectrum_matrix(320, 240, 0.5 ** np.arange(100))
@@ -141,7 +141,7 @@ def test_layers_in_stacks_get_what_they_get_alone(monkeypatch, gradient, limit):
     config = Config(rank=RANK, gradient=gradient)
     with pytest.warns(ZeroGradientWarning):
         alone, report = started(config, **ALIKE)
-    together = MatrixSession(ALIKE, stacked=True)
+    together = MatrixSession(ALIKE, stacks_layers=True)
     with pytest.warns(ZeroGradientWarning):
         report_of_stacks = initialize(together, config, "numpy", 0.0)
     assert report_of_stacks.passes == report.passes
@@ -167,7 +167,7 @@ def test_between_the_first_check_of_a_stack_and_the_last_the_worst_layer_alone_i
             return super().svdvals(x)
 
     monkeypatch.setattr(MatrixSession, "ops", Counting())
-    session = MatrixSession({f"steep {i}": STEEP for i in range(5)} | {"flat": FLAT}, stacked=True)
+    session = MatrixSession({f"steep {i}": STEEP for i in range(5)} | {"flat": FLAT}, stacks_layers=True)
     report = initialize(session, Config(rank=RANK, oversample=0), "numpy", 0.0)
     assert 5 < report.passes < 12
     checks = [shapes[i : i + 4] for i in range(0, len(shapes), 4)]  # each decomposes four passes
@@ -179,6 +179,6 @@ def test_between_the_first_check_of_a_stack_and_the_last_the_worst_layer_alone_i
 def test_of_a_stack_the_layer_is_named_whose_gradient_is_not_finite():
     broken = FLAT.copy()
     broken[3, 5], broken[7, 1] = np.nan, np.inf
-    session = MatrixSession({"steep": STEEP, "broken": broken}, stacked=True)
+    session = MatrixSession({"steep": STEEP, "broken": broken}, stacks_layers=True)
     with pytest.raises(GradientError, match=r"layer 'broken': its gradient in pass 1 has .* entries that are not"):
         initialize(session, Config(rank=RANK), "numpy", 0.0)

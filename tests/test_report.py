@@ -28,7 +28,7 @@ def test_prints_a_row_for_each_layer(report):
 
 
 def test_json_round_trip(report, tmp_path):
-    report.save(tmp_path / "report.json")
+    (tmp_path / "report.json").write_text(json.dumps(report.to_dict()))
     assert Report.from_dict(json.loads((tmp_path / "report.json").read_text())) == report
 
 

@@ -12,7 +12,7 @@ import lora_one
 from lora_one.backends import backend_of
 from lora_one.backends.interface import Session
 from lora_one.core.factors import Factors
-from lora_one.core.spectrum import Probe
+from lora_one.core.sketch import Probe
 from lora_one.initialization import initialize
 
 from .job import Batch, Job
@@ -95,7 +95,7 @@ def _evaluated(framework: Framework, model: Any, batches: list[Any]) -> Record:
 def _started(model: Any, batches: list[Any], loss_fn: Any, job: Job) -> tuple[Any, Record]:
     """`lora_one.init`, as it is in `lora_one.api`, with an eye on its passes."""
     backend = backend_of(model)
-    with backend.attach(model, batches, loss_fn, job.config) as session:
+    with backend.open_session(model, batches, loss_fn, job.config) as session:
         watched = _Watched(session)
         report = initialize(watched, job.config, backend.ops.name, time.perf_counter())
     spectra = {f"singular values/{layer.name}": np.array(layer.singular_values) for layer in report.layers}
@@ -116,7 +116,7 @@ class _Watched:
     def sketch_pass(self, probes: Mapping[str, Probe]) -> Any:
         result, gradients = self._session.sketch_pass(probes)
         for layer, gradient in gradients.items():
-            given = Probe(*(None if x is None else self.ops.to_numpy(x).astype(np.float64) for x in probes[layer]))
+            given = probes[layer]._replace(factor=self.ops.to_numpy(probes[layer].factor).astype(np.float64))
             passes = self._passes[layer]
             passes.append((given, self.ops.to_numpy(gradient).astype(np.float64)))
             self.found[f"sketch/{len(passes)}/{layer}"] = seen(passes)
@@ -131,7 +131,7 @@ def seen(passes: list[tuple[Probe, np.ndarray]]) -> np.ndarray:
     """
     projected = 0.0
     for given, gradient in passes[::-2]:
-        projected = projected + (gradient @ given.lora_A if given.lora_A is not None else given.lora_B @ gradient)
+        projected = projected + (gradient @ given.factor if given.side == "A" else given.factor @ gradient)
     return projected
 
 

@@ -4,7 +4,8 @@ import numpy as np
 
 from lora_one.backends import load_backend
 from lora_one.core.factors import Factors, normalized_factors
-from lora_one.core.spectrum import Probe, advance, draw_omega, finish, probe, start
+from lora_one.core.omega import draw_omega
+from lora_one.core.sketch import Probe, advance, finish, probe, start
 from lora_one.core.step import adamw, start_pair
 
 from .job import Job
@@ -42,8 +43,8 @@ def _start(record: Record, job: Job, layer: str) -> Record:
 
 
 def _product(g: np.ndarray, given: Probe) -> np.ndarray:
-    """The gradient of the zero factor, by the identities of `lora_one.core.spectrum`."""
-    return g @ given.lora_A.T if given.lora_A is not None else given.lora_B.T @ g
+    """The gradient of the zero factor, by the identities of `lora_one.core.sketch`."""
+    return g @ given.factor.T if given.side == "A" else given.factor.T @ g
 
 
 def _steps(record: Record, job: Job, layer: str) -> Record:

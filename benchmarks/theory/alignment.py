@@ -12,9 +12,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lora_one.core.alignment import principal_sines
+from lora_one.core.exact import exact_spectrum
 from lora_one.core.factors import gradient_factors
 from lora_one.core.ops import Array, Ops
-from lora_one.core.spectrum import exact_spectrum
 
 from .arrays import Arrays
 from .problem import Linear, descend, low_rank, plain_pair, together

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from lora_one.core.exact import exact_spectrum
 from lora_one.core.factors import gradient_factors
-from lora_one.core.spectrum import exact_spectrum
 
 from .arrays import Arrays
 from .problem import Linear, descend, plain_pair, together

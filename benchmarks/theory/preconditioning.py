@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from lora_one.core.exact import exact_spectrum
 from lora_one.core.factors import Factors, gradient_factors, normalized_factors
-from lora_one.core.spectrum import exact_spectrum
 
 from .arrays import Arrays
 from .problem import Linear, descend, low_rank, product

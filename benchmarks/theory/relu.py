@@ -9,8 +9,8 @@ start is about -D/2, and the spectral start takes a step of 2 along it.
 import numpy as np
 from matplotlib.figure import Figure
 
+from lora_one.core.exact import exact_spectrum
 from lora_one.core.factors import gradient_factors
-from lora_one.core.spectrum import exact_spectrum
 
 from .arrays import Arrays
 from .problem import Relu, descend, low_rank, plain_pair

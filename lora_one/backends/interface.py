@@ -1,13 +1,17 @@
-"""The seam between the algorithm and a framework's models: what a backend supplies to `lora_one.init`."""
+"""What a framework must supply: `Backend`, its module, and `Session`, a model of it during `init`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
+from lora_one.config import Config
 from lora_one.core.factors import Factors
 from lora_one.core.gradient import Gradient
 from lora_one.core.ops import Array, Ops
-from lora_one.core.spectrum import Probe
+from lora_one.core.sketch import Probe
+
+LossFn = Callable[[Any, Any], Any]  # (model, batch) -> mean loss, a scalar
 
 
 class Layer(NamedTuple):
@@ -37,11 +41,18 @@ class Session(Protocol):
     also takes back the attachment, so that the model is as it was found.
     """
 
-    ops: Ops
     model: Any  # what `init` returns: the model with its LoRA layers
     layers: list[Layer]
-    # Whether layers that are alike go through the algorithm together: where launches cost more than copies.
-    stacked: bool
+
+    @property
+    def ops(self) -> Ops:
+        """The operations on this framework's arrays."""
+        ...
+
+    @property
+    def stacks_layers(self) -> bool:
+        """Whether layers that are alike go through the algorithm together: where launches cost more than copies."""
+        ...
 
     def __enter__(self) -> "Session": ...
 
@@ -71,7 +82,7 @@ class Session(Protocol):
         """A forward pass over all batches with the factors that are assigned now."""
         ...
 
-    def unanimous(self, decision: bool) -> bool:
+    def all_agree(self, decision: bool) -> bool:
         """Whether all processes of a parallel run decide so; each of them asks, at the same point.
 
         A decision that rests on decompositions may differ in their last digit: one process alone must not go on to a
@@ -85,4 +96,41 @@ class Session(Protocol):
 
     def peak_memory(self) -> int | None:
         """Bytes: the device allocator's peak during this session, or the process's so far. None if unknown."""
+        ...
+
+
+class Backend(Protocol):
+    """The module of a framework: everything that `lora_one.init`, `optimizer`, `save`, `load` and `merge` ask of it.
+
+    `lora_one.backends.torch` is one, and docs/extending/backend.md walks through a small complete one. Errors are those
+    of `lora_one.errors`; what they mean stands at the function of the same name in `lora_one.api`.
+    """
+
+    @property
+    def ops(self) -> Ops:
+        """The operations on this framework's arrays."""
+        ...
+
+    def open_session(self, model: Any, batches: Iterable[Any], loss_fn: LossFn | None, config: Config) -> Session:
+        """Return a session that has not been entered yet: LoRA is attached when it is."""
+        ...
+
+    def attach_plain(self, model: Any, config: Config) -> Any:
+        """Attach LoRA with its usual start, for comparison, drawn by `config.seed`. Return the model."""
+        ...
+
+    def optimizer(self, model: Any, *args: Any, **options: Any) -> Any:
+        """Return AdamW for a model with LoRA layers, optionally preconditioned, of the framework's own kind."""
+        ...
+
+    def save(self, model: Any, path: Path) -> None:
+        """Write the active adapter in PEFT's layout into `path`, an empty folder."""
+        ...
+
+    def load(self, model: Any, path: Path, trainable: bool) -> Any:
+        """Open an adapter folder in PEFT's layout on its base model. Return the model."""
+        ...
+
+    def merge(self, model: Any, *args: Any, **options: Any) -> Any:
+        """Add the adapter to the base weights, and take the LoRA layers out. Return the plain model."""
         ...

@@ -7,6 +7,7 @@ import numpy as np
 
 from lora_one.core.factors import Factors
 from lora_one.errors import CheckpointError
+from lora_one.plots import Panel, draw
 from lora_one.report import LayerReport, Report
 
 from .metadata import read_report
@@ -45,6 +46,19 @@ class Inspection:
     path: Path
     layers: list[LayerInspection]
     report: Report | None
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the layers' spectra of s B A and its norms as an image; needs matplotlib."""
+        draw(
+            path,
+            [layer.name for layer in self.layers],
+            [layer.singular_values for layer in self.layers],
+            [layer.norm for layer in self.layers],
+            (
+                Panel("singular values of $s B A$", "$S_i / S_1$"),
+                Panel("size of the update", r"$\|s B A\|_F$"),
+            ),
+        )
 
 
 def inspect_adapter(path: Path) -> Inspection:

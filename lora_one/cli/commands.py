@@ -130,7 +130,6 @@ def inspect(
 ) -> None:
     """Show an adapter's spectra and energy, as a table and as a picture."""
     from lora_one.checkpoint.inspection import inspect_adapter
-    from lora_one.plots import plot_inspection
 
     from .progress import inspection_table
 
@@ -138,7 +137,7 @@ def inspect(
     with quiet(console):
         found = inspect_adapter(adapter)
         console.print(inspection_table(found))
-        plot_inspection(found, picture)
+        found.plot(picture)
     console.print(f"Picture: {picture}", soft_wrap=True)
 
 

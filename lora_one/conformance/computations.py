@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_one.core import alignment, factors, precondition, spectrum, step
+from lora_one.core import alignment, exact, factors, omega, precondition, sketch, step
 from lora_one.core.factors import Factors
 from lora_one.core.ops import Array, Ops
+from lora_one.core.spectrum import Spectrum
 
 Params = Mapping[str, Any]
 Host = Sequence[np.ndarray]  # float64
@@ -105,28 +106,28 @@ def _comparison(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[A
 
 def _omega(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
     rows, columns = params["shape"]
-    return [ops.asarray(spectrum.draw_omega(params["seed"], params["layer"], rows, columns), like=inputs[0])]
+    return [ops.asarray(omega.draw_omega(params["seed"], params["layer"], rows, columns), like=inputs[0])]
 
 
 def _exact(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
-    return spectrum.exact_spectrum(ops, inputs[0], params["rank"])
+    return exact.exact_spectrum(ops, inputs[0], params["rank"])
 
 
 def _sketch(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
     """The spectrum after each number of passes from 2 on; the gradients of a probe are products with G."""
     gradient, omega = inputs
-    state = spectrum.start(ops, omega, gradient.shape[0])
+    state = sketch.start(ops, omega, gradient.shape[0])
     found: list[Array] = []
     for passes in range(1, params["passes"] + 1):
-        state = spectrum.advance_on(ops, state, gradient)
+        state = sketch.advance_on(ops, state, gradient)
         if passes >= 2:
-            found.extend(spectrum.finish(ops, state, params["rank"]))
+            found.extend(sketch.finish(ops, state, params["rank"]))
     return found
 
 
 def _sketch_view(arrays: Host, inputs: Host, params: Params) -> View:
     view: View = {}
-    size = len(spectrum.Spectrum._fields)
+    size = len(Spectrum._fields)
     for index in range(len(arrays) // size):
         one = _spectrum_view(arrays[index * size : (index + 1) * size], inputs, params)
         view.update({f"{index + 2} passes: {name}": value for name, value in one.items()})
@@ -135,7 +136,7 @@ def _sketch_view(arrays: Host, inputs: Host, params: Params) -> View:
 
 def _spectrum_view(arrays: Host, inputs: Host, params: Params) -> View:
     """What is defined of a spectrum, in units of the largest entry of G, so that no square over- or underflows."""
-    found = spectrum.Spectrum(*arrays)
+    found = Spectrum(*arrays)
     unit = float(np.max(np.abs(inputs[0]))) or 1.0
     s, norm = found.s / unit, float(found.norm) / unit
     view = {
@@ -158,7 +159,7 @@ def _spectrum_view(arrays: Host, inputs: Host, params: Params) -> View:
 
 def _factors(scale: str) -> Callable[[Ops, Sequence[Array], Params], Sequence[Array]]:
     def run(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
-        found = spectrum.exact_spectrum(ops, inputs[0], params["rank"])
+        found = exact.exact_spectrum(ops, inputs[0], params["rank"])
         if scale == "normalized":
             return factors.normalized_factors(ops, found, params["gamma"])
         return factors.gradient_factors(ops, found, params["eta"])

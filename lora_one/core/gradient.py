@@ -2,9 +2,10 @@
 
 from typing import NamedTuple
 
-from .ops import Array, Ops, sum_of_squares
+from .arrays import sum_of_squares
+from .ops import Array, Ops
 
-TINY = 1e-30  # a unit where all entries are zero
+UNIT_OF_ZERO = 1e-30  # a unit where all entries are zero
 ENTRIES_AT_ONCE = 2**21  # of G, in a copy, which must not fill the memory
 
 
@@ -72,9 +73,10 @@ def norm_of_rows(ops: Ops, g: RowProduct) -> tuple[Array, Array]:
     ||dy^T x||_F^2 is the sum of the entries of dy dy^T times those of x x^T. Where what the rows have in common
     cancels, rounding is as large as what is left: the share says whether to believe it.
     """
-    of_dy, of_x = (ops.max(abs(y)) + TINY for y in g)  # units: neither factor need be of the size of their product
+    # Units: neither factor need be of the size of their product.
+    of_dy, of_x = (ops.max(abs(y)) + UNIT_OF_ZERO for y in g)
     dy, x = g.dy / of_dy, g.x / of_x
     terms = ops.matmul(dy, ops.matrix_transpose(dy)) * ops.matmul(x, ops.matrix_transpose(x))  # (T, T)
     total, magnitudes = (ops.sum(ops.sum(part, axis=1)) for part in (terms, abs(terms)))
     total = (total + abs(total)) / 2.0  # rounding may leave less than nothing
-    return of_dy * of_x * ops.sqrt(total), total / (magnitudes + TINY)
+    return of_dy * of_x * ops.sqrt(total), total / (magnitudes + UNIT_OF_ZERO)

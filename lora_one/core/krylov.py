@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .arrays import diagonal, largest_entry, split_by_projection
 from .gradient import Gradient, times, transposed_times
-from .ops import Array, Ops, diagonal, largest_entry
+from .ops import Array, Ops
 from .stacking import one_of, stack_of, stacked
 
 LAPACK_RESIDUAL = 16.0  # in units of eps s_1: ||G^T u_i - s_i v_i|| by LAPACK's float32 SVD of a 2048 x 768 gradient
-NOTHING_NEW = 4.0  # in units of eps ||G||: what is left of a vector below this length is rounding noise
+NOISE_LEVEL = 4.0  # in units of eps ||G||: what is left of a vector below this length is rounding noise
 
 
 class Triplets(NamedTuple):
@@ -62,7 +63,7 @@ def leading_triplets(ops: Ops, gs: Sequence[Gradient], omega: Array, rank: int, 
     k = omega.shape[-1]
     v = stacked(ops, [ops.qr(omega)[0]] * len(gs))  # (in, k)
     q, h = ops.qr(_of_each(ops, times, gs, v))  # (out, k), (k, k)
-    floor = NOTHING_NEW * ops.eps(v) * largest_entry(ops, h)
+    floor = NOISE_LEVEL * ops.eps(v) * largest_entry(ops, h)
     q, h = _without_noise(ops, q, h, floor)
     right, left = v, q  # (in, K), (out, K)
     found: list[Triplets | None] = [None] * len(gs)
@@ -160,12 +161,6 @@ def _new_block(ops: Ops, x: Array, known: Array, floor: Array) -> tuple[Array, A
         if float(ops.to_numpy(ops.max(-abs(diagonal(ops, again, identity))))) < -0.5:
             break
     return _without_noise(ops, q, r, floor)
-
-
-def split_by_projection(ops: Ops, x: Array, known: Array) -> tuple[Array, Array]:
-    """x, (n, k), less its projection on the orthonormal `known`, (n, K), and the coordinates of that, (K, k)."""
-    coordinates = ops.matmul(ops.matrix_transpose(known), x)
-    return x - ops.matmul(known, coordinates), coordinates
 
 
 def _without_noise(ops: Ops, q: Array, r: Array, floor: Array) -> tuple[Array, Array]:

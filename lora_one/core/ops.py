@@ -109,25 +109,3 @@ def as_one_program(ops: Ops, function: Callable[..., Any], static: tuple[str, ..
     compiled = getattr(ops, "compiled", None)
     made: Callable[..., Any] = partial(function, ops) if compiled is None else compiled(function, static)
     return made
-
-
-def largest_entry(ops: Ops, x: Array) -> Array:
-    """In magnitude, of each matrix: (..., m, n) -> (...)."""
-    return ops.max(ops.max(abs(x), axis=-1), axis=-1)
-
-
-def diagonal(ops: Ops, x: Array, identity: Array) -> Array:
-    """Of each matrix: (..., n, n) -> (..., n).
-
-    Args:
-        identity: `ops.eye`, (n, n), which who takes a diagonal mostly has.
-    """
-    return ops.sum(x * identity, axis=-1)
-
-
-def sum_of_squares(ops: Ops, x: Array, axes: int = 2) -> Array:
-    """Over the last one or two axes: of rows first, since one long sum in float32 loses digits."""
-    total = x * x
-    for _ in range(axes):
-        total = ops.sum(total, axis=-1)
-    return total

@@ -8,8 +8,9 @@ both from the old A and B. All functions take leading batch axes, so that the pa
 
 from typing import Literal
 
+from .arrays import diagonal
 from .factors import Factors
-from .ops import Array, Ops, diagonal
+from .ops import Array, Ops
 
 Damping = Literal["absolute", "relative"]
 

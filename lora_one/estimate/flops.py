@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lora_one.core.exact import EXACT_OVERSAMPLE, plan
 from lora_one.core.gradient import rows_are_smaller
-from lora_one.core.spectrum import CROWDED, EXACT_OVERSAMPLE
+from lora_one.core.sketch import REORTHOGONALIZE_THRESHOLD
 
 from .architecture import Architecture, Block, Linear
 from .workload import Workload
@@ -118,9 +119,10 @@ def _tokens(linear: Linear, work: Workload) -> int:
 
 def exact_products(linear: Linear, rank: int) -> tuple[int, bool]:
     """Products with a target's G, and whether it takes the dense SVD: in their place, or after them."""
-    limit, width = min(linear.out_features, linear.in_features) // 4, rank + EXACT_OVERSAMPLE
-    if 3 * width > limit:
+    found = plan((linear.out_features, linear.in_features), rank)
+    if found is None:
         return 0, True
+    width, limit = found
     return min(EXACT_PRODUCTS, 2 * (limit // width)), EXACT_PRODUCTS * width > 2 * limit
 
 
@@ -158,7 +160,7 @@ def _sketch(linear: Linear, rank: int, width: int, passes: int) -> Decomposition
     for number in range(1, passes + 1):
         side = number % 2  # odd passes yield directions of the outputs, even ones of the inputs
         rows = linear.out_features if side else linear.in_features
-        rounds = 1 if not known[side] else 3 if CROWDED * (known[side] + k) > rows else 2
+        rounds = 1 if not known[side] else 3 if REORTHOGONALIZE_THRESHOLD * (known[side] + k) > rows else 2
         qr += rounds * 4 * rows * k * k
         thin += rounds * 4 * rows * k * known[side] + 2 * rows * k * k  # and the new block's coordinates
         known[side] += k

@@ -4,7 +4,7 @@ import pytest
 
 from lora_one.conformance import check_backend, check_installed
 from lora_one.conformance.suite import applies, checks, run
-from lora_one.conformance.targets import DTYPES, REQUIRED, backends, open_target
+from lora_one.conformance.targets.loading import DTYPES, REQUIRED, backends, open_target
 from lora_one.errors import BackendError, ConfigError
 
 TARGETS = [(backend, dtype) for backend in backends() for dtype in DTYPES if (backend, dtype) != ("numpy", "bfloat16")]
@@ -29,7 +29,7 @@ def test_what_applies_to_whom():
 
 def test_a_required_framework_that_is_missing_is_an_error(monkeypatch):
     monkeypatch.setenv(REQUIRED, "numpy, torch")
-    monkeypatch.setattr("lora_one.conformance.targets._installed", lambda name: name == "numpy")
+    monkeypatch.setattr("lora_one.conformance.targets.loading._installed", lambda name: name == "numpy")
     with pytest.raises(BackendError, match=r"torch: required by LORA_ONE_BACKENDS, not installed: pip install"):
         backends()
     with pytest.raises(BackendError, match=r"mlx: asked for, not installed"):

@@ -9,7 +9,7 @@ import pytest
 from lora_one.backends.numpy.ops import NumpyOps
 from lora_one.conformance import Check, Target, checks, run
 from lora_one.conformance.computations import problems
-from lora_one.core import alignment, factors, precondition, spectrum, step
+from lora_one.core import alignment, exact, factors, omega, precondition, sketch, step
 from lora_one.core.factors import Factors
 
 
@@ -144,7 +144,9 @@ def test_narrow_inputs_that_are_computed_with_as_they_are_fail():
 TRUE = {
     name: getattr(module, name)
     for module, names in {
-        spectrum: ("draw_omega", "exact_spectrum", "start", "probe", "advance", "finish"),
+        omega: ("draw_omega",),
+        exact: ("exact_spectrum",),
+        sketch: ("start", "probe", "advance", "finish"),
         factors: ("normalized_factors", "gradient_factors", "plain_factors"),
         precondition: ("precondition", "damped_inverse"),
         step: ("gradient_descent", "adamw", "_adamw"),
@@ -165,7 +167,7 @@ def _power_scaled(ops, found, gamma):
 
 def _probes_omega_again(ops, state, gradient):
     fresh = TRUE["advance"](ops, state, gradient)
-    return fresh._replace(block=state.block) if fresh.passes == 2 else fresh
+    return fresh._replace(next_probe=state.next_probe) if fresh.passes == 2 else fresh
 
 
 def _forgets_what_is_known(ops, x, known, block):
@@ -206,16 +208,16 @@ NO_REG = lambda ops, pair, gradient, reg, damping: TRUE["precondition"](ops, pai
 ONE_DAMPING = lambda ops, gram, reg, damping: TRUE["damped_inverse"](ops, gram, reg, "absolute")  # noqa: E731
 
 WRONG_STEPS: list[tuple[str, Any, str, Callable[..., Any]]] = [
-    ("omega", spectrum, "draw_omega", lambda seed, *a: TRUE["draw_omega"](seed + 1, *a)),
-    ("omega", spectrum, "draw_omega", lambda seed, layer, *a: TRUE["draw_omega"](seed, layer.split(".")[-1], *a)),
-    ("exact spectrum", spectrum, "exact_spectrum", lambda ops, g, r: TRUE["exact_spectrum"](ops, -g, r)),
-    ("exact spectrum", spectrum, "exact_spectrum", lambda ops, g, r: TRUE["exact_spectrum"](ops, g, max(r - 1, 1))),
-    ("exact spectrum", spectrum, "exact_spectrum", lambda ops, g, r: TRUE["exact_spectrum"](ops, coarse(g), r)),
-    ("sketch, after each pass", spectrum, "finish", lambda ops, s, r: TRUE["finish"](ops, s, r + 1)),
-    ("sketch, after each pass", spectrum, "start", lambda ops, o, n: TRUE["start"](ops, o[::-1], n)),
-    ("sketch, after each pass", spectrum, "advance", lambda ops, s, g: TRUE["advance"](ops, s, -g)),
-    ("sketch, after each pass", spectrum, "advance", _probes_omega_again),
-    ("sketch, after each pass", spectrum, "_new_directions", _forgets_what_is_known),
+    ("omega", omega, "draw_omega", lambda seed, *a: TRUE["draw_omega"](seed + 1, *a)),
+    ("omega", omega, "draw_omega", lambda seed, layer, *a: TRUE["draw_omega"](seed, layer.split(".")[-1], *a)),
+    ("exact spectrum", exact, "exact_spectrum", lambda ops, g, r: TRUE["exact_spectrum"](ops, -g, r)),
+    ("exact spectrum", exact, "exact_spectrum", lambda ops, g, r: TRUE["exact_spectrum"](ops, g, max(r - 1, 1))),
+    ("exact spectrum", exact, "exact_spectrum", lambda ops, g, r: TRUE["exact_spectrum"](ops, coarse(g), r)),
+    ("sketch, after each pass", sketch, "finish", lambda ops, s, r: TRUE["finish"](ops, s, r + 1)),
+    ("sketch, after each pass", sketch, "start", lambda ops, o, n: TRUE["start"](ops, o[::-1], n)),
+    ("sketch, after each pass", sketch, "advance", lambda ops, s, g: TRUE["advance"](ops, s, -g)),
+    ("sketch, after each pass", sketch, "advance", _probes_omega_again),
+    ("sketch, after each pass", sketch, "_new_directions", _forgets_what_is_known),
     ("factors, normalized", factors, "normalized_factors", _power_scaled),
     ("factors, normalized", factors, "normalized_factors", lambda o, s, g: TRUE["normalized_factors"](o, s, g**0.5)),
     ("factors, normalized", factors, "normalized_factors", lambda o, s, g: TRUE["gradient_factors"](o, s, 1 / g)),

@@ -3,8 +3,8 @@ import pytest
 import scipy.linalg
 
 from lora_one.core.alignment import captured_energy, principal_cosines, principal_sines
+from lora_one.core.exact import exact_spectrum
 from lora_one.core.factors import normalized_factors
-from lora_one.core.spectrum import exact_spectrum
 from tests.arrays import ARRAYS, Arrays, spectrum_matrix
 
 

@@ -3,8 +3,9 @@ import math
 import numpy as np
 import pytest
 
+from lora_one.core.exact import exact_spectrum
 from lora_one.core.factors import gradient_factors, normalized_factors, plain_factors
-from lora_one.core.spectrum import draw_omega, exact_spectrum
+from lora_one.core.omega import draw_omega
 from tests.arrays import ARRAYS, Arrays, best_rank, spectrum_matrix
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lora_one.core.exact import exact_spectrum
 from lora_one.core.gradient import (
     RowProduct,
     arrays_of,
@@ -13,7 +14,7 @@ from lora_one.core.gradient import (
     transposed_times,
 )
 from lora_one.core.krylov import leading_triplets
-from lora_one.core.spectrum import draw_omega, exact_spectrum
+from lora_one.core.omega import draw_omega
 from tests.arrays import ARRAYS, Arrays, best_rank
 
 
@@ -65,7 +66,7 @@ def test_the_spectrum_is_that_of_the_matrix_and_nothing_is_multiplied_out(arrays
     product = RowProduct(arrays.of(dy), arrays.of(x))
     omega = arrays.of(draw_omega(0, "exact", 320, 12))
     assert leading_triplets(arrays.ops, [product], omega, 4, limit=80) != [None]
-    monkeypatch.setattr("lora_one.core.spectrum.as_matrix", lambda *_: pytest.fail("multiplied out"))
+    monkeypatch.setattr("lora_one.core.exact.as_matrix", lambda *_: pytest.fail("multiplied out"))
     spectrum = exact_spectrum(arrays.ops, product, 4)
     u, s, vt = (arrays.numpy(part) for part in spectrum[:3])
     arrays.assert_close((u * s) @ vt, -best_rank(g, 4))
@@ -79,7 +80,7 @@ def test_rows_that_all_but_cancel_are_multiplied_out_first(arrays, monkeypatch):
     dy, x = rows(60, 330, 320)
     dy, x = arrays.of(dy - dy.mean(axis=0)), arrays.of(x + 300.0)
     g = arrays.numpy(dy).T @ arrays.numpy(x)
-    monkeypatch.setattr("lora_one.core.spectrum._thin_svd", lambda *_: pytest.fail("a dense SVD"))
+    monkeypatch.setattr("lora_one.core.exact.thin_svd", lambda *_: pytest.fail("a dense SVD"))
     spectrum = exact_spectrum(arrays.ops, RowProduct(dy, x), 4)
     arrays.assert_close(spectrum.s, np.linalg.svd(g, compute_uv=False)[:4])
     arrays.assert_close(spectrum.norm, np.asarray(np.linalg.norm(g)))

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 import lora_one
 from lora_one.backends.numpy import ops
+from lora_one.core.exact import exact_spectrum
 from lora_one.core.factors import Factors, normalized_factors
+from lora_one.core.omega import draw_omega
 from lora_one.core.precondition import precondition
-from lora_one.core.spectrum import advance_on, draw_omega, exact_spectrum, finish, start
+from lora_one.core.sketch import advance_on, finish, start
 from lora_one.core.step import gradient_descent
 
 SEEDS = st.integers(0, 2**32 - 1)

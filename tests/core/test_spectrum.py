@@ -5,20 +5,11 @@ import numpy as np
 import pytest
 
 from lora_one.core import krylov
+from lora_one.core.exact import exact_spectra, exact_spectrum
 from lora_one.core.gradient import times
 from lora_one.core.krylov import leading_triplets
-from lora_one.core.spectrum import (
-    CROWDED,
-    SketchState,
-    advance,
-    advance_on,
-    draw_omega,
-    exact_spectra,
-    exact_spectrum,
-    finish,
-    probe,
-    start,
-)
+from lora_one.core.omega import draw_omega
+from lora_one.core.sketch import REORTHOGONALIZE_THRESHOLD, SketchState, advance, advance_on, finish, probe, start
 from lora_one.core.stacking import unstacked
 from tests.arrays import ARRAYS, Arrays, best_rank, spectrum_matrix
 
@@ -36,11 +27,11 @@ def run_passes(arrays: Arrays, g: np.ndarray, width: int, passes: int, seed: int
     ops, gradient = arrays.ops, arrays.of(g)
     state = start(ops, arrays.of(draw_omega(seed, "layer", g.shape[1], width)), g.shape[0])
     for _ in range(passes):
-        lora_A, lora_B = probe(ops, state)
-        if lora_A is not None:
-            wanted = ops.matmul(gradient, ops.matrix_transpose(lora_A))
+        side, factor = probe(ops, state)
+        if side == "A":
+            wanted = ops.matmul(gradient, ops.matrix_transpose(factor))
         else:
-            wanted = ops.matmul(ops.matrix_transpose(lora_B), gradient)
+            wanted = ops.matmul(ops.matrix_transpose(factor), gradient)
         state = advance(ops, state, wanted)
     return state
 
@@ -148,7 +139,7 @@ def test_what_is_missing_is_told_of_flat_spectra_too_after_even_and_after_odd_pa
 def test_a_state_is_its_bases_and_what_g_is_in_them(arrays):
     g = spectrum_matrix(60, 50, 1.0 / np.arange(1, 51))
     state = run_passes(arrays, g, 6, 5)
-    left = np.concatenate([arrays.numpy(q) for q in (*state.left, state.block)], axis=1)  # (out, 18)
+    left = np.concatenate([arrays.numpy(q) for q in (*state.left, state.next_probe)], axis=1)  # (out, 18)
     right = np.concatenate([arrays.numpy(v) for v in state.right], axis=1)  # (in, 18)
     assert [x.shape for x in state.coordinates] == [(6, 6), (12, 6), (12, 6), (18, 6), (18, 6)]
     inside = np.zeros((18, 18))
@@ -156,7 +147,7 @@ def test_a_state_is_its_bases_and_what_g_is_in_them(arrays):
         inside[: 6 * (j + 1), 6 * j : 6 * (j + 1)] = arrays.numpy(x)
     arrays.assert_close(inside, left.T @ g @ right)
     arrays.assert_close(left @ inside, g @ right)  # nothing of the products is lost
-    kept = sum(np.size(arrays.numpy(x)) for x in (*state.left, *state.right, state.block))
+    kept = sum(np.size(arrays.numpy(x)) for x in (*state.left, *state.right, state.next_probe))
     assert kept == 3 * 6 * (60 + 50)
 
 
@@ -186,7 +177,7 @@ NOISY = {"low": np.ones(3), "steep": 0.5 ** np.arange(60), "tail": np.r_[np.ones
 @pytest.mark.parametrize("name", NOISY)
 def test_bases_are_orthonormal_where_two_projections_are_made_of_noise_in_a_wide_space(arrays, name):
     state = run_passes(arrays, spectrum_matrix(260, 200, NOISY[name]), 8, 8)
-    assert CROWDED * sum(block.shape[1] for block in state.right) < 200  # or it would be three
+    assert REORTHOGONALIZE_THRESHOLD * sum(block.shape[1] for block in state.right) < 200  # or it would be three
     for blocks in (state.left, state.right):
         basis = np.concatenate([arrays.numpy(block) for block in blocks], axis=1)
         arrays.assert_close(basis.T @ basis, np.eye(basis.shape[1]))

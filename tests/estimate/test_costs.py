@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.cost import RESULT, summary
 from lora_one.config import Config
-from lora_one.core.spectrum import EXACT_OVERSAMPLE
+from lora_one.core.exact import EXACT_OVERSAMPLE
 from lora_one.errors import ConfigError
 from lora_one.estimate import Workload, estimate, measured_error
 from lora_one.estimate.activations import kept_bytes

@@ -6,8 +6,7 @@ from .nnx.layers import register_layer
 from .nnx.plain import attach_plain
 from .ops import JaxOps
 from .optimizer import lora_adamw, optimizer, scale_by_lora_preconditioner
-from .session import JaxSession
-from .session import JaxSession as attach
+from .session import JaxSession, open_session
 from .trees.models import LinenModel, PytreeModel
 
 ops = JaxOps()
@@ -17,12 +16,12 @@ __all__ = [
     "JaxSession",
     "LinenModel",
     "PytreeModel",
-    "attach",
     "attach_plain",
     "load",
     "load_llama",
     "lora_adamw",
     "merge",
+    "open_session",
     "ops",
     "optimizer",
     "register_layer",

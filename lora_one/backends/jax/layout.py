@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lora_one.core.factors import Factors
-from lora_one.core.spectrum import Probe
+from lora_one.core.sketch import Side
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,12 @@ class Layout:
         b = jnp.stack([pair.lora_B.T for pair in pairs])  # (n, r, out)
         return a.reshape(self.a_shape(a.shape[-1])), b.reshape(self.b_shape(b.shape[1]))
 
-    def probed(self, probes: list[Probe]) -> tuple[Array, Array]:
-        """(lora_a, lora_b) from one probe a matrix: zero is the factor that the probes leave out."""
-        pairs = []
-        for a, b in probes:
-            if a is not None:
-                pairs.append(Factors(a, jnp.zeros((self.out_features, a.shape[0]), a.dtype)))
-            else:
-                assert b is not None
-                pairs.append(Factors(jnp.zeros((b.shape[1], self.in_features), b.dtype), b))
+    def probed(self, side: Side, factors: list[Array]) -> tuple[Array, Array]:
+        """(lora_a, lora_b) from one probe per matrix, all on one side: the other side is zero."""
+        if side == "A":
+            pairs = [Factors(a, jnp.zeros((self.out_features, a.shape[0]), a.dtype)) for a in factors]
+        else:
+            pairs = [Factors(jnp.zeros((b.shape[1], self.in_features), b.dtype), b) for b in factors]
         a, b = self.leaves(pairs)
         return a, b
 

@@ -16,9 +16,9 @@ from lora_one.backends.checks import check_no_torch_settings, check_reiterable
 from lora_one.backends.interface import Layer, PassResult
 from lora_one.config import Config
 from lora_one.core.factors import Factors
-from lora_one.core.spectrum import Probe
+from lora_one.core.sketch import Probe, Side
+from lora_one.environment import process_peak
 from lora_one.errors import BatchError, ModelError
-from lora_one.memory import process_peak
 
 from .layout import Layout
 from .nnx.adopt import find_adapters
@@ -41,7 +41,7 @@ class JaxSession:
         self.ops = JaxOps()
         self.model = model
         self.layers: list[Layer] = []
-        self.stacked = False
+        self.stacks_layers = False
         self._warned = False
         self._batches = batches
         self._loss_fn = loss_fn
@@ -113,7 +113,7 @@ class JaxSession:
         probes = {}
         for layer in self.layers:
             eye = self.ops.eye(min(layer.in_features, layer.out_features), self.like(layer.name))
-            probes[layer.name] = Probe(eye, None) if layer.in_features <= layer.out_features else Probe(None, eye)
+            probes[layer.name] = Probe("A" if layer.in_features <= layer.out_features else "B", eye)
         result, gradients = self._gradients(probes)
         for name, gradient in gradients.items():
             consume(name, gradient)
@@ -122,7 +122,7 @@ class JaxSession:
     def mean_loss(self) -> PassResult:
         return PassResult(*self.oracle.mean_loss(self._batches))
 
-    def unanimous(self, decision: bool) -> bool:
+    def all_agree(self, decision: bool) -> bool:
         return decision  # whatever the devices and hosts, one program computes it
 
     def assign(self, layer: str, factors: Factors) -> None:
@@ -145,7 +145,9 @@ class JaxSession:
         """
         layouts = tuple(site.layout for site in self._sites.values())
         in_order = [[probes[layer.name] for layer in site.layers()] for site in self._sites.values()]
-        given = dict(zip(self._sites, _installed(layouts, in_order), strict=True))
+        sides = tuple(some[0].side for some in in_order)
+        factors = [[probe.factor for probe in some] for some in in_order]
+        given = dict(zip(self._sites, _installed(layouts, sides, factors), strict=True))
         turns = max(
             -(-leaves.a.shape[-1] // self._sites[name].width) if self._sites[name].width else 1
             for name, leaves in given.items()
@@ -159,8 +161,7 @@ class JaxSession:
         self._warn_of_left_out()
         joined = [_joined(site, collected[name], given[name].a.shape[-1]) for name, site in self._sites.items()]
         natives = tuple(site.native for site in self._sites.values())
-        of_b = tuple(some[0].lora_A is not None for some in in_order)
-        matrices = _at_scale_1(layouts, natives, of_b, joined)
+        matrices = _at_scale_1(layouts, natives, sides, joined)
         names = [layer.name for site in self._sites.values() for layer in site.layers()]
         found = dict(zip(names, matrices, strict=True))
         return PassResult(loss, count), found
@@ -170,6 +171,11 @@ class JaxSession:
         if self._config.targets == Config().targets and self._binding.attached and not self._warned:
             warn_of_left_out(*self._binding.weight_names(), self.oracle.uses)
         self._warned = True
+
+
+def open_session(model: Any, batches: Iterable[Any], loss_fn: LossFn | None, config: Config) -> JaxSession:
+    """See `lora_one.backends.interface.Backend`."""
+    return JaxSession(model, batches, loss_fn, config)
 
 
 def _columns(site: Site, leaves: Leaves, turn: int) -> Leaves:
@@ -200,20 +206,24 @@ def _joined(site: Site, turns: list[Leaves], columns: int) -> Leaves:
 
 
 # All layers' in one program, here and below: eager, each operation would be compiled, for each shape.
-@partial(jax.jit, static_argnums=0)
-def _installed(layouts: tuple[Layout, ...], probes: list[list[Probe]]) -> list[Leaves]:
-    """The leaves of each site with its probes, one a matrix."""
-    return [Leaves(*layout.probed(some)) for layout, some in zip(layouts, probes, strict=True)]
+@partial(jax.jit, static_argnums=(0, 1))
+def _installed(layouts: tuple[Layout, ...], sides: tuple[Side, ...], factors: list[list[Array]]) -> list[Leaves]:
+    """The leaves of each site with its probes, one per matrix, all of a site on one side."""
+    return [Leaves(*layout.probed(side, some)) for layout, side, some in zip(layouts, sides, factors, strict=True)]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _at_scale_1(
-    layouts: tuple[Layout, ...], natives: tuple[float, ...], of_b: tuple[bool, ...], gradients: list[Leaves]
+    layouts: tuple[Layout, ...], natives: tuple[float, ...], sides: tuple[Side, ...], gradients: list[Leaves]
 ) -> list[Array]:
-    """Of each matrix the gradient of lora_B or of lora_A, from the leaves' at the sites' own scales."""
+    """The gradient of each matrix's zero factor, from the leaves' at the sites' own scales.
+
+    Args:
+        sides: where the probes were: the zero factor is the other one.
+    """
     found: list[Array] = []
-    for layout, native, side, leaves in zip(layouts, natives, of_b, gradients, strict=True):
-        matrices = layout.lora_Bs(leaves.b) if side else layout.lora_As(leaves.a)
+    for layout, native, side, leaves in zip(layouts, natives, sides, gradients, strict=True):
+        matrices = layout.lora_Bs(leaves.b) if side == "A" else layout.lora_As(leaves.a)
         found += [matrix / native for matrix in matrices]
     return found
 

@@ -5,8 +5,7 @@ from .ops import MlxOps
 from .optimizer import LoraOneAdamW, optimizer
 from .plain import attach_plain
 from .pretrained import load_pretrained
-from .session import MlxSession
-from .session import MlxSession as attach
+from .session import MlxSession, open_session
 from .targets import last_layers
 
 ops = MlxOps()
@@ -15,12 +14,12 @@ __all__ = [
     "LoraOneAdamW",
     "MlxOps",
     "MlxSession",
-    "attach",
     "attach_plain",
     "last_layers",
     "load",
     "load_pretrained",
     "merge",
+    "open_session",
     "ops",
     "optimizer",
     "save",

@@ -13,13 +13,13 @@ from lora_one.backends.checks import check_finite_loss, check_no_torch_settings,
 from lora_one.backends.interface import Layer, PassResult
 from lora_one.config import Config
 from lora_one.core.factors import Factors
-from lora_one.core.spectrum import Probe
+from lora_one.core.sketch import Probe
 
 from .attach import Site, attach_lora, check_adapter_fits, find_sites, random_stream_kept
 from .layout import read_factor, read_pairs, write_pairs
 from .ops import MlxOps
 from .passes.batches import LossFn, check_scalar, default_loss, to_mlx
-from .passes.distributed import mean_over_processes, sum_over_processes, unanimous
+from .passes.distributed import all_agree, mean_over_processes, sum_over_processes
 from .passes.loss_scale import LossScale, Summaries, summary
 from .passes.standins import installed, tapped
 from .tree import Snapshot, train_without_dropout
@@ -34,7 +34,7 @@ class MlxSession:
         self.ops = MlxOps()
         self.model = model
         self.layers: list[Layer] = []
-        self.stacked = False
+        self.stacks_layers = False
         self._sites: dict[str, Site] = {}
         self._pairs: dict[str, list[Factors]] = {}  # by site; written into the model by `_write`
         self._position: dict[str, tuple[str, int]] = {}  # layer -> its site, and which of its pairs
@@ -110,8 +110,7 @@ class MlxSession:
         with ExitStack() as stack:
             for site in self._sites.values():
                 stack.enter_context(installed(site, [probes[layer.name] for layer in site.layers]))
-            given_a = next(iter(probes.values())).lora_A is not None
-            name = "lora_b" if given_a else "lora_a"
+            name = "lora_b" if next(iter(probes.values())).side == "A" else "lora_a"
             modules = {path: site.module for path, site in self._sites.items()}
             result, sums = self._backward(modules, name, mx.eval)
         gradients: dict[str, mx.array | None] = {}
@@ -191,8 +190,8 @@ class MlxSession:
             total += check_finite_loss(float(np.array(loss)), count)
         return PassResult(*mean_over_processes(total, count))
 
-    def unanimous(self, decision: bool) -> bool:
-        return unanimous(decision)
+    def all_agree(self, decision: bool) -> bool:
+        return all_agree(decision)
 
     def assign(self, layer: str, factors: Factors) -> None:
         path, index = self._position[layer]
@@ -205,3 +204,8 @@ class MlxSession:
 
     def peak_memory(self) -> int | None:
         return mx.get_peak_memory()
+
+
+def open_session(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None, config: Config) -> MlxSession:
+    """See `lora_one.backends.interface.Backend`."""
+    return MlxSession(model, batches, loss_fn, config)

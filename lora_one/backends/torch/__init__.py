@@ -5,8 +5,7 @@ from .files.folder import load, save
 from .merge import merge
 from .ops import TorchOps
 from .optimizer import LoraOneAdamW, optimizer
-from .session import TorchSession
-from .session import TorchSession as attach
+from .session import TorchSession, open_session
 
 ops = TorchOps()
 
@@ -14,10 +13,10 @@ __all__ = [
     "LoraOneAdamW",
     "TorchOps",
     "TorchSession",
-    "attach",
     "attach_plain",
     "load",
     "merge",
+    "open_session",
     "ops",
     "optimizer",
     "save",

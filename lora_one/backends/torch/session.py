@@ -13,9 +13,9 @@ from lora_one.backends.interface import Layer, PassResult
 from lora_one.config import Config
 from lora_one.core.factors import Factors
 from lora_one.core.gradient import Gradient, arrays_of
-from lora_one.core.spectrum import Probe
+from lora_one.core.sketch import Probe
+from lora_one.environment import process_peak
 from lora_one.errors import BatchError
-from lora_one.memory import process_peak
 
 from .attachment.adapters import adapter_of, is_leftover
 from .attachment.attach import Site, attach_lora, check_adapter_fits, find_sites
@@ -26,10 +26,10 @@ from .files.state import is_frozen, train_adapter
 from .linalg.precision import full_precision, no_reduced_matmul
 from .ops import TorchOps
 from .passes.batches import Evaluate, LossFn, check_depends, default_loss, device_of, losses
-from .passes.distributed import is_parallel, mean_over_processes, sum_over_processes, unanimous
+from .passes.distributed import all_agree, is_parallel, mean_over_processes, sum_over_processes
 from .passes.frozen_linear import frozen_linears
 from .passes.loss_scale import LossScale
-from .passes.own_gradients import NOTHING, own_gradients
+from .passes.own_gradients import own_gradients
 from .passes.recompute import Recompute
 from .passes.sums import Sums
 from .passes.tap import ROWS, WHOLE, Product, product_of, tap
@@ -111,7 +111,7 @@ class TorchSession:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     @property
-    def stacked(self) -> bool:
+    def stacks_layers(self) -> bool:
         return self._device.type != "cpu"
 
     @property
@@ -136,9 +136,9 @@ class TorchSession:
                 consume(name, gradient)
 
         # Where matrices go in stacks, multiplying out costs next to nothing, and a launch for each product a lot.
-        product = WHOLE if is_parallel() or self.stacked else ROWS
+        product = WHOLE if is_parallel() or self.stacks_layers else ROWS
         products = dict.fromkeys(self._sites, product)
-        nothing = dict.fromkeys(self._sites, NOTHING)
+        nothing: dict[str, Probe | None] = dict.fromkeys(self._sites)
         result, read = self._pass(products, nothing, consume_precisely, early=True)
         if read:
             _check_second_pass(self._batches, read)
@@ -150,12 +150,12 @@ class TorchSession:
         """Beside it a factor's gradient is G itself."""
         layer, like = self._sites[name].layer, self.like(name)
         eye = torch.eye(min(layer.out_features, layer.in_features), device=like.device, dtype=like.dtype)
-        return Probe(eye, None) if layer.in_features <= layer.out_features else Probe(None, eye)
+        return Probe("A" if layer.in_features <= layer.out_features else "B", eye)
 
     def _pass(
         self,
         products: Mapping[str, Product],
-        probes: Mapping[str, Probe],
+        probes: Mapping[str, Probe | None],
         consume: Callable[[str, Any], None],
         early: bool = False,
     ) -> tuple[PassResult, list[str]]:
@@ -187,7 +187,7 @@ class TorchSession:
 
         with ExitStack() as stack:
             for name, probe in probes.items():
-                sink = sums.add_read if name in products and probe is not NOTHING else sums.noticed
+                sink = sums.add_read if name in products and probe is not None else sums.noticed
                 stack.enter_context(own_gradients(self._sites[name], probe, partial(sink, name)))
             for name, product in products.items():
                 layer, calls = self._sites[name].module, partial(sums.called, name)
@@ -225,8 +225,8 @@ class TorchSession:
             total += evaluate()[1] if backward is None else backward(evaluate, count, last)
         return PassResult(*mean_over_processes(total, count, self._device))
 
-    def unanimous(self, decision: bool) -> bool:
-        return unanimous(decision, self._device)
+    def all_agree(self, decision: bool) -> bool:
+        return all_agree(decision, self._device)
 
     def assign(self, layer: str, factors: Factors) -> None:
         site = self._sites[layer]
@@ -238,6 +238,11 @@ class TorchSession:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return process_peak()
+
+
+def open_session(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None, config: Config) -> TorchSession:
+    """See `lora_one.backends.interface.Backend`."""
+    return TorchSession(model, batches, loss_fn, config)
 
 
 def _check_second_pass(batches: Iterable[Any], read: list[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_one.core.spectrum import draw_omega
+from lora_one.core.omega import draw_omega
 
 SCALES = {"scale 1e-20": 2.0**-66, "scale 1e20": 2.0**66}
 

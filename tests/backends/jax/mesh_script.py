@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_one
-from lora_one.backends.jax import attach, lora_adamw
+from lora_one.backends.jax import lora_adamw, open_session
 from lora_one.backends.jax.sites import Leaves
 from lora_one.core.factors import Factors
 from lora_one.errors import LoraOneError
@@ -107,7 +107,7 @@ def run(shape: tuple[int, int], kind: str, expected: dict[str, np.ndarray]) -> d
             for x, y in DATA
         ]  # fmt: skip
         bases = {name: getattr(model, name).kernel.get_raw_value() for name in ("up", "down", "heads")}
-        with attach(model, placed, loss_fn, CONFIG) as session:
+        with open_session(model, placed, loss_fn, CONFIG) as session:
             initialize(session, CONFIG, "jax", time.perf_counter())
             traces = [session.oracle.traces, session.oracle.compilations()]
             oracle = collectives(session.oracle.program(placed[0], probes(session)))

@@ -6,9 +6,11 @@ import pytest
 from lora_one.backends.jax import ops
 from lora_one.core import step
 from lora_one.core.alignment import captured_energy, principal_sines
+from lora_one.core.exact import exact_spectrum
 from lora_one.core.factors import Factors, normalized_factors
+from lora_one.core.omega import draw_omega
 from lora_one.core.precondition import precondition
-from lora_one.core.spectrum import advance, draw_omega, exact_spectrum, finish, probe, start
+from lora_one.core.sketch import advance, finish, probe, start
 from tests.arrays import best_rank, spectrum_matrix
 from tests.backends.jax.models import counted_compilations
 

@@ -247,7 +247,7 @@ def test_one_batch_frees_each_full_gradient_before_the_next_layer():
     """In the last batch a layer is decomposed inside the backward pass: at most one full gradient is alive."""
     case = llama()
     alive, most = 0, 0
-    session = lora_one.backends.load_backend("torch").attach(case.model, case.batches[:1], None, EXACT)
+    session = lora_one.backends.load_backend("torch").open_session(case.model, case.batches[:1], None, EXACT)
 
     def consume(name, gradient):
         nonlocal most

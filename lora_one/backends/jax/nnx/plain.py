@@ -6,7 +6,7 @@ from flax import nnx
 from lora_one.backends.jax.ops import JaxOps
 from lora_one.config import Config
 from lora_one.core.factors import plain_factors
-from lora_one.core.spectrum import draw_omega
+from lora_one.core.omega import draw_omega
 
 from .binding import NnxBinding
 

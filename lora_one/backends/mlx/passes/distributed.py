@@ -14,7 +14,7 @@ def sum_over_processes(x: mx.array) -> mx.array:
     return mx.distributed.all_sum(x, stream=mx.cpu) if is_parallel() else x
 
 
-def unanimous(decision: bool) -> bool:
+def all_agree(decision: bool) -> bool:
     """Whether it is that of all processes."""
     return not np.array(sum_over_processes(mx.array(0.0 if decision else 1.0))).any()
 

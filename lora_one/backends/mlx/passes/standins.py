@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from lora_one.backends.mlx.attach import Site
 from lora_one.backends.mlx.layout import write_factor
-from lora_one.core.spectrum import Probe
+from lora_one.core.sketch import Probe
 
 from .tap import tap, zeros_without_memory
 
@@ -21,15 +21,12 @@ def installed(site: Site, probes: list[Probe]) -> Iterator[None]:
     given: list[mx.array] = []
     zeros: list[mx.array] = []
     for probe, layer in zip(probes, site.layers, strict=True):
-        if probe.lora_A is not None:
-            given.append(probe.lora_A)
-            zeros.append(zeros_without_memory((layer.out_features, probe.lora_A.shape[0]), probe.lora_A.dtype))
-        else:
-            assert probe.lora_B is not None
-            given.append(probe.lora_B)
-            zeros.append(zeros_without_memory((probe.lora_B.shape[1], layer.in_features), probe.lora_B.dtype))
+        k = probe.factor.shape[0 if probe.side == "A" else 1]
+        shape = (layer.out_features, k) if probe.side == "A" else (k, layer.in_features)
+        given.append(probe.factor)
+        zeros.append(zeros_without_memory(shape, probe.factor.dtype))
     both = write_factor(module, given), write_factor(module, zeros)
-    module.lora_a, module.lora_b = both if probes[0].lora_A is not None else both[::-1]
+    module.lora_a, module.lora_b = both if probes[0].side == "A" else both[::-1]
     module.scale = 1.0
     try:
         yield

@@ -17,7 +17,7 @@ def sum_over_processes(x: Tensor) -> Tensor:
     return x
 
 
-def unanimous(decision: bool, device: torch.device) -> bool:
+def all_agree(decision: bool, device: torch.device) -> bool:
     """Whether it is that of all processes."""
     return int(sum_over_processes(torch.tensor(0 if decision else 1, device=device))) == 0
 

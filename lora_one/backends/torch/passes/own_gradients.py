@@ -12,17 +12,19 @@ from torch import Tensor, nn
 
 from lora_one.backends.torch.attachment.attach import Site
 from lora_one.backends.torch.linalg.wide import widened
-from lora_one.core.spectrum import Probe
+from lora_one.core.sketch import Probe
 
 from .tap import Sink
 
-NOTHING = Probe(None, None)  # two zeros: whose gradients are zero too, but arrive where anybody reads the factors
-
 
 @contextmanager
-def own_gradients(site: Site, probe: Probe, sink: Sink) -> Iterator[None]:
-    """A layer's factors are a probe and a zero for a while. The zero's gradient goes to `sink`, at scale 1 and as it
-    is, once in each backward pass that reaches it."""
+def own_gradients(site: Site, probe: Probe | None, sink: Sink) -> Iterator[None]:
+    """Replace a layer's factors temporarily by a probe and a zero.
+
+    Args:
+        probe: None for two zeros, whose gradients are zero too, but arrive where anybody reads the factors.
+        sink: gets the zero's gradient, at scale 1 and as it is, once in each backward pass that reaches it.
+    """
     lora_A, lora_B = site.lora_A, site.lora_B
     found = lora_A.weight, lora_B.weight
 
@@ -38,13 +40,10 @@ def own_gradients(site: Site, probe: Probe, sink: Sink) -> Iterator[None]:
         zero.register_post_accumulate_grad_hook(take)
         return zero
 
-    k = site.layer.rank
-    if probe.lora_A is not None:
-        k = probe.lora_A.shape[0]
-    elif probe.lora_B is not None:
-        k = probe.lora_B.shape[1]
-    lora_A.weight = factor(probe.lora_A, (k, site.layer.in_features), found[0])
-    lora_B.weight = factor(probe.lora_B, (site.layer.out_features, k), found[1])
+    side, given = probe or (None, None)
+    k = site.layer.rank if given is None else given.shape[0 if side == "A" else 1]
+    lora_A.weight = factor(given if side == "A" else None, (k, site.layer.in_features), found[0])
+    lora_B.weight = factor(given if side == "B" else None, (site.layer.out_features, k), found[1])
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_one.backends.torch.linalg.precision import full_precision
 from lora_one.backends.torch.linalg.wide import few_rows_times, product_over_rows, times_few_columns, widened
 from lora_one.core.gradient import RowProduct
-from lora_one.core.spectrum import Probe
+from lora_one.core.sketch import Probe
 
 Sink = Callable[[Any, Tensor], None]
 
@@ -48,10 +48,10 @@ def whole(product: RowProduct) -> Tensor:
 
 def product_of(probe: Probe) -> Product:
     """The gradient of the factor that a probe leaves out."""
-    if probe.lora_A is not None:
-        v = probe.lora_A.mT  # (in, k)
+    if probe.side == "A":
+        v = probe.factor.mT  # (in, k)
         return Product(lambda x: times_few_columns(x, v), lambda dy, xv: times_few_columns(dy.mT, xv))  # G V, (out, k)
-    q: Any = probe.lora_B  # (out, k)
+    q = probe.factor  # (out, k)
     return Product(None, lambda dy, x: few_rows_times(times_few_columns(dy, q).mT, x))  # Q^T G, (k, in)
 
 

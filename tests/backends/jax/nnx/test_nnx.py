@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import lora_one
-from lora_one.backends.jax import attach, register_layer, unload
+from lora_one.backends.jax import open_session, register_layer, unload
 from lora_one.backends.jax.layout import plain_layout
 from lora_one.backends.jax.nnx.layers import factors_of
 from lora_one.backends.jax.product import add_general
@@ -141,14 +141,16 @@ def test_only_the_factors_train_with_nnx_optimizer():
 
 
 def test_one_compilation_serves_all_passes_and_batches():
-    with attach(mlp(), BATCHES, squared_error, lora_one.Config(rank=2, passes=5, targets=["up", "down"])) as session:
+    with open_session(
+        mlp(), BATCHES, squared_error, lora_one.Config(rank=2, passes=5, targets=["up", "down"])
+    ) as session:
         names = [layer.name for layer in session.layers]
-        from lora_one.core.spectrum import Probe
+        from lora_one.core.sketch import Probe
 
         def probe(name, side):
             shape = {"up": {"A": (3, 8), "B": (12, 3)}, "down": {"A": (3, 9), "B": (7, 3)}}[name][side]
             x = jnp.ones(shape)
-            return Probe(x, None) if side == "A" else Probe(None, x)
+            return Probe(side, x)
 
         session.sketch_pass({name: probe(name, "A") for name in names})
         session.sketch_pass({name: probe(name, "B") for name in names})  # what surrounds the oracle compiles now
@@ -290,7 +292,7 @@ def test_narrow_models_are_sketched_and_trained_in_float32():
     assert report.layers[0].energy > 0.3
     after = values(adapted)
     assert_same({path: after[path] for path in before}, before)
-    with attach(
+    with open_session(
         mlp(jnp.bfloat16), BATCHES, squared_error, lora_one.Config(rank=2, targets=["up"], passes=2)
     ) as session:
         assert session.like("up").dtype == jnp.float32

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 import lora_one
-from lora_one.backends.mlx.passes.distributed import unanimous
+from lora_one.backends.mlx.passes.distributed import all_agree
 from tests.backends.mlx.models import flat_factors, tiny_mixtral, token_batches
 
 CONFIGS = {
@@ -29,7 +29,7 @@ if __name__ == "__main__":
     group = mx.distributed.init(backend="ring", strict=True)
     assert group.size() == 2
     first = group.rank() == 0
-    assert [unanimous(x) for x in (True, first, not first, False)] == [True, False, False, False]
+    assert [all_agree(x) for x in (True, first, not first, False)] == [True, False, False, False]
     mine = Path(sys.argv[1]) / str(group.rank())
     mine.mkdir()
     # Three batches for one process, one for the other: the mean is over all batches, not over processes.

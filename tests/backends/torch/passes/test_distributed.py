@@ -28,7 +28,7 @@ def worker(rank: int, port: int, folder: str) -> None:
         case = llama(DTYPES.get(name, (torch.float32,))[0])
         model, report = lora_one.init(case.model, case.batches[rank::2], config=config)
         session = TorchSession(case.model, case.batches, None, config)
-        assert [session.unanimous(x) for x in (True, rank == 0, rank == 1, False)] == [True, False, False, False]
+        assert [session.all_agree(x) for x in (True, rank == 0, rank == 1, False)] == [True, False, False, False]
         np.savez(f"{folder}/{name}-{rank}.npz", batches=report.batches, base_loss=report.base_loss, **products(model))
     torch.distributed.destroy_process_group()
 

@@ -7,7 +7,7 @@ import lora_one
 from lora_one.backends.torch import TorchSession
 from lora_one.backends.torch.attachment.attach import find_sites
 from lora_one.backends.torch.passes.tap import WHOLE, product_of, tap
-from lora_one.core.spectrum import Probe
+from lora_one.core.sketch import Probe
 from tests.backends.torch.models import CASES, llama
 
 CONFIG = lora_one.Config(rank=4)
@@ -18,9 +18,9 @@ def probes(session: TorchSession, side: str, width: int) -> dict[str, Probe]:
     found = {}
     for layer in session.layers:
         if side == "A":
-            found[layer.name] = Probe(torch.randn(width, layer.in_features, generator=generator), None)
+            found[layer.name] = Probe("A", torch.randn(width, layer.in_features, generator=generator))
         else:
-            found[layer.name] = Probe(None, torch.randn(layer.out_features, width, generator=generator))
+            found[layer.name] = Probe("B", torch.randn(layer.out_features, width, generator=generator))
     return found
 
 
@@ -28,12 +28,12 @@ def lora_gradients(session: TorchSession, given: dict[str, Probe]) -> dict[str, 
     """By autograd through PEFT's layers with these factors in them, at scale 1: the mean over the batches."""
     wanted = {}
     for site in find_sites(session.model):
-        a, b = given[site.layer.name]
-        zero = (site.layer.out_features, len(a)) if b is None else (b.shape[1], site.layer.in_features)
+        side, factor = given[site.layer.name]
+        zero = (site.layer.out_features, len(factor)) if side == "A" else (factor.shape[1], site.layer.in_features)
         wanted[site.layer.name] = torch.nn.Parameter(torch.zeros(zero))
         site.module.scaling[site.adapter] = 1.0
-        site.lora_A.weight = torch.nn.Parameter(a) if a is not None else wanted[site.layer.name]
-        site.lora_B.weight = torch.nn.Parameter(b) if b is not None else wanted[site.layer.name]
+        site.lora_A.weight = torch.nn.Parameter(factor) if side == "A" else wanted[site.layer.name]
+        site.lora_B.weight = torch.nn.Parameter(factor) if side == "B" else wanted[site.layer.name]
     batches = session._batches
     for batch in batches:
         (session._loss_fn(session.model, batch) / len(batches)).backward()
@@ -56,8 +56,8 @@ def test_products_are_the_gradients_of_lora_itself(name, side):
     ("product", "kept"),
     [
         (WHOLE, (6, 30)),
-        (product_of(Probe(torch.ones(3, 30), None)), (6, 3)),
-        (product_of(Probe(None, torch.ones(20, 3))), (6, 30)),
+        (product_of(Probe("A", torch.ones(3, 30))), (6, 3)),
+        (product_of(Probe("B", torch.ones(20, 3))), (6, 30)),
     ],
     ids=["whole", "given A", "given B"],
 )
