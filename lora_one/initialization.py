@@ -73,7 +73,8 @@ def initialize(session: Session, config: Config, backend: str, began: float) -> 
             ZeroGradientWarning,
             stacklevel=3,
         )
-    if lost := {layer.name: layer.rounded_away for layer in entries if layer.rounded_away > ROUNDED_AWAY}:
+    lost = {layer.name: layer.rounded_away for layer in entries if layer.rounded_away > ROUNDED_AWAY}
+    if lost and backend == "torch":  # the other backends have warned during the pass
         warnings.warn(
             f"float16 is too short of range for the gradients of {len(lost)} of {len(entries)} layers, at any scale of "
             f"the loss that the others allow: it may have lost up to {max(lost.values()):.2g} of their norm in "

@@ -1,15 +1,18 @@
-"""What can be wrong with batches, losses and an optimizer's settings in any framework."""
+"""Checks of batches, losses and optimizer settings, the same for every framework."""
 
 import math
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lora_one.config import Config
-from lora_one.errors import BatchError, ConfigError, GradientError
+from lora_one.errors import BatchError, ConfigError, GradientError, UnderflowWarning
+
+TOLERATED_UNDERFLOW = 0.01  # share of a layer's gradient norm that float16 may lose without a warning
 
 
 def check_reiterable(batches: Iterable[Any], config: Config) -> None:
-    """Raises BatchError for an iterator that can be read only once where `init` reads the batches several times."""
+    """Raise BatchError if `init` reads the batches several times and they are an iterator, which can be read once."""
     passes = (config.pass_counts[0] if config.gradient == "sketch" else 1) + (config.gamma == "auto")
     if not isinstance(batches, Iterable):
         raise BatchError(f"batches must be iterable, got {type(batches).__name__}")
@@ -21,7 +24,7 @@ def check_reiterable(batches: Iterable[Any], config: Config) -> None:
 
 
 def check_no_torch_settings(config: Config, framework: str) -> None:
-    """Raises ConfigError for what is PyTorch's alone: modules trained whole beside LoRA, blocks recomputed by us."""
+    """Raise ConfigError for settings that only PyTorch's backend has: `modules_to_save` and `recompute=True`."""
     if config.modules_to_save:
         raise ConfigError(
             f"modules_to_save is for PyTorch models, got {config.modules_to_save} for a model of {framework}: leave it "
@@ -35,7 +38,7 @@ def check_no_torch_settings(config: Config, framework: str) -> None:
 
 
 def check_optimizer_settings(reg: Any, damping: str, loraplus_lr_ratio: float = 1.0) -> None:
-    """Raises ConfigError for a setting of `lora_one.optimizer` that cannot be. A traced `reg` is let through."""
+    """Raise ConfigError for an invalid setting of `lora_one.optimizer`. A `reg` that JAX traces is not checked."""
     if isinstance(reg, (int, float)) and reg < 0:
         raise ConfigError(f"reg must be >= 0, got {reg}")
     if damping not in ("absolute", "relative"):
@@ -45,14 +48,14 @@ def check_optimizer_settings(reg: Any, damping: str, loraplus_lr_ratio: float = 
 
 
 def check_finite_loss(value: float, index: int) -> float:
-    """Raises GradientError for a loss that is not finite. Batches count from 1."""
+    """Return the loss. Raise GradientError if it is not finite. Batches count from 1."""
     if not math.isfinite(value):
         raise GradientError(f"batch {index}: the loss must be finite, got {value}: look at this batch and its labels")
     return value
 
 
 def with_last(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-    """Each batch, and whether it is the last.
+    """Yield each batch, and whether it is the last.
 
     Raises:
         BatchError: there is none.
@@ -66,3 +69,22 @@ def with_last(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
         yield current, False
         current = following
     yield current, True
+
+
+def warn_of_underflow(rounded_away: Mapping[str, float], is_lost: str, remedy: str, stacklevel: int) -> None:
+    """Warn of layers whose gradients no loss scale brings into float16's range.
+
+    Args:
+        rounded_away: layer -> the share of its gradient's norm that is lost.
+        is_lost: the verb after that share.
+        remedy: what keeps the gradients.
+    """
+    lost = {layer: share for layer, share in rounded_away.items() if share > TOLERATED_UNDERFLOW}
+    if lost:
+        worst = max(lost, key=lambda layer: lost[layer])
+        warnings.warn(
+            f"float16 cannot hold the gradients of {len(lost)} layers beside the others', at any loss scale; of that "
+            f"of {worst} about {min(lost[worst], 1.0):.0%} {is_lost}, see `rounded_away` in the report: {remedy}",
+            UnderflowWarning,
+            stacklevel=stacklevel + 1,
+        )

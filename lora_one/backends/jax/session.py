@@ -164,7 +164,11 @@ class JaxSession:
         matrices = _at_scale_1(layouts, natives, sides, joined)
         names = [layer.name for site in self._sites.values() for layer in site.layers()]
         found = dict(zip(names, matrices, strict=True))
-        return PassResult(loss, count), found
+        lost = self.oracle.rounded_away
+        rounded_away = {
+            layer.name: lost[name] for name, site in self._sites.items() if name in lost for layer in site.layers()
+        }
+        return PassResult(loss, count, rounded_away), found
 
     def _warn_of_left_out(self) -> None:
         """Once: after the first pass, which has seen what the loss does with each weight."""

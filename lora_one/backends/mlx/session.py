@@ -178,7 +178,11 @@ class MlxSession:
         if not self._is_fitted:
             self._is_fitted = True
             self._scale.warn()
-        return PassResult(*mean_over_processes(total, count)), sums
+        lost = self._scale.rounded_away
+        rounded_away = {
+            layer.name: lost[path] for path, site in self._sites.items() if path in lost for layer in site.layers
+        }
+        return PassResult(*mean_over_processes(total, count), rounded_away), sums
 
     def mean_loss(self) -> PassResult:
         self._write()

@@ -137,10 +137,11 @@ class Uneven(nnx.Module):
 def test_gradients_that_no_scale_keeps_are_warned_of(dtype, share, warns):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        lora_one.init(Uneven(dtype, share), BATCHES, squared_error, CONFIG)
+        _, report = lora_one.init(Uneven(dtype, share), BATCHES, squared_error, CONFIG)
     found = [str(w.message) for w in seen if issubclass(w.category, UnderflowWarning)]
     assert len(found) == warns
     assert all("of that of small" in text for text in found)
+    assert [layer.rounded_away > 0.01 for layer in report.layers] == [False, warns]
 
 
 def test_a_gradient_that_no_scale_makes_finite_is_an_error():

@@ -110,6 +110,11 @@ class Oracle:
         mean, count = self._over(batches, run)
         return mean, count, _mean(total, count)
 
+    @property
+    def rounded_away(self) -> dict[str, float]:
+        """Site -> the share of its gradient's norm that float16 lost in the first batch."""
+        return {} if self._scale is None else self._scale.rounded_away
+
     def mean_loss(self, batches: Iterable[Any]) -> tuple[float, int]:
         """(mean loss, batches) with the factors that are in the model."""
         factors = self._binding.factors()

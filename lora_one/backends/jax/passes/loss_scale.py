@@ -1,53 +1,57 @@
-"""float16 in a backward pass: gradients below 6e-8 become zero there, so the loss is scaled up and the gradients back.
+"""The loss scale of a program that computes in float16, see `lora_one.core.loss_scale`, and whether a program does."""
 
-By a power of two, so that no other number changes: the largest of a few for which every gradient is finite.
-"""
-
-import warnings
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_one.errors import UnderflowWarning
+from lora_one.backends.checks import warn_of_underflow
+from lora_one.core.loss_scale import UNSCALED, Limits, begin, error_above
 
-FIRST, LEAST, STEP = 2.0**24, 2.0**-16, 2.0**-4
-TOLERATED = 0.01  # of a layer's gradient may be lost without a word
+STEP = 2.0**-4
+# The search begins at the top: the scale is never raised.
+LIMITS = Limits(first=2.0**24, least=2.0**-16, down=STEP, enough=math.inf)
 
 
 class LossScale:
-    """What a loss is multiplied by before its backward pass. Falls while gradients overflow, and never rises."""
+    """The factor of the losses: falls while gradients overflow, and never rises.
+
+    Attributes:
+        rounded_away: site -> the share of its gradient's norm that float16 lost in the first batch.
+    """
 
     def __init__(self, computes_in_float16: bool):
-        self.value, self._least = (FIRST, LEAST) if computes_in_float16 else (1.0, 1.0)
-        self.checked = False
+        self._search = begin(LIMITS if computes_in_float16 else UNSCALED)
+        self.rounded_away: dict[str, float] = {}
+
+    @property
+    def value(self) -> float:
+        return self._search.value
 
     @property
     def is_last(self) -> bool:
-        """Whether there is no smaller one: what is not finite now is so whatever the scale."""
-        return self.value <= self._least
+        """Whether there is no smaller scale: a gradient that is not finite now is so at any scale."""
+        return not self._search.can_fall
+
+    @property
+    def checked(self) -> bool:
+        """Whether `check` was called, or need not be."""
+        return self._search.is_settled
 
     def lower(self) -> None:
-        self.value *= STEP
+        self._search = self._search.after_overflow()
 
     def check(self, changes: Mapping[str, Any]) -> None:
-        """Warn of layers whose gradients are too small for float16 at this scale too.
+        """Settle on the scale, and warn of layers whose gradients are too small for float16 at it.
 
         Args:
-            changes: how far off each layer's gradient is at the next lower scale, relative; here it is a STEP-th of it.
+            changes: site -> relative change of its gradient from the next lower scale to this one.
         """
-        self.checked = True
-        lost = {site: STEP * float(change) for site, change in changes.items() if STEP * float(change) > TOLERATED}
-        if lost:
-            worst = max(lost, key=lambda site: lost[site])
-            warnings.warn(
-                f"float16 cannot hold the gradients of {len(lost)} layers beside the others', at any loss scale; of "
-                f"that of {worst} about {lost[worst]:.0%} or more is lost, and the report's shares are of the rest: a "
-                "model in bfloat16 or float32 keeps them",
-                UnderflowWarning,
-                stacklevel=6,
-            )
+        self.rounded_away = {site: error_above(float(change), 1.0 / STEP) for site, change in changes.items()}
+        self._search = self._search.after_finite(max(self.rounded_away.values(), default=0.0), room=1.0)
+        warn_of_underflow(self.rounded_away, "or more is lost", "a model in bfloat16 or float32 keeps them", 6)
 
 
 def all_finite(tree: Any) -> jax.Array:

@@ -1,83 +1,85 @@
-"""The loss scale of a float16 model: a power of two, so large that its backward pass does not underflow.
+"""The loss scale of an MLX model in float16, see `lora_one.core.loss_scale`, found by comparing two scales.
 
-The gradient of a mean over thousands of tokens is below float16's range, which is why float16 training scales the loss.
-Powers of two are exact: while nothing under- or overflows, two scales give the same bits once they are taken out again.
-So a comparison of two tells whether the lower one is enough, layer by layer.
+Powers of two are exact: while nothing under- or overflows, two scales give the same gradients to the bit once they are
+divided by the scale. So the change of a layer's gradient from one scale to the next is what the lower one loses.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from lora_one.backends.checks import warn_of_underflow
 from lora_one.backends.mlx.tree import flat
-from lora_one.errors import UnderflowWarning
+from lora_one.core.loss_scale import UNSCALED, Limits, begin, error_above
 
 FIRST = 2.0**15  # the largest power of two in float16: a loss in float16 can have it as its gradient
 STEP = 2.0**5
-LAST = 2.0**60
-SAME = 1e-3  # the change in a layer's gradient, relative, at which a scale is enough
-TOLERATED = 1e-2  # above it, the user is told
+# At most 9 raises, to 2^60; a relative change of 1e-3 is small enough.
+LIMITS = Limits(first=FIRST, least=1.0, down=1.0 / STEP, enough=1e-3, raises=9)
 
 Summaries = dict[str, np.ndarray]  # by site: a vector that is linear in the layer's gradient
 
 
 class LossScale:
-    """What the loss is multiplied by before the backward pass: 1 for models without float16."""
+    """The factor of the losses before their backward passes: 1 for models without float16.
+
+    Attributes:
+        is_needed: whether the model has parameters in float16.
+        rounded_away: site -> the share of its gradient's norm that float16 loses at this scale, once it is fitted.
+    """
 
     def __init__(self, model: nn.Module):
         self.is_needed = any(array.dtype == mx.float16 for array in flat(model.parameters()).values())
-        self.value = FIRST if self.is_needed else 1.0
-        self._errors: dict[str, float] | None = None  # by site: what underflow does to its gradient, relative
+        self._search = begin(LIMITS if self.is_needed else UNSCALED)
+        self.rounded_away: dict[str, float] = {}
+
+    @property
+    def value(self) -> float:
+        return self._search.value
 
     def fit(self, summaries_at: Callable[[float], Summaries]) -> None:
         """Fit the scale to another batch: the first raises it as far as it helps, each lowers it until it fits.
 
         Args:
-            summaries_at: the batch's gradients with the loss at a scale, which is taken out of them.
+            summaries_at: computes the batch's gradients with the loss at a scale, and divides them by the scale.
         """
-        found = summaries_at(self.value)
-        while not _finite(found) and self.value > 1.0:
-            self.value /= STEP
-            found = summaries_at(self.value)
-            if self._errors is not None:
-                self._errors = {site: error * STEP for site, error in self._errors.items()}
-        if self._errors is None:
-            self._raise(found, summaries_at)
+        current = summaries_at(self.value)
+        while not _finite(current) and self._search.can_fall:
+            self._search = self._search.after_overflow()
+            current = summaries_at(self.value)
+            self.rounded_away = {site: error * STEP for site, error in self.rounded_away.items()}
+        if not self._search.is_settled:
+            self._raise(current, summaries_at)
 
-    def _raise(self, found: Summaries, summaries_at: Callable[[float], Summaries]) -> None:
+    def _raise(self, current: Summaries, summaries_at: Callable[[float], Summaries]) -> None:
+        """Raise the scale until it is enough, or the one above overflows, and keep what is lost at it."""
         below: Summaries | None = None
         while True:
             above = summaries_at(self.value * STEP)
-            errors = _changes(found, above)
-            if not _finite(above):
+            errors = _changes(current, above)
+            room = STEP if _finite(above) else 1.0
+            self._search = self._search.after_finite(max(errors.values()), room)
+            if self._search.is_settled:
                 break
-            if max(errors.values()) <= SAME or self.value >= LAST:
-                self._errors = errors
-                return
-            below, found, self.value = found, above, self.value * STEP
-        # Of a layer that overflows above: what this scale loses is a STEP-th of what the one below does.
-        lower = _changes(summaries_at(self.value / STEP) if below is None else below, found)
-        self._errors = {site: error if np.isfinite(error) else lower[site] / STEP for site, error in errors.items()}
+            below, current = current, above
+        self.rounded_away = errors
+        if room == 1.0:  # a layer that overflows above has no error yet: it comes from the scale below
+            errors_below = _changes(summaries_at(self.value / STEP) if below is None else below, current)
+            self.rounded_away = {
+                site: error if np.isfinite(error) else error_above(errors_below[site], STEP)
+                for site, error in errors.items()
+            }
 
     def warn(self) -> None:
-        """Warn, as an UnderflowWarning, of gradients that no scale brings into float16's range."""
-        lost = {site: error for site, error in (self._errors or {}).items() if error > TOLERATED}
-        if lost:
-            worst = max(lost, key=lambda site: lost[site])
-            warnings.warn(
-                f"float16 cannot hold the gradients of {len(lost)} layers beside the others', at any loss scale; "
-                f"of that of {worst} about {min(lost[worst], 1.0):.0%} is lost, and the report's shares are of what is "
-                "left: model.set_dtype(mx.bfloat16), or mx.float32, before init keeps them",
-                UnderflowWarning,
-                stacklevel=2,
-            )
+        """Warn of gradients that no scale brings into float16's range."""
+        remedy = "model.set_dtype(mx.bfloat16), or mx.float32, before init keeps them"
+        warn_of_underflow(self.rounded_away, "is lost", remedy, stacklevel=7)
 
 
 def summary(gradient: mx.array) -> mx.array:
-    """A random combination of a gradient's columns."""
+    """Return a random combination of the gradient's columns."""
     return gradient @ mx.random.normal((gradient.shape[-1],), key=mx.random.key(0), dtype=gradient.dtype)
 
 
@@ -86,7 +88,7 @@ def _finite(summaries: Mapping[str, np.ndarray]) -> bool:
 
 
 def _changes(lower: Summaries, upper: Summaries) -> dict[str, float]:
-    """How far each layer's gradient at the lower scale is from that at the upper, relative; nan if it overflows."""
+    """Return each layer's relative change from the lower scale to the upper; nan if the upper overflows."""
     changes = {}
     with np.errstate(invalid="ignore"):
         for site, x in upper.items():

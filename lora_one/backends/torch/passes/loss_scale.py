@@ -1,9 +1,7 @@
-"""A power of two that a loss is multiplied by where a model computes in float16, whose range ends at 6e-8: the
-gradients of a mean over a few thousand tokens lie below. It is taken out of each product in float32, exactly.
+"""The loss scale of a model that computes in float16, see `lora_one.core.loss_scale`, and what its gradients lose.
 
-To find it the first batch's backward pass is run once more: lower while gradients overflow, higher while some
-layer's are below the range and the largest leave room. Later an overflow lowers it and repeats the batch. No product
-holds the scale, so neither batches nor processes need the same one.
+The first batch's backward pass runs again until a scale is found. If a later batch overflows, the scale falls and that
+batch runs again. Each product is divided by the scale at once, so neither batches nor processes need the same one.
 """
 
 import math
@@ -12,97 +10,96 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from lora_one.core.loss_scale import UNSCALED, Limits, begin
+
 FIRST = 2.0**15  # the largest that a loss in float16 can be multiplied by
-LEAST = 2.0**-25  # below which an infinite gradient is the model's own
-DOWN = 2.0**-4
-# Of all entries of gradients, after raising: room for what other batches have more, and for what lies between layers.
+# Largest entry of all gradients after a raise: leaves room for other batches, and for values between the layers.
 LARGEST = 2.0**11
-FULL = 2.0**8  # from where on raising is not worth a try
-RAISES = 4
 STEP = 2.0**-24  # between float16's smallest numbers
-ENOUGH = 2.0**-11  # what rounding may take of a layer's gradient: what it takes of float16's other numbers
+LIMITS = Limits(
+    first=FIRST,
+    least=2.0**-25,
+    down=2.0**-4,
+    enough=2.0**-11,  # as much as rounding takes of float16's normal numbers
+    raises=4,
+    small_room=2.0**3,
+)
 
 
-class _Again(Exception):
-    """What leaves a backward pass that has to be run once more."""
+class _RunAgain(Exception):
+    """Leaves a backward pass that has to run again at another scale."""
 
 
 class LossScale:
-    """Multiplies losses, and watches the gradients that taps get to see.
-
-    Attributes:
-        value: what a product is too large by.
-    """
+    """The factor of the losses, and a watch on the gradients that the taps see."""
 
     def __init__(self, model: nn.Module, device: torch.device):
-        self.value = 1.0
-        self._narrow = False
-        self._settled = True
+        self._search = begin(UNSCALED)
+        self._is_float16 = False
         if _computes_in_float16(model, device):
             self._begin()
         self.begin_pass()
 
+    @property
+    def value(self) -> float:
+        """What a product is too large by."""
+        return self._search.value
+
     def begin_pass(self) -> None:
-        """What has been rounded away is counted from here on."""
-        self._signal: dict[str, float] = defaultdict(float)  # of each layer, sums of squares
-        self._noise: dict[str, float] = defaultdict(float)
+        """Count from here on what has been rounded away."""
+        self._signal: dict[str, float] = defaultdict(float)  # per layer, sum of squares of its gradients
+        self._noise: dict[str, float] = defaultdict(float)  # per layer, sum of squares of their rounding errors
 
     def backward(self, loss: Tensor) -> bool:
-        """Run a backward pass; whether all products of it are there. If not the loss is to be computed again."""
+        """Run a backward pass. Return whether all its products count; if not, compute the loss again and repeat."""
         if loss.dtype == torch.float16:
-            self.value = min(self.value, FIRST)
+            self._search = self._search._replace(value=min(self.value, FIRST))
         self._largest = self._worst = 0.0
         try:
             loss.backward(torch.full_like(loss, self.value))
-        except _Again:
+        except _RunAgain:
             return False
-        if self._settled:
+        if self._search.is_settled:
             return True
-        self._raise()
+        self._search = self._search.after_finite(
+            self._worst, LARGEST / self._largest if self._largest > 0.0 else 2.0**10
+        )
         return False
 
     def takes(self, name: str, dy: Tensor, is_output: bool = True) -> bool:
-        """Look at a gradient; whether products of it count.
+        """Look at a gradient. Return whether products of it count.
 
         Args:
-            is_output: of a layer's output, and not of a factor of it.
+            is_output: whether it is the gradient of a layer's output; False for one of a factor.
         """
-        if not self._narrow:
+        if not self._is_float16:
             if dy.dtype != torch.float16:
                 return True
             self._begin()  # autocast inside of the model or the loss
-            raise _Again
+            raise _RunAgain
         if dy.numel() == 0:  # an expert that is called with no token
-            return self._settled
+            return self._search.is_settled
         norm = torch.linalg.vector_norm(dy, dtype=torch.promote_types(dy.dtype, torch.float32))
         largest, norm = torch.stack([torch.linalg.vector_norm(dy, torch.inf).to(norm.dtype), norm]).tolist()
-        if not math.isfinite(largest) and self.value > LEAST:
-            self.value *= DOWN
-            self._raises = 0
-            raise _Again
+        if not math.isfinite(largest) and self._search.can_fall:
+            self._search = self._search.after_overflow()
+            raise _RunAgain
         self._largest = max(self._largest, largest)
         if is_output:
             noise = dy.numel() * STEP**2 / 12.0  # of numbers that are rounded to multiples of STEP
             self._worst = max(self._worst, math.sqrt(noise) / norm if norm > 0.0 else 1.0)
-            if self._settled:
+            if self._search.is_settled:
                 self._signal[name] += norm**2 / self.value**2
                 self._noise[name] += noise / self.value**2
-        return self._settled
+        return self._search.is_settled
 
     def rounded_away(self) -> dict[str, float]:
-        """Of each layer that was seen in this pass, the share of its gradient's norm that float16 may not have held."""
+        """Return, per layer seen in this pass, the share of its gradient's norm that float16 may not have held."""
         return {name: math.sqrt(self._noise[name] / total) for name, total in self._signal.items() if total > 0.0}
 
     def _begin(self) -> None:
-        self._narrow, self._settled, self.value, self._raises = True, False, FIRST, RAISES
-
-    def _raise(self) -> None:
-        if self._worst <= ENOUGH or self._largest >= FULL or self._raises == 0:
-            self._settled = True
-            return
-        self._raises -= 1
-        room = math.floor(math.log2(LARGEST / self._largest)) if self._largest > 0.0 else 10
-        self.value *= 2.0**room
+        self._is_float16 = True
+        self._search = begin(LIMITS)
 
 
 def _computes_in_float16(model: nn.Module, device: torch.device) -> bool:

@@ -102,11 +102,14 @@ def test_gradients_that_no_scale_brings_into_range_are_named(exponent, said):
 
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        lora_one.init(model, [x.astype(mx.float16)], loss_fn, lora_one.Config(rank=2, gradient="exact"))
+        config = lora_one.Config(rank=2, gradient="exact")
+        _, report = lora_one.init(model, [x.astype(mx.float16)], loss_fn, config)
     texts = [str(w.message) for w in seen if issubclass(w.category, UnderflowWarning)]
     assert bool(texts) == said
     if said:
         assert "gradients of 1 layers" in texts[0] and "of that of b about" in texts[0]
+    kept, lost = report.layers
+    assert kept.rounded_away < 1e-3 and (lost.rounded_away > 0.01) == said
 
 
 def simulated(gradients):
