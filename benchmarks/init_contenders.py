@@ -28,7 +28,7 @@ from benchmarks.init_models import RANK, TARGETS, cases, random_llama, worst_ene
 from lora_one import passes as spectra
 from lora_one.backends import load_backend
 from lora_one.backends.torch import TorchSession
-from lora_one.backends.torch.passes import frozen_linear
+from lora_one.backends.torch.linalg import onednn as onednn_products
 from lora_one.finetune.tuners.torch.causal import TorchTuner
 
 Numbers = dict[str, float]
@@ -48,7 +48,7 @@ def ours(
     spec = cases(device)[case]
     config = lora_one.Config(**{"rank": RANK, "gradient": gradient, "recompute": False, **settings})
     if not onednn:
-        frozen_linear._ONEDNN = None
+        onednn_products._ONEDNN = None
     if device == "cpu":
         tuner = _opener(backend)(Path(folder), spec.dtype, "cpu" if backend == "torch" else None)
         batches, loss_fn = tuner.batches(spec.tokens, spec.batch_size), tuner.loss_fn

@@ -1,8 +1,10 @@
-"""The preconditioned gradients of many LoRA pairs, in the way that each kind of device is quick at.
+"""The preconditioned gradients of many LoRA pairs, computed in the way that is fast on each kind of device.
 
-An accelerator waits for launches: pairs that are alike are stacked, and go in as many of them as one pair would. A CPU
-waits for memory: fresh pages cost as much as the products of narrow factors, so that results go to memory that is used
-again while it is still in the cache; and factors that are wide enough for BLAS are not copied into stacks.
+An accelerator waits for launches. Pairs with the same shapes are stacked, so that all of them take as many launches as
+one pair would.
+
+A CPU waits for memory: fresh pages cost as much as the products of narrow factors. Results therefore go into memory
+that is used again while it is still in the cache, and factors that are wide enough for BLAS are not copied into stacks.
 """
 
 import math
@@ -19,12 +21,12 @@ from lora_one.core.precondition import Damping, apply_inverses, damped_inverse, 
 from .linalg.narrow import narrow_matmul
 from .ops import TorchOps
 
-_STACKED_BELOW = {"cpu": 16}  # device type -> the rank from which pairs go one by one; elsewhere none does
+_STACKED_BELOW_RANK = {"cpu": 16}  # per device type; on any other, pairs of every rank are stacked
 
-# Bytes of factors that go together: on a CPU few enough that AdamW finds their directions in the cache; elsewhere all
-# that a model usually has, and a bound on the memory it takes.
-_TOGETHER = {"cpu": 4 * 2**20}
-_TOGETHER_ELSEWHERE = 256 * 2**20
+# Bytes of factors that are computed together, per device type. On a CPU few enough for AdamW to find their directions
+# in the cache. Elsewhere the bound limits the memory this takes; most models have less.
+_BATCH_BYTES = {"cpu": 4 * 2**20}
+_BATCH_BYTES_ELSEWHERE = 256 * 2**20
 
 
 class LoraPair(NamedTuple):
@@ -34,65 +36,65 @@ class LoraPair(NamedTuple):
     lora_B: nn.Parameter  # (out, r)
 
 
-Batch = list[tuple[nn.Parameter, Tensor]]  # factors that have a gradient, and what it becomes
+Batch = list[tuple[nn.Parameter, Tensor]]  # factors that have a gradient, each with its direction
 
 
 def directions(pairs: Iterable[LoraPair], reg: float, damping: Damping) -> Iterator[Batch]:
-    """`lora_one.core.precondition` of the gradients of pairs, batch by batch; pairs without gradients are left out.
+    """Yield the gradients of LoRA pairs after `lora_one.core.precondition`, batch by batch.
 
-    A batch is to be used before the next is asked for, which may take its memory. In each factor's dtype, whatever the
-    precision of global flags and autocast: the caller sees to that (`full_precision`).
+    Directions have their factor's dtype. Pairs without gradients are left out. Use a batch before you ask for the next
+    one, which may overwrite its memory. The caller sets the precision of products (`full_precision`).
     """
-    alike: dict[Any, list[LoraPair]] = defaultdict(list)
+    groups: dict[Any, list[LoraPair]] = defaultdict(list)
     for pair in pairs:
         a, b = pair
         if a.grad is None and b.grad is None:
             continue
-        rank, stacked = a.shape[0], a.shape[0] < _STACKED_BELOW.get(a.device.type, a.shape[0] + 1)
-        alike[stacked, rank, a.dtype, b.dtype, a.device, *((a.shape, b.shape) if stacked else ())].append(pair)
-    memories: dict[Any, _Memory] = {}
-    for (stacked, *_), some in alike.items():
-        kind = some[0].lora_A.device, _wide(some[0])
-        if kind not in memories:
-            memories[kind] = _Memory(*kind)
-        yield from (_stacked if stacked else _one_by_one)(memories[kind], some, reg, damping)
+        rank, stacked = a.shape[0], a.shape[0] < _STACKED_BELOW_RANK.get(a.device.type, a.shape[0] + 1)
+        groups[stacked, rank, a.dtype, b.dtype, a.device, *((a.shape, b.shape) if stacked else ())].append(pair)
+    arenas: dict[tuple[torch.device, torch.dtype], _Arena] = {}
+    for (stacked, *_), group in groups.items():
+        kind = group[0].lora_A.device, _wide_dtype(group[0])
+        if kind not in arenas:
+            arenas[kind] = _Arena(*kind)
+        yield from (_stacked if stacked else _one_by_one)(arenas[kind], group, reg, damping)
 
 
-def _stacked(ops: "_Memory", pairs: list[LoraPair], reg: float, damping: Damping) -> Iterator[Batch]:
-    count = max(1, ops.limit // sum(factor.nbytes for factor in pairs[0]))
+def _stacked(arena: "_Arena", pairs: list[LoraPair], reg: float, damping: Damping) -> Iterator[Batch]:
+    count = max(1, arena.batch_bytes // sum(factor.nbytes for factor in pairs[0]))
     for start in range(0, len(pairs), count):
-        some = pairs[start : start + count]
-        ops.start_again()
-        factors = Factors(*map(ops.stack, zip(*some, strict=True)))  # (n, r, in), (n, out, r)
-        inverse_b, inverse_a = damped_inverse(ops, torch.stack(grams(ops, factors)), reg, damping)  # each (n, r, r)
-        ops.start_again()
-        gradient = Factors(*map(ops.stack, zip(*map(_gradient, some), strict=True)))
-        direction = apply_inverses(ops, gradient, inverse_b, inverse_a)
-        yield _batch(some, zip(*(side.unbind() for side in direction), strict=True))
+        batch = pairs[start : start + count]
+        arena.clear()
+        factors = Factors(*map(arena.stack, zip(*batch, strict=True)))  # (n, r, in), (n, out, r)
+        inverse_b, inverse_a = damped_inverse(arena, torch.stack(grams(arena, factors)), reg, damping)  # each (n, r, r)
+        arena.clear()
+        gradient = Factors(*map(arena.stack, zip(*map(_gradient, batch), strict=True)))
+        direction = apply_inverses(arena, gradient, inverse_b, inverse_a)
+        yield _batch(batch, zip(*(side.unbind() for side in direction), strict=True))
 
 
-def _one_by_one(ops: "_Memory", pairs: list[LoraPair], reg: float, damping: Damping) -> Iterator[Batch]:
-    ops.start_again()
-    sides = zip(*(grams(ops, Factors(*pair)) for pair in pairs), strict=True)
-    inverses = [damped_inverse(ops, torch.stack(side), reg, damping).unbind() for side in sides]  # of B's, of A's
-    some: list[LoraPair] = []
-    its: list[Factors] = []
-    ops.start_again()
-    size = 0
+def _one_by_one(arena: "_Arena", pairs: list[LoraPair], reg: float, damping: Damping) -> Iterator[Batch]:
+    arena.clear()
+    sides = zip(*(grams(arena, Factors(*pair)) for pair in pairs), strict=True)
+    inverses = [damped_inverse(arena, torch.stack(side), reg, damping).unbind() for side in sides]  # of B's, of A's
+    batch: list[LoraPair] = []
+    batch_directions: list[Factors] = []
+    arena.clear()
+    batch_size = 0
     for pair, inverse_b, inverse_a in zip(pairs, *inverses, strict=True):
-        its_size = sum(factor.nbytes for factor in pair)
-        if some and size + its_size > ops.limit:
-            yield _batch(some, its)
-            some, its = [], []
-            ops.start_again()
-            size = 0
-        size += its_size
-        some.append(pair)
-        its.append(apply_inverses(ops, _gradient(pair), inverse_b, inverse_a))
-    yield _batch(some, its)
+        size = sum(factor.nbytes for factor in pair)
+        if batch and batch_size + size > arena.batch_bytes:
+            yield _batch(batch, batch_directions)
+            batch, batch_directions = [], []
+            arena.clear()
+            batch_size = 0
+        batch_size += size
+        batch.append(pair)
+        batch_directions.append(apply_inverses(arena, _gradient(pair), inverse_b, inverse_a))
+    yield _batch(batch, batch_directions)
 
 
-def _wide(pair: LoraPair) -> torch.dtype:
+def _wide_dtype(pair: LoraPair) -> torch.dtype:
     a, b = pair
     return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
 
@@ -101,27 +103,32 @@ def _gradient(pair: LoraPair) -> Factors:
     return Factors(*(torch.zeros_like(factor) if factor.grad is None else factor.grad for factor in pair))
 
 
-def _batch(pairs: list[LoraPair], its: Iterable[Sequence[Tensor]]) -> Batch:
+def _batch(pairs: list[LoraPair], pair_directions: Iterable[Sequence[Tensor]]) -> Batch:
     return [
         (factor, direction.to(factor.dtype))
-        for pair, both in zip(pairs, its, strict=True)
-        for factor, direction in zip(pair, both, strict=True)
+        for pair, sides in zip(pairs, pair_directions, strict=True)
+        for factor, direction in zip(pair, sides, strict=True)
         if factor.grad is not None
     ]
 
 
-class _Memory(TorchOps):
-    """Stacks and products go, one after the other, into memory that is there already; what has no room is allocated."""
+class _Arena(TorchOps):
+    """An arena: memory for the stacks and products of one batch, taken one after the other, and cleared all at once.
+
+    It is handed to `lora_one.core` as its array operations, so that their results are written into it. A result that
+    does not fit gets memory of its own.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
-        self.limit = _TOGETHER.get(device.type, _TOGETHER_ELSEWHERE)  # bytes of factors
-        # Elsewhere the framework keeps freed memory itself. Factors and their directions, or gradients and directions.
-        count = 2 * self.limit // dtype.itemsize if device.type in _TOGETHER else 0
+        self.batch_bytes = _BATCH_BYTES.get(device.type, _BATCH_BYTES_ELSEWHERE)
+        # Twice: for factors and their directions, or gradients and directions. Other devices' allocators keep freed
+        # memory themselves, so that there the arena stays empty.
+        count = 2 * self.batch_bytes // dtype.itemsize if device.type in _BATCH_BYTES else 0
         self._dtype = dtype
-        self._all = torch.empty(count, dtype=dtype, device=device)
+        self._memory = torch.empty(count, dtype=dtype, device=device)
         self._used = 0
 
-    def start_again(self) -> None:
+    def clear(self) -> None:
         self._used = 0
 
     def at_least_float32(self, x: Tensor) -> Tensor:
@@ -139,7 +146,7 @@ class _Memory(TorchOps):
 
     def _take(self, shape: tuple[int, ...]) -> Tensor:
         start, count = self._used, math.prod(shape)
-        if start + count > self._all.numel():
-            return self._all.new_empty(shape)
+        if start + count > self._memory.numel():
+            return self._memory.new_empty(shape)
         self._used += count
-        return self._all[start : start + count].view(shape)
+        return self._memory[start : start + count].view(shape)

@@ -1,4 +1,4 @@
-"""AdamW on r x r preconditioned gradients, many LoRA pairs at a time."""
+"""AdamW on preconditioned gradients, for many LoRA pairs at a time."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -14,28 +14,44 @@ from lora_one.errors import ConfigError, ModelError
 from .directions import LoraPair, directions
 from .linalg.precision import full_precision
 
-_SETTINGS = ("lr", "weight_decay", "eps", "amsgrad", "maximize", "foreach", "capturable", "fused")  # of a group
+# Settings of a parameter group that `torch.optim.adamw.adamw` takes under the same name.
+_SETTINGS = ("lr", "weight_decay", "eps", "amsgrad", "maximize", "foreach", "capturable", "fused")
 
 
 class LoraOneAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW that preconditions the gradients of LoRA pairs first (arXiv 2502.01235, Algorithm 1).
+    """A torch.optim.AdamW that first preconditions the gradients of LoRA pairs.
 
-    gA <- (B^T B + reg I)^-1 gA and gB <- gB (A A^T + reg I)^-1, in float32 or wider, from the current A and B; all
-    other parameters follow plain AdamW. `step` leaves every `.grad` as the backward pass made it.
+        gA <- (B^T B + reg I)^-1 gA        gB <- gB (A A^T + reg I)^-1
 
-    On an accelerator pairs of the same shapes go together, so that a step launches as many kernels for 100 layers as
-    for ten; on a CPU a few MiB at a time (see `directions`). Nothing waits for the device. With `foreach=True` the
-    whole step compiles as one graph (`torch.compile(optimizer.step, fullgraph=True)`).
+    Use it directly for parameter groups that `lora_one.optimizer` cannot make. All other parameters follow plain AdamW.
+    Inverses are of the current A and B, in float32 or wider. `step` does not change any `.grad`, and never waits for
+    the device. With `foreach=True` the whole step compiles as one graph (`torch.compile(optimizer.step,
+    fullgraph=True)`).
 
     Args:
-        params: parameters or groups, as for torch.optim.AdamW.
-        pairs: those to precondition; each must be in `params`.
-        reg, damping: see `lora_one.core.precondition.damped_inverse`.
+        params: the parameters or parameter groups, as for torch.optim.AdamW.
+        pairs: the `LoraPair`s to precondition, each with lora_A (r, in) and lora_B (out, r); both must be in `params`.
+        reg: what is added to the diagonal of the r x r matrices, 1e-6 by default.
+        damping: "absolute" adds `reg` itself (the default), "relative" adds it times the mean eigenvalue.
         adamw: the other arguments of torch.optim.AdamW.
 
     Raises:
         ModelError: a factor that is not in `params`, or that two different pairs share.
         ConfigError: a step that a CUDA graph captures, without capturable=True.
+
+    Source:
+        LoRA-One, arXiv 2502.01235, Algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from lora_one.backends.torch import LoraOneAdamW
+        >>> from lora_one.backends.torch.directions import LoraPair
+        >>> pair = LoraPair(torch.nn.Parameter(torch.ones(2, 5)), torch.nn.Parameter(torch.zeros(3, 2)))
+        >>> optimizer = LoraOneAdamW(pair, [pair], lr=1e-2)
+        >>> (pair.lora_B @ pair.lora_A).sub(1.0).square().sum().backward()
+        >>> optimizer.step()
+        >>> bool((pair.lora_B > 0.0).all())
+        True
     """
 
     def __init__(
@@ -57,7 +73,7 @@ class LoraOneAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; `closure` re-evaluates the loss first, as in torch.optim."""
+        """Take one step. `closure` evaluates the loss first, as in torch.optim."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -69,13 +85,13 @@ class LoraOneAdamW(torch.optim.AdamW):
             self._adamw(group, others, [p.grad for p in others])
         if self.pairs:
             group_of = self._groups_of_factors()
-            with full_precision(self.pairs[0].lora_A.device):  # once, and not at each product
+            with full_precision(self.pairs[0].lora_A.device):  # once, instead of at each product
                 for batch in directions(self.pairs, self.reg, self.damping):
-                    of_group: dict[int, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+                    batch_of_group: dict[int, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
                     for factor, direction in batch:
-                        of_group[group_of[id(factor)]].append((factor, direction))
-                    for index, its in of_group.items():
-                        self._adamw(self.param_groups[index], *map(list, zip(*its, strict=True)))
+                        batch_of_group[group_of[id(factor)]].append((factor, direction))
+                    for index, group_batch in batch_of_group.items():
+                        self._adamw(self.param_groups[index], *map(list, zip(*group_batch, strict=True)))
         return loss
 
     def _check_capture(self) -> None:
@@ -86,7 +102,7 @@ class LoraOneAdamW(torch.optim.AdamW):
             raise ConfigError("a step in a CUDA graph needs capturable=True in each param group, got False")
 
     def _adamw(self, group: dict[str, Any], params: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
-        """torch.optim.AdamW's own step of some parameters of a group, along these in the place of their gradients."""
+        """Take torch.optim.AdamW's step for parameters of a group, with these directions instead of their gradients."""
         if not params:
             return
         states = [self._state_of(p, group) for p in params]
@@ -99,14 +115,14 @@ class LoraOneAdamW(torch.optim.AdamW):
             [state["step"] for state in states],
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            grad_scale=getattr(self, "grad_scale", None),  # of torch.amp.GradScaler
+            grad_scale=getattr(self, "grad_scale", None),  # set by torch.amp.GradScaler
             found_inf=getattr(self, "found_inf", None),
             has_complex=any(map(torch.is_complex, params)),
             **{name: group[name] for name in _SETTINGS},
         )
 
     def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """Its moments; at first zero, in torch.optim.AdamW's own form."""
+        """Return the moments of a parameter, in torch.optim.AdamW's own form; zeros at the first step."""
         state = self.state[parameter]
         if not state:
             device = parameter.device if group["capturable"] or group["fused"] else torch.device("cpu")
@@ -116,22 +132,22 @@ class LoraOneAdamW(torch.optim.AdamW):
         return state
 
     def _groups_of_factors(self) -> dict[int, int]:
-        """id of a parameter -> its group."""
-        found = {id(p): index for index, group in enumerate(self.param_groups) for p in group["params"]}
+        """Return id of a parameter -> index of its group."""
+        group_of = {id(p): index for index, group in enumerate(self.param_groups) for p in group["params"]}
         for pair in self.pairs:
             for side, factor in pair._asdict().items():
-                if id(factor) not in found:
+                if id(factor) not in group_of:
                     raise ModelError(
                         f"each factor of a pair must be in params, got a {side} {tuple(factor.shape)} that is not"
                     )
-        return found
+        return group_of
 
 
 def _distinct(pairs: Iterable[LoraPair]) -> list[LoraPair]:
-    """Each pair once. Whoever shares one factor only has no preconditioner: the step of one would undo the other's."""
-    found = list({(id(pair.lora_A), id(pair.lora_B)): pair for pair in pairs}.values())
+    """Return each pair once. Two pairs that share a single factor are an error: one's step would undo the other's."""
+    distinct = list({(id(pair.lora_A), id(pair.lora_B)): pair for pair in pairs}.values())
     seen: set[int] = set()
-    for pair in found:
+    for pair in distinct:
         for side, factor in pair._asdict().items():
             if id(factor) in seen:
                 raise ModelError(
@@ -139,4 +155,4 @@ def _distinct(pairs: Iterable[LoraPair]) -> list[LoraPair]:
                     "share: untie it, or use precondition=False"
                 )
             seen.add(id(factor))
-    return found
+    return distinct

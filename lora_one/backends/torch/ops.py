@@ -1,4 +1,4 @@
-"""`Ops` on PyTorch tensors, on whatever device they are."""
+"""`lora_one.core.ops.Ops` on PyTorch tensors, on any device."""
 
 from collections.abc import Sequence
 
@@ -8,16 +8,28 @@ from torch import Tensor
 
 from .linalg import decompositions
 from .linalg.narrow import narrow_matmul
-from .linalg.precision import full_precision
+from .linalg.precision import full_precision, widened
 
 
 class TorchOps:
-    """See `lora_one.core.ops.Ops`."""
+    """The array operations of `lora_one.core` on PyTorch tensors: see `lora_one.core.ops.Ops` for each method.
+
+    Use it to call a function of `lora_one.core` on your own tensors. It has no state, and results stay on the device of
+    their inputs. Products, QR, SVD and Cholesky have full float32 precision, whatever TF32 and autocast are set to. On
+    a GPU, stacks of small matrices are decomposed together or on the host, which is faster there.
+
+    Example:
+        >>> import torch
+        >>> from lora_one.backends.torch import TorchOps
+        >>> u, s, vt = TorchOps().svd(torch.diag(torch.tensor([3.0, 4.0])))
+        >>> s
+        tensor([4., 3.])
+    """
 
     name = "torch"
 
     def asarray(self, x: np.ndarray, like: Tensor) -> Tensor:
-        return torch.as_tensor(x).to(like.dtype).to(like.device)  # what moves is narrow already
+        return torch.as_tensor(x).to(like.dtype).to(like.device)  # narrow before it moves
 
     def to_numpy(self, x: Tensor) -> np.ndarray:
         x = x.detach().cpu()
@@ -27,7 +39,7 @@ class TorchOps:
         return x.to(dtype)
 
     def at_least_float32(self, x: Tensor) -> Tensor:
-        return x.to(torch.promote_types(x.dtype, torch.float32))
+        return widened(x)
 
     def eps(self, x: Tensor) -> float:
         return torch.finfo(x.dtype).eps
@@ -59,7 +71,7 @@ class TorchOps:
             rhs = rhs.expand(*gram.shape[:-2], *rhs.shape[-2:]) if rhs.ndim < gram.ndim else rhs
             solve = decompositions.solve_by_triangles if gram.is_cuda else torch.cholesky_solve
             solution = solve(rhs, lower)
-        # cholesky_ex does not raise, which would cost a synchronisation; it leaves a partial factor behind.
+        # cholesky_ex does not raise, which would cost a synchronisation. Where it fails it leaves a partial factor.
         return torch.where((info == 0)[..., None, None], solution, torch.nan)
 
     def eye(self, n: int, like: Tensor) -> Tensor:

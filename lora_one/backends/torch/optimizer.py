@@ -1,4 +1,4 @@
-"""AdamW for LoRA, with the r x r preconditioner, as a torch.optim.Optimizer."""
+"""AdamW for a model with LoRA layers, optionally preconditioned, as a torch.optim.Optimizer."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,10 +16,10 @@ from .lora_adamw import LoraOneAdamW
 
 
 def lora_pairs(model: nn.Module) -> list[LoraPair]:
-    """The trainable LoRA pairs of the linear layers of a model."""
+    """Return the trainable LoRA pairs of a model's linear layers."""
     pairs = []
     for module in model.modules():
-        if not isinstance(module, LoraLayer) or isinstance(module.lora_A, nn.ParameterDict):  # AdaLoRA's are no pairs
+        if not isinstance(module, LoraLayer) or isinstance(module.lora_A, nn.ParameterDict):  # AdaLoRA: no pairs
             continue
         for adapter in module.lora_A:
             pair = LoraPair(module.lora_A[adapter].weight, module.lora_B[adapter].weight)
@@ -41,27 +41,31 @@ def optimizer(
     param_groups: Iterable[dict[str, Any]] = (),
     fused: bool | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of a model with LoRA layers.
+    """See `lora_one.optimizer` for what all frameworks share. This is AdamW over the trainable parameters.
 
     Args:
-        model: a PeftModel, or any module with PEFT's LoRA layers in it.
-        learning_rate: of all parameters but lora_B's, if `loraplus_lr_ratio` is not 1, and those in `param_groups`.
-        weight_decay: decoupled.
-        precondition: whether LoRA pairs are preconditioned; other parameters never are. Off by default: under AdamW it
-            did harm at every damping on both tasks it was measured on (benchmarks/results/demo.json).
-        reg, damping: see `lora_one.core.precondition.damped_inverse`.
-        betas, eps: Adam's.
-        loraplus_lr_ratio: lora_B's learning rate over lora_A's (LoRA+, arXiv 2402.12354).
-        param_groups: groups with settings of their own, as for torch.optim: their "params" are taken out of the rest.
-        fused: as torch.optim.AdamW. None takes the fused kernel wherever there is one, without its offer to undo a
-            GradScaler's scale in the step: whoever scales or clips gradients does so as before any other optimizer.
+        model: a PeftModel, or any module that contains PEFT's LoRA layers.
+        learning_rate: applies to all parameters except those in `param_groups`, and lora_B's with `loraplus_lr_ratio`.
+        weight_decay, precondition, reg, damping, betas, eps: as in `lora_one.optimizer`.
+        loraplus_lr_ratio: the learning rate of lora_B over that of lora_A (LoRA+, arXiv 2402.12354), 1.0 by default.
+        param_groups: groups with settings of their own, as for torch.optim. All other parameters form one more group.
+        fused: as in torch.optim.AdamW. The default, None, uses the fused kernel wherever there is one. It then does not
+            offer to undo a GradScaler's scale in the step: unscale and clip as with any other optimizer.
 
     Returns:
         A torch.optim.AdamW; a `LoraOneAdamW` with `precondition=True`.
 
     Raises:
-        ConfigError: a setting that cannot be.
-        ModelError: nothing is trainable, or nothing to precondition.
+        ConfigError: an invalid setting.
+        ModelError: nothing is trainable, or nothing can be preconditioned.
+
+    Example:
+        >>> import lora_one, torch
+        >>> from lora_one.backends.torch import attach_plain, optimizer
+        >>> model = attach_plain(torch.nn.Sequential(torch.nn.Linear(8, 4)), lora_one.Config(rank=2, targets=["0"]))
+        >>> adamw = optimizer(model, learning_rate=1e-3, loraplus_lr_ratio=4.0)
+        >>> [group["lr"] for group in adamw.param_groups]
+        [0.001, 0.004]
     """
     check_optimizer_settings(reg, damping, loraplus_lr_ratio)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -70,19 +74,29 @@ def optimizer(
     pairs = lora_pairs(model)
     if precondition and not pairs:
         raise ModelError("precondition=True needs trainable LoRA layers of PEFT, got none")
-    groups = [{**group, "params": list(group["params"])} for group in param_groups]
-    taken = {id(parameter) for group in groups for parameter in group["params"]}
-    rest = [parameter for parameter in trainable if id(parameter) not in taken]
-    # A group of their own only for a rate of their own: each group is a launch of AdamW.
-    faster = {id(pair.lora_B) for pair in pairs} if loraplus_lr_ratio != 1.0 else set()
-    groups.append({"params": [p for p in rest if id(p) not in faster]})
-    groups.append({"params": [p for p in rest if id(p) in faster], "lr": learning_rate * loraplus_lr_ratio})
-    groups = [group for group in groups if group["params"]]
-    there_is = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trainable)
+    groups = _param_groups(trainable, pairs, param_groups, learning_rate, loraplus_lr_ratio)
+    has_fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trainable)
     adamw: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay, "betas": betas, "eps": eps}
-    adamw["fused"] = there_is if fused is None else fused
+    adamw["fused"] = has_fused if fused is None else fused
     made = LoraOneAdamW(groups, pairs, reg, damping, **adamw) if precondition else torch.optim.AdamW(groups, **adamw)
     if fused is None:
-        # Lightning refuses to clip the gradients of an optimizer that would still have to take a scale out of them.
+        # Lightning refuses to clip the gradients of an optimizer that would still have to divide them by a scale.
         made._step_supports_amp_scaling = False
     return made
+
+
+def _param_groups(
+    trainable: list[nn.Parameter],
+    pairs: list[LoraPair],
+    given: Iterable[dict[str, Any]],
+    learning_rate: float,
+    loraplus_lr_ratio: float,
+) -> list[dict[str, Any]]:
+    groups = [{**group, "params": list(group["params"])} for group in given]
+    taken = {id(parameter) for group in groups for parameter in group["params"]}
+    remaining = [parameter for parameter in trainable if id(parameter) not in taken]
+    # lora_B gets its own group only for its own rate: each group is a launch of AdamW.
+    faster = {id(pair.lora_B) for pair in pairs} if loraplus_lr_ratio != 1.0 else set()
+    groups.append({"params": [p for p in remaining if id(p) not in faster]})
+    groups.append({"params": [p for p in remaining if id(p) in faster], "lr": learning_rate * loraplus_lr_ratio})
+    return [group for group in groups if group["params"]]

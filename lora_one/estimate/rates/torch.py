@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lora_one.backends.torch.passes.frozen_linear import product_of_rows
+from lora_one.backends.torch.linalg.onednn import product_of_rows
 from lora_one.estimate.hardware import Hardware
 
 from .timing import THIN_COLUMNS, Clock, least

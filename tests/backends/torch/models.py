@@ -122,3 +122,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "bert": bert,
     "classifier": classifier,
 }
+
+# (50, 7) matrices as they may lie in memory
+LAYOUTS = {
+    "expanded": torch.randn(7, generator=torch.Generator().manual_seed(0)).expand(50, 7),
+    "one number": torch.ones(()).expand(50, 7),  # as the gradient of a sum is
+    "strided": torch.randn(100, 14, generator=torch.Generator().manual_seed(0))[::2, ::2],
+    "transposed": torch.randn(7, 50, generator=torch.Generator().manual_seed(0)).mT,
+}

@@ -76,7 +76,7 @@ def test_exact_start_is_the_truncated_svd_of_the_weight_gradients(name):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("config", "tolerance"), [(EXACT, 1e-5), (SKETCH, 2e-4)], ids=["exact", "sketch"])
 def test_layers_that_are_alike_may_go_in_stacks_as_they_do_on_a_gpu(monkeypatch, name, config, tolerance):
-    monkeypatch.setattr(TorchSession, "stacked", True)
+    monkeypatch.setattr(TorchSession, "stacks_layers", True)
     stacks = []
     stack = TorchOps.stack
     monkeypatch.setattr(

@@ -60,8 +60,10 @@ def specs_step(pair, gradient, state, rate_B, decay_B):
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
 def test_twenty_steps_are_the_specs_with_two_rates_and_gradients_that_come_and_go(monkeypatch, way, dtype, tolerance):
-    monkeypatch.setattr(directions, "_STACKED_BELOW", {} if way.startswith("stacked") else {"cpu": 8})
-    monkeypatch.setattr(directions, "_TOGETHER", {} if "elsewhere" in way else {"cpu": 0 if "alone" in way else 2**16})
+    monkeypatch.setattr(directions, "_STACKED_BELOW_RANK", {} if way.startswith("stacked") else {"cpu": 8})
+    monkeypatch.setattr(
+        directions, "_BATCH_BYTES", {} if "elsewhere" in way else {"cpu": 0 if "alone" in way else 2**16}
+    )
     pairs = make_pairs(dtype=dtype)
     lora_A, lora_B = (list(side) for side in zip(*pairs, strict=True))
     groups = [{"params": lora_A + lora_B[:2]}, {"params": lora_B[2:], "lr": 3e-2, "weight_decay": 0.1}]
@@ -100,7 +102,7 @@ class Launches(TorchDispatchMode):
 
 
 def test_launches_do_not_grow_with_the_layers_where_launches_count(monkeypatch):
-    monkeypatch.setattr(directions, "_STACKED_BELOW", {})
+    monkeypatch.setattr(directions, "_STACKED_BELOW_RANK", {})
     counts = []
     for layers in (2, 12):
         pairs = make_pairs([(8, 32, 32), (8, 32, 48)] * layers, torch.float32)

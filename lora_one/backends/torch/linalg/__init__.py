@@ -1,1 +1,1 @@
-"""Products and decompositions, as each device is quick at them."""
+"""Matrix products and decompositions, each in the way that is fast on its device."""

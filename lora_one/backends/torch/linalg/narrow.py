@@ -1,38 +1,40 @@
-"""Products with a LoRA factor's r columns, at the speed that CPUs have for 16."""
+"""Products with the r columns of a LoRA factor, which a CPU computes as fast as products with 16 columns."""
 
 import math
 
 import torch
 from torch import Tensor
 
-# Float32 lanes of the widest vector register. BLAS leaves most of it empty on matrices of fewer columns.
-_LANES = 16
+_FLOAT32_LANES = 16  # of the widest vector register; BLAS leaves most of it empty for fewer columns
 
 
 def narrow_matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b for batches (n, ., .); where an operand is tall with few columns, g rows of it are read as one.
+    """Return a @ b for batches (n, ., .), reading g rows of a tall operand with few columns as one row.
 
     Reading (rows, r) as (rows / g, g r) costs nothing where the memory is contiguous. Then
 
         x^T y   is the sum of the g diagonal r x r blocks of the product of the two readings,
         x m     is the reading times the block-diagonal matrix of g copies of m,
 
-    g times the arithmetic in fewer than half the time (r = 8, g = 2). `out`, if it is given, is contiguous.
+    which is g times the arithmetic in less than half the time (r = 8, g = 2).
+
+    Args:
+        out: contiguous memory for the result.
     """
     if a.device.type != "cpu" or a.ndim != 3 or b.ndim != 3 or a.shape[0] != b.shape[0]:
         return torch.matmul(a, b, out=out)
-    if a.mT.is_contiguous() and b.is_contiguous() and (g := _fold(a.shape[2], a.shape[1], b.shape[2])) > 1:
+    if a.mT.is_contiguous() and b.is_contiguous() and (g := _rows_as_one(a.shape[2], a.shape[1], b.shape[2])) > 1:
         return _gram(a.mT, b, g, out)
-    if a.is_contiguous() and (g := _fold(a.shape[1], *b.shape[1:])) > 1:
+    if a.is_contiguous() and (g := _rows_as_one(a.shape[1], *b.shape[1:])) > 1:
         return _apply(a, b, g, out)
     return torch.matmul(a, b, out=out)
 
 
-def _fold(rows: int, *columns: int) -> int:
-    """How many of `rows` to read as one: 1 where it does not pay."""
+def _rows_as_one(rows: int, *columns: int) -> int:
+    """Return how many rows to read as one: 1 where more does not pay."""
     if not 0 < 16 * max(columns) <= rows:
         return 1
-    return math.gcd(rows, max(1, _LANES // max(columns)))
+    return math.gcd(rows, max(1, _FLOAT32_LANES // max(columns)))
 
 
 def _gram(x: Tensor, y: Tensor, g: int, out: Tensor | None) -> Tensor:

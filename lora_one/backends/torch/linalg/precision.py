@@ -1,47 +1,61 @@
-"""Full float32 in a block of code, whatever the user's global flags and autocast say."""
+"""Full float32 precision in a block of code, whatever the user's global flags and autocast say."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 
-_inside = threading.local()  # autocast is per thread
+_state = threading.local()  # autocast is per thread
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return `x` itself if it is float32 or float64, else `x` as float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @contextmanager
 def no_reduced_matmul() -> Iterator[None]:
-    """No TF32 and no bfloat16 passes inside float32 matmuls; the flags are as they were afterwards."""
-    cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = cuda.fp32_precision, mkldnn.fp32_precision
-    cuda.fp32_precision = mkldnn.fp32_precision = "ieee"
+    """Switch off TF32 and bfloat16 passes in float32 products. Afterwards the flags are what they were."""
+    cuda, onednn = _matmul_flags()
+    before = cuda.fp32_precision, onednn.fp32_precision
+    cuda.fp32_precision = onednn.fp32_precision = "ieee"
     try:
         yield
     finally:
-        cuda.fp32_precision, mkldnn.fp32_precision = before
+        cuda.fp32_precision, onednn.fp32_precision = before
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """The same, and no autocast. Where that holds already it costs next to nothing.
+    """Switch off reduced products, as `no_reduced_matmul` does, and autocast too.
 
-    A program that torch.compile traces has the precision of whoever calls it: flags cannot be switched inside.
+    Inside another such block this costs next to nothing. A program that torch.compile traces has the precision of its
+    caller, because flags cannot be switched inside it.
     """
     if torch.compiler.is_compiling():
         yield
         return
-    if getattr(_inside, "block", False) or _holds(device):
+    if getattr(_state, "in_full_precision", False) or _is_full_already(device):
         yield
         return
-    _inside.block = True
+    _state.in_full_precision = True
     try:
         with no_reduced_matmul(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        _inside.block = False
+        _state.in_full_precision = False
 
 
-@torch.compiler.disable  # flags are no tensors
-def _holds(device: torch.device) -> bool:
-    cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    return cuda.fp32_precision == mkldnn.fp32_precision == "ieee" and not torch.is_autocast_enabled(device.type)
+@torch.compiler.disable  # flags are not tensors
+def _is_full_already(device: torch.device) -> bool:
+    cuda, onednn = _matmul_flags()
+    return cuda.fp32_precision == onednn.fp32_precision == "ieee" and not torch.is_autocast_enabled(device.type)
+
+
+def _matmul_flags() -> tuple[Any, Any]:
+    """Return PyTorch's settings for matrix products on CUDA and in oneDNN."""
+    mkldnn: Any = torch.backends.mkldnn  # PyTorch's type hints lack its `matmul`
+    return torch.backends.cuda.matmul, mkldnn.matmul

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from lora_one.backends.torch.attachment.attach import Site
-from lora_one.backends.torch.linalg.wide import widened
+from lora_one.backends.torch.linalg.precision import widened
 from lora_one.core.sketch import Probe
 
 from .tap import Sink

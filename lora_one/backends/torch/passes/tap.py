@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_one.backends.torch.linalg.precision import full_precision
-from lora_one.backends.torch.linalg.wide import few_rows_times, product_over_rows, times_few_columns, widened
+from lora_one.backends.torch.linalg.precision import full_precision, widened
+from lora_one.backends.torch.linalg.wide import few_rows_times, product_over_rows, times_few_columns
 from lora_one.core.gradient import RowProduct
 from lora_one.core.sketch import Probe
 

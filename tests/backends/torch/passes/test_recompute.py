@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import lora_one
 from lora_one.backends.torch import TorchSession
-from lora_one.backends.torch.passes import frozen_linear
+from lora_one.backends.torch.linalg import onednn
 from lora_one.backends.torch.passes import recompute as module
 from lora_one.backends.torch.passes.recompute import Recompute
 from lora_one.errors import ConfigError, ModelError
@@ -56,13 +56,13 @@ def test_true_recomputes_every_block_and_false_none():
 def test_recomputing_a_block_ends_before_its_last_product(monkeypatch, dtype, gradient):
     """Its input is kept, and what it yields nobody asks for."""
     products = Counter()
-    original = frozen_linear._linear
+    original = onednn.linear
 
     def count(x, weight, bias):
         products[weight.data_ptr()] += 1
         return original(x, weight, bias)
 
-    monkeypatch.setattr(frozen_linear, "_linear", count)
+    monkeypatch.setattr(onednn, "linear", count)
     case = llama(dtype)
     layers = case.model.model.layers[1].mlp
     weights = {name: getattr(layers, name).weight.data_ptr() for name in ("gate_proj", "up_proj", "down_proj")}

@@ -1,0 +1,14 @@
+"""What several of these files need."""
+
+import pytest
+
+from lora_one.backends.torch.linalg import onednn
+
+
+@pytest.fixture
+def onednn_calls(monkeypatch):
+    """The shapes of the weights that oneDNN multiplies with."""
+    shapes = []
+    original = onednn._by_onednn
+    monkeypatch.setattr(onednn, "_by_onednn", lambda x, w, b: shapes.append(tuple(w.shape)) or original(x, w, b))
+    return shapes
