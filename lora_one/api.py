@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .backends import backend_of
+from .checkpoint.folder import replacing_adapter
 from .checkpoint.metadata import write_metadata
-from .checkpoint.peft import replacing_adapter
 from .config import Config
 from .initialization import initialize
 from .report import Report

@@ -1,4 +1,4 @@
-"""An adapter in memory, in no framework's arrays: what the layouts on disk are read into and written from."""
+"""An adapter in memory, in NumPy: what both layouts on disk are read into and written from."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -8,11 +8,11 @@ from lora_one.core.factors import Factors
 
 
 class LoraLayer(NamedTuple):
-    """What an adapter holds for one layer: it adds scaling * B A to the weight."""
+    """The LoRA factors of one layer: they add scaling * B A to its weight."""
 
-    pairs: list[Factors]  # NumPy, float32 or wider: lora_A (r, in), lora_B (out, r); one, or one an expert
+    pairs: list[Factors]  # NumPy, float32 or wider: lora_A (r, in), lora_B (out, r); one pair, or one per expert
     scaling: float
-    dtype: str = "F32"  # that the factors are stored in, by safetensors' name
+    dtype: str = "F32"  # the dtype that the factors are stored in, by safetensors' name
     is_switch: bool = False  # a stack of experts, mlx-lm's SwitchLinear
 
     @property
@@ -21,9 +21,9 @@ class LoraLayer(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """An adapter."""
+    """The LoRA layers of a model, and the settings that are stored beside them."""
 
     layers: dict[str, LoraLayer]  # by path in the base model
     dropout: float = 0.0
     task: str | None = None  # PEFT's task_type
-    notes: Mapping[str, str] = MappingProxyType({})  # of a backend to itself, in the header of PEFT's file
+    notes: Mapping[str, str] = MappingProxyType({})  # a backend's own entries in the header of PEFT's file

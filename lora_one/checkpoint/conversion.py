@@ -1,42 +1,52 @@
-"""Adapter folders from one library's layout into another's, without a model and without a framework."""
+"""Convert an adapter folder from one library's layout to another's, without a model and without a framework."""
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from lora_one.errors import CheckpointError, ConfigError
 
 from .adapter import Adapter
-from .layouts import write_mlx_lm, write_peft
-from .mlx_lm import is_mlx_lm, read_mlx_lm
-from .peft import METADATA, check_folder, is_file, own_shapes, read_adapter, read_folder, replacing_adapter
+from .folder import METADATA, is_file, replacing_adapter
+from .mlx_lm import is_mlx_lm, read_mlx_lm, write_mlx_lm
+from .peft import check_factors, own_shapes, read_adapter, read_folder, write_peft
 from .plain_lora import setting_problems, tensor_reason
 
 LAYOUTS = ("peft", "mlx", "flax")
-# mlx-lm names an embedding's factors as a linear layer's, and only their order of axes differs: the name has to tell.
+# mlx-lm names an embedding's factors like a linear layer's. Only the order of axes differs, so the name must tell.
 _EMBEDDINGS = {"embed_tokens", "embed_in", "embedding", "embeddings", "tok_embeddings", "word_embeddings", "wte", "wpe"}
 
 
 def convert(src: str | Path, dst: str | Path, to: str, rename: Mapping[str, str] | None = None) -> None:
-    """Write an adapter folder again, in the layout that another library opens.
+    """Write a copy of an adapter folder in the layout that another library opens.
 
-    Every tensor of the source keeps its values and its dtype; only where mlx-lm's one scale for all layers makes a
-    layer's own ratio go into lora_b is that lora_b written in float32 or wider.
+    Use it to train an adapter with one library and run it with another, without the model at hand. Every tensor keeps
+    its values and its dtype, with one exception: mlx-lm has one scale for all layers, so a layer with another scale
+    gets the ratio multiplied into its lora_b, which is then written in float32 or wider.
 
     Args:
-        src: a folder that PEFT, mlx-lm or lora-one wrote. Where it has both layouts, mlx-lm's is read, which mlx-lm
-            may have trained on in.
-        dst: made; must not exist, or be empty.
-        to: "peft": PEFT, vLLM and `lora_one.load` on PyTorch. "flax": the same layout, which `lora_one.load` on JAX
-            opens. "mlx": mlx-lm's layout, and PEFT's beside it.
-        rename: for base models whose module paths differ: old prefix -> new prefix, as {"transformer": "model"} for
-            GPT-2 from transformers to mlx-lm.
+        src: folder that PEFT, mlx-lm or lora-one wrote. If it has both layouts, mlx-lm's is read, since mlx-lm may
+            have continued to train in it.
+        dst: folder to write; it must not exist, or be empty.
+        to: the layout to write. "peft": for PEFT, vLLM and `lora_one.load` on PyTorch. "flax": the same layout, for
+            `lora_one.load` on JAX. "mlx": mlx-lm's layout, and PEFT's beside it.
+        rename: old prefix -> new prefix of module paths, where the two libraries name the base model's modules
+            differently, such as {"transformer": "model"} for GPT-2 from transformers to mlx-lm. Default: none.
 
     Raises:
-        ConfigError: `to` or `rename` cannot be.
+        ConfigError: an invalid `to` or `rename`.
         CheckpointError: all that is wrong with the source, or that the destination cannot hold, at once. Nothing was
             written.
+
+    >>> import lora_one, pathlib, torch
+    >>> base = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    >>> batches = [(torch.randn(8, 6), torch.randn(8, 4))]
+    >>> mean_square = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
+    >>> model, report = lora_one.init(base, batches, mean_square, lora_one.Config(rank=2, targets=["0"]))
+    >>> lora_one.save(model, "adapter", report)
+    >>> lora_one.convert("adapter", "for-mlx-lm", to="mlx")
+    >>> sorted(file.name for file in pathlib.Path("for-mlx-lm").iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors', 'adapters.safetensors', 'lora_one.json']
     """
     src, dst = Path(src), Path(dst)
     if to not in LAYOUTS:
@@ -63,7 +73,7 @@ def _check_free(dst: Path) -> None:
 
 
 def _metadata(src: Path) -> bytes | None:
-    """The report of the start: `lora-one inspect` reads it."""
+    """Read the source's `lora_one.json`, which `lora-one inspect` needs; None if there is none."""
     file = src / METADATA
     try:
         return file.read_bytes() if is_file(file) else None
@@ -75,7 +85,7 @@ def _read_peft(src: Path) -> Adapter:
     folder = read_folder(src)
     problems = setting_problems(folder.config)
     problems += [f"{name}: {tensor_reason(name)}" for name in sorted(folder.others)]
-    problems += check_folder(replace(folder, others={}), own_shapes(folder))
+    problems += check_factors(folder, own_shapes(folder))
     if problems:
         raise CheckpointError(f"the adapter in {src} is more than plain LoRA on linear layers", problems)
     return read_adapter(folder)
@@ -112,7 +122,10 @@ def _renamed(adapter: Adapter, prefixes: Mapping[str, str]) -> Adapter:
 
 
 def _blocks(adapter: Adapter) -> int:
-    """How many blocks the adapter's paths tell of. mlx-lm wants a number, and goes by the full paths all the same."""
-    numbers = re.compile(r"[0-9]{1,6}")
-    indices = [next((int(x) for x in name.split(".") if numbers.fullmatch(x)), -1) for name in adapter.layers]
+    """Return the number of blocks by the numbers in the layers' paths.
+
+    mlx-lm's configuration must hold a number, but mlx-lm finds the layers by their full paths.
+    """
+    number = re.compile(r"[0-9]{1,6}")
+    indices = [next((int(part) for part in name.split(".") if number.fullmatch(part)), -1) for name in adapter.layers]
     return max(indices) + 1

@@ -10,8 +10,9 @@ from lora_one.errors import CheckpointError
 from lora_one.plots import Panel, draw
 from lora_one.report import LayerReport, Report
 
+from .folder import METADATA
 from .metadata import read_report
-from .peft import METADATA, read_adapter, read_folder
+from .peft import read_adapter, read_folder
 
 
 @dataclass(frozen=True)

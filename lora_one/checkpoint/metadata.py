@@ -1,4 +1,4 @@
-"""`lora_one.json`, beside an adapter: what made it, and the report of its start."""
+"""`lora_one.json`, beside an adapter: what made the adapter, and the report of its start."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from lora_one.errors import CheckpointError
 from lora_one.files.json_files import read_object
 from lora_one.report import Report
 
-from .peft import METADATA, is_file
+from .folder import METADATA, is_file
 
 _PACKAGES = (
     "lora-one",
@@ -26,14 +26,14 @@ _PACKAGES = (
 
 
 def write_metadata(path: Path, backend: str, report: Report | None) -> None:
-    """Write `lora_one.json`: the report with its configuration, and the versions of what made the adapter."""
+    """Write `lora_one.json`: the report with its configuration, and the versions of the packages in use."""
     versions = installed_versions(_PACKAGES)
     metadata = {"backend": backend, "versions": versions, "report": None if report is None else report.to_dict()}
     (path / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
 
 
 def read_report(path: Path) -> Report:
-    """The report kept in an adapter folder.
+    """Read the report that is kept in an adapter folder.
 
     Raises:
         CheckpointError: lora-one did not write the folder, or wrote it without a report.

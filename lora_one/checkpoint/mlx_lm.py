@@ -1,8 +1,11 @@
-"""Adapter folders in mlx-lm's layout (see `formats`), read into no framework's arrays."""
+"""mlx-lm's layout on disk: read it and write it."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lora_one.checks import is_number, shown
 from lora_one.core.factors import Factors
@@ -10,9 +13,10 @@ from lora_one.errors import CheckpointError
 from lora_one.files.json_files import read_object
 
 from .adapter import Adapter, LoraLayer
-from .peft import CONFIG, MLX_WEIGHTS, is_file
-from .peft_config import LARGEST_ALPHA, is_rank
-from .tensors import Tensor, read_tensors, tensor_names, wider
+from .folder import CONFIG, MLX_WEIGHTS, WEIGHTS, is_file
+from .peft import peft_config, peft_tensors, write_config
+from .peft_config import LARGEST_ALPHA, is_dropout, is_rank
+from .tensors import Tensor, read_tensors, tensor_names, wider, write_tensors
 
 Shapes = Mapping[str, tuple[int, ...]]  # path -> (out, in), or (experts, out, in)
 
@@ -23,21 +27,23 @@ _OTHER_KINDS = {
 
 
 def is_mlx_lm(path: Path) -> bool:
-    """Whether a folder is to be read in mlx-lm's layout: where it has both, mlx-lm may have trained on in its own.
+    """Return whether a folder is to be read in mlx-lm's layout.
+
+    A folder with both layouts is: mlx-lm may have continued to train in its own.
 
     Raises:
         CheckpointError: there is no configuration, or it cannot be read.
     """
     config = _read_config(path)
-    speaks = isinstance(config.get("lora_parameters"), dict) or "peft_type" not in config
-    return speaks and is_file(path / MLX_WEIGHTS)
+    is_configured = isinstance(config.get("lora_parameters"), dict) or "peft_type" not in config
+    return is_configured and is_file(path / MLX_WEIGHTS)
 
 
 def read_mlx_lm(path: Path, model: Shapes | None = None) -> Adapter:
     """Read a folder in mlx-lm's layout.
 
     Args:
-        model: the linear layers that the adapter may be for; None takes the file's word for their shapes.
+        model: the linear layers that the adapter may be for; None accepts the shapes in the file.
 
     Raises:
         CheckpointError: all that is wrong with files, names, ranks and shapes, at once.
@@ -51,9 +57,9 @@ def read_mlx_lm(path: Path, model: Shapes | None = None) -> Adapter:
             if a is not None or b is not None:
                 problems.append(f"{name}: lora_{'b' if b is None else 'a'} is missing")
             continue
-        wrong = _shape_problems(name, a.array.shape, b.array.shape, rank, model)
-        problems += wrong
-        if not wrong:
+        wrong_shapes = _shape_problems(name, a.array.shape, b.array.shape, rank, model)
+        problems += wrong_shapes
+        if not wrong_shapes:
             layers[name] = _layer(a, b, scale)
     problems += [f"{key}: neither lora_a nor lora_b of a linear layer" for key in tensors]
     if not layers and not problems:
@@ -64,8 +70,15 @@ def read_mlx_lm(path: Path, model: Shapes | None = None) -> Adapter:
     return Adapter(layers, dropout)
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path / CONFIG)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is not an adapter folder", [f"{CONFIG}: {error}"]) from error
+
+
 def _read_parameters(path: Path) -> tuple[int, float, float]:
-    """(rank, scale, dropout), for all layers."""
+    """Return (rank, scale, dropout), which hold for all layers."""
     config = _read_config(path)
     kind, parameters = config.get("fine_tune_type", "lora"), config.get("lora_parameters") or {}
     if kind != "lora":
@@ -75,27 +88,19 @@ def _read_parameters(path: Path) -> tuple[int, float, float]:
             f"{_OTHER_KINDS.get(str(kind), 'not LoRA')}",
             [name for name in names if kind != "dora" or name.endswith(".m")],
         )
-    found: dict[str, Any] = parameters if isinstance(parameters, dict) else {}
-    rank: Any = found.get("rank")
-    scale: Any = found.get("scale")
-    dropout = found.get("dropout") or 0.0
+    settings: dict[str, Any] = parameters if isinstance(parameters, dict) else {}
+    rank, scale = settings.get("rank"), settings.get("scale")
+    dropout = settings.get("dropout") or 0.0
     if not is_rank(rank) or not is_number(scale) or abs(scale) > LARGEST_ALPHA:
         raise CheckpointError(
             f'{path / CONFIG}: "lora_parameters" must have a rank, an integer from 1 on, and a scale, a number, '
             f"got {shown(parameters)}"
         )
-    if not is_number(dropout) or not 0 <= dropout <= 1:
+    if not is_dropout(dropout):
         raise CheckpointError(
             f'{path / CONFIG}: the dropout in "lora_parameters" must be in [0, 1], got {shown(dropout)}'
         )
     return rank, float(scale), float(dropout)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        return read_object(path / CONFIG)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} is not an adapter folder", [f"{CONFIG}: {error}"]) from error
 
 
 def _shape_problems(name: str, a: tuple[int, ...], b: tuple[int, ...], rank: int, model: Shapes | None) -> list[str]:
@@ -103,13 +108,13 @@ def _shape_problems(name: str, a: tuple[int, ...], b: tuple[int, ...], rank: int
         return [f"{name}: the model has no such linear layer"]
     if len(a) != len(b) or len(a) not in (2, 3) or 0 in (*a, *b):
         return [f"{name}: lora_a and lora_b must be matrices, or stacks of them, got {a} and {b}"]
-    own = (b[-1], a[0]) if len(a) == 2 else (a[0], b[-2], a[-1])
-    *experts, out_features, in_features = own if model is None else model[name]
+    shape_in_file = (b[-1], a[0]) if len(a) == 2 else (a[0], b[-2], a[-1])
+    *experts, out_features, in_features = shape_in_file if model is None else model[name]
     expected = [(*experts, rank, in_features), (*experts, out_features, rank)]
     if not experts:
         expected = [shape[::-1] for shape in expected]
-    found = zip(("lora_a", "lora_b"), (a, b), expected, strict=True)
-    return [f"{name}: {factor} must be {want}, got {got}" for factor, got, want in found if got != want]
+    shapes = zip(("lora_a", "lora_b"), (a, b), expected, strict=True)
+    return [f"{name}: {factor} must be {want}, got {got}" for factor, got, want in shapes if got != want]
 
 
 def _layer(a: Tensor, b: Tensor, scale: float) -> LoraLayer:
@@ -117,3 +122,38 @@ def _layer(a: Tensor, b: Tensor, scale: float) -> LoraLayer:
     if a.array.ndim == 2:
         return LoraLayer([Factors(a.array.T, b.array.T)], scale, dtype)
     return LoraLayer([Factors(*pair) for pair in zip(a.array, b.array, strict=True)], scale, dtype, is_switch=True)
+
+
+def write_mlx_lm(path: Path, adapter: Adapter, num_layers: int) -> None:
+    """Write an adapter into an empty folder, as mlx-lm opens it, and in PEFT's layout beside it.
+
+    PEFT's layout is left out for a stack of experts, which PEFT cannot name.
+
+    Args:
+        num_layers: the number of blocks of the model, which mlx-lm's configuration must hold.
+    """
+    rank = max(layer.rank for layer in adapter.layers.values())
+    scales = Counter(layer.scaling for layer in adapter.layers.values() if layer.scaling)
+    scale = scales.most_common(1)[0][0] if scales else 1.0  # layers of scale 0 get a lora_b of zeros
+    parameters = {"rank": rank, "scale": scale, "dropout": adapter.dropout, "keys": list(adapter.layers)}
+    config: dict[str, Any] = {"fine_tune_type": "lora", "num_layers": num_layers, "lora_parameters": parameters}
+    tensors = {}
+    for name, layer in adapter.layers.items():
+        tensors.update(_tensors(name, layer, rank, scale))
+    write_tensors(path / MLX_WEIGHTS, tensors, "mlx")
+    if not any(layer.is_switch for layer in adapter.layers.values()):
+        config.update(peft_config(adapter))
+        write_tensors(path / WEIGHTS, peft_tensors(adapter), "pt")
+    write_config(path, config)
+
+
+def _tensors(name: str, layer: LoraLayer, rank: int, scale: float) -> dict[str, Tensor]:
+    """Return the layer's factors, converted to the rank and the scale of the whole folder."""
+    missing, ratio = rank - layer.rank, layer.scaling / scale
+    a = np.stack([np.pad(pair.lora_A, [(0, missing), (0, 0)]) for pair in layer.pairs])  # (experts, r, in)
+    b = np.stack([np.pad(pair.lora_B, [(0, 0), (0, missing)]) for pair in layer.pairs])  # (experts, out, r)
+    dtype = layer.dtype
+    if ratio != 1.0:
+        b, dtype = (b * ratio).astype(b.dtype), wider(dtype, "F32")  # in bfloat16 the product would be rounded again
+    a, b = (a, b) if layer.is_switch else (a[0].T, b[0].T)
+    return {f"{name}.lora_a": Tensor(a, layer.dtype), f"{name}.lora_b": Tensor(b, dtype)}

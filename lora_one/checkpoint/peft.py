@@ -1,12 +1,9 @@
-"""Adapters on disk, in PEFT's format: what a folder holds, and whether it belongs to a model.
+"""PEFT's layout on disk: read it, check that it belongs to a model, and write it."""
 
-A folder has `adapter_config.json`, `adapter_model.safetensors`, and, if lora-one wrote it, `lora_one.json`.
-"""
-
+import json
 import re
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,53 +12,56 @@ from safetensors import SafetensorError, safe_open
 from lora_one.checks import shown
 from lora_one.core.factors import Factors
 from lora_one.errors import CheckpointError
-from lora_one.files.atomic import replacing
 from lora_one.files.json_files import read_object
 
 from .adapter import Adapter, LoraLayer
-from .peft_config import check_patterns, config_problems, layer_ranks, layer_scalings
+from .folder import CONFIG, MLX_WEIGHTS, PICKLED, WEIGHTS, is_file
+from .peft_config import check_patterns, config_problems
 from .plain_lora import remedy, tensor_reason
-from .tensors import read_tensors, wider
+from .scales import layer_ranks, layer_scalings, plain_settings
+from .tensors import Tensor, read_tensors, wider, write_tensors
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-METADATA = "lora_one.json"
-PICKLED = "adapter_model.bin"
-MLX_WEIGHTS = "adapters.safetensors"  # mlx-lm's layout: see `formats`
-ADAPTER_FILES = (CONFIG, WEIGHTS, PICKLED, MLX_WEIGHTS, METADATA)  # of one adapter: none may outlive it
 PEFT_KEY = "base_model.model.{path}.lora_{side}.weight"
 PEFT_BASE_KEY = "base_model.model.{path}.base_layer.weight"
 
-_KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
+_FACTOR_KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
+
+Shape = tuple[int, ...]
+LinearShapes = Mapping[str, tuple[int, int]]  # layer -> (out, in)
 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """What an adapter folder says of itself, without its numbers."""
+    """The configuration and the shapes in an adapter folder, without the factors' values."""
 
     path: Path
     config: dict[str, Any]
-    lora_A: dict[str, tuple[int, ...]]  # layer -> shape, (r, in)
-    lora_B: dict[str, tuple[int, ...]]  # layer -> shape, (out, r)
-    ranks: dict[str, int]  # layer -> what the configuration says
-    scalings: dict[str, float]  # layer -> the factor s, by the configuration
-    others: Mapping[str, tuple[int, ...]]  # what is no LoRA factor: key -> shape
-
-    def rank(self, layer: str) -> int:
-        """The rank that the configuration gives a layer of the file."""
-        return self.ranks[layer]
-
-    def scaling(self, layer: str) -> float:
-        """The factor s that the configuration gives a layer of the file."""
-        return self.scalings[layer]
+    lora_A: dict[str, Shape]  # layer -> shape, (r, in)
+    lora_B: dict[str, Shape]  # layer -> shape, (out, r)
+    ranks: dict[str, int]  # layer -> its rank by the configuration
+    scalings: dict[str, float]  # layer -> the factor s by the configuration
+    others: Mapping[str, Shape]  # tensors that are no LoRA factors: key -> shape
 
 
 def read_folder(path: Path) -> AdapterFolder:
     """Read an adapter folder's configuration and shapes.
 
     Raises:
-        CheckpointError: a file that is missing or cannot be read, or an adapter that is not LoRA.
+        CheckpointError: a file is missing or cannot be read, or the adapter is not LoRA.
     """
+    _check_files(path)
+    config = _read_config(path / CONFIG)
+    shapes, others = _read_shapes(path / WEIGHTS)
+    try:
+        ranks = layer_ranks(config, sorted(shapes["A"] | shapes["B"]))
+        scalings = layer_scalings(config, ranks)
+        check_patterns(config, list(ranks))
+    except ValueError as error:
+        raise CheckpointError(f"{path / CONFIG}: its settings cannot be used: {error}") from error
+    return AdapterFolder(path, config, shapes["A"], shapes["B"], ranks, scalings, others)
+
+
+def _check_files(path: Path) -> None:
     missing = [name for name in (CONFIG, WEIGHTS) if not is_file(path / name)]
     if WEIGHTS in missing and is_file(path / PICKLED):
         raise CheckpointError(
@@ -73,55 +73,43 @@ def read_folder(path: Path) -> AdapterFolder:
         )
     if missing:
         raise CheckpointError(f"{path} is not an adapter folder", [f"{name}: not found" for name in missing])
-    config = read_object(path / CONFIG)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    config = read_object(file)
     kind = config.get("peft_type")
     if kind != "LORA" or config.get("r") is None:
-        raise CheckpointError(f'{path / CONFIG}: "peft_type" must be "LORA" with an integer "r", got {shown(kind)}')
+        raise CheckpointError(f'{file}: "peft_type" must be "LORA" with an integer "r", got {shown(kind)}')
     problems = config_problems(config)
     if problems:
-        raise CheckpointError(f"{path / CONFIG}: its settings cannot be used", problems)
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {"A": {}, "B": {}}
-    others: dict[str, tuple[int, ...]] = {}
+        raise CheckpointError(f"{file}: its settings cannot be used", problems)
+    return config
+
+
+def _read_shapes(file: Path) -> tuple[dict[str, dict[str, Shape]], dict[str, Shape]]:
+    """Return the shapes of the factors, side -> layer -> shape, and of all other tensors, key -> shape."""
+    shapes: dict[str, dict[str, Shape]] = {"A": {}, "B": {}}
+    others: dict[str, Shape] = {}
     try:
-        with safe_open(path / WEIGHTS, framework="numpy") as file:
-            for key in file.keys():  # noqa: SIM118  (not a mapping)
-                match, shape = _KEY.fullmatch(key), tuple(file.get_slice(key).get_shape())
+        with safe_open(file, framework="numpy") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  (not a mapping)
+                match, shape = _FACTOR_KEY.fullmatch(key), tuple(tensors.get_slice(key).get_shape())
                 if match is None:
                     others[key] = shape
                 else:
-                    shapes[match["factor"]][match["layer"]] = shape
+                    shapes[match["side"]][match["layer"]] = shape
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path / WEIGHTS} cannot be read: {error}") from error
-    try:
-        ranks = layer_ranks(config, sorted(shapes["A"] | shapes["B"]))
-        scalings = layer_scalings(config, ranks)
-        check_patterns(config, list(ranks))
-    except ValueError as error:
-        raise CheckpointError(f"{path / CONFIG}: its settings cannot be used: {error}") from error
-    return AdapterFolder(path, config, shapes["A"], shapes["B"], ranks, scalings, others)
-
-
-def is_file(path: Path) -> bool:
-    """Whether there is one, also under a name that no file can have."""
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long, a folder that may not be looked into
-        return False
-
-
-def own_shapes(folder: AdapterFolder) -> dict[str, tuple[int, int]]:
-    """layer -> (out, in), by its own factors, where no model is at hand to ask."""
-    a, b = folder.lora_A, folder.lora_B
-    return {layer: ((*b.get(layer, ()), 0)[0], (0, *a.get(layer, ()))[-1]) for layer in a.keys() | b.keys()}
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return shapes, others
 
 
 def read_adapter(folder: AdapterFolder) -> Adapter:
-    """The pairs of an adapter in PEFT's layout, with each layer's own scale.
+    """Read the factors of a folder in PEFT's layout, with each layer's own scale.
 
     Raises:
-        CheckpointError: factors that are no pairs of the configuration's ranks, or whose dtype is not floating.
+        CheckpointError: factors do not have the configuration's ranks, lack a partner, or are not floating point.
     """
-    problems = check_folder(replace(folder, others={}), own_shapes(folder))
+    problems = check_factors(folder, own_shapes(folder))
     if problems:
         raise CheckpointError(f"{folder.path / WEIGHTS} does not hold what {CONFIG} says", problems)
     names = {layer: [PEFT_KEY.format(path=layer, side=side) for side in "AB"] for layer in folder.lora_A}
@@ -129,26 +117,35 @@ def read_adapter(folder: AdapterFolder) -> Adapter:
     layers = {}
     for layer, (a, b) in names.items():
         pair = Factors(tensors[a].array, tensors[b].array)
-        layers[layer] = LoraLayer([pair], folder.scaling(layer), wider(tensors[a].dtype, tensors[b].dtype))
+        layers[layer] = LoraLayer([pair], folder.scalings[layer], wider(tensors[a].dtype, tensors[b].dtype))
     return Adapter(layers, float(folder.config.get("lora_dropout") or 0.0), folder.config.get("task_type"))
 
 
-def check_folder(folder: AdapterFolder, linear: Mapping[str, tuple[int, int]]) -> list[str]:
-    """All that keeps an adapter from belonging to a model: of its factors, and of what else is in the file.
+def own_shapes(folder: AdapterFolder) -> dict[str, tuple[int, int]]:
+    """Return layer -> (out, in), read from the factors themselves; 0 for a factor that is missing or empty."""
+    shapes = {}
+    for layer in folder.lora_A.keys() | folder.lora_B.keys():
+        a, b = folder.lora_A.get(layer), folder.lora_B.get(layer)
+        shapes[layer] = (b[0] if b else 0, a[-1] if a else 0)
+    return shapes
+
+
+def check_folder(folder: AdapterFolder, linear: LinearShapes) -> list[str]:
+    """Return all reasons why an adapter does not belong to a model: its factors, and other tensors in the file.
 
     Args:
-        linear: the model's linear layers: name -> (out, in).
+        linear: the model's linear layers.
 
     Returns:
-        One sentence a problem; empty if there is none.
+        One sentence per problem; empty if there is none.
     """
-    kept = tuple(folder.config.get("modules_to_save") or ())
-    others = [key for key in folder.others if not any(f".{name}." in f".{key}." for name in kept)]
-    return check_factors(folder, linear) + [unknown_tensor(key) for key in others]
+    trained_whole = tuple(folder.config.get("modules_to_save") or ())
+    unknown = [key for key in folder.others if not any(f".{name}." in f".{key}." for name in trained_whole)]
+    return check_factors(folder, linear) + [unknown_tensor(key) for key in unknown]
 
 
-def check_factors(folder: AdapterFolder, linear: Mapping[str, tuple[int, int]]) -> list[str]:
-    """The part of `check_folder` that is about factors: partners, layers, ranks and shapes."""
+def check_factors(folder: AdapterFolder, linear: LinearShapes) -> list[str]:
+    """Return the problems of `check_folder` that concern factors: partners, layers, ranks and shapes."""
     problems = []
     if not folder.lora_A and not folder.lora_B:
         problems.append(f"{WEIGHTS}: no LoRA factors in it")
@@ -159,7 +156,7 @@ def check_factors(folder: AdapterFolder, linear: Mapping[str, tuple[int, int]]) 
             problems.append(f"{layer}: the model has no such linear layer")
             continue
         out_features, in_features = linear[layer]
-        rank = folder.rank(layer)
+        rank = folder.ranks[layer]
         if not out_features or not in_features:
             problems.append(f"{layer}: lora_A or lora_B is empty")
         for name, shapes, expected in (
@@ -171,15 +168,42 @@ def check_factors(folder: AdapterFolder, linear: Mapping[str, tuple[int, int]]) 
     return problems
 
 
-def replacing_adapter(path: Path) -> AbstractContextManager[Path]:
-    """An empty folder to write an adapter into, which replaces the one in `path`, of any library's, in one step.
-
-    Raises:
-        CheckpointError: see `lora_one.files.atomic.replacing`.
-    """
-    return replacing(path, ADAPTER_FILES)
-
-
 def unknown_tensor(key: str) -> str:
-    """The sentence about a tensor that nothing in the configuration speaks of."""
+    """Return the sentence about a tensor that the configuration does not mention."""
     return f"{key}: {tensor_reason(key)}{remedy(key)}"
+
+
+def write_peft(path: Path, adapter: Adapter) -> None:
+    """Write an adapter into an empty folder, as PEFT, vLLM and `lora_one.load` open it."""
+    write_tensors(path / WEIGHTS, peft_tensors(adapter), "pt", adapter.notes)
+    write_config(path, peft_config(adapter))
+
+
+def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Return the tensors of `adapter_model.safetensors`, by PEFT's names."""
+    return {
+        PEFT_KEY.format(path=name, side=side): Tensor(factor, layer.dtype)
+        for name, layer in adapter.layers.items()
+        for side, factor in zip("AB", layer.pairs[0], strict=True)
+    }
+
+
+def peft_config(adapter: Adapter) -> dict[str, Any]:
+    """Return PEFT's settings for `adapter_config.json`."""
+    return {
+        "peft_type": "LORA",
+        "task_type": adapter.task,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        **plain_settings({name: (layer.rank, layer.scaling) for name, layer in adapter.layers.items()}),
+        "lora_dropout": adapter.dropout,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "target_modules": list(adapter.layers),
+    }
+
+
+def write_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Write `adapter_config.json` into a folder."""
+    (path / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -1,23 +1,22 @@
-"""PEFT's `adapter_config.json`, checked: what it says of ranks and scales, before any of it is computed with."""
+"""The settings in PEFT's `adapter_config.json`, checked before anything is computed with them."""
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 from lora_one.checks import is_number, shown
 
 from .patterns import first_matches
 
 LARGEST_RANK = 2**20
-LARGEST_ALPHA = 1e9  # and its inverse the smallest: ratios of two are finite in every dtype
+LARGEST_ALPHA = 1e9  # the smallest is its inverse, so that the ratio of two is finite in every dtype
 
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:
-    """All that cannot be in what this library reads of a configuration: one sentence a setting."""
-    checks = {
+    """Return one sentence per invalid setting, among the settings that this library reads."""
+    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
         "r": (is_rank, "an integer from 1 on"),
         "lora_alpha": (_is_alpha, "a number, 0 or of size 1e-9 to 1e9"),
-        "lora_dropout": (lambda value: is_number(value) and 0 <= value <= 1, "a number in [0, 1]"),
+        "lora_dropout": (is_dropout, "a number in [0, 1]"),
         "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
         "rank_pattern": (lambda value: _is_table(value, is_rank), "a rank for each regular expression"),
         "alpha_pattern": (lambda value: _is_table(value, _is_alpha), "an alpha for each regular expression"),
@@ -28,38 +27,13 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     }
     return [
         f'"{name}" must be {expected}, got {shown(config[name])}'
-        for name, (holds, expected) in checks.items()
-        if config.get(name) is not None and not holds(config[name])
+        for name, (is_valid, expected) in checks.items()
+        if config.get(name) is not None and not is_valid(config[name])
     ]
 
 
-def layer_ranks(config: Mapping[str, Any], layers: Sequence[str]) -> dict[str, int]:
-    """layer -> the rank that a checked configuration gives it: `r`, or what `rank_pattern` says (PEFT's meaning).
-
-    Raises:
-        ValueError: see `first_matches`.
-    """
-    table = config.get("rank_pattern") or {}
-    chosen = first_matches(list(table), layers)
-    return {layer: table[chosen[layer]] if layer in chosen else config["r"] for layer in layers}
-
-
-def layer_scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
-    """layer -> its factor s: alpha / sqrt(rank) or alpha / rank, with `alpha_pattern` (PEFT's meaning).
-
-    Raises:
-        ValueError: see `first_matches`.
-    """
-    table = config.get("alpha_pattern") or {}
-    chosen = first_matches(list(table), list(ranks))
-    usual = 8 if config.get("lora_alpha") is None else config["lora_alpha"]
-    alphas = {layer: table[chosen[layer]] if layer in chosen else usual for layer in ranks}
-    root = math.sqrt if config.get("use_rslora") else float
-    return {layer: alphas[layer] / root(rank) for layer, rank in ranks.items()}
-
-
 def check_patterns(config: Mapping[str, Any], layers: Sequence[str]) -> None:
-    """Try the regular expressions that PEFT will match itself, without bounds.
+    """Try the regular expressions that PEFT will match itself, without a limit on time.
 
     Raises:
         ValueError: see `first_matches`.
@@ -69,17 +43,22 @@ def check_patterns(config: Mapping[str, Any], layers: Sequence[str]) -> None:
             first_matches([config[name]], layers)
 
 
-def is_rank(value: Any) -> bool:
-    """Whether a value out of a file can be a rank."""
+def is_rank(value: Any) -> TypeGuard[int]:
+    """Return whether a value from a file can be a rank."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_RANK
+
+
+def is_dropout(value: Any) -> TypeGuard[float]:
+    """Return whether a value from a file can be a dropout rate."""
+    return is_number(value) and 0 <= value <= 1
 
 
 def _is_alpha(value: Any) -> bool:
     return is_number(value) and (value == 0 or 1 / LARGEST_ALPHA <= abs(value) <= LARGEST_ALPHA)
 
 
-def _is_table(value: Any, holds: Any) -> bool:
-    return isinstance(value, dict) and all(map(holds, value.values()))
+def _is_table(value: Any, is_valid: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(is_valid, value.values()))
 
 
 def _are_names(value: Any) -> bool:

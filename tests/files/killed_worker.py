@@ -18,9 +18,10 @@ from typing import Any
 
 import lora_one
 from lora_one.backends import load_backend
+from lora_one.checkpoint.folder import MLX_WEIGHTS
 from lora_one.checkpoint.metadata import read_report
 from lora_one.checkpoint.mlx_lm import read_mlx_lm
-from lora_one.checkpoint.peft import MLX_WEIGHTS, check_folder, read_adapter, read_folder
+from lora_one.checkpoint.peft import check_folder, read_adapter, read_folder
 from lora_one.report import Report
 from tests.files.kills import killed_before_each_change
 

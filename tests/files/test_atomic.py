@@ -15,8 +15,8 @@ import pytest
 
 import lora_one
 from lora_one.checkpoint.adapter import Adapter, LoraLayer
-from lora_one.checkpoint.layouts import write_peft
-from lora_one.checkpoint.peft import check_folder, read_adapter, read_folder, replacing_adapter
+from lora_one.checkpoint.folder import replacing_adapter
+from lora_one.checkpoint.peft import check_folder, read_adapter, read_folder, write_peft
 from lora_one.core.factors import Factors
 from lora_one.errors import CheckpointError
 from lora_one.files import atomic, staging

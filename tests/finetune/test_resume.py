@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_one import demo
-from lora_one.checkpoint.peft import METADATA
+from lora_one.checkpoint.folder import METADATA
 from tests.files import killed
 
 SMALL = {"rank": 2, "batch_size": 2, "init_batches": 1, "passes": 2, "warmup": 1, "targets": ["q_proj"]}

@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 import lora_one
 from lora_one.checkpoint.adapter import Adapter, LoraLayer
 from lora_one.checkpoint.inspection import inspect_adapter
-from lora_one.checkpoint.layouts import write_mlx_lm
 from lora_one.checkpoint.metadata import read_report
-from lora_one.checkpoint.mlx_lm import read_mlx_lm
+from lora_one.checkpoint.mlx_lm import read_mlx_lm, write_mlx_lm
 from lora_one.checkpoint.peft import check_folder, read_adapter, read_folder
 from lora_one.core.factors import Factors
 from lora_one.errors import CheckpointError, LoraOneError
@@ -195,7 +194,7 @@ def test_patterns_that_are_written_with_groups_mean_what_they_mean_in_peft(root)
     with changed(root, config=json.dumps(config).encode(), peft=honest(names)) as src:
         folder = read_folder(src)
     expected = {layer: patterns.get(get_pattern_key(patterns, layer), 2) for layer in layers}
-    assert {layer: folder.rank(layer) for layer in layers} == expected and set(expected.values()) == {3, 4, 5}
+    assert {layer: folder.ranks[layer] for layer in layers} == expected and set(expected.values()) == {3, 4, 5}
 
 
 @pytest.mark.parametrize("text", [DEEP, LONG, f'{{"r": {LONG}}}', "[1]", "null", '"text"', "{", "\0", ""])

@@ -9,8 +9,7 @@ import numpy as np
 from flax import nnx
 
 from lora_one.checkpoint.adapter import Adapter, LoraLayer
-from lora_one.checkpoint.layouts import write_peft
-from lora_one.checkpoint.peft import AdapterFolder, check_folder, read_adapter, read_folder
+from lora_one.checkpoint.peft import AdapterFolder, check_folder, read_adapter, read_folder, write_peft
 from lora_one.checkpoint.plain_lora import setting_problems
 from lora_one.config import Config
 from lora_one.core.factors import Factors
@@ -89,7 +88,7 @@ def load(model: Any, path: Path, trainable: bool) -> Any:
     factors = {name: layer.pairs[0] for name, layer in read_adapter(folder).layers.items()}
     chosen = [name for name, layers in stacks.items() if layers[0].name in factors]
     plan = {
-        name: (folder.lora_A[first][0], folder.scaling(first)) for name in chosen for first in [stacks[name][0].name]
+        name: (folder.lora_A[first][0], folder.scalings[first]) for name in chosen for first in [stacks[name][0].name]
     }
     if isinstance(model, nnx.Module):
         return _load_nnx(model, folder, factors, plan, bool(held))
@@ -136,7 +135,7 @@ def _pairs(site: Site, folder: AdapterFolder, factors: dict[str, Factors]) -> li
     pairs = []
     for layer in site.layers():
         a, b = factors[layer.name]
-        ratio = folder.scaling(layer.name) / site.scaling
+        ratio = folder.scalings[layer.name] / site.scaling
         pairs.append(Factors(jnp.asarray(a), jnp.asarray(b if ratio == 1.0 else b * np.float32(ratio))))
     return pairs
 

@@ -8,8 +8,7 @@ import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
 from lora_one.checkpoint.adapter import Adapter, LoraLayer
-from lora_one.checkpoint.layouts import write_mlx_lm
-from lora_one.checkpoint.mlx_lm import Shapes
+from lora_one.checkpoint.mlx_lm import Shapes, write_mlx_lm
 from lora_one.errors import CheckpointError, ModelError
 
 from .attach import Site, attach_layer, find_sites, random_stream_kept

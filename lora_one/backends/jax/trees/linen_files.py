@@ -10,7 +10,8 @@ from typing import Any
 from safetensors import safe_open
 
 from lora_one.backends.jax.layout import Layout, plain_layout
-from lora_one.checkpoint.peft import WEIGHTS, AdapterFolder
+from lora_one.checkpoint.folder import WEIGHTS
+from lora_one.checkpoint.peft import AdapterFolder
 from lora_one.errors import CheckpointError
 
 from .binding import Linear, kernels_of

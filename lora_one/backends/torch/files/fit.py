@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_one.backends.torch.attachment.attach import find_sites
-from lora_one.checkpoint.peft import PEFT_BASE_KEY, PEFT_KEY, WEIGHTS, AdapterFolder, check_factors, unknown_tensor
+from lora_one.checkpoint.folder import WEIGHTS
+from lora_one.checkpoint.peft import PEFT_BASE_KEY, PEFT_KEY, AdapterFolder, check_factors, unknown_tensor
 from lora_one.checkpoint.plain_lora import settings_beyond
 from lora_one.errors import ModelError
 

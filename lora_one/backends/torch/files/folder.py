@@ -26,7 +26,8 @@ from lora_one.backends.torch.attachment.attach import OF_PEFT
 from lora_one.backends.torch.attachment.snapshot import Snapshot
 from lora_one.backends.torch.attachment.starts import base_weights_kept, check_start
 from lora_one.backends.torch.attachment.wrappers import plain_names, unwrapped
-from lora_one.checkpoint.peft import CONFIG, WEIGHTS, AdapterFolder, read_folder
+from lora_one.checkpoint.folder import CONFIG, WEIGHTS
+from lora_one.checkpoint.peft import AdapterFolder, read_folder
 from lora_one.checkpoint.plain_lora import MLX_SETTINGS
 from lora_one.checkpoint.scales import plain_settings, scaling_of
 from lora_one.errors import CheckpointError, LoraOneError, ModelError
@@ -121,7 +122,7 @@ def _read_config(folder: AdapterFolder) -> peft.LoraConfig:
     settings = {name: value for name, value in folder.config.items() if name not in MLX_SETTINGS}
     config: Any = peft.LoraConfig.from_peft_type(**settings)
     if config.use_rslora and folder.lora_A:
-        layers = {path: (folder.rank(path), folder.scaling(path)) for path in folder.lora_A}
+        layers = {path: (folder.ranks[path], folder.scalings[path]) for path in folder.lora_A}
         _set(config, plain_settings(layers))
     return config
 
