@@ -2,7 +2,7 @@
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from .errors import ConfigError
@@ -14,6 +14,11 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 120, 120
 def shown(value: Any) -> str:
     """Return a value as text for a message, in one or two lines, however deeply a file nests it."""
     return _SHORT.repr(value)
+
+
+def shown_names(names: Sequence[str], most: int = 8) -> str:
+    """Return the first names, separated by commas, and an ellipsis if there are more."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def check_integer(

@@ -27,7 +27,6 @@ PENDING = {
     "backends.jax",
     "backends.mlx",
     "backends.torch",
-    "backends",
     "checkpoint",
     "checks",
     "cli",

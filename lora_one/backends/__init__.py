@@ -1,4 +1,4 @@
-"""One package per framework: its arrays, models, optimizer and files. Imports none of them until asked to."""
+"""One package per framework: its arrays, models, optimizer and files. A framework is imported only when it is used."""
 
 from .loading import BACKENDS, backend_of, load_backend
 

@@ -1,4 +1,7 @@
-"""What a framework must supply: `Backend`, its module, and `Session`, a model of it during `init`."""
+"""The contract of a backend: `Backend`, the module of a framework, and `Session`, one model during `init`.
+
+Everything that differs between frameworks is behind these two protocols; the algorithm itself is in `lora_one.core`.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,87 +18,122 @@ LossFn = Callable[[Any, Any], Any]  # (model, batch) -> mean loss, a scalar
 
 
 class Layer(NamedTuple):
-    """One LoRA pair of a model."""
+    """One LoRA pair of a model: the layer computes W x + scaling * B A x.
+
+    A module with several weight matrices, a mixture of experts for example, is several layers. The name is unique in
+    the model, and the same in every process and for every run: it seeds the layer's random test matrix.
+    """
 
     name: str  # path of the module in the base model
-    out_features: int
-    in_features: int
-    rank: int
-    scaling: float
+    out_features: int  # rows of W
+    in_features: int  # columns of W
+    rank: int  # r of the pair
+    scaling: float  # s, a plain number
 
 
 class PassResult(NamedTuple):
-    """What one pass over all batches gave."""
+    """The summary of one pass over all batches.
+
+    In a parallel run it covers the batches of all processes, so that every process reports the same loss. A backend
+    that does not know the last two leaves them at their defaults.
+    """
 
     loss: float  # mean of the batches' losses
     batches: int
-    # Of a layer that computes in a dtype too short of range, the share of its gradient's norm that may be lost.
+    # layer -> the share of its gradient's norm that float16 may have lost, for layers that compute in float16
     rounded_away: Mapping[str, float] = MappingProxyType({})
-    never_called: frozenset[str] = frozenset()  # layers that no forward pass called, nor read, if a backend knows
+    never_called: frozenset[str] = frozenset()  # layers that no forward pass called, and whose weights none read
 
 
 class Session(Protocol):
-    """A model with LoRA attached, for the duration of one `init`. No dropout meanwhile.
+    """A model with LoRA attached, during one call of `init`.
 
-    Used as a context manager: leaving it restores train/eval mode, requires_grad and hooks; leaving it by an exception
-    also takes back the attachment, so that the model is as it was found.
+    A session is a context manager. Entering it attaches LoRA, unless the model has an adapter already, and switches
+    dropout off. Leaving it restores train or eval mode, frozen parameters and hooks. Leaving it by an exception also
+    takes LoRA out again, so that the model is as it was before. All other members are valid only inside the `with`.
     """
 
-    model: Any  # what `init` returns: the model with its LoRA layers
-    layers: list[Layer]
+    model: Any  # what `init` returns; may be a new object after the session was left
+    layers: list[Layer]  # filled on entering, in the order of the model
 
     @property
     def ops(self) -> Ops:
-        """The operations on this framework's arrays."""
+        """The operations on this framework's arrays.
+
+        `lora_one.conformance.check_backend` tests an implementation of them.
+        """
         ...
 
     @property
     def stacks_layers(self) -> bool:
-        """Whether layers that are alike go through the algorithm together: where launches cost more than copies."""
+        """Whether layers of equal shape go through the algorithm together, as one array with a leading axis.
+
+        Return True on devices where launching an operation costs more than copying the arrays, GPUs for example.
+        """
         ...
 
-    def __enter__(self) -> "Session": ...
+    def __enter__(self) -> "Session":
+        """Check the settings, attach LoRA and fill `layers`. If this raises, the model must be as it was before."""
+        ...
 
-    def __exit__(self, *exception: Any) -> None: ...
+    def __exit__(self, *exception: Any) -> None:
+        """Make the assigned factors the model's own, or, after an exception, put everything back."""
+        ...
 
     def like(self, layer: str) -> Array:
-        """Any array on the device of the layer, in the dtype that its sketch is computed in: float32 or wider."""
+        """Return any array on the device of the layer, in the dtype that its sketch is computed in.
+
+        The dtype is float32 or wider, whatever the dtype of the weights. Only device and dtype are used, so a scalar
+        is enough.
+        """
         ...
 
     def sketch_pass(self, probes: Mapping[str, Probe]) -> tuple[PassResult, dict[str, Array | None]]:
-        """Install the probes at scale 1, run all batches backward, take the probes out again.
+        """Run all batches backward with the probes installed, and return the gradients of the other factors.
+
+        For each layer, `probes` has one factor of its pair; the other factor is zero, and the scale is 1, so the model
+        computes what it computes without LoRA. Afterwards the factors are what they were before.
 
         Returns:
-            The mean over the batches of each zero factor's gradient; None for a layer that no gradient reached.
+            The summary, and per layer the mean over the batches of the zero factor's gradient: (out, k) for a probe on
+            side "A", (k, in) for one on side "B", in the dtype of `like`. None for a layer that no gradient reached.
         """
         ...
 
     def exact_pass(self, consume: Callable[[str, Gradient], None]) -> PassResult:
-        """Run all batches backward and hand each layer's mean G, (out, in), to `consume`, once, as soon as it is whole.
+        """Run all batches backward, and hand each layer's mean gradient G of W, (out, in), to `consume`.
 
-        A backend may leave G as a `RowProduct` where that is smaller. A layer that no gradient reached is not handed
-        over.
+        Call `consume` once per layer, as soon as the layer's G is complete, so that not all of them are in memory at
+        the same time. Where that is smaller, G may be a `RowProduct`, two factors that are not multiplied. Leave out
+        layers that no gradient reached.
         """
         ...
 
     def mean_loss(self) -> PassResult:
-        """A forward pass over all batches with the factors that are assigned now."""
+        """Run all batches forward, with the factors that were assigned last and the layers' own scaling."""
         ...
 
     def all_agree(self, decision: bool) -> bool:
-        """Whether all processes of a parallel run decide so; each of them asks, at the same point.
+        """Return whether all processes of a parallel run decide the same; every process asks at the same point.
 
-        A decision that rests on decompositions may differ in their last digit: one process alone must not go on to a
-        pass that waits for the others.
+        Decisions rest on decompositions, whose last digits may differ between processes, and one process alone must
+        not begin a pass that waits for the others. Without parallel runs, return `decision`.
         """
         ...
 
     def assign(self, layer: str, factors: Factors) -> None:
-        """Set a layer's LoRA factors."""
+        """Set the LoRA factors of a layer, lora_A (r, in) and lora_B (out, r).
+
+        They come in the dtype of `like`, and the session casts them to the dtype in which the model keeps its factors.
+        A layer can be assigned several times; the last one counts.
+        """
         ...
 
     def peak_memory(self) -> int | None:
-        """Bytes: the device allocator's peak during this session, or the process's so far. None if unknown."""
+        """Return the peak memory in bytes: of the device during this session, or of the process so far.
+
+        Return None if it is unknown.
+        """
         ...
 
 
@@ -103,34 +141,58 @@ class Backend(Protocol):
     """The module of a framework: everything that `lora_one.init`, `optimizer`, `save`, `load` and `merge` ask of it.
 
     `lora_one.backends.torch` is one, and docs/extending/backend.md walks through a small complete one. Errors are those
-    of `lora_one.errors`; what they mean stands at the function of the same name in `lora_one.api`.
+    of `lora_one.errors`; the functions of the same names in `lora_one.api` say what they mean to a user.
     """
 
     @property
     def ops(self) -> Ops:
-        """The operations on this framework's arrays."""
+        """The operations on this framework's arrays: the same as `Session.ops`, for use without a model."""
         ...
 
     def open_session(self, model: Any, batches: Iterable[Any], loss_fn: LossFn | None, config: Config) -> Session:
-        """Return a session that has not been entered yet: LoRA is attached when it is."""
+        """Return a session for the model. It is not entered yet, so nothing is checked or changed here.
+
+        The session iterates over `batches` once per pass. `loss_fn` is None if the caller gave none: then use the loss
+        of the model, or raise BatchError if models of this framework have none.
+        """
         ...
 
     def attach_plain(self, model: Any, config: Config) -> Any:
-        """Attach LoRA with its usual start, for comparison, drawn by `config.seed`. Return the model."""
+        """Attach LoRA with its usual start, A random and B zero, and return the model.
+
+        It is the baseline that LoRA-One is compared with. The layers, ranks and scales are those that `open_session`
+        attaches for the same `config`; A is drawn by `config.seed`.
+        """
         ...
 
     def optimizer(self, model: Any, *args: Any, **options: Any) -> Any:
-        """Return AdamW for a model with LoRA layers, optionally preconditioned, of the framework's own kind."""
+        """Return AdamW for a model with LoRA layers, as an optimizer of the framework's own type.
+
+        It must accept `learning_rate`, `weight_decay`, `precondition`, `reg` and `damping`. With `precondition=True`
+        the gradients of LoRA pairs, and of nothing else, go through `lora_one.core.precondition`.
+        """
         ...
 
     def save(self, model: Any, path: Path) -> None:
-        """Write the active adapter in PEFT's layout into `path`, an empty folder."""
+        """Write the active adapter into `path`, an empty folder that exists.
+
+        The layout is PEFT's, adapter_config.json and adapter_model.safetensors; `lora_one.checkpoint` writes it from
+        NumPy arrays. The caller adds the report and moves the folder into its place when it is complete.
+        """
         ...
 
     def load(self, model: Any, path: Path, trainable: bool) -> Any:
-        """Open an adapter folder in PEFT's layout on its base model. Return the model."""
+        """Attach the adapter in the folder `path` to its base model, and return the model.
+
+        The factors are trainable only if `trainable`. If the folder does not fit the model, raise CheckpointError with
+        all problems at once, and leave the model as it was before.
+        """
         ...
 
     def merge(self, model: Any, *args: Any, **options: Any) -> Any:
-        """Add the adapter to the base weights, and take the LoRA layers out. Return the plain model."""
+        """Add scaling * B A to the base weights, take the LoRA layers out, and return the plain model.
+
+        Compute the sum in float32 or wider, and cast it to the dtype of the weight once. Leave LoRA in the model if
+        some layer cannot be merged.
+        """
         ...

@@ -1,4 +1,4 @@
-"""Which frameworks there are, and which of them a model belongs to. Imports none of them until asked to."""
+"""The table of backends, and which of them a model belongs to. No framework is imported before it is asked for."""
 
 import importlib
 import sys
@@ -8,14 +8,14 @@ from lora_one.errors import BackendError
 
 from .interface import Backend
 
-if TYPE_CHECKING:  # so that each is held to the protocol
+if TYPE_CHECKING:  # mypy checks each module against the protocol
     from . import jax, mlx, torch
 
     _torch: Backend = torch
     _jax: Backend = jax
     _mlx: Backend = mlx
 
-# name -> (module, the packages whose classes announce it). NumPy has arrays only, so no model announces it.
+# name -> (module, packages whose classes show that a model is the backend's). NumPy has arrays only, and no models.
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "numpy": ("lora_one.backends.numpy", ()),
     "torch": ("lora_one.backends.torch", ("torch",)),
@@ -25,10 +25,22 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def load_backend(name: str) -> Backend:
-    """Import a backend's module, and with it its framework. NumPy's has `ops` alone.
+    """Import the module of a backend, and with it its framework.
+
+    Use it to get at a framework's functions when the backend's name comes from a setting. Code that has a model needs
+    no name: `backend_of` finds the backend. The functions in `lora_one` do that on their own.
+
+    Args:
+        name: "torch", "jax", "mlx" or "numpy". NumPy's backend has `ops` only, since NumPy has no models.
+
+    Returns:
+        The module, see `lora_one.backends.interface.Backend`.
 
     Raises:
-        BackendError: no such backend, or its framework is not installed.
+        BackendError: there is no such backend, or its framework is not installed.
+
+    >>> load_backend("numpy").ops.name
+    'numpy'
     """
     _check_name(name)
     try:
@@ -42,31 +54,42 @@ def load_backend(name: str) -> Backend:
 
 
 def backend_of(model: Any, backend: str | None = None) -> Backend:
-    """The backend of a model, read off the packages that its classes come from.
+    """Return the backend that a model belongs to.
+
+    The packages of the model's classes decide, so a subclass of `torch.nn.Module` in your own package is a PyTorch
+    model. Use it in code that works with models of any framework.
 
     Args:
-        backend: the name the caller expects, checked against the model.
+        model: a `torch.nn.Module`, a `flax.nnx.Module`, a wrapped Linen module or pytree, or an `mlx.nn.Module`.
+        backend: the name of the backend that you expect, or None. It is checked, and cannot change the result.
+
+    Returns:
+        The module, see `lora_one.backends.interface.Backend`.
 
     Raises:
-        BackendError: the model belongs to no backend, or not to the one named.
+        BackendError: the model belongs to no backend, or not to the one that is named.
+
+    >>> import torch
+    >>> backend_of(torch.nn.Linear(3, 2)).ops.name
+    'torch'
     """
     packages = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
-    found = [name for name, (_, roots) in BACKENDS.items() if packages.intersection(roots)]
+    names = [name for name, (_, roots) in BACKENDS.items() if packages.intersection(roots)]
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     if backend is not None:
         _check_name(backend)
-    if not found:
+    if not names:
         models = [name for name, (_, roots) in BACKENDS.items() if roots]
         raise BackendError(
             f"model must be of one of the frameworks {', '.join(models)}, got {kind}{_pytree_hint(model)}"
         )
-    if backend is not None and backend not in found:
-        raise BackendError(f"backend {backend!r} does not fit the model: {kind} belongs to {found[0]!r}")
-    return load_backend(found[0])
+    if backend is not None and backend not in names:
+        raise BackendError(f"backend {backend!r} does not fit the model: {kind} belongs to {names[0]!r}")
+    return load_backend(names[0])
 
 
 def _pytree_hint(model: Any) -> str:
-    """How parameters in a pytree are handed in, if the model is one: a dict, an Equinox module, a dataclass of JAX."""
+    """Return how to pass parameters in a pytree (a dict, an Equinox module, a JAX dataclass), if the model is one."""
     jax = sys.modules.get("jax")
     is_tree = isinstance(model, (dict, list, tuple)) if jax is None else not jax.tree_util.all_leaves([model])
     if model is None or not is_tree:

@@ -1,8 +1,8 @@
-"""`Ops` on MLX arrays. Decompositions run on the CPU stream, where MLX has them; memory is shared, nothing is copied.
+"""`Ops` on MLX arrays. Decompositions run on the CPU stream, the only one where MLX has them, and copy nothing.
 
-float64 exists on MLX's CPU device only. On GPUs with matrix units MLX multiplies float32 in TF32, and has no switch a
-call (only MLX_ENABLE_TF32=0 for the process, https://github.com/ml-explore/mlx/issues/3860): callers that need float32
-put the CPU stream around their calls, as `init` does.
+float64 exists on MLX's CPU device only. On GPUs with matrix units MLX multiplies float32 in TF32. It has no switch for
+a single call, only MLX_ENABLE_TF32=0 for the process (https://github.com/ml-explore/mlx/issues/3860), so callers that
+need float32 use the CPU stream, as `init` does.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,21 @@ import numpy as np
 
 
 class MlxOps:
-    """See `lora_one.core.ops.Ops`."""
+    """The array operations of `lora_one.core.ops.Ops`, on `mlx.core.array`.
+
+    Pass an instance to the functions of `lora_one.core`, to use the algorithm on gradients of your own. It has no
+    settings and no state. Decompositions run on the CPU; put `mx.stream(mx.cpu)` around the calls if products must be
+    in full float32 on a GPU too.
+
+    Attributes:
+        name: "mlx".
+
+    >>> import mlx.core as mx
+    >>> ops = MlxOps()
+    >>> u, s, vt = ops.svd(mx.array([[3.0, 0.0, 0.0], [0.0, 2.0, 0.0]]))
+    >>> u.shape, s.tolist(), vt.shape
+    ((2, 2), [3.0, 2.0], (2, 3))
+    """
 
     name = "mlx"
 
@@ -50,17 +64,17 @@ class MlxOps:
         if rows == columns:
             u, s, vt = mx.linalg.svd(x, stream=mx.cpu)
             return u, s, vt
-        # MLX's svd returns all of U, (rows, rows): go through R, which is square.
+        # MLX's svd returns all of U, (rows, rows): take that of R, which is square.
         q, r = self.qr(x)  # (..., rows, columns), (..., columns, columns)
         u, s, vt = mx.linalg.svd(r, stream=mx.cpu)
         return q @ u, s, vt
 
     def svdvals(self, x: mx.array) -> mx.array:
-        s: Any = mx.linalg.svd(x, compute_uv=False, stream=mx.cpu)  # typed as if with vectors
+        s: Any = mx.linalg.svd(x, compute_uv=False, stream=mx.cpu)  # MLX's stub says (u, s, vt)
         return s
 
     def cholesky_solve(self, gram: mx.array, rhs: mx.array) -> mx.array:
-        with mx.stream(mx.cpu):  # one hop to the CPU and back for the whole batch
+        with mx.stream(mx.cpu):  # the whole batch goes to the CPU and back once
             identity = mx.eye(gram.shape[-1], dtype=gram.dtype)
             lower = mx.linalg.cholesky(gram)  # (..., r, r)
             valid = _is_cholesky(lower, gram)[..., None, None]
@@ -94,14 +108,14 @@ class MlxOps:
 
 
 def _is_cholesky(lower: mx.array, gram: mx.array) -> mx.array:
-    """Whether each matrix of `lower` is the Cholesky factor of its `gram`: (...,), bool.
+    """Return whether each matrix of `lower` is the Cholesky factor of its `gram`: (...,), bool.
 
-    MLX drops LAPACK's error flag and returns whatever the factorisation had written by then. LAPACK leaves the pivot
-    that was not positive on the diagonal; the product is checked too, for implementations that leave something else.
+    MLX drops LAPACK's error flag, and returns what the factorisation had written when it stopped. LAPACK leaves the
+    pivot that was not positive on the diagonal. Other implementations may not, so the product is checked too.
     """
     pivots = mx.diagonal(lower, axis1=-2, axis2=-1)  # (..., r)
     size = mx.diagonal(gram, axis1=-2, axis2=-1)  # (..., r)
-    # Of a completed factorisation, |gram - L L^T| <= c r eps sqrt(gram_ii gram_jj) (Higham 2002, Theorem 10.3).
+    # A completed factorisation has |gram - L L^T| <= c r eps sqrt(gram_ii gram_jj) (Higham 2002, Theorem 10.3).
     error = mx.abs(lower @ lower.swapaxes(-1, -2) - gram)
     scale = mx.sqrt(mx.abs(size))
     bound = 8.0 * (gram.shape[-1] + 1) * float(mx.finfo(gram.dtype).eps) * scale[..., :, None] * scale[..., None, :]

@@ -1,4 +1,4 @@
-"""The modules of an MLX model with the places they hang in, and a snapshot of all that can be put back."""
+"""The modules of an MLX model and their places in it, and a snapshot of a model that can be restored."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 
 
 class Place(NamedTuple):
-    """A module and where it hangs: `container[key] is module`. A container is a module, a dict or a list."""
+    """A module and its place: `container[key] is module`. A container is a module, a dict or a list."""
 
     path: str
     module: nn.Module
@@ -18,7 +18,7 @@ class Place(NamedTuple):
 
 
 def places(model: nn.Module) -> Iterator[Place]:
-    """All modules below the model, in the order of definition; one that hangs in two places comes once."""
+    """Yield all modules below the model, in the order of definition, each of them once."""
     seen: set[int] = set()
 
     def walk(container: Any, prefix: str) -> Iterator[Place]:
@@ -37,22 +37,22 @@ def places(model: nn.Module) -> Iterator[Place]:
 
 
 def flat(tree: Any) -> dict[str, mx.array]:
-    """The arrays of a tree by their dotted names."""
+    """Return the arrays of a tree by their dotted names."""
     return dict(tree_flatten(tree))
 
 
-# What draws at random, or counts its batches, in train mode.
+# Modules that draw at random, or count their batches, in train mode.
 EVALUATED = (nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.BatchNorm)
 
 
 def train_without_dropout(model: nn.Module) -> None:
-    """Put the model into train mode, where models choose kernels that have gradients, but compute as in eval mode."""
+    """Put the model into train mode, where it chooses kernels that have gradients, but with dropout off."""
     for module in (model, *(place.module for place in places(model))):
         module._set_training_mode(not isinstance(module, EVALUATED))
 
 
 class Snapshot:
-    """Submodules, parameters, frozen state, train/eval modes and attributes of a model: references, no array copied."""
+    """The submodules, parameters, frozen state, modes and attributes of a model. No array is copied."""
 
     def __init__(self, model: nn.Module):
         modules = [model, *(place.module for place in places(model))]
@@ -61,12 +61,14 @@ class Snapshot:
         self._frozen = [(module, set(module._no_grad)) for module in modules]
         self._training = {id(module): module.training for module in modules}
         self._modules = modules  # keeps the ids above valid
-        # Modules that change more than a flag with their mode, as nn.QQLinear does, which quantises its weight.
+        # Modules whose mode changes more than a flag: nn.QQLinear quantises its weight.
         plain = nn.Module._set_training_mode
-        self._moody = [(m, _content(m), dict(vars(m))) for m in modules if type(m)._set_training_mode is not plain]
+        self._mode_dependent = [
+            (m, _content(m), dict(vars(m))) for m in modules if type(m)._set_training_mode is not plain
+        ]
 
     def restore_modes(self, root: nn.Module) -> None:
-        """Put back train/eval mode. Modules that have come since, below `root`, follow the one they are in."""
+        """Restore train and eval modes. New modules below `root` get the mode of the module that they are in."""
 
         def walk(x: Any, inherited: bool) -> None:
             if isinstance(x, nn.Module):
@@ -76,18 +78,18 @@ class Snapshot:
                     walk(child, inherited)
 
         walk(root, self._modules[0].training)
-        for module, content, attributes in self._moody:
+        for module, content, attributes in self._mode_dependent:
             _refill(module, content)
             vars(module).clear()
             vars(module).update(attributes)
 
     def restore_frozen(self) -> None:
-        """Put back which parameters of the modules that were there are frozen."""
+        """Restore which parameters are frozen, in the modules that the snapshot has."""
         for module, names in self._frozen:
             module._no_grad = set(names)
 
     def restore(self) -> None:
-        """Put back everything: what was attached since is gone."""
+        """Restore everything; modules that were attached since are gone."""
         for container, content in self._containers:
             _refill(container, content)
         for module, attributes in self._attributes:
@@ -103,13 +105,13 @@ def _content(container: Any) -> Any:
 def _refill(container: Any, content: Any) -> None:
     container.clear()
     if isinstance(container, dict):
-        dict.update(container, content)  # nn.Module's own update is another thing
+        dict.update(container, content)  # nn.Module.update does something else
     else:
         container.extend(content)
 
 
 def _containers(module: nn.Module) -> Iterator[Any]:
-    """The module itself and the plain dicts and lists in it that can hold modules or arrays."""
+    """Yield the module itself, and the plain dicts and lists in it, which can hold modules or arrays."""
     stack: list[Any] = [module]
     while stack:
         container = stack.pop()

@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_one.backends.interface import Layer
+from lora_one.backends.targets import no_match
 from lora_one.checkpoint.scales import plain_alpha, scaling_of
 from lora_one.config import Config
 from lora_one.core.factors import Factors
@@ -102,11 +103,7 @@ def _attached(
             if "is not supported" in reason:
                 raise ModelError(f"targets must be linear layers, got {config.targets!r}: {reason}") from error
             linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
-            shown = ", ".join(linear[:8]) + (", ..." if len(linear) > 8 else "")
-            raise ModelError(
-                f"targets must match a linear layer of the model, got {config.targets!r}; its linear layers are: "
-                f"{shown or 'none'}. PEFT says: {reason}"
-            ) from error
+            raise ModelError(f"{no_match(config.targets, linear)}. PEFT says: {reason}") from error
 
 
 def find_sites(model: peft.PeftModel) -> list[Site]:
