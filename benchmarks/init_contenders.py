@@ -27,8 +27,8 @@ from benchmarks.harness import MIB, peak_memory, synchronize
 from benchmarks.init_models import RANK, TARGETS, cases, random_llama, worst_energies
 from lora_one import passes as spectra
 from lora_one.backends import load_backend
-from lora_one.backends.torch import TorchSession
 from lora_one.backends.torch.linalg import onednn as onednn_products
+from lora_one.backends.torch.passes.over_batches import Passes
 from lora_one.finetune.tuners.torch.causal import TorchTuner
 
 Numbers = dict[str, float]
@@ -62,7 +62,7 @@ def ours(
                 read_weights(model)
         else:
             model, its = _torch_model(case, folder, device)
-        with _timed(TorchSession, "_run", device) as inside, _timed(spectra, "exact_spectra", device) as decomposing:
+        with _timed(Passes, "_run", device) as inside, _timed(spectra, "exact_spectra", device) as decomposing:
             numbers, (attached, report) = _measured(lambda: lora_one.init(model, its, loss_fn, config), backend, device)
         numbers["passes"] = report.passes
         if backend == "torch":  # where gradients are exact, they are decomposed in the backward pass, and after it

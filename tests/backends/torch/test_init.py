@@ -257,7 +257,8 @@ def test_one_batch_frees_each_full_gradient_before_the_next_layer():
     consumed: list[str] = []
     pending: list[str] = []
     with session:
-        for name, site in session._sites.items():
+        for site in find_sites(session.model):
+            name = site.layer.name
             site.module.get_base_layer().register_full_backward_hook(lambda *_, name=name: pending.append(name))
         session.exact_pass(consume)
     assert len(consumed) == 14 and most <= 1 and alive == 0
@@ -423,3 +424,21 @@ def test_a_compiled_model_starts_as_the_model_itself(settings):
     assert len(found) == 4
     for (name, product), step in zip(found.items(), products(expected).values(), strict=True):
         assert np.linalg.norm(product - step) <= 1e-5 * np.linalg.norm(step), name  # as `assert_one_step`
+
+
+def test_a_session_works_inside_its_block_only():
+    case = mlp()
+    session = TorchSession(case.model, case.batches, case.loss_fn, EXACT)
+    calls = (
+        lambda session: session.mean_loss(),
+        lambda session: session.like("up"),
+        lambda session: session.sketch_pass({}),
+        lambda session: session.exact_pass(lambda *_: None),
+        lambda session: session.assign("up", None),
+    )
+    with session:
+        assert session.mean_loss().batches == len(case.batches)
+    for outside in (session, TorchSession(case.model, case.batches, case.loss_fn, EXACT)):
+        for call in calls:
+            with pytest.raises(RuntimeError, match="only inside its with block"):
+                call(outside)

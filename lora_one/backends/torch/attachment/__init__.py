@@ -1,1 +1,1 @@
-"""LoRA on a PyTorch model: which layers, what is there already, and how it was before."""
+"""LoRA on a PyTorch model: which layers get it, what the model has already, and how to make it what it was."""

@@ -1,4 +1,4 @@
-"""Which adapter a model has already: as a PeftModel, injected into its layers, or left in it by an earlier call."""
+"""The adapter that a model has already: as a PeftModel, injected into its layers, or left by an earlier call."""
 
 import warnings
 from collections.abc import Iterator
@@ -17,38 +17,38 @@ from .refusals import kind_of
 from .starts import check_base_is_whole
 from .wrappers import plain_names, unwrapped
 
-_OURS = "attached_by_lora_one"  # an attribute of PEFT's configuration: no field, so it goes into no file
+_OURS = "attached_by_lora_one"  # an attribute of PEFT's configuration, not a field, so it is in no file
 
 
 def adapter_of(model: nn.Module) -> peft.PeftModel | None:
-    """The adapter of a model as a PeftModel: the model itself, or a view of layers that were injected into it.
+    """Return the adapter of a model as a PeftModel: the model itself, or a view of layers that were injected into it.
 
     A view shares the model's modules and changes nothing in it.
 
     Raises:
-        ModelError: layers of PEFT that do not belong to the model as a whole, or a PeftModel whose layers are gone.
+        ModelError: PEFT's layers do not belong to the model as a whole, or a PeftModel has lost its layers.
     """
     if isinstance(model, peft.PeftModel):
         _check_in_force(model)
         return model
-    found = [path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    layers = [path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     configs: Any = vars(model).get("peft_config")
-    if found and not configs:
+    if layers and not configs:
         owners = [path for path, module in model.named_modules() if path and "peft_config" in vars(module)]
         where = f"hand in the module that has it, {owners[0]!r}" if owners else "hand in the PeftModel"
         raise ModelError(
-            f"{found[0]}: an adapter of PEFT inside a {type(model).__name__} that is no PeftModel; {where}. "
+            f"{layers[0]}: an adapter of PEFT inside a {type(model).__name__} that is no PeftModel; {where}. "
             "A loss_fn may use the whole model"
         )
-    return _view(model, configs) if found else None
+    return _view(model, configs) if layers else None
 
 
 @contextmanager
 def opened(model: nn.Module, verb: str) -> Iterator[peft.PeftModel]:
-    """The adapter of a model, with the names that it has in the plain model.
+    """Open the adapter of a model, with the layer names of the plain model.
 
     Raises:
-        ModelError: the model has none, or one that is not LoRA.
+        ModelError: the model has no adapter, or one that is not LoRA.
     """
     inner = unwrapped(model)
     with plain_names(inner):
@@ -63,9 +63,10 @@ def opened(model: nn.Module, verb: str) -> Iterator[peft.PeftModel]:
 
 
 def require_lora(adapted: peft.PeftModel, verb: str) -> None:
-    """
+    """Check that an adapter is LoRA.
+
     Raises:
-        ModelError: another kind of adapter, of which PEFT has many.
+        ModelError: it is another of PEFT's kinds.
     """
     if kind := kind_of(adapted):
         raise ModelError(
@@ -75,21 +76,21 @@ def require_lora(adapted: peft.PeftModel, verb: str) -> None:
 
 
 def mark_as_ours(adapted: peft.PeftModel) -> None:
-    """Note that the adapter came by lora_one, so that its base model, handed in again, is known for what it is."""
+    """Mark an adapter as attached by lora_one, so that `is_leftover` recognises it in its base model."""
     for config in adapted.peft_config.values():
         setattr(config, _OURS, True)
 
 
 def is_leftover(model: nn.Module, adapted: peft.PeftModel | None) -> bool:
-    """Whether a model that looks plain still has the adapter that an earlier `init` or `load` attached in place."""
+    """Return whether a model that looks plain still has the adapter that an earlier `init` or `load` attached."""
     return adapted is not None and adapted is not model and all(hasattr(c, _OURS) for c in adapted.peft_config.values())
 
 
 def take_out_leftover(model: nn.Module) -> None:
-    """Make a base model plain again that has the adapter of an earlier call. `Snapshot` undoes it.
+    """Remove the adapter of an earlier call from its base model. A `Snapshot` can put it back.
 
     Raises:
-        ModelError: an adapter of someone else, or one that changed the base weights.
+        ModelError: the adapter is not ours, or it changed the base weights.
     """
     adapted = adapter_of(model)
     if adapted is None:
@@ -146,7 +147,7 @@ def _check_in_force(model: peft.PeftModel) -> None:
 
 
 def _view(model: nn.Module, configs: dict[str, Any]) -> peft.PeftModel:
-    """What `get_peft_model` would have made of the same layers, but for the injecting."""
+    """Return what `get_peft_model` would return for the layers, without injecting any."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     active = list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
     kind = configs[active[0]].peft_type if active else next(iter(configs.values())).peft_type

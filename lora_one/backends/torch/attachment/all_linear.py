@@ -1,4 +1,4 @@
-"""Where "all-linear" puts LoRA, and a warning that names where it does not."""
+"""The layers that "all-linear" puts LoRA on, and a warning that names the layers it leaves out."""
 
 import re
 import warnings
@@ -20,11 +20,13 @@ from .tasks import heads
 ALL_LINEAR = "all-linear"
 LINEAR = (nn.Linear, Conv1D)
 
-Attach = Callable[[str | Sequence[str], Sequence[str]], peft.PeftModel]  # (targets, what they leave out) -> LoRA there
+Attach = Callable[
+    [str | Sequence[str], Sequence[str]], peft.PeftModel
+]  # (targets, layers to leave out) -> the model with LoRA
 
 
 class RefusedByPeft(ModelError):
-    """A linear layer that PEFT takes no LoRA on, because of the model that it is in."""
+    """A linear layer that PEFT refuses to put LoRA on, because of the model that contains it."""
 
     def __init__(self, message: str, name: str):
         super().__init__(message)
@@ -32,21 +34,21 @@ class RefusedByPeft(ModelError):
 
 
 def on_all_linear(model: nn.Module, attach: Attach) -> peft.PeftModel:
-    """LoRA on every linear layer but the output layer, new heads, gates of one output, and what PEFT refuses."""
+    """Put LoRA on every linear layer except the output layer, new heads, gates of one output, and what PEFT refuses."""
     before = Snapshot(model)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR)}
-    without = [name for name, x in linear.items() if isinstance(x, nn.Linear) and 1 in (x.in_features, x.out_features)]
-    without += heads(model)
-    attached, refused = _where_peft_lets(model, attach, linear, without)
+    excluded = [name for name, x in linear.items() if isinstance(x, nn.Linear) and 1 in (x.in_features, x.out_features)]
+    excluded += heads(model)
+    attached, refused = _attach_where_peft_can(model, attach, linear, excluded)
     if wrapped := _names(attached, ParamWrapper):
-        # PEFT means the layers that a mixture of experts had in transformers 4, where routers and experts were linear.
+        # PEFT's targets are those of a mixture of experts in transformers 4, where routers and experts were linear.
         targets = sorted(_config_of(attached).target_modules)
         before.restore()
-        attached = attach(targets, [*without, *refused])
+        attached = attach(targets, [*excluded, *refused])
     started = _names(attached, LoraLayer)
     trained = set(_config_of(attached).modules_to_save or ())
-    left = {*wrapped, *linear} - {*started, *_output_layer(model)}
-    if patterns := sorted({re.sub(r"\.\d+\.", ".*.", x) for x in left if trained.isdisjoint(x.split("."))}):
+    left_out = {*wrapped, *linear} - {*started, *_output_layer(model)}
+    if patterns := sorted({re.sub(r"\.\d+\.", ".*.", x) for x in left_out if trained.isdisjoint(x.split("."))}):
         warnings.warn(
             f"no LoRA on {', '.join(patterns)}: gates of one output, routers, experts that are one parameter, what "
             f"PEFT takes for these, and layers of state-space models that their kernels do not call; it is on "
@@ -57,27 +59,27 @@ def on_all_linear(model: nn.Module, attach: Attach) -> peft.PeftModel:
     return attached
 
 
-def _where_peft_lets(
-    model: nn.Module, attach: Attach, linear: Iterable[str], without: Sequence[str]
+def _attach_where_peft_can(
+    model: nn.Module, attach: Attach, linear: Iterable[str], excluded: Sequence[str]
 ) -> tuple[peft.PeftModel, list[str]]:
-    """LoRA on all linear layers but those that PEFT refuses in this kind of model, and their names."""
+    """Put LoRA on all linear layers except those that PEFT refuses in this kind of model; return those too."""
     before, refused = Snapshot(model), list[str]()
     while True:
         try:
-            return attach(ALL_LINEAR, [*without, *refused]), refused
+            return attach(ALL_LINEAR, [*excluded, *refused]), refused
         except RefusedByPeft as error:
-            # PEFT says no more than the first such layer.
-            more = [name for name in linear if name.rpartition(".")[2] == error.name and name not in refused]
-            if not more:
+            # PEFT names only the first such layer.
+            alike = [name for name in linear if name.rpartition(".")[2] == error.name and name not in refused]
+            if not alike:
                 raise
             before.restore()
-            refused += more
+            refused += alike
 
 
 def _names(attached: peft.PeftModel, kind: type[nn.Module]) -> list[str]:
-    """Of the modules of a kind, as the base model has them."""
-    found = [name for name, module in attached.base_model.model.named_modules() if isinstance(module, kind)]
-    return [name for name in found if not name.endswith(".base_layer")]
+    """Return the names that the modules of a kind have in the base model."""
+    names = [name for name, module in attached.base_model.model.named_modules() if isinstance(module, kind)]
+    return [name for name in names if not name.endswith(".base_layer")]
 
 
 def _config_of(attached: peft.PeftModel) -> Any:

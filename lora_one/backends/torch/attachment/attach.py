@@ -1,4 +1,4 @@
-"""LoRA on a PyTorch model, by PEFT's own layers: attaching, finding the layers, and taking it all back."""
+"""Attach LoRA to a PyTorch model by PEFT's own layers, and find these layers."""
 
 import math
 import re
@@ -30,7 +30,7 @@ from .wrappers import plain_names, unwrapped
 
 @dataclass(frozen=True)
 class Site:
-    """A LoRA layer of the model and the adapter in it that is meant."""
+    """A LoRA layer of the model, with the name of the adapter in it."""
 
     layer: Layer
     module: LoraLayer
@@ -45,29 +45,60 @@ class Site:
         return self.module.lora_B[self.adapter]
 
     def factors(self) -> Factors:
-        """A copy of the pair."""
+        """Return a copy of the pair."""
         return Factors(self.lora_A.weight.detach().clone(), self.lora_B.weight.detach().clone())
 
+    def assign(self, factors: Factors) -> None:
+        with torch.no_grad():
+            self.lora_A.weight.copy_(factors.lora_A)
+            self.lora_B.weight.copy_(factors.lora_B)
 
-# What PEFT warns of that is its own affair: what it sets itself, of a mixture of experts too, and what it calls.
-OF_PEFT = (".*fan_in_fan_out.*", "The following .*_pattern keys did not match.*", ".*is_gradient_checkpointing.*")
+    def like(self) -> torch.Tensor:
+        """Return an empty scalar on the layer's device, in float32 or wider."""
+        weight = self.lora_A.weight
+        return torch.empty((), device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
+# Messages of PEFT's warnings about settings that it makes, and functions that it calls, itself.
+PEFT_WARNINGS = (".*fan_in_fan_out.*", "The following .*_pattern keys did not match.*", ".*is_gradient_checkpointing.*")
 
 
 def attach_plain(model: nn.Module, config: Config) -> peft.PeftModel:
-    """LoRA with its usual start on a plain model, in place, drawn by `config.seed`. If it fails, nothing changed."""
+    """Attach LoRA with its usual random start to a plain model, in place, to compare LoRA-One with.
+
+    `lora_A` is drawn from `config.seed` and `lora_B` is zero, so the model computes what it did before. Training is
+    then that of plain LoRA on the same layers that `lora_one.init` would choose.
+
+    Args:
+        model: a torch.nn.Module without an adapter.
+        config: see `lora_one.Config`; rank, alpha, targets, dropout, modules_to_save and seed count.
+
+    Returns:
+        A PeftModel around the same modules.
+
+    Raises:
+        ModelError: no layer matches the targets, or the model has an adapter. The model is then unchanged.
+
+    Example:
+        >>> import lora_one, torch
+        >>> from lora_one.backends.torch import attach_plain
+        >>> model = attach_plain(torch.nn.Sequential(torch.nn.Linear(8, 4)), lora_one.Config(rank=2, targets=["0"]))
+        >>> model.base_model.model[0].lora_A["default"].weight.shape
+        torch.Size([2, 8])
+    """
     model = unwrapped(model)
     with plain_names(model), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        found = Snapshot(model)
+        before = Snapshot(model)
         try:
             return attach_lora(model, config)
         except BaseException:
-            found.restore()
+            before.restore()
             raise
 
 
 def attach_lora(model: nn.Module, config: Config) -> peft.PeftModel:
-    """A new PeftModel around a plain model, whose base modules stay the same objects. `Snapshot` takes it back."""
+    """Return a new PeftModel around a plain model, whose modules stay the same objects. A `Snapshot` undoes it."""
     take_out_leftover(model)
     _check_modules_to_save(model, config.modules_to_save)
     attach = partial(_attached, model, config)
@@ -77,22 +108,24 @@ def attach_lora(model: nn.Module, config: Config) -> peft.PeftModel:
 
 
 def _attached(
-    model: nn.Module, config: Config, targets: str | Sequence[str], without: Sequence[str] = ()
+    model: nn.Module, config: Config, targets: str | Sequence[str], excluded: Sequence[str] = ()
 ) -> peft.PeftModel:
     task = task_type(model)
     lora_config = peft.LoraConfig(
         r=config.rank,
-        lora_alpha=plain_alpha(config.scaling, config.rank),  # rsLoRA as the plain rule, which all readers know
+        lora_alpha=plain_alpha(
+            config.scaling, config.rank
+        ),  # rsLoRA's scale by the plain rule, which every reader of the adapter knows
         use_rslora=False,
         lora_dropout=config.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        exclude_modules=list(without) or None,
+        exclude_modules=list(excluded) or None,
         modules_to_save=list(dict.fromkeys([*config.modules_to_save, *(heads(model) if task is None else ())])) or None,
         task_type=task,
     )
-    # PEFT draws a random start, which is overwritten: the user's random stream should not notice.
+    # PEFT draws a random start, which is overwritten. It must not change the user's random stream.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        for message in OF_PEFT:
+        for message in PEFT_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         try:
             return peft.get_peft_model(model, lora_config)
@@ -107,11 +140,11 @@ def _attached(
 
 
 def find_sites(model: peft.PeftModel) -> list[Site]:
-    """The LoRA layers of the one active adapter.
+    """Return the LoRA layers of the one active adapter.
 
     Raises:
-        ModelError: no LoRA, several active adapters, merged ones, or a kind of adapter whose start is another problem
-            (DoRA, embeddings, convolutions, a bias in lora_B; routers and experts that are one parameter).
+        ModelError: no LoRA, several active adapters, a merged one, or a kind of LoRA that LoRA-One cannot start: DoRA,
+            embeddings, convolutions, a bias in lora_B, routers and experts that are one parameter.
     """
     require_lora(model, "init")
     adapters = model.active_adapters
@@ -140,10 +173,10 @@ def find_sites(model: peft.PeftModel) -> list[Site]:
 
 
 def check_adapter_fits(model: peft.PeftModel, config: Config) -> None:
-    """An adapter that is there keeps its own rank, alpha, ...; a `Config` that asks for others is an error.
+    """Check that a `Config` asks for the settings of the adapter that is there, which keeps them.
 
     Raises:
-        ModelError: a setting that is neither its default nor the adapter's.
+        ModelError: a setting is neither its default nor the adapter's.
     """
     require_lora(model, "init")
     default = Config()
@@ -168,7 +201,7 @@ def check_adapter_fits(model: peft.PeftModel, config: Config) -> None:
 
 
 def _other_scale(config: Config, lora_config: Any) -> list[str]:
-    """A scale that is asked for and not the adapter's. Both may say it in alphas of rsLoRA or of the plain rule."""
+    """Describe a scale that is not the adapter's. Either may be given by rsLoRA's rule or the plain rule."""
     default = Config()
     asked = replace(config, rank=lora_config.r).scaling
     has = scaling_of({**lora_config.to_dict(), "alpha_pattern": {}, "rank_pattern": {}}, "")
@@ -181,7 +214,7 @@ def _other_scale(config: Config, lora_config: Any) -> list[str]:
 
 
 def _check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
-    """PEFT passes over names that the model does not have; here they are an error."""
+    """Raise ModelError for names that the model does not have. PEFT ignores them."""
     paths = [path for path, _ in model.named_modules()]
     unknown = [name for name in names if not any(f".{path}".endswith(f".{name}") for path in paths)]
     if unknown:

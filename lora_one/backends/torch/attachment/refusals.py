@@ -1,4 +1,4 @@
-"""What PEFT's layers and adapters really are, where they are not the plain LoRA that LoRA-One starts; what to do."""
+"""Why a layer or an adapter of PEFT is not the plain LoRA that LoRA-One starts, and what to do about it."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-# By the beginning of the names of PEFT's classes.
+# Beginning of the name of PEFT's class -> what it is, and what to do.
 _VARIANTS = {
     "Dora": "DoRA, with a magnitude beside the factors; attach LoRA without use_dora",
     "ALora": "activated LoRA, on a part of the tokens; attach LoRA without alora_invocation_tokens",
@@ -23,24 +23,24 @@ _KINDS = {"ADALORA": "AdaLoRA, which has singular values beside the factors and 
 
 
 def kind_of(model: peft.PeftModel) -> str | None:
-    """What an adapter is; None for LoRA. PEFT's AdaLoRA is a kind of its LoRA by its classes."""
+    """Return what kind an adapter is; None for LoRA. (The classes of PEFT's AdaLoRA derive from its LoRA.)"""
     config: Any = next(iter(model.peft_config.values()))
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     return None if kind == "LORA" else _KINDS.get(kind, kind)
 
 
 def refusal(module: LoraLayer, adapter: str) -> str | None:
-    """Why LoRA-One cannot start a layer's adapter, and the remedy; None where it can."""
+    """Return why LoRA-One cannot start the adapter of a layer, and the remedy; None if it can."""
     factor, base = module.lora_A[adapter], module.get_base_layer()
     if isinstance(module, ParamWrapper):
-        # PEFT's "all-linear" does so in a mixture of experts, whose router returns more than a product.
+        # PEFT's "all-linear" gives this to a mixture of experts, whose router returns more than a product.
         return f"LoRA on its parameter {module.parameter_name!r}; name linear layers as targets"
     if not isinstance(factor, nn.Linear):
         return f"LoRA on a {type(base).__name__}; name linear layers as targets"
     if adapter in module.lora_variant:
         variant = type(module.lora_variant[adapter]).__name__
-        known = (text for name, text in _VARIANTS.items() if variant.startswith(name))
-        return next(known, f"a variant of LoRA, {variant}; attach plain LoRA")
+        texts = (text for name, text in _VARIANTS.items() if variant.startswith(name))
+        return next(texts, f"a variant of LoRA, {variant}; attach plain LoRA")
     if factor.weight.is_meta:
         if base.weight.is_meta:
             return "offloaded, with LoRA weights that hold no numbers; load the model where it fits"

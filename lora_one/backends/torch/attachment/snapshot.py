@@ -1,17 +1,17 @@
-"""How a model was before we touched it, so that it can be put back."""
+"""The state of a model before we change it, so that it can be restored."""
 
 from collections import OrderedDict
 
 from torch import nn
 
-# And not their subclasses, which may be frozen, as diffusers' configurations are.
+# Exact types: a subclass may be frozen, as diffusers' configurations are.
 _TABLES = (dict, OrderedDict, list, set)
 
 
 class Snapshot:
-    """Attributes of a model's modules, and what is in those that are tables: references, no weights copied.
+    """The attributes of all modules of a model, and the content of its tables: references, without copies of weights.
 
-    That holds train/eval modes, submodules, parameters, hooks, and the ranks and scalings that PEFT's layers keep.
+    This covers train/eval modes, submodules, parameters, hooks, and the ranks and scalings that PEFT's layers keep.
     """
 
     def __init__(self, model: nn.Module):
@@ -22,7 +22,7 @@ class Snapshot:
         self._requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def restore_modes(self, root: nn.Module) -> None:
-        """Put back train/eval mode. Modules that have come since, below `root`, follow the one they are in."""
+        """Restore train/eval modes. Newer modules below `root` get the mode of the module that contains them."""
         modes = {module: attributes["training"] for module, attributes in self._attributes}
 
         def walk(module: nn.Module, inherited: bool) -> None:
@@ -32,13 +32,8 @@ class Snapshot:
 
         walk(root, inherited=self._attributes[0][1]["training"])
 
-    def restore_requires_grad(self) -> None:
-        """Put back requires_grad of the parameters that were there."""
-        for parameter, requires_grad in self._requires_grad:
-            parameter.requires_grad_(requires_grad)
-
     def restore(self) -> None:
-        """Put back everything: what was attached since is gone."""
+        """Restore everything, so that what was attached since is gone."""
         for module, attributes in self._attributes:
             vars(module).clear()
             vars(module).update(attributes)
@@ -48,4 +43,5 @@ class Snapshot:
                 table.extend(content)
             else:
                 table.update(content)
-        self.restore_requires_grad()
+        for parameter, requires_grad in self._requires_grad:
+            parameter.requires_grad_(requires_grad)

@@ -1,4 +1,4 @@
-"""Starts of PEFT's that move a part of the base weights into the factors: PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA."""
+"""PEFT's starts that move a part of the base weights into the factors: PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,16 +13,18 @@ from lora_one.checkpoint.peft import AdapterFolder
 from lora_one.checkpoint.plain_lora import keeps_base
 from lora_one.errors import ModelError
 
-# Whoever opens a folder of these starts anew first, which changes the base weight in the same way once more: PEFT draws
-# nothing, and needs nothing but the weight. Of the others the base model, as it was trained with, is in no file.
+# PEFT repeats these starts when it opens a folder: they depend only on the weight, which changes in the same way again.
+# For the other starts no file holds the base weights that the factors were trained with.
 _REPEATABLE = ("pissa", "olora", "loftq")
 
 
 def check_base_is_whole(adapted: peft.PeftModel) -> None:
-    """A start is right for the base model that its gradient was taken of, as it will be opened again.
+    """Check that no adapter moved a part of the base weights into its factors.
+
+    LoRA-One's gradient belongs to the base model that is there; a changed one cannot be opened again from its files.
 
     Raises:
-        ModelError: an adapter that moved a part of the base weights into its factors.
+        ModelError: an adapter did.
     """
     configs: dict[str, Any] = adapted.peft_config
     for name, config in configs.items():
@@ -36,11 +38,10 @@ def check_base_is_whole(adapted: peft.PeftModel) -> None:
 
 
 def check_start(folder: AdapterFolder, adapted: peft.PeftModel | None) -> list[str]:
-    """Why a folder's factors do not go with the base weights: one sentence a problem.
+    """Return why a folder's factors do not fit the base weights, one sentence per problem.
 
     Args:
-        adapted: the model with its adapter, whose factors the folder's replace; None for one that will get it from
-            PEFT.
+        adapted: the model whose adapter gets the folder's factors; None if PEFT will attach a new adapter.
     """
     start = folder.config.get("init_lora_weights", True)
     if adapted is None:
@@ -62,7 +63,7 @@ def check_start(folder: AdapterFolder, adapted: peft.PeftModel | None) -> list[s
 
 @contextmanager
 def base_weights_kept(model: nn.Module, folder: AdapterFolder) -> Iterator[None]:
-    """On an exception put back the base weights that a folder's start changes, in place."""
+    """Restore, after an exception, the base weights that a folder's start changes in place."""
     kept = []
     if not keeps_base(folder.config.get("init_lora_weights", True)):
         config = peft.PeftConfig.from_pretrained(str(folder.path))
@@ -73,6 +74,6 @@ def base_weights_kept(model: nn.Module, folder: AdapterFolder) -> Iterator[None]
         yield
     except BaseException:
         with torch.no_grad():
-            for weight, found in kept:
-                weight.copy_(found)
+            for weight, original in kept:
+                weight.copy_(original)
         raise

@@ -1,4 +1,4 @@
-"""PEFT's task of a transformers model, so that `generate` and a classifier's new head work as its users expect."""
+"""PEFT's task for a transformers model, which makes `generate` and a classifier's new head work as expected."""
 
 import inspect
 
@@ -11,35 +11,36 @@ _BY_NAME = {
     "ForTokenClassification": peft.TaskType.TOKEN_CLS,
     "ForQuestionAnswering": peft.TaskType.QUESTION_ANS,
 }
-# What PEFT trains whole of these tasks.
+# The modules that PEFT trains as a whole for a task.
 _HEADS = {
     peft.TaskType.SEQ_CLS: ("classifier", "score"),
     peft.TaskType.TOKEN_CLS: ("classifier", "score"),
     peft.TaskType.QUESTION_ANS: ("qa_outputs",),
 }
 
-_EMBEDDED = ("input_ids", "inputs_embeds")
-_HANDED_ON = ("attention_mask", "labels", "output_attentions", "output_hidden_states", "return_dict")
+_INPUTS = ("input_ids", "inputs_embeds")
+_PASSED_ON = ("attention_mask", "labels", "output_attentions", "output_hidden_states", "return_dict")
 
 
 def task_type(model: nn.Module) -> peft.TaskType | None:
-    """The task, where the model takes all arguments that PEFT's class for it hands on by name.
+    """Return the task, if the model takes all arguments that PEFT's class for the task passes by name.
 
-    Speech and image models take no `input_ids`: PEFT's class without a task hands on what it is given.
+    Speech and image models take no `input_ids`: for them PEFT's class without a task is right, which passes on whatever
+    it is given.
     """
     task = _task(model)
     if task is None:
         return None
     parameters = inspect.signature(model.forward).parameters
-    # Models pass on what they do not know, but their parts know no embeddings either.
-    named = [*_EMBEDDED, *(f"decoder_{name}" for name in _EMBEDDED if task == peft.TaskType.SEQ_2_SEQ_LM)]
+    # Models with **kwargs pass on what they do not know, but their parts do not know embeddings either.
+    named = [*_INPUTS, *(f"decoder_{name}" for name in _INPUTS if task == peft.TaskType.SEQ_2_SEQ_LM)]
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    fits = parameters.keys() >= {*named} and (open_ended or parameters.keys() >= {*_HANDED_ON})
+    fits = parameters.keys() >= {*named} and (open_ended or parameters.keys() >= {*_PASSED_ON})
     return task if fits else None
 
 
 def heads(model: nn.Module) -> tuple[str, ...]:
-    """The modules that are a new head, by the model's task: to be trained whole."""
+    """Return the modules that are a new head for the model's task, to be trained as a whole."""
     task = _task(model)
     return tuple(name for name in _HEADS.get(task, ()) if hasattr(model, name)) if task is not None else ()
 

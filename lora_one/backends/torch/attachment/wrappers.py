@@ -1,4 +1,4 @@
-"""What others put around a model or around its parts: torch.compile, DataParallel, and what cannot be looked into."""
+"""Wrappers around a model or its parts: torch.compile and DataParallel, and those that shard the weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,15 +8,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lora_one.errors import ModelError
 
-# By name: their packages are not imported, or are not installed.
+# By name, because their packages may not be installed.
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, DataParallel and DistributedDataParallel, in whatever order they are around it.
+    """Return the model inside torch.compile, DataParallel and DistributedDataParallel, in whatever order.
 
     Raises:
-        ModelError: a wrapper that shards the weights over processes.
+        ModelError: a wrapper shards the weights over processes.
     """
     while (inner := _inside(model)) is not None:
         model = inner
@@ -38,13 +38,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def plain_names(model: nn.Module) -> Iterator[None]:
-    """For a while without the wrappers around a model's parts, which would be in every name below them.
+    """Temporarily remove the wrappers around a model's parts, which would be in the name of every layer inside.
 
-    They come back around the same modules, with the LoRA that has come into these. Where LoRA has taken the very place
-    of a wrapped layer, the layer loses its wrapper.
+    Afterwards they are around the same modules again, with the LoRA that these contain. A wrapped layer that LoRA has
+    replaced loses its wrapper.
 
     Raises:
-        ModelError: a part in DistributedDataParallel, which knows no parameters that came later.
+        ModelError: a part is in DistributedDataParallel, which does not know parameters that come later.
     """
     wrapped = []
     for path, parent in model.named_modules():
@@ -67,7 +67,7 @@ def plain_names(model: nn.Module) -> Iterator[None]:
 
 
 def _inside(module: nn.Module) -> nn.Module | None:
-    # torch.compile's OptimizedModule, without an import of the compiler
+    # torch.compile's OptimizedModule, recognised without importing the compiler
     if (original := module._modules.get("_orig_mod")) is not None:
         return original
     return module.module if isinstance(module, (nn.DataParallel, DistributedDataParallel)) else None

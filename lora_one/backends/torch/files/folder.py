@@ -22,7 +22,7 @@ from lora_one.backends.torch.attachment.adapters import (
     require_lora,
     take_out_leftover,
 )
-from lora_one.backends.torch.attachment.attach import OF_PEFT
+from lora_one.backends.torch.attachment.attach import PEFT_WARNINGS
 from lora_one.backends.torch.attachment.snapshot import Snapshot
 from lora_one.backends.torch.attachment.starts import base_weights_kept, check_start
 from lora_one.backends.torch.attachment.wrappers import plain_names, unwrapped
@@ -145,7 +145,7 @@ def _attach(model: nn.Module, config: peft.LoraConfig, folder: AdapterFolder) ->
     name, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT warns where it changes it
     # PEFT draws a start, which is overwritten: the user's random stream should not notice.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        for message in OF_PEFT:
+        for message in PEFT_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         try:
             adapted: Any = peft.get_peft_model(model, config)

@@ -1,1 +1,1 @@
-"""What a pass over a PyTorch model takes."""
+"""Everything that a pass over the batches needs from a PyTorch model."""

@@ -1,4 +1,4 @@
-"""Batches in, losses out, and everything that can be wrong with either."""
+"""The loss of each batch, and everything that can be wrong with batches and losses."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -14,14 +14,14 @@ from lora_one.errors import BatchError
 from .token_loss import loss_by_rows
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-Evaluate = Callable[[], tuple[Tensor, float]]  # a forward pass: the loss and its value
+Evaluate = Callable[[], tuple[Tensor, float]]  # runs a forward pass; returns the loss and its value
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss that a transformers model computes itself.
+    """Return the loss that a transformers model computes itself.
 
     Raises:
-        BatchError: the batch is no mapping, or the model returned no loss.
+        BatchError: the batch is not a mapping, or the model returned no loss.
     """
     if not isinstance(batch, Mapping):
         raise BatchError(
@@ -40,11 +40,11 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def losses(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> Iterator[tuple[Evaluate, bool]]:
-    """For each batch what computes its loss, checked, as often as it is called, and whether it is the last.
+    """Yield for each batch a function that computes its loss and checks it, and whether the batch is the last.
 
     Raises:
-        BatchError: no batches, or a loss that is no scalar.
-        GradientError: a loss that is not finite.
+        BatchError: there are no batches, or a loss is not a scalar.
+        GradientError: a loss is not finite.
     """
     device = device_of(model)
     for index, (batch, last) in enumerate(with_last(batches), start=1):
@@ -60,11 +60,14 @@ def _loss(model: nn.Module, batch: Any, loss_fn: LossFn, index: int) -> tuple[Te
 
 
 def check_depends(loss: Tensor, index: int, called: bool, layer: str) -> None:
-    """Raises BatchError for a loss that depends on no target layer.
+    """Check that a loss depends on the target layers.
 
     Args:
-        called: whether any of them was called.
-        layer: the name of one.
+        called: whether any target layer was called.
+        layer: the name of a target layer.
+
+    Raises:
+        BatchError: the loss depends on none of them.
     """
     if loss.requires_grad:
         return
@@ -81,5 +84,5 @@ def check_depends(loss: Tensor, index: int, called: bool, layer: str) -> None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where its batches go: to its first weight that is anywhere (an offloaded one is on "meta")."""
+    """Return the device that a model's batches go to: that of its first weight that is not offloaded to "meta"."""
     return next(p.device for p in model.parameters() if not p.is_meta)

@@ -6,23 +6,23 @@ from torch import distributed as dist
 
 
 def is_parallel() -> bool:
-    """Whether this is one of several processes of an initialised default group."""
+    """Return whether this is one of several processes of an initialised default group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
-    """The sum of x over all processes; x itself where there is one. Every process must call it, in the same order."""
+    """Return the sum of `x` over all processes, in place. Every process must call it, in the same order."""
     if is_parallel():
         dist.all_reduce(x)
     return x
 
 
 def all_agree(decision: bool, device: torch.device) -> bool:
-    """Whether it is that of all processes."""
+    """Return whether all processes decide for it."""
     return int(sum_over_processes(torch.tensor(0 if decision else 1, device=device))) == 0
 
 
 def mean_over_processes(total: float, count: int, device: torch.device) -> tuple[float, int]:
-    """(sum of all totals / sum of all counts, sum of all counts)."""
-    both = sum_over_processes(torch.tensor([total, float(count)], dtype=torch.float64, device=device))
-    return float(both[0] / both[1]), int(both[1])
+    """Return (sum of all totals / sum of all counts, sum of all counts)."""
+    sums = sum_over_processes(torch.tensor([total, float(count)], dtype=torch.float64, device=device))
+    return float(sums[0] / sums[1]), int(sums[1])

@@ -1,4 +1,4 @@
-"""Activations that are computed again in the backward pass, where keeping them would take too much memory."""
+"""Activations that the backward pass computes again, where keeping them would take too much memory."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,13 +14,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lora_one.errors import ModelError
 
 CACHES = ("cache", "past_key_values", "layer_past")  # arguments of transformers' blocks
-SHARE_OF_FREE = 0.5  # what a forward pass may keep; the other half is for the loss, the gradients and their SVDs
+SHARE_OF_FREE = 0.5  # that a forward pass may keep; the loss, the gradients and their SVDs need the rest
 
 
 class Recompute:
-    """Transformers' blocks keep what their backward pass needs while it fits; the others keep their inputs alone.
+    """Let transformers' blocks keep their activations while these fit in memory. Later blocks keep only their inputs.
 
-    Used as a context manager. What a block will keep is not foretold: it is what the one before it kept.
+    Used as a context manager. A block is assumed to keep as much as the block before it did.
     """
 
     def __init__(self, model: nn.Module, recompute: Literal["auto"] | bool, device: torch.device):
@@ -31,26 +31,27 @@ class Recompute:
         self._blocks = [] if recompute is False else [block for block in blocks if block not in checkpointed]
         free = _free_memory(device) if recompute == "auto" else 0
         self._budget = float("inf") if free is None else SHARE_OF_FREE * free
-        self._kept = self._last = 0  # bytes: by this batch's blocks so far, by the last of them
+        self._kept = self._last = 0  # bytes that this batch's blocks have kept so far, and that the last one kept
+        self._forwards_before: list[Callable[..., Any] | None] = []
 
     def __enter__(self) -> "Recompute":
-        self._found = [vars(block).get("forward") for block in self._blocks]
+        self._forwards_before = [vars(block).get("forward") for block in self._blocks]
         for block in self._blocks:
             block.forward = partial(self._forward, block, block.forward)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for block, forward in zip(self._blocks, self._found, strict=True):
+        for block, forward in zip(self._blocks, self._forwards_before, strict=True):
             del block.forward
             if forward is not None:
                 block.forward = forward
 
     def next_batch(self) -> None:
-        """What the batch before kept is gone."""
+        """Begin a batch: what the one before kept is free."""
         self._kept = 0
 
     def _forward(self, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        # A cache would be written a second time.
+        # Recomputing would write a cache a second time.
         if not torch.is_grad_enabled() or any(kwargs.get(name) is not None for name in CACHES):
             return forward(*args, **kwargs)
         if self._budget == 0.0 or self._kept + self._last > self._budget:
@@ -64,7 +65,7 @@ class Recompute:
 
 
 class _Saved:
-    """Counts the bytes that autograd saves: each storage once, a block's own parameters not at all."""
+    """Counts the bytes that autograd saves: each storage once, and a block's own parameters not at all."""
 
     def __init__(self, block: nn.Module):
         self.bytes = 0
@@ -75,11 +76,11 @@ class _Saved:
             if pointer not in self._seen:
                 self._seen.add(pointer)
                 self.bytes += size
-        return x.detach()  # x itself would be a reference cycle where it is an output
+        return x.detach()  # if x is an output, keeping x itself would be a reference cycle
 
 
 def _memory(x: Tensor) -> Iterator[tuple[int, int]]:
-    """Where a tensor is, and the bytes of that; of one that wraps others (quantised, say) where each of those is."""
+    """Yield the address and size of a tensor's memory, or of each tensor that it wraps, as a quantised one does."""
     if is_traceable_wrapper_subclass(x):
         for name in x.__tensor_flatten__()[0]:
             if isinstance(inner := getattr(x, name), Tensor):
@@ -88,12 +89,12 @@ def _memory(x: Tensor) -> Iterator[tuple[int, int]]:
     try:
         storage = x.untyped_storage()
         yield storage.data_ptr(), storage.nbytes()
-    except (RuntimeError, NotImplementedError):  # a subclass with nothing behind it that anybody could find
+    except (RuntimeError, NotImplementedError):  # a subclass whose memory cannot be found
         yield id(x), x.nbytes
 
 
 def _free_memory(device: torch.device) -> int | None:
-    """Bytes that may still be allocated on a device; None where that is not known."""
+    """Return the bytes that can still be allocated on a device; None if that is unknown."""
     if device.type == "cpu":
         return psutil.virtual_memory().available
     if device.type == "cuda":

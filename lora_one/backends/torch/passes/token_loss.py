@@ -1,11 +1,11 @@
-"""Transformers' next-token loss, some rows of logits at a time.
+"""Transformers' next-token loss, computed for some rows of logits at a time.
 
-What it takes beside the logits is their gradient, in their dtype, which the forward pass forms with the loss. PyTorch's
-cross-entropy takes the log-softmax of a float32 copy, its gradient, and that gradient in float32 and in the logits'
-dtype: of 128,256 logits a token more than the rest of a model's activations.
+Besides the logits it needs memory only for their gradient, in their dtype, which the forward pass forms with the loss.
+PyTorch's cross-entropy keeps the log-softmax of a float32 copy, its gradient, and that gradient in float32 and in the
+logits' dtype. With 128,256 logits per token that is more than all other activations of a model.
 
-In float16 that gradient is kept times a power of two, which the backward pass takes out: with the weight of one token
-of thousands it would be below the dtype's range, whatever scale the loss has.
+In float16 the gradient is kept times a power of two, which the backward pass divides out. Otherwise, with the weight of
+one token out of thousands, it would be below the dtype's range, whatever scale the loss has.
 """
 
 from collections.abc import Iterator
@@ -19,21 +19,21 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-CHUNK_BYTES = 2**24  # of logits in float32 that are in work at once
-CHUNK_BYTES_OF_A_GPU = 2**26  # where each chunk's launches take longer
+CHUNK_BYTES = 2**24  # of logits in float32 that are processed at once
+CHUNK_BYTES_ON_GPU = 2**26  # more, since each chunk costs launches
 
 
 @contextmanager
 def loss_by_rows(model: nn.Module) -> Iterator[None]:
-    """A model's own next-token loss is computed by rows for a while; any other loss is left alone.
+    """Temporarily compute a model's own next-token loss by rows. Any other loss stays as it is.
 
-    Its gradient cannot be differentiated again.
+    The gradient of the loss by rows cannot be differentiated again.
     """
     with ExitStack() as stack:
         for module in model.modules():
             if (
                 isinstance(module, PreTrainedModel)
-                and "_loss_function" not in vars(module)  # somebody's own
+                and "_loss_function" not in vars(module)  # set by the user
                 and LOSS_MAPPING.get(module.loss_type, ForCausalLMLoss) is ForCausalLMLoss
             ):
                 module.loss_function = next_token_loss
@@ -51,13 +51,14 @@ def next_token_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """As `transformers.loss.loss_utils.ForCausalLMLoss`: the mean over all labels that are not `ignore_index`, or their
-    sum over `num_items_in_batch`.
+    """Return what `transformers.loss.loss_utils.ForCausalLMLoss` does, computed by rows.
+
+    That is the mean over all labels that are not `ignore_index`, or their sum divided by `num_items_in_batch`.
 
     Args:
         logits: (batch, tokens, vocabulary).
         labels: (batch, tokens), each compared with the logits of the token before it.
-        shift_labels: the same, each at its logits.
+        shift_labels: the same labels, each at the position of its logits.
     """
     if type(logits) is not Tensor or not (torch.is_grad_enabled() and logits.requires_grad):
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
@@ -81,12 +82,12 @@ class _CrossEntropy(torch.autograd.Function):
         gradient, log_likelihood = torch.empty_like(logits), torch.empty_like(weights)
         rows = _rows_at_once(logits)
         for i in range(0, len(logits), rows):
-            some = slice(i, i + rows)
-            log_p = torch.log_softmax(logits[some], dim=1, dtype=wide)
-            log_likelihood[some] = log_p.gather(1, index[some])
-            p = log_p.exp_().mul_(weights[some])
-            p.scatter_add_(1, index[some], -weights[some])
-            gradient[some] = p if unit is None else p.mul_(unit)
+            chunk = slice(i, i + rows)
+            log_p = torch.log_softmax(logits[chunk], dim=1, dtype=wide)
+            log_likelihood[chunk] = log_p.gather(1, index[chunk])
+            p = log_p.exp_().mul_(weights[chunk])
+            p.scatter_add_(1, index[chunk], -weights[chunk])
+            gradient[chunk] = p if unit is None else p.mul_(unit)
         ctx.save_for_backward(gradient, unit)
         return -(log_likelihood.where(counted, 0.0) * weights).sum()
 
@@ -98,17 +99,19 @@ class _CrossEntropy(torch.autograd.Function):
             return gradient.mul_(scale), None, None, None
         rows = _rows_at_once(gradient)
         for i in range(0, len(gradient), rows):
-            some = slice(i, i + rows)
-            gradient[some] = gradient[some].float().mul_(scale / unit)  # which alone may be below float16's range
+            chunk = slice(i, i + rows)
+            gradient[chunk] = (
+                gradient[chunk].float().mul_(scale / unit)
+            )  # by itself this factor may be below float16's range
         return gradient, None, None, None
 
 
 def _unit(count: Tensor) -> Tensor:
-    """A power of two: times a weight of 1 / count it is up to 2^14, a quarter of float16's largest number."""
+    """Return a power of two: 1 / count times it is at most 2^14, a quarter of float16's largest number."""
     _, exponent = torch.frexp(count.float())
     return torch.ldexp(torch.ones_like(count, dtype=torch.float32), exponent + 13)
 
 
 def _rows_at_once(logits: Tensor) -> int:
-    at_once = CHUNK_BYTES if logits.device.type == "cpu" else CHUNK_BYTES_OF_A_GPU
-    return max(1, at_once // (4 * logits.shape[1]))
+    chunk_bytes = CHUNK_BYTES if logits.device.type == "cpu" else CHUNK_BYTES_ON_GPU
+    return max(1, chunk_bytes // (4 * logits.shape[1]))

@@ -1,0 +1,62 @@
+"""LoRA on a model for the time of a session: kept when it ends, taken back when it fails."""
+
+from contextlib import ExitStack
+from types import TracebackType
+
+from torch import nn
+
+from lora_one.backends.torch.files.state import is_frozen, train_adapter
+from lora_one.config import Config
+from lora_one.core.factors import Factors
+
+from .adapters import adapter_of, is_leftover
+from .attach import Site, attach_lora, check_adapter_fits, find_sites
+from .snapshot import Snapshot
+from .starts import check_base_is_whole
+from .wrappers import plain_names, unwrapped
+
+
+class ReversibleAttachment:
+    """The LoRA layers of a model in a session: those it has, or those that `attach` gives it.
+
+    Attributes:
+        model: the model without the wrappers around it; after `attach` the PeftModel.
+        had_adapter: whether the user's model came with a LoRA adapter.
+        sites: the LoRA layers by name.
+    """
+
+    def __init__(self, model: nn.Module, config: Config):
+        self.model = unwrapped(model)
+        self.had_adapter = False
+        self.sites: dict[str, Site] = {}
+        self._config = config
+        self._factors_before: dict[str, Factors] = {}
+        self._plain_names = ExitStack()
+        self._plain_names.enter_context(plain_names(self.model))
+        self._before = Snapshot(self.model)
+
+    def attach(self) -> None:
+        """Attach LoRA, or check and unfreeze the adapter that is there."""
+        adapted = adapter_of(self.model)
+        if adapted is None or is_leftover(self.model, adapted):
+            self.model = adapted = attach_lora(self.model, self._config)
+        else:
+            self.had_adapter = True
+            check_adapter_fits(adapted, self._config)
+            check_base_is_whole(adapted)
+        sites = find_sites(adapted)
+        self.sites = {site.layer.name: site for site in sites}
+        if self.had_adapter:
+            self._factors_before = {name: site.factors() for name, site in self.sites.items()}
+            if is_frozen(adapted, sites[0].adapter):  # as `load` leaves it by default
+                train_adapter(adapted, sites[0].adapter, True)
+
+    def close(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Keep the LoRA layers; after an exception make the model what it was."""
+        if kind is None:
+            self._before.restore_modes(self.model)
+        else:
+            self._before.restore()
+            for name, factors in self._factors_before.items():
+                self.sites[name].assign(factors)
+        self._plain_names.close()
