@@ -3,15 +3,15 @@
     export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
     python -m benchmarks.cost [--only "100M float32" [--job "init, exact"] | --recount]
 
-writes results/cost.json, docs/cost.png and what `estimate` says of its error; with --only, that model's rows alone, and
-with --recount, nothing is measured: the rows that are there are compared with what is estimated now, at the rates that
+writes results/cost.json and docs/cost.png; docs/estimate.md has the numbers. With --only, it replaces the rows of that
+model. With --recount, it measures nothing: it compares the rows in the file with today's estimates, at the rates that
 were measured with them.
 
-Random Llamas, each job in two processes of its own. In one, every tensor has a mapping of its own, so that the resident
-set's peak over what it was with the model loaded is the bytes that tensors took, as an accelerator's allocator would
-count them. The other is as a user's, glibc's heap with its holes; there, time is taken too: the processor's on one
-thread, which is wall time on an idle core. A tiny model goes the same way first, so that code and what libraries keep
-are not counted. Rerun it after a change to the PyTorch init or step: the estimate's error is read from here.
+The models are random Llamas. Each job runs in two separate processes. In the first, every tensor has its own memory
+mapping. So the peak of the resident memory, over that with the model loaded, is the bytes of tensors, as an
+accelerator's allocator would count them. The second runs as a user's, with the holes of glibc's heap. It gives the
+time: the processor's time on one thread, which is wall time on an idle core. Each process runs a tiny model first, so
+that code and buffers of libraries are not counted. Rerun it after a change to the PyTorch init or step.
 """
 
 import argparse
@@ -29,11 +29,9 @@ from typing import Any, NamedTuple
 
 from lora_one.config import Config
 from lora_one.estimate import Column, Workload, estimate
-from lora_one.estimate.architecture import architecture
 from lora_one.estimate.hardware import Hardware
-from lora_one.estimate.jobs import MEASURED
-from lora_one.estimate.memory import PROCESS
-from lora_one.estimate.rates.choice import measured
+from lora_one.estimate.rates import measured
+from lora_one.estimate.reader import architecture_of
 
 RESULT = Path(__file__).parent / "results" / "cost.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "cost.png"
@@ -63,18 +61,17 @@ TINY = _llama(64, 128, 2, 256, 4)
 
 
 class Measured(NamedTuple):
-    """Of a job, in its process: bytes over the loaded model, bytes of the process without the model, seconds."""
+    """A job in its process: the peak in bytes over the loaded model, and seconds."""
 
     memory: int
-    process: int
     seconds: float
 
 
 def measure(job: str, config: dict[str, Any], work: Workload, own_mappings: bool = False) -> Measured:
-    """A job in this process.
+    """Measure a job in this process.
 
     Args:
-        own_mappings: each tensor gets a mapping of its own, which is gone when the tensor is.
+        own_mappings: give each tensor its own memory mapping, which is freed with the tensor.
     """
     if own_mappings:
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 128 * 1024)
@@ -89,12 +86,11 @@ def measure(job: str, config: dict[str, Any], work: Workload, own_mappings: bool
         began = time.process_time()
         run()
         seconds.append(time.process_time() - began)
-    model = work.item * architecture(config).parameters
-    return Measured(_status("VmHWM") - loaded, loaded - model, statistics.median(seconds))
+    return Measured(_status("VmHWM") - loaded, statistics.median(seconds))
 
 
 def _prepared(job: str, config: dict[str, Any], work: Workload) -> Callable[[], object]:
-    """The job on a new random model."""
+    """Return a function that runs the job on a new random model."""
     import numpy as np
     import torch
     import transformers
@@ -131,20 +127,20 @@ def _step(model: Any, batch: dict[str, Any], config: Config) -> Callable[[], obj
 
 
 def _status(field: str) -> int:
-    """A line of Linux's /proc/self/status, in bytes."""
+    """Return a line of Linux's /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def _loaded() -> int:
-    """Bytes resident now, after what building the model has freed is given back; the peak is counted from here."""
+    """Return the bytes that are resident now, without what is free, and count the peak from here."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     return _status("VmRSS")
 
 
 def in_own_process(*arguments: Any) -> Measured:
-    """`measure` in a fresh interpreter."""
+    """Return the result of `measure` in a fresh interpreter."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(measure, arguments)
 
@@ -152,7 +148,7 @@ def in_own_process(*arguments: Any) -> Measured:
 def measured_rows(
     name: str, config: dict[str, Any], work: Workload, run: Callable[..., Measured], jobs: Sequence[str] = JOBS
 ) -> list[dict[str, Any]]:
-    """Each of the jobs, measured."""
+    """Measure each of the jobs."""
     rows = []
     for job in jobs:
         live, usual = (run(job, config, work, own_mappings) for own_mappings in (True, False))
@@ -162,7 +158,6 @@ def measured_rows(
                 "job": job,
                 "live_mib": live.memory / MIB,
                 "resident_mib": usual.memory / MIB,
-                "process_mib": usual.process / MIB,
                 "seconds": usual.seconds,
                 "seconds_own_mappings": live.seconds,
             }
@@ -171,17 +166,15 @@ def measured_rows(
 
 
 def compared(row: dict[str, Any], config: dict[str, Any], work: Workload, machine: Hardware) -> dict[str, Any]:
-    """A measured row, and what is estimated beside it."""
-    found = estimate(architecture(config, row["model"]), work, machine)
-    column = found.columns[row["job"]]
-    tensors, resident = _above_the_model(row["job"], column)
+    """Return a measured row with the estimate and their ratios added, and print it."""
+    model = architecture_of(config, row["model"])
+    column = estimate(model, work, machine).columns[row["job"]]
     estimated = {
-        "estimated_live_mib": tensors / MIB,
-        "estimated_resident_mib": resident / MIB,
+        "estimated_live_mib": _above_the_model(row["job"], column) / MIB,
         "estimated_seconds": column.total_seconds,
         "estimated_parts": {"memory": column.memory, "seconds": column.seconds},
     }
-    row = {**row, "parameters": found.parameters, **estimated}
+    row = {**row, "parameters": model.parameters, **estimated}
     for measured_key, estimated_key, ratio in COMPARED.values():
         row[ratio] = row[measured_key] / row[estimated_key]
     shown = [f"{what} {row[a]:.2f} / {row[b]:.2f} = {row[ratio]:.2f}" for what, (a, b, ratio) in COMPARED.items()]
@@ -189,44 +182,40 @@ def compared(row: dict[str, Any], config: dict[str, Any], work: Workload, machin
     return row
 
 
-# What is compared: keys of a row that hold what was measured, estimated, and their ratio.
+# name -> the row's keys of the measured value, the estimate, and their ratio.
 COMPARED = {
     "live": ("live_mib", "estimated_live_mib", "live_ratio"),
-    "resident": ("resident_mib", "estimated_resident_mib", "resident_ratio"),
     "time": ("seconds", "estimated_seconds", "time_ratio"),
 }
 
 
-def _above_the_model(job: str, column: Column) -> tuple[int, int]:
-    """Bytes that are estimated but not there before the job: of tensors, and resident."""
-    there = ("base weights", *(("LoRA factors", "Adam moments") if job == "training step" else ()))
-    before = sum(column.memory.get(part, 0) for part in there)
-    assert column.resident is not None
-    return column.total_memory - before, column.resident - round(PROCESS) - before
+def _above_the_model(job: str, column: Column) -> int:
+    """Return the estimated bytes of tensors that do not exist before the job."""
+    before = ("base weights", *(("LoRA factors", "Adam moments") if job == "training step" else ()))
+    return column.total_memory - sum(column.memory.get(part, 0) for part in before)
 
 
-def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """What `lora-one estimate` says of its error: measured over estimated."""
+def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return measured over estimated: the least, the median and the most."""
     spreads = {}
     for what, (_, _, ratio) in COMPARED.items():
-        ratios = [row[ratio] for row in result["rows"]]
-        values = {"least": min(ratios), "median": statistics.median(ratios), "most": max(ratios)}
-        spreads[what] = {key: round(value, 3) for key, value in values.items()}
-    return {"device": result["device"], "runs": len(result["rows"]), **spreads}
+        ratios = [row[ratio] for row in rows]
+        spreads[what] = {"least": min(ratios), "median": statistics.median(ratios), "most": max(ratios)}
+    return spreads
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Measured against estimated."""
+    """Draw the measured values against the estimates."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
-    for axes, (what, (ours, theirs, _)) in zip(figure.subplots(1, 3), COMPARED.items(), strict=True):
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    for axes, (what, (measured_key, estimated_key, _)) in zip(figure.subplots(1, 2), COMPARED.items(), strict=True):
         for job, marker in zip(JOBS, "osD", strict=True):
             for dtype, fill in zip(DTYPES, ("full", "none"), strict=True):
                 mine = [row for row in rows if row["job"] == job and row["model"].endswith(dtype)]
-                points = [row[theirs] for row in mine], [row[ours] for row in mine]
+                points = [row[estimated_key] for row in mine], [row[measured_key] for row in mine]
                 axes.loglog(*points, marker, fillstyle=fill, label=f"{job}, {dtype}")
-        ends = [f(row[key] for row in rows for key in (ours, theirs)) for f in (min, max)]
+        ends = [f(row[key] for row in rows for key in (measured_key, estimated_key)) for f in (min, max)]
         axes.loglog(ends, ends, "k-", lw=0.8)
         unit = "s" if what == "time" else "MiB"
         axes.set(xlabel=f"estimated, {unit}", ylabel=f"measured, {unit}", title=what)
@@ -236,13 +225,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print, write."""
+    """Measure, print and write."""
     names = [f"{size} {dtype}" for size in SIZES for dtype in DTYPES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=names, help="one model; the other rows stay as they are")
     parser.add_argument("--job", choices=JOBS, help="one of the jobs; the other rows stay, at the rates measured now")
     parser.add_argument("--recount", action="store_true", help="estimate anew beside what was measured")
-    parser.add_argument("--smoke", type=Path, metavar="FILE", help="a tiny model, in this process; writes FILE alone")
+    parser.add_argument("--smoke", type=Path, metavar="FILE", help="a tiny model, in this process; writes FILE only")
     options = parser.parse_args(arguments)
     if options.smoke:
         work = Workload(seq_len=16, init_batches=2, dtype="float32", config=Config(rank=8, passes=4))
@@ -264,19 +253,19 @@ def main(arguments: list[str] | None = None) -> None:
 def _merged(
     fresh: list[dict[str, Any]], rates: dict[str, Hardware]
 ) -> tuple[list[dict[str, Any]], dict[str, Hardware]]:
-    """Fresh rows, and the others that are in the result file; all with what is estimated now."""
+    """Return the fresh rows and the other ones of the result file, all with today's estimates."""
     rows = list(fresh)
     if RESULT.is_file():
         taken = {(row["model"], row["job"]) for row in fresh}
         last = json.loads(RESULT.read_text(encoding="utf-8"))
-        rates = {name: Hardware(**found) for name, found in last["rates"].items()} | rates
+        rates = {name: Hardware(**values) for name, values in last["rates"].items()} | rates
         rows += [row for row in last["rows"] if (row["model"], row["job"]) not in taken]
     rows.sort(key=lambda row: (list(SIZES).index(row["model"].split()[0]), row["model"], JOBS.index(row["job"])))
     return [compared(row, *_case(row["model"]), rates[row["model"]]) for row in rows], rates
 
 
 def _case(name: str) -> tuple[dict[str, Any], Workload]:
-    """The config and the workload of a model."""
+    """Return the config and the workload of a model."""
     size, dtype = name.split()
     work = Workload(
         batch_size=SEQUENCES[size], seq_len=256, init_batches=2, dtype=dtype, config=Config(rank=8, passes=4)
@@ -285,7 +274,7 @@ def _case(name: str) -> tuple[dict[str, Any], Workload]:
 
 
 def write(rows: list[dict[str, Any]], rates: dict[str, Hardware], smoke: Path | None = None) -> None:
-    """All result files, or of a smoke run its one."""
+    """Write all result files, or the one file of a smoke run."""
     import torch
 
     result = {
@@ -293,6 +282,7 @@ def write(rows: list[dict[str, Any]], rates: dict[str, Hardware], smoke: Path | 
         "device": f"one thread of a {platform.machine()} CPU",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "rates": {name: dataclasses.asdict(machine) for name, machine in rates.items()},
+        "measured_over_estimated": summary(rows),
         "rows": rows,
     }
     text = json.dumps(result, indent=1) + "\n"
@@ -300,7 +290,6 @@ def write(rows: list[dict[str, Any]], rates: dict[str, Hardware], smoke: Path | 
         smoke.write_text(text, encoding="utf-8")
         return
     RESULT.write_text(text, encoding="utf-8")
-    MEASURED.write_text(json.dumps(summary(result), indent=1) + "\n", encoding="utf-8")
     draw(rows, PICTURE)
 
 

@@ -1,6 +1,6 @@
-"""The command's terminal is its own: what other libraries print, log and warn of stays away from it.
+"""Keep the output of other libraries (prints, logs, warnings) out of the command's terminal.
 
-Only the command does this, while it works; to a program that imports lora_one nothing of it happens.
+Only the command does this, and only while it works. A program that imports lora_one is not affected.
 """
 
 import contextlib
@@ -8,14 +8,14 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TextIO
 
 from rich.console import Console
 from rich.markup import escape
 
 VERBOSE = "LORA_ONE_VERBOSE"
-# For what does not go through Python's streams: code in C++ and Rust, and processes that a library starts.
+# For output that does not pass Python's streams: code in C++ and Rust, and processes that a library starts.
 _SETTINGS = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -26,19 +26,19 @@ _SETTINGS = {
 
 
 def is_verbose() -> bool:
-    """Whether the environment asks for what other libraries say."""
+    """Return whether the environment asks for the output of other libraries."""
     return os.environ.get(VERBOSE, "") not in ("", "0")
 
 
 @contextlib.contextmanager
 def quiet(console: Console, verbose: bool = False) -> Iterator[None]:
-    """While the block runs, only `console` reaches the terminal, with the warnings of lora_one's own classes.
+    """Let only `console` and lora_one's own warnings reach the terminal while the block runs.
 
-    Errors are exceptions, and leave the block as they do without it.
+    Exceptions leave the block as usual.
 
     Args:
-        console: without a file of its own, so that it prints to sys.stdout.
-        verbose: do nothing; LORA_ONE_VERBOSE=1 asks for the same.
+        console: made without a file, so that it prints to sys.stdout.
+        verbose: change nothing, as with LORA_ONE_VERBOSE=1.
     """
     if verbose or is_verbose():
         yield
@@ -47,16 +47,16 @@ def quiet(console: Console, verbose: bool = False) -> Iterator[None]:
         os.environ.setdefault(name, value)
     out, err = _Nowhere(sys.stdout), _Nowhere(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
-        warnings.showwarning = _shown_on(console)
+        warnings.showwarning = _printer_on(console)
         yield
 
 
 class _Nowhere(io.TextIOBase):
-    """A stream that keeps nothing, but for rich's consoles, which look for the stream that it stands for."""
+    """A stream that drops all text, except that of rich's consoles: they look up the stream that it replaces."""
 
     encoding = "utf-8"
 
-    def __init__(self, stream: Any):
+    def __init__(self, stream: TextIO):
         self.rich_proxied_file = getattr(stream, "rich_proxied_file", stream)
 
     def write(self, text: str) -> int:
@@ -66,8 +66,10 @@ class _Nowhere(io.TextIOBase):
         return True
 
 
-def _shown_on(console: Console) -> Any:
-    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+def _printer_on(console: Console) -> Callable[..., None]:
+    """Return a `warnings.showwarning` that prints the warnings of lora_one's own classes only."""
+
+    def show(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
         if category.__module__.startswith("lora_one."):
             console.print(f"[yellow]warning:[/] {escape(str(message))}", soft_wrap=True)
 

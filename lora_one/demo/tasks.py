@@ -1,7 +1,7 @@
 """The demo's tasks: seeded generators of prompts and completions, in plain Python.
 
-Every item reads `name:input=output`, one token a character. An item belongs to the training split or to the held-out
-split by a hash of its prompt, so the two are disjoint whatever the seed and however many items are drawn.
+Every item reads `name:input=output`, with one token per character. A hash of the prompt puts an item into the training
+split or into the held-out split. So the two are disjoint for every seed and every number of items.
 
     python -m lora_one.demo.tasks --out DIR     writes the fine-tuning data
 """
@@ -21,7 +21,7 @@ Split = Literal["train", "test"]
 
 @dataclass(frozen=True)
 class Task:
-    """One skill: `draw` makes a random input, `solve` gives its only right output."""
+    """A skill: `draw` makes a random input, `solve` returns its only correct output."""
 
     name: str
     draw: Callable[[random.Random], str]
@@ -29,7 +29,7 @@ class Task:
     weight: float = 1.0  # share of the pretraining mixture, relative to the other tasks
 
     def item(self, rng: random.Random, split: Split) -> dict[str, str]:
-        """Draw one item of `split` as `{"prompt": "name:input=", "completion": "output"}`."""
+        """Draw an item of `split` as `{"prompt": "name:input=", "completion": "output"}`."""
         while True:
             text = self.draw(rng)
             prompt = f"{self.name}:{text}="
@@ -39,20 +39,20 @@ class Task:
     def items(self, split: Split, count: int, seed: int = 0) -> list[dict[str, str]]:
         """Draw `count` different items of `split`; the same seed gives the same items."""
         rng = random.Random(f"{self.name}/{split}/{seed}")
-        found: dict[str, dict[str, str]] = {}
-        while len(found) < count:
+        items: dict[str, dict[str, str]] = {}
+        while len(items) < count:
             item = self.item(rng, split)
-            found[item["prompt"]] = item
-        return list(found.values())
+            items[item["prompt"]] = item
+        return list(items.values())
 
 
 def split_of(prompt: str) -> Split:
-    """Say which split a prompt belongs to: one in eight is held out."""
+    """Return the split that a prompt belongs to: one in eight is held out."""
     return "test" if zlib.crc32(prompt.encode()) % 8 == 0 else "train"
 
 
 def word(low: int, high: int) -> Callable[[random.Random], str]:
-    """A drawer of words of `low` to `high` letters, every length equally likely."""
+    """Return a function that draws words of `low` to `high` letters, where every length is equally likely."""
     return lambda rng: "".join(rng.choices(ascii_lowercase, k=rng.randint(low, high)))
 
 
@@ -61,7 +61,7 @@ def _sum(rng: random.Random) -> str:
 
 
 def _above(rng: random.Random) -> str:
-    """A word of different letters and a bound below its largest letter: `bound,word`."""
+    """Draw a word of different letters and a bound below its largest letter: `bound,word`."""
     word = rng.sample(ascii_lowercase, rng.randint(3, 7))
     bound = rng.choice(sorted(word)[:-1])
     return f"{bound},{''.join(word)}"
@@ -78,7 +78,7 @@ def _smallest_above(text: str) -> str:
 
 
 def _next(text: str) -> str:
-    """The letter after each letter; z becomes a."""
+    """Replace each letter by the next one, and z by a."""
     return "".join(ascii_lowercase[(ord(letter) - ord("a") + 1) % 26] for letter in text)
 
 
@@ -94,8 +94,8 @@ PRETRAIN = [
     Task("over", _above, _smallest_above),
 ]
 
-# New to the model but related to what it knows, and spelled with characters that it has seen: `main` goes on from
-# `min` and `over`; `harder` also has to put together the other direction and upper case.
+# New to the model, but related to its pretraining tasks, and spelled with the same characters: `main` builds on `min`
+# and `over`; `harder` also combines the reverse order and upper case.
 FINETUNE = {
     "main": Task("sort", word(4, 8), lambda text: "".join(sorted(text))),
     "harder": Task("desc", word(3, 6), lambda text: "".join(sorted(text.upper(), reverse=True))),
@@ -103,7 +103,7 @@ FINETUNE = {
 
 
 def pretraining(split: Split, seed: int = 0) -> Iterator[dict[str, str]]:
-    """Yield pretraining items of `split` without end, the tasks mixed by weight."""
+    """Yield pretraining items of `split` without end. The tasks are mixed by weight."""
     rng = random.Random(f"pretraining/{split}/{seed}")
     weights = [task.weight for task in PRETRAIN]
     while True:

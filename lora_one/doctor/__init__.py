@@ -1,4 +1,4 @@
-"""`lora-one doctor`: which frameworks and devices work here."""
+"""`lora-one doctor`: the frameworks and devices that work on this machine."""
 
 from .examination import describe, examine
 

@@ -1,4 +1,4 @@
-"""What of lora-one works on this machine: frameworks, devices and versions, and what each missing piece would give."""
+"""The parts of lora-one that work on this machine, their devices and versions, and the use of each missing part."""
 
 import json
 import platform
@@ -17,9 +17,9 @@ from lora_one.environment import installed_version
 from . import probe
 
 TESTED = Path(__file__).with_name("tested.json")  # part -> package -> the version that the tests run with
-PATIENCE = 180  # seconds: a first import from a slow disk takes a while
+PATIENCE = 180  # seconds; a first import from a slow disk is slow
 
-# part -> (its name, what it gives)
+# part -> (its name, its use)
 PARTS = {
     "core": ("NumPy", "the float64 reference, `lora-one convert`, reports"),
     "torch": ("PyTorch", "fine-tuning transformers and plain torch models, on CUDA, MPS or CPU; PEFT adapters"),
@@ -28,13 +28,19 @@ PARTS = {
     "cli": ("Command", "the `lora-one` command, recipes in YAML, plots"),
     "recipes": ("Recipes", "data sets of the hub or in its layout, benchmarks after the training"),
 }
-# where a package's module has another name
-_MODULES = {"mlx": "mlx.core", "mlx-lm": "mlx_lm", "lm-eval": "lm_eval", "pillow": "PIL", "pyyaml": "yaml"}
+# package -> module, where the names differ
+MODULES = {"mlx": "mlx.core", "mlx-lm": "mlx_lm", "lm-eval": "lm_eval", "pillow": "PIL", "pyyaml": "yaml"}
+STATES = {"ready": "ready", "missing": "not installed", "broken": "broken"}
 
 
 @dataclass(frozen=True)
 class Package:
-    """One package: the version that is installed, None if none is, and the one that the tests run with."""
+    """A package that a part needs.
+
+    Attributes:
+        installed: the installed version; None if it is not installed.
+        tested: the version that the tests run with.
+    """
 
     name: str
     installed: str | None
@@ -43,16 +49,16 @@ class Package:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of lora-one.
+    """A part of lora-one.
 
     Attributes:
         name: the extra that installs it; "core" comes with lora-one itself.
-        title, gives: for people.
-        state: "ready", "missing" (a package is not installed) or "broken" (one is, but cannot be imported).
-        packages: what it needs.
-        devices: of the framework, the best first; empty unless it is ready.
-        errors: module -> what its import raised.
-        install: the command that brings what is missing, or replaces what is broken; None if it is ready.
+        title, gives: its name and its use, as printed.
+        state: "ready", "missing" (a package is not installed) or "broken" (an installed one cannot be imported).
+        packages: the packages that it needs.
+        devices: of the framework, the best one first; empty unless the part is ready.
+        errors: module -> the error that its import raised.
+        install: the command that installs the missing packages, or replaces the broken ones; None if it is ready.
     """
 
     name: str
@@ -67,7 +73,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Examination:
-    """Everything: the machine, and the parts."""
+    """The result of `examine`: the machine, and all parts."""
 
     lora_one: str
     python: str
@@ -75,11 +81,12 @@ class Examination:
     parts: list[Part]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the examination as plain data."""
         return asdict(self)
 
 
 def examine() -> Examination:
-    """Look at everything. Nothing is imported into this process, and nothing that is wrong raises."""
+    """Examine all parts. Nothing is imported into this process, and a broken part raises nothing."""
     tested: dict[str, dict[str, str]] = json.loads(TESTED.read_text(encoding="utf-8"))
     with ThreadPoolExecutor() as pool:
         parts = list(pool.map(lambda item: _examine(*item), tested.items()))
@@ -87,46 +94,43 @@ def examine() -> Examination:
 
 
 def compared(package: Package) -> str:
-    """How an installed version stands to the tested one: "as tested", "newer than ...", "older than ..."."""
+    """Compare the installed version with the tested one: "as tested", "newer than ...", "older than ..."."""
     if package.installed is None:
         return "not installed"
-    one, other = _numbers(package.installed), _numbers(package.tested)
-    if one == other:
+    installed, tested = _numbers(package.installed), _numbers(package.tested)
+    if installed == tested:
         return "as tested"
-    return f"{'newer' if one > other else 'older'} than {package.tested}, which is tested"
+    return f"{'newer' if installed > tested else 'older'} than {package.tested}, which is tested"
 
 
-def describe(found: Examination) -> str:
-    """The examination for people, in lines of plain text."""
-    lines = [f"lora-one {found.lora_one} on Python {found.python}, {found.platform}"]
-    for part in found.parts:
-        partly = part.state == "missing" and part.packages[0].installed is not None
-        where = f", on {', '.join(part.devices)}" if part.devices else ""
-        lines += ["", f"{part.title}: {'incomplete' if partly else _STATES[part.state]}{where}"]
+def describe(examination: Examination) -> str:
+    """Return the examination as lines of plain text."""
+    lines = [f"lora-one {examination.lora_one} on Python {examination.python}, {examination.platform}"]
+    for part in examination.parts:
+        incomplete = part.state == "missing" and part.packages[0].installed is not None
+        devices = f", on {', '.join(part.devices)}" if part.devices else ""
+        lines += ["", f"{part.title}: {'incomplete' if incomplete else STATES[part.state]}{devices}"]
         names = [f"{package.name} {package.installed or ''}".strip() for package in part.packages]
         width = max(map(len, names))
         lines += [f"  {name:{width}}  {compared(package)}" for name, package in zip(names, part.packages, strict=True)]
         lines += [f"  {module}: {error}" for module, error in part.errors.items()]
         if part.install:
             lines += [f"  It is for {part.gives}.", f"  {part.install}"]
-    ready = [part.title for part in found.parts if part.devices and part.state == "ready"]
+    ready = [part.title for part in examination.parts if part.devices and part.state == "ready"]
     verdict = f"Ready to fine-tune with {', '.join(ready)}." if ready else "No framework to fine-tune with is ready."
     return "\n".join([*lines, "", verdict])
-
-
-_STATES = {"ready": "ready", "missing": "not installed", "broken": "broken"}
 
 
 def _examine(name: str, tested: dict[str, str]) -> Part:
     title, gives = PARTS[name]
     packages = [Package(package, installed_version(package), version) for package, version in tested.items()]
-    modules = {package.name: _MODULES.get(package.name, package.name) for package in packages}
+    modules = {package.name: MODULES.get(package.name, package.name) for package in packages}
     absent = [modules[package.name] for package in packages if package.installed is None]
-    found = _probe(name, [module for module in modules.values() if module not in absent])
-    # What fails for want of a package that is named as missing already is not broken.
-    wants = tuple(f"ModuleNotFoundError: No module named '{module.partition('.')[0]}" for module in absent)
-    errors = {module: error for module, error in found["errors"].items() if not error.startswith(wants)}
-    if packages[0].installed is None:  # the framework itself: what it shares with others is theirs to complain of
+    answer = _probe(name, [module for module in modules.values() if module not in absent])
+    # An import that fails because of an absent package is not broken: the package is reported as missing already.
+    missing = tuple(f"ModuleNotFoundError: No module named '{module.partition('.')[0]}" for module in absent)
+    errors = {module: error for module, error in answer.errors.items() if not error.startswith(missing)}
+    if packages[0].installed is None:  # without the framework, errors in packages it shares belong to the other parts
         errors = {}
     state = "broken" if errors else "missing" if absent else "ready"
     extra = "lora-one" if name == "core" else f"'lora-one[{name}]'"
@@ -135,28 +139,26 @@ def _examine(name: str, tested: dict[str, str]) -> Part:
         "missing": f"pip install {extra}",
         "broken": f"pip install --force-reinstall {extra}",
     }[state]
-    return Part(name, title, gives, state, packages, found["devices"] if state == "ready" else [], errors, install)
+    return Part(name, title, gives, state, packages, answer.devices if state == "ready" else [], errors, install)
 
 
-def _probe(part: str, modules: list[str]) -> dict[str, Any]:
-    """Ask another process, which may die of it. -P: a file of this folder must not pass for a framework."""
+def _probe(part: str, modules: list[str]) -> probe.Answer:
+    """Import the modules in another process, which may crash.
+
+    Python's -P keeps files of this folder from hiding the frameworks.
+    """
     if not modules:
-        return {"errors": {}, "devices": []}
+        return probe.Answer({}, [])
     command = [sys.executable, "-P", probe.__file__, *modules]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
-        return _failed(part, f"importing {', '.join(modules)} took more than {PATIENCE} seconds")
+        return probe.Answer({part: f"importing {', '.join(modules)} took more than {PATIENCE} seconds"}, [])
     try:
-        answer: dict[str, Any] = json.loads(done.stdout)
+        return probe.Answer(**json.loads(done.stdout))
     except ValueError:
         last = (done.stderr.strip().splitlines() or ["no word of why"])[-1]
-        return _failed(part, f"importing {', '.join(modules)} {_end(done.returncode)}: {last}")
-    return answer
-
-
-def _failed(part: str, error: str) -> dict[str, Any]:
-    return {"errors": {part: error}, "devices": []}
+        return probe.Answer({part: f"importing {', '.join(modules)} {_end(done.returncode)}: {last}"}, [])
 
 
 def _end(code: int) -> str:
@@ -164,5 +166,5 @@ def _end(code: int) -> str:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """2.13.0+cpu -> (2, 13, 0)."""
+    """Return the numbers of a version: 2.13.0+cpu -> (2, 13, 0)."""
     return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[+a-z]", version)[0]))

@@ -1,9 +1,9 @@
-"""What `lora-one doctor` runs in a process of its own, one a framework: imports that may fail, hang or crash.
+"""Imports that may fail, hang or crash: `lora-one doctor` runs this file in a separate process per framework.
 
     python -P probe.py torch transformers peft
 
-imports the modules that are named, asks the framework among them for its devices, and prints one line of JSON.
-Uses the standard library alone, so that nothing else can be what fails.
+imports the named modules, asks the framework among them for its devices, and prints one line of JSON. It uses the
+standard library only, so that nothing else can fail.
 """
 
 import importlib
@@ -11,17 +11,29 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Answer(NamedTuple):
+    """The result of `probe`.
+
+    Attributes:
+        errors: module -> the error that its import raised.
+        devices: of the framework, the best one first; empty if it could not be imported.
+    """
+
+    errors: dict[str, str]
+    devices: list[str]
 
 
 def torch_devices() -> list[str]:
     torch: Any = importlib.import_module("torch")
-    found = [f"cuda: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    devices = [f"cuda: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
-        found.append("mps: Apple GPU")
-    if not found and torch.version.cuda:
+        devices.append("mps: Apple GPU")
+    if not devices and torch.version.cuda:
         return [f"cpu (built for CUDA {torch.version.cuda}, which finds no GPU here)"]
-    return [*found, "cpu"]
+    return [*devices, "cpu"]
 
 
 def jax_devices() -> list[str]:
@@ -37,8 +49,8 @@ def mlx_devices() -> list[str]:
 DEVICES: dict[str, Callable[[], list[str]]] = {"torch": torch_devices, "jax": jax_devices, "mlx.core": mlx_devices}
 
 
-def probe(modules: list[str]) -> dict[str, Any]:
-    """What importing the modules raises, by module, and the devices of the framework, if it could be imported."""
+def probe(modules: list[str]) -> Answer:
+    """Import the modules, and ask the framework among them for its devices."""
     errors: dict[str, str] = {}
     devices: list[str] = []
     for module in modules:
@@ -48,12 +60,11 @@ def probe(modules: list[str]) -> dict[str, Any]:
                 devices = DEVICES[module]()
         except (Exception, SystemExit) as error:
             errors[module] = f"{type(error).__name__}: {error}"
-    return {"errors": errors, "devices": devices}
+    return Answer(errors, devices)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes most of the GPU for this question
-    answer = sys.stdout
-    sys.stdout = sys.stderr  # libraries that greet do it elsewhere
-    found = probe(sys.argv[1:])
-    print(json.dumps(found), file=answer)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX reserves most of the GPU
+    stdout = sys.stdout
+    sys.stdout = sys.stderr  # where libraries may print on import
+    print(json.dumps(probe(sys.argv[1:])._asdict()), file=stdout)

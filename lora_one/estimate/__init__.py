@@ -1,7 +1,7 @@
-"""What an init and a training step will take, from a model's config.json alone: `lora-one estimate`."""
+"""The memory and time that an init and a training step need, from a model's config.json: `lora-one estimate`."""
 
-from .architecture import read_architecture
-from .jobs import Column, Estimate, estimate, measured_error
+from .jobs import Column, Estimate, estimate
+from .reader import read_architecture
 from .workload import Workload
 
-__all__ = ["Column", "Estimate", "Workload", "estimate", "measured_error", "read_architecture"]
+__all__ = ["Column", "Estimate", "Workload", "estimate", "read_architecture"]

@@ -1,4 +1,4 @@
-"""What the model types of Hugging Face's config.json differ in. A new decoder of the same kind is a new row."""
+"""The differences between the model types of Hugging Face's config.json. A new decoder of the kind is a new row."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -6,20 +6,20 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Family:
-    """How a `model_type` builds its blocks, and what its config.json may leave out.
+    """The layers in the blocks of a `model_type`, and the defaults of its config.json.
 
     Attributes:
-        qkv_bias, output_bias, mlp_bias, head_norms: True, False, or the key of config.json that says so.
-            head_norms: q and k are normalised, with a weight of the head's size each.
-        mlp: "gated" (gate, up and down), "fused" (gate and up are one layer), "plain" (fc1, fc2).
+        qkv_bias, output_bias, mlp_bias, head_norms: True, False, or the key of config.json that gives the value.
+            head_norms: q and k are normalized; each has a weight of the head's size.
+        mlp: "gated" (gate, up and down), "fused" (gate and up are one layer) or "plain" (fc1, fc2).
         fused_qkv: q, k and v are one layer.
-        joined_rotation: q and k are rotated in part and put together again, which changes how they lie in memory.
+        joined_rotation: a part of q and k is rotated and concatenated with the rest, which changes their memory layout.
         norm: "rms" has a weight, "layer" a weight and a bias.
-        norms: of a block, each of the hidden size.
+        norms: number of norms per block, each of the hidden size.
         head_bias: the output layer has a bias.
-        expert_keys: keys of config.json that hold the number of experts and their width; None for a dense model.
-        shared_expert: every token also passes a dense MLP with a gate of its own.
-        defaults: of config.json's keys, where transformers' own are not derived from the other keys.
+        expert_keys: keys of config.json for the number of experts and their width; None for a dense model.
+        shared_expert: every token also passes a dense MLP with its own gate.
+        defaults: values of keys that config.json may leave out, where they do not follow from other keys.
     """
 
     qkv_bias: bool | str = False
@@ -81,6 +81,6 @@ FAMILIES = {
         expert_keys=("num_experts", "moe_intermediate_size"),
     ),
 }
-# Types that derive num_key_value_heads from num_attention_heads where config.json does not give it; the others have a
-# number of their own, which is too easily wrong to be assumed.
+# Model types whose num_key_value_heads defaults to num_attention_heads. The other types have a fixed default, which
+# often differs from the model at hand, so config.json must give it.
 KV_HEADS_FOLLOW = {"llama", "phi", "phi3"}

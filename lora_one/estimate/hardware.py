@@ -1,4 +1,4 @@
-"""How fast a machine is: peaks of known accelerators, two numbers that are given, or this machine, measured."""
+"""The rates of a machine: peaks of known accelerators, or two given numbers."""
 
 import math
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ class Hardware:
     """Rates that times are divided by.
 
     Attributes:
-        name: as shown.
-        flops: of dense products in the model's dtype, per second, at the peak.
+        name: as printed.
+        flops: peak rate of dense products in the model's dtype, FLOP/s.
         efficiency: the share of the peaks that a training step reaches.
-        bandwidth: bytes per second, to and from memory.
-        qr_flops, svd_flops: of decompositions of small matrices, per second, as reached.
-        memory: bytes there are; None if not known.
-        float32_flops: of whole gradients of weights, products in float32, at the peak.
-        init_flops: of products with the weights while `init` runs, which has its own way on a CPU; None: as otherwise.
-        dense_svd_flops: of decompositions of whole gradients, as reached; None: as of small matrices.
-        attention_flops: of attention, as reached; None: as other products.
-        thin: (columns, rate as reached) of float32 products with matrices of so few columns, by columns; empty: they
-            run at the speed of memory.
-        first_touch: bytes per second of memory that the process writes for the first time.
-        call: seconds that an operation of the framework takes besides its work.
-        heap: tensors come from the C library's heap, which keeps holes: see `memory.resident_bytes`.
+        bandwidth: of memory, bytes per second.
+        qr_flops, svd_flops: achieved rates of decompositions of small matrices, FLOP/s.
+        memory: bytes that the machine has; None if unknown.
+        float32_flops: peak rate of dense products in float32, which whole gradients of weights use; None for `flops`.
+        init_flops: peak rate of products with the base weights in `init`, which has its own routine on a CPU; None for
+            `flops`.
+        dense_svd_flops: achieved rate of decompositions of whole gradients; None for `svd_flops`.
+        attention_flops: achieved rate of attention; None for that of other products.
+        thin: pairs (columns, achieved rate) of float32 products with matrices of few columns, sorted by columns. Empty
+            if they run at the speed of memory.
+        first_touch: rate at which the process writes memory for the first time, bytes per second.
+        call: seconds per call of the framework in addition to its work.
     """
 
     name: str
@@ -44,26 +44,25 @@ class Hardware:
     thin: tuple[tuple[int, float], ...] = ()
     first_touch: float = math.inf
     call: float = 0.0
-    heap: bool = False
 
     @property
     def dense_rate(self) -> float:
-        """Of products with the base weights, as reached."""
+        """Achieved rate of products with the base weights, FLOP/s."""
         return self.flops * self.efficiency
 
     @property
     def float32_rate(self) -> float:
-        """Of dense products in float32, as reached."""
+        """Achieved rate of dense products in float32, FLOP/s."""
         return (self.float32_flops or self.flops) * self.efficiency
 
     @property
     def attention_rate(self) -> float:
-        """Of attention, as reached."""
+        """Achieved rate of attention, FLOP/s."""
         return self.attention_flops or self.dense_rate
 
     def thin_rate(self, columns: int) -> float:
-        """Of float32 products of a wide matrix with one of so few columns, as reached."""
-        if not self.thin:  # each number of the wide matrix, 4 bytes, is used in 2 operations a column
+        """Return the achieved rate of float32 products with a matrix of the given number of columns, FLOP/s."""
+        if not self.thin:  # each number of the wide matrix, 4 bytes, is used in 2 operations per column
             return min(self.float32_rate, self.bandwidth * columns / 2)
         below = [pair for pair in self.thin if pair[0] <= columns] or [self.thin[0]]
         above = [pair for pair in self.thin if pair[0] > columns] or [self.thin[-1]]
@@ -72,30 +71,29 @@ class Hardware:
         return slow + share * (fast - slow)
 
 
-# Dense peaks of one accelerator, SXM boards of the A100 (80 GB), H100 and H200: TFLOP/s in bfloat16 (half of the data
-# sheets' figures "with sparsity") and in float32 outside of the tensor cores, GB/s, GB. Apple states no TFLOP/s.
-_PEAKS = {
+# name -> TFLOP/s in bfloat16 (half of the data sheets' figures "with sparsity"), TFLOP/s in float32 without the tensor
+# cores, GB/s, GB. A100 (80 GB), H100 and H200 are SXM boards. Apple publishes no TFLOP/s.
+PEAKS = {
     "A100": (312.0, 19.5, 2039.0, 80.0),
     "H100": (989.0, 67.0, 3350.0, 80.0),
     "H200": (989.0, 67.0, 4800.0, 141.0),
     "L4": (121.0, 30.3, 300.0, 24.0),
     "RTX4090": (165.2, 82.6, 1008.0, 24.0),
 }
-ASSUMED_EFFICIENCY = 0.4  # what large training runs report of the peak; not measured here
-# Thin QRs and small SVDs are bound by latency and run far below the peak. An assumption too, and a cautious one.
+ASSUMED_EFFICIENCY = 0.4  # the share that large training runs report; not measured here
+# Thin QRs and small SVDs wait for latency and run far below the peak. This share is a cautious assumption.
 ASSUMED_DECOMPOSITION = 0.005
-KNOWN = tuple(_PEAKS)
 
 
 def known(name: str, dtype: str) -> Hardware:
-    """An accelerator of the table.
+    """Return an accelerator of the table.
 
     Raises:
-        ConfigError: one that is not there.
+        ConfigError: the table does not have it.
     """
-    if name not in _PEAKS:
-        raise ConfigError(f"hardware must be one of {', '.join(KNOWN)}, got {name!r}: or give --tflops and --bandwidth")
-    half, single, bandwidth, memory = _PEAKS[name]
+    if name not in PEAKS:
+        raise ConfigError(f"hardware must be one of {', '.join(PEAKS)}, got {name!r}: or give --tflops and --bandwidth")
+    half, single, bandwidth, memory = PEAKS[name]
     flops = TERA * (single if dtype == "float32" else half)
     slow = ASSUMED_DECOMPOSITION * single * TERA
     return Hardware(
@@ -104,7 +102,15 @@ def known(name: str, dtype: str) -> Hardware:
 
 
 def given(tflops: float, bandwidth: float) -> Hardware:
-    """A machine of which two numbers are known: TFLOP/s in the model's dtype (float32 is taken as fast), and GB/s."""
+    """Return a machine from two numbers.
+
+    Args:
+        tflops: peak in the model's dtype, TFLOP/s; float32 is assumed to be as fast.
+        bandwidth: of memory, GB/s.
+
+    Raises:
+        ConfigError: a number is not above zero.
+    """
     for name, value in (("tflops", tflops), ("bandwidth", bandwidth)):
         if not value > 0:
             raise ConfigError(f"{name} must be > 0, got {value}")

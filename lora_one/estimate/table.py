@@ -2,48 +2,42 @@
 
 from collections.abc import Mapping
 
-from . import Estimate, measured_error
+from .jobs import Estimate
 
 GIB = 2**30
 
 
-def as_text(found: Estimate) -> str:
-    """Two lines on what is estimated, the parts of each job, and how far such estimates were off."""
-    work, machine = found.workload, found.hardware
+def as_text(estimate: Estimate) -> str:
+    """Return the estimate as lines of text: the job and the machine, then the memory and the time of each part."""
+    work, machine = estimate.workload, estimate.hardware
     bits = ", 4-bit" if work.quantized else ""
     lines = [
-        f"{found.model.name} ({found.model.model_type}): {_count(found.parameters)} parameters; LoRA of rank "
-        f"{work.config.rank} on {found.layers} layers: {_count(found.trainable)}",
+        f"{estimate.model.name} ({estimate.model.model_type}): {_count(estimate.parameters)} parameters; LoRA of rank "
+        f"{work.config.rank} on {estimate.layers} layers: {_count(estimate.trainable)}",
         f"batches of {work.batch_size} x {work.seq_len} tokens, {work.init_batches} for the init; {work.dtype}{bits}, "
         f"{work.attention} attention, {'with' if work.checkpointing else 'without'} checkpointing",
         f"{machine.name}: {machine.flops / 1e12:.3g} TFLOP/s x {machine.efficiency:g}, "
         f"{machine.bandwidth / 1e9:.4g} GB/s",
         "",
-        *_section("memory, GiB", {job: column.memory for job, column in found.columns.items()}, GIB),
-        *_resident(found),
+        *_section("memory, GiB", {job: column.memory for job, column in estimate.columns.items()}, GIB),
         "",
-        *_section("time, s", {j: c.seconds for j, c in found.columns.items() if c.seconds is not None}, 1.0),
+        *_section("time, s", {job: column.seconds for job, column in estimate.columns.items()}, 1.0),
         "",
-        *(f"note: {note}" for note in found.notes),
-        *_error_lines(),
+        *(f"note: {note}" for note in estimate.notes),
+        "memory is that of tensors; a CUDA context, or the framework on a CPU, comes on top",
     ]
     return "\n".join(lines)
 
 
 def _section(title: str, jobs: Mapping[str, Mapping[str, float]], unit: float) -> list[str]:
-    """A row for every part that any job has, and the totals."""
-    parts = list(dict.fromkeys(part for parts in jobs.values() for part in parts))
+    """Return a row per part that any job has, and the totals."""
+    parts = list(dict.fromkeys(part for values in jobs.values() for part in values))
     lines = [f"{title:<22}" + "".join(f"{job:>15}" for job in jobs)]
     for part in parts:
         cells = "".join(f"{_cell(values[part] / unit) if part in values else '':>15}" for values in jobs.values())
         lines.append(f"{part:<22}{cells}")
     lines.append(f"{'total':<22}" + "".join(f"{_cell(sum(values.values()) / unit):>15}" for values in jobs.values()))
     return lines
-
-
-def _resident(found: Estimate) -> list[str]:
-    cells = ["" if c.resident is None else _cell(c.resident / GIB) for c in found.columns.values()]
-    return [f"{'resident, the process':<22}" + "".join(f"{cell:>15}" for cell in cells)] if any(cells) else []
 
 
 def _cell(value: float) -> str:
@@ -55,15 +49,3 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return str(number)
-
-
-def _error_lines() -> list[str]:
-    error = measured_error()
-    if error is None:
-        return ["how far off such estimates are has not been measured: python -m benchmarks.cost does it"]
-    text = [f"measured over estimated, {error['runs']} runs on {error['device']}:"]
-    for what, meaning in (("live", "memory of tensors"), ("resident", "resident memory"), ("time", "time")):
-        spread = error[what]
-        text.append(f"  {meaning} {spread['least']:.2f} to {spread['most']:.2f}, median {spread['median']:.2f}")
-    text.append("  (memory above the loaded model; a CUDA context, or the framework on a CPU, comes on top of tensors)")
-    return text

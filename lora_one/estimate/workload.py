@@ -1,4 +1,4 @@
-"""What is to be estimated: the settings of the training and of the init that the costs depend on."""
+"""The job whose costs are estimated: the settings of the training and of the init that the costs depend on."""
 
 from dataclasses import dataclass, field
 
@@ -6,6 +6,7 @@ from lora_one.config import Config
 from lora_one.errors import ConfigError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FLOAT32 = DTYPE_BYTES["float32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,14 +14,14 @@ class Workload:
     """One training step and one init.
 
     Attributes:
-        batch_size, seq_len: sequences of a batch and their length in tokens, padding included.
-        init_batches: batches that the init reads, of the same size.
-        dtype: of the base weights and the activations. LoRA's factors are float32, as PEFT keeps them.
+        batch_size, seq_len: sequences per batch, and their length in tokens, padding included.
+        init_batches: number of batches that the init reads, all of that size.
+        dtype: of the base weights and the activations. LoRA's factors are float32, as in PEFT.
         quantized: the blocks' linear layers are 4-bit in groups of 64; embedding and output layer stay in `dtype`.
-        attention: "sdpa" keeps no attention matrix, "eager" does.
-        checkpointing: each block's activations are computed again in the backward pass instead of kept.
-        precondition: the r x r preconditioner of `lora_one.optimizer`.
-        config: of `lora_one.init`: rank, passes (of "auto" the least), oversample and targets count.
+        attention: "eager" keeps the attention matrix for the backward pass, "sdpa" does not.
+        checkpointing: each block's activations are recomputed in the backward pass instead of kept.
+        precondition: use the r x r preconditioner of `lora_one.optimizer`.
+        config: of `lora_one.init`; its rank, passes, oversample and targets count. passes="auto" counts as the fewest.
     """
 
     batch_size: int = 1
@@ -44,15 +45,15 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Of a batch."""
+        """Number of tokens per batch."""
         return self.batch_size * self.seq_len
 
     @property
     def width(self) -> int:
-        """The sketch's columns, k."""
+        """Number of columns of the sketch, k."""
         return self.config.rank + self.config.oversample
 
     @property
     def item(self) -> int:
-        """Bytes of a number in `dtype`."""
+        """Bytes per number in `dtype`."""
         return DTYPE_BYTES[self.dtype]

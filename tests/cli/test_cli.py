@@ -14,6 +14,7 @@ from lora_one import demo
 from lora_one.checkpoint.inspection import inspect_adapter, product_spectrum
 from lora_one.checkpoint.metadata import read_report
 from lora_one.cli import commands as cli
+from lora_one.cli.options import recipe_from
 from lora_one.core.factors import Factors
 
 runner = CliRunner(env={"TERM": "dumb"})  # 80 columns, as where there is no terminal
@@ -184,9 +185,9 @@ def test_what_must_be_a_number_or_auto(option):
 def test_automatic_passes_over_a_files_number(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("passes: 2\n")
-    assert cli._recipe(file, {"passes": None}).config.passes == 2
-    assert cli._recipe(file, {"passes": "auto"}).config.passes == "auto"
-    assert cli._recipe(file, {"passes": "3"}).config.passes == 3
+    assert recipe_from(file, {"passes": None}).config.passes == 2
+    assert recipe_from(file, {"passes": "auto"}).config.passes == "auto"
+    assert recipe_from(file, {"passes": "3"}).config.passes == 3
 
 
 def test_warnings_of_the_start_reach_the_terminal(tmp_path):

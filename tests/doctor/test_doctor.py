@@ -125,9 +125,9 @@ def test_json_says_the_same_to_programs(bare, tmp_path):
 
 @pytest.mark.parametrize("framework", ["torch", "jax", "mlx.core"])
 def test_devices_of_the_frameworks_that_are_here(framework):
-    found = probe(["json", framework])
-    assert found["errors"] == {}
-    assert found["devices"][-1].startswith("cpu")
+    answer = probe(["json", framework])
+    assert answer.errors == {}
+    assert answer.devices[-1].startswith("cpu")
 
 
 def test_versions_that_are_called_tested_are_those_of_the_tests():

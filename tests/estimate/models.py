@@ -8,7 +8,8 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_one.estimate.architecture import Architecture, architecture
+from lora_one.estimate.architecture import Architecture
+from lora_one.estimate.reader import architecture_of
 
 SIZES = {
     "hidden_size": 64,
@@ -45,7 +46,7 @@ def small(kind: str) -> Any:
 
 def shape_of(config: Any) -> Architecture:
     """The architecture that the config's own JSON describes."""
-    return architecture(json.loads(config.to_json_string(use_diff=False)))
+    return architecture_of(json.loads(config.to_json_string(use_diff=False)))
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:

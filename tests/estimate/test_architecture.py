@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from lora_one.errors import ConfigError
-from lora_one.estimate.architecture import architecture, lora_parameters, read_architecture, target_linears
+from lora_one.estimate.architecture import lora_parameters, target_linears
+from lora_one.estimate.reader import architecture_of, read_architecture
 
 from .models import SMALL, linear_names, shape_of, small
 
@@ -77,17 +78,17 @@ def test_targets_by_name_are_one_pair_an_expert():
 )
 def test_what_is_missing_is_named(change, match):
     with pytest.raises(ConfigError, match=match):
-        architecture({**LLAMA_2_7B, **change})
+        architecture_of({**LLAMA_2_7B, **change})
 
 
 @pytest.mark.parametrize("key", ["text_config", "llm_config"])
 def test_a_language_model_that_is_recommended_can_be_estimated(key, tmp_path):
     with pytest.raises(ConfigError) as caught:
-        architecture({"model_type": "llava", key: LLAMA_2_7B, "vision_config": {}})
+        architecture_of({"model_type": "llava", key: LLAMA_2_7B, "vision_config": {}})
     text = str(caught.value)
     assert f"its {key} (llama) can be estimated alone: write it to a file and give that, --model {key}.json" in text
     (tmp_path / f"{key}.json").write_text(json.dumps(LLAMA_2_7B))
-    assert read_architecture(tmp_path / f"{key}.json").parameters == architecture(LLAMA_2_7B).parameters
+    assert read_architecture(tmp_path / f"{key}.json").parameters == architecture_of(LLAMA_2_7B).parameters
 
 
 def test_a_config_that_is_no_object_and_one_with_a_byte_order_mark(tmp_path):
@@ -95,7 +96,7 @@ def test_a_config_that_is_no_object_and_one_with_a_byte_order_mark(tmp_path):
     with pytest.raises(ConfigError, match=r"must be a model's config.json, an object, got list"):
         read_architecture(tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(LLAMA_2_7B).encode())
-    assert read_architecture(tmp_path).parameters == architecture(LLAMA_2_7B).parameters
+    assert read_architecture(tmp_path).parameters == architecture_of(LLAMA_2_7B).parameters
 
 
 def test_a_folder_without_config(tmp_path):
@@ -105,4 +106,4 @@ def test_a_folder_without_config(tmp_path):
 
 def test_a_target_that_is_not_there():
     with pytest.raises(ConfigError, match=r"must be among down_proj, .*, got lm_head"):
-        target_linears(architecture(LLAMA_2_7B), ("lm_head",))
+        target_linears(architecture_of(LLAMA_2_7B), ("lm_head",))

@@ -1,4 +1,4 @@
-"""How fast this machine is, measured in a second or two; one module per framework."""
+"""The rates of this machine, measured in a second or two; one module per framework."""
 
 from .choice import choose, measured
 

@@ -1,6 +1,5 @@
-"""Which machine the times are for: one of the table, one that is given, or this one, measured."""
+"""The machine that times are estimated for: a known one, a described one, or this one, measured."""
 
-import importlib
 import importlib.util
 import time
 from dataclasses import replace
@@ -15,10 +14,16 @@ from .timing import Clock
 def choose(
     name: str | None, tflops: float | None, bandwidth: float | None, efficiency: float | None, dtype: str
 ) -> Hardware:
-    """By name, by its two numbers, or with neither this machine, measured.
+    """Return the machine of that name, the one with these two numbers, or, without either, this machine, measured.
+
+    Args:
+        name: "H100", ...
+        tflops: peak in the dtype, TFLOP/s.
+        bandwidth: of memory, GB/s.
+        efficiency: the share of the peaks that a training step reaches, in (0, 1]; None for the machine's own.
 
     Raises:
-        ConfigError: a name that is not known, one number without the other, or both ways at once.
+        ConfigError: the name is unknown, one number is given without the other, or a name is given with numbers.
     """
     if (tflops is None) != (bandwidth is None) or (name is not None and tflops is not None):
         raise ConfigError("give either hardware, or both tflops and bandwidth, or none of them")
@@ -36,8 +41,13 @@ def choose(
 
 
 def measured(dtype: str, clock: Clock = time.perf_counter) -> Hardware:
-    """By PyTorch in that dtype where the torch extra is installed, or else by NumPy in float32."""
+    """Measure this machine: by PyTorch in that dtype if the torch extra is installed, else by NumPy in float32.
+
+    Args:
+        clock: in seconds.
+    """
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft")):
         return by_numpy(clock=clock)
-    found: Hardware = importlib.import_module("lora_one.estimate.rates.torch").by_torch(dtype, clock=clock)
-    return found
+    from .torch import by_torch
+
+    return by_torch(dtype, clock=clock)
