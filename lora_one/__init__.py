@@ -1,4 +1,4 @@
-"""LoRA-One: start LoRA where an epoch of training would get to (arXiv 2502.01235)."""
+"""LoRA-One: start LoRA along the best directions of the first gradient (arXiv 2502.01235)."""
 
 from . import errors
 from .api import init, load, merge, optimizer, save

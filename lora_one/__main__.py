@@ -1,4 +1,4 @@
-"""`python -m lora_one`: the `lora-one` command."""
+"""`python -m lora_one` runs the `lora-one` command."""
 
 from .cli.commands import main
 

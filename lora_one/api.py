@@ -1,4 +1,4 @@
-"""The public functions: they find the model's framework, and hand over."""
+"""The public functions. Each finds the model's framework and calls its backend."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -20,30 +20,47 @@ def init(
     config: Config | None = None,
     backend: str | None = None,
 ) -> tuple[Any, Report]:
-    """Start LoRA by LoRA-One: one gradient step along the best rank-r directions, the base weights untouched.
+    """Attach LoRA to a model and start it by LoRA-One, leaving the base weights as they are.
+
+    Call it once, before training, with a few batches of the training data. It looks at the gradient of the loss on
+    them, and sets the factors of each layer to one gradient step along the gradient's best rank-r directions. Training
+    then continues as with any LoRA adapter.
+
+    Args:
+        model: a model of PyTorch, JAX or MLX. LoRA is attached in place.
+
+            PyTorch: any torch.nn.Module. PEFT attaches LoRA to a plain model or one of transformers. A PeftModel with
+            one active LoRA adapter, and a model with injected LoRA layers, keep their layers, which are started again.
+            torch.compile and DataParallel around the model, or around its parts, are looked through: wrap the returned
+            model again, unless it had its adapter already and is the one you passed in.
+
+            JAX: a flax.nnx.Module, or a model of Linen or of a plain tree of arrays (docs/jax.md).
+
+            MLX: an mlx.nn.Module, with mlx-lm's LoRA layers. Its batches and its default loss are mlx-lm's.
+        batches: a collection that can be read again and again, such as a list or a DataLoader: the sketch reads it once
+            per pass. A few dozen sequences are enough. PyTorch moves the tensors to the model's device.
+        loss_fn: function (model, batch) -> mean loss, a scalar. Default: `model(**batch).loss`.
+        config: the settings. Default: `Config()`. For a model with an adapter, its own rank, alpha, use_rslora,
+            targets, modules_to_save and dropout hold.
+        backend: name of the framework the model must belong to: "torch", "jax" or "mlx". Default: any.
+
+    Returns:
+        The model with its LoRA layers, ready to train, and the report of the start.
+
+    Raises:
+        BackendError, ConfigError, ModelError, BatchError, GradientError: see `lora_one.errors`. After any exception,
+            also one from `loss_fn` or the batches, the model is as it was: weights, train/eval mode, requires_grad,
+            hooks, and the adapter that it had.
 
     Source: Zhang, Liu and Chen, "LoRA-One" (ICML 2025, arXiv 2502.01235), the initialisation of Algorithm 1.
 
-    Args:
-        model: a torch.nn.Module: plain, of transformers, or a PeftModel with one active LoRA adapter. A plain model
-            gets LoRA attached, in place, by PEFT; the layers of a PeftModel, and those that were injected into a
-            model, are started again. torch.compile and DataParallel around it, or around its parts, are looked through:
-            wrap what comes back once more, unless it had its adapter already and is what you handed in. Or an
-            mlx.nn.Module, with mlx-lm's LoRA layers in the same way; its batches and its default loss are mlx-lm's.
-        batches: a re-iterable collection of batches (a list, a DataLoader): the sketch reads it once a pass.
-            A few dozen sequences are enough. Tensors are moved to the model's device.
-        loss_fn: (model, batch) -> mean loss, a scalar. Default: `model(**batch).loss`.
-        config: see `Config`. For a PeftModel rank, alpha, use_rslora, targets, modules_to_save and dropout are the
-            adapter's own.
-        backend: the framework's name, as a check; it is read off the model.
-
-    Returns:
-        The model with its LoRA layers, ready to train, and the report.
-
-    Raises:
-        BackendError, ConfigError, ModelError, BatchError, GradientError: see `lora_one.errors`. On any exception, the
-            caller's own included, the model is as it was: weights, train/eval mode, requires_grad, hooks, and the
-            adapter that it had.
+    >>> import lora_one, torch
+    >>> base = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4))
+    >>> batches = [(torch.randn(8, 6), torch.randn(8, 4)) for _ in range(2)]
+    >>> mean_square = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
+    >>> model, report = lora_one.init(base, batches, mean_square, lora_one.Config(rank=2, targets=["0", "2"]))
+    >>> [(layer.name, layer.rank, len(layer.singular_values)) for layer in report.layers]
+    [('0', 2, 2), ('2', 2, 2)]
     """
     began = time.perf_counter()
     config = Config() if config is None else config
@@ -54,28 +71,84 @@ def init(
 
 
 def optimizer(model: Any, learning_rate: float = 2e-4, weight_decay: float = 0.0, **options: Any) -> Any:
-    """AdamW for a model with LoRA layers, optionally r x r preconditioned, of the framework's own kind.
+    """Return AdamW for a model with LoRA layers, in the framework's own kind of optimizer.
+
+    Use it like any other optimizer of the framework; the framework's own AdamW works as well. It adds two options:
+    LoRA+'s learning rate for lora_B, and the paper's r x r preconditioner. The preconditioner is off by default, since
+    under AdamW it did harm, at every damping, on both tasks that it was measured on (docs/preconditioner.md).
 
     Args:
         model: what `init` or `load` returned, or any model with LoRA layers of the framework's own library.
-        learning_rate: of all parameters, unless a parameter group says otherwise.
-        weight_decay: decoupled.
-        options: of the backend, see `lora_one.backends.<name>.optimizer`.
+        learning_rate: float, default 2e-4. Step size of all parameters, unless `loraplus_lr_ratio` or a parameter group
+            says otherwise. JAX also accepts an optax schedule, and MLX one of mlx.optimizers.
+        weight_decay: float, default 0. Decoupled decay: each step multiplies the parameters by
+            1 - learning_rate * weight_decay.
+        precondition: bool, default False. Replace the gradients of each LoRA pair, before Adam's moments, by
+            gA <- (B^T B + reg I)^-1 gA, (r, in), and gB <- gB (A A^T + reg I)^-1, (out, r). Other parameters are not
+            preconditioned.
+        reg: float >= 0, default 1e-6. The damping in these two formulas, on the diagonal of the r x r matrices.
+        damping: "absolute" (default) adds `reg` as it is, as in the paper. "relative" adds `reg` times the mean
+            eigenvalue of each r x r matrix, so that it does not depend on the factors' scale.
+        betas: two floats in [0, 1), default (0.9, 0.999). Adam's decay rates of the mean and of the mean square.
+        eps: float, default 1e-8. Adam's term in the denominator.
+        loraplus_lr_ratio: float > 0, default 1. lora_B's learning rate over lora_A's (LoRA+, arXiv 2402.12354). PyTorch
+            and JAX only.
+        param_groups: groups of parameters with settings of their own, as torch.optim takes them, default none. All
+            parameters not in them form the remaining groups. PyTorch only.
+        fused: bool or None (default), as in torch.optim.AdamW. None chooses the fused kernel where there is one, but
+            without its offer to undo a GradScaler's scale in the step. PyTorch only.
+
+    Returns:
+        PyTorch: a torch.optim.AdamW over all trainable parameters, with precondition=True a
+        `lora_one.backends.torch.LoraOneAdamW`.
+        JAX: an optax transformation, for `nnx.Optimizer(model, optimizer, wrt=nnx.LoRAParam)` or for a tree of factors.
+        MLX: a `lora_one.backends.mlx.LoraOneAdamW`, an mlx.optimizers.AdamW with bias correction.
+
+    Raises:
+        ConfigError: an invalid setting.
+        ModelError: nothing is trainable, or there are no LoRA layers to precondition.
+
+    Source: Zhang, Liu and Chen, "LoRA-One" (ICML 2025, arXiv 2502.01235), the preconditioned steps of Algorithm 1.
+
+    >>> import lora_one, torch
+    >>> base = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    >>> batches = [(torch.randn(8, 6), torch.randn(8, 4))]
+    >>> mean_square = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
+    >>> model, _ = lora_one.init(base, batches, mean_square, lora_one.Config(rank=2, targets=["0"]))
+    >>> adamw = lora_one.optimizer(model, learning_rate=1e-2, precondition=True, damping="relative")
+    >>> loss = mean_square(model, batches[0])
+    >>> loss.backward()
+    >>> adamw.step()
+    >>> bool(mean_square(model, batches[0]) < loss)
+    True
     """
     return backend_of(model).optimizer(model, learning_rate=learning_rate, weight_decay=weight_decay, **options)
 
 
 def save(model: Any, path: str | Path, report: Report | None = None) -> None:
-    """Write the active adapter as a folder that PEFT and vLLM open as is, with `lora_one.json` beside it.
+    """Write the active adapter into a folder that PEFT and vLLM can open.
+
+    Use it after `init` to train with another program, or after training to keep the result. The folder holds PEFT's
+    files, for MLX also mlx-lm's, and `lora_one.json` with the report and the versions of the packages in use.
 
     Args:
-        path: made if it does not exist. An adapter in it, of any library's, is replaced in one step, so that at any
-            moment it holds the old adapter or the new one; everything else in it stays.
-        report: what `init` returned; kept in `lora_one.json`.
+        model: a model with a LoRA adapter, of any of the frameworks.
+        path: folder; it is made if it does not exist. An adapter in it, from any library, is replaced in one step: at
+            any moment the folder holds the old adapter or the new one. Other files in it stay.
+        report: what `init` returned, to be kept in `lora_one.json`. Default: none is kept.
 
     Raises:
         ModelError: the model has no adapter that can be saved.
         CheckpointError: the folder cannot be written; what it held is as it was.
+
+    >>> import lora_one, pathlib, torch
+    >>> base = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    >>> batches = [(torch.randn(8, 6), torch.randn(8, 4))]
+    >>> mean_square = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
+    >>> model, report = lora_one.init(base, batches, mean_square, lora_one.Config(rank=2, targets=["0"]))
+    >>> lora_one.save(model, "start", report)
+    >>> sorted(file.name for file in pathlib.Path("start").iterdir() if file.suffix != ".md")
+    ['adapter_config.json', 'adapter_model.safetensors', 'lora_one.json']
     """
     framework = backend_of(model)
     with replacing_adapter(Path(path)) as folder:
@@ -84,23 +157,65 @@ def save(model: Any, path: str | Path, report: Report | None = None) -> None:
 
 
 def load(model: Any, path: str | Path, trainable: bool = False) -> Any:
-    """Open an adapter folder (PEFT's format) on its base model, after checking that it belongs to it.
+    """Open an adapter folder on its base model, after checking that the two belong together.
+
+    Use it to run a trained adapter, or to continue training. It reads PEFT's layout, on MLX also mlx-lm's, from any
+    library. Names, ranks and shapes are all compared with the model before anything is changed.
 
     Args:
-        model: the base model the adapter was trained on, or one with a LoRA adapter of the same shape, which gets the
-            folder's factors and scales.
-        trainable: False freezes the adapter, as PEFT does; True is for going on training.
+        model: the base model that the adapter was trained on, or the same with a LoRA adapter of the same shape, which
+            then gets the folder's factors and scales.
+        path: the adapter folder.
+        trainable: bool, default False: the adapter is frozen, as in PEFT. True makes it ready for training.
+
+    Returns:
+        The model with the adapter.
 
     Raises:
-        CheckpointError: everything that is wrong, at once: files, names, ranks, shapes. Nothing was loaded.
+        CheckpointError: all that is wrong with files, names, ranks and shapes, at once. Nothing was loaded.
+
+    >>> import lora_one, torch
+    >>> base = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    >>> weights = {name: value.clone() for name, value in base.state_dict().items()}
+    >>> batches = [(torch.randn(8, 6), torch.randn(8, 4))]
+    >>> mean_square = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
+    >>> model, _ = lora_one.init(base, batches, mean_square, lora_one.Config(rank=2, targets=["0"]))
+    >>> lora_one.save(model, "adapter")
+    >>> fresh_base = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    >>> _ = fresh_base.load_state_dict(weights)
+    >>> loaded = lora_one.load(fresh_base, "adapter")
+    >>> torch.equal(loaded(batches[0][0]), model.eval()(batches[0][0]))
+    True
     """
     return backend_of(model).load(model, Path(path), trainable)
 
 
 def merge(model: Any, **options: Any) -> Any:
-    """Add the adapter to the base weights, W + s B A, and take the LoRA layers out. Returns the plain model.
+    """Add the adapter to the base weights, W + s B A, and remove the LoRA layers.
+
+    Use it after training, for a model that runs at the base model's speed and that any program can open. The sum has
+    the dtype of the weight. The base weights change and the factors are gone, so `save` the adapter first if you may
+    need it again.
 
     Args:
-        options: of the backend: MLX has `dequantize=True`, for quantised weights to become float ones.
+        model: a model with a LoRA adapter.
+        options: on MLX `dequantize=True` (default False) turns quantised weights into float ones; by default they are
+            quantised again. Other frameworks have no options.
+
+    Returns:
+        The model without LoRA layers.
+
+    Raises:
+        ModelError: the model has no adapter, or one that cannot be merged.
+
+    >>> import lora_one, torch
+    >>> base = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    >>> batches = [(torch.randn(8, 6), torch.randn(8, 4))]
+    >>> mean_square = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
+    >>> model, _ = lora_one.init(base, batches, mean_square, lora_one.Config(rank=2, targets=["0"]))
+    >>> before = model.eval()(batches[0][0])
+    >>> merged = lora_one.merge(model)
+    >>> type(merged[0]).__name__, torch.allclose(merged(batches[0][0]), before, atol=1e-5)
+    ('Linear', True)
     """
     return backend_of(model).merge(model, **options)

@@ -1,4 +1,4 @@
-"""What an initialisation is asked to do."""
+"""`Config`: the settings of `lora_one.init`."""
 
 import dataclasses
 import math
@@ -11,38 +11,62 @@ from .checks import check_choice, check_flag, check_integer, check_positive, che
 from .errors import ConfigError
 
 DEFAULT_GAMMA = 128.0
-AUTO_PASSES = tuple(range(4, 13))  # four are the least from which the report can tell what is still missing
+AUTO_PASSES = tuple(range(4, 13))  # with fewer than four, the report cannot estimate what is still missing
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """How `lora_one.init` attaches LoRA and starts it. Validated on construction; defaults are the paper's LLM runs'.
+    """The settings of `lora_one.init`: how LoRA is attached, and how it is started.
+
+    All arguments are keyword arguments with defaults, those of the paper's LLM runs (arXiv 2502.01235), so
+    `lora_one.Config(rank=16)` changes the rank alone. Values are checked on construction, and an instance cannot be
+    changed afterwards. In the formulas G = dL/dW, (out, in), is the gradient of a layer's weight and U diag(S) V^T the
+    SVD of -G.
 
     Attributes:
-        rank: r of each pair.
-        alpha: the product B A is scaled by alpha / sqrt(rank), or alpha / rank without rsLoRA.
-        use_rslora: see `alpha` (arXiv 2312.03732). The adapter itself says the scale by the plain rule alpha / rank,
-            with the alpha that this takes, since many readers know no other.
-        scale: "normalized" starts at one gradient step of spectral norm scaling / gamma, whatever the gradient's scale;
-            "gradient" at B A = -eta G_r, the form of the paper's theory.
-        gamma: the larger, the smaller the step of the normalized scale. "auto" starts from 128 and raises it while the
-            initialised model's loss on the init batches is above the base model's.
-        eta: the step size of scale="gradient".
-        targets: "all-linear" (every linear layer but the output layer; on PyTorch and MLX no gate of one output
-            either), a sequence of module names, or a regular expression that the whole module path must match: PEFT's
-            meaning, but that a mixture's routers and stacked experts, where they are no linear layers, stay as they
-            are.
-        modules_to_save: names of modules, a new head for instance, that are trained whole beside the LoRA layers and
-            kept with the adapter: PEFT's meaning. PyTorch only. Fit a new head before `init`: docs/heads.md.
-        gradient: "sketch" never forms a gradient of a weight; "exact" does, layer by layer where it can.
-        passes: backward passes over the batches for the sketch, >= 2. "auto" makes 4, and one more at a time, up to 12,
-            while some layer's factors hold less than 99 % of the best rank-r energy, by the report's own estimate.
-        oversample: columns that the sketch probes beyond `rank`.
-        recompute: whether the blocks of a transformers model compute their activations again in the backward pass: all
-            of them (True), none (False), or with "auto" those whose activations no longer fit in half of the memory
-            that is free. It costs up to a forward pass more. PyTorch only: elsewhere it is up to the model.
-        seed: of the sketch's test matrices.
-        dropout: of the LoRA layers, while training.
+        rank: int >= 1, default 8. The number r of columns of lora_B and rows of lora_A, of every LoRA pair.
+        alpha: float > 0, default 16. The layer computes W x + s B A x with s = alpha / sqrt(rank), or alpha / rank
+            without rsLoRA.
+        use_rslora: bool, default True. Choose s = alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732). The adapter itself
+            states s by the plain rule alpha / rank, with the alpha that this requires, since many readers know no other
+            rule.
+        scale: "normalized" (default) or "gradient". "normalized" starts at B A = U diag(S / S_1) V^T / gamma, a step of
+            spectral norm s / gamma whatever the gradient's scale (Algorithm 1 as the paper's LLM experiments run it).
+            "gradient" starts at B A = -eta G_r, the form of the paper's theory, where G_r is the best rank-r part of G.
+        gamma: float > 0 or "auto", default 128. Divides the step of scale="normalized": the larger, the smaller the
+            step. "auto" starts from 128 and raises it as long as the initialised model's loss on the init batches is
+            above the base model's.
+        eta: float > 0, default 1. The step size of scale="gradient", in units of a learning rate.
+        targets: the layers that get LoRA, default "all-linear": every linear layer except the output layer, and on
+            PyTorch and MLX except gates with one output. Or a sequence of module names, or a regular expression that
+            must match the whole module path, as in PEFT; but the routers and stacked experts of a mixture of experts
+            stay as they are where they are no linear layers.
+        modules_to_save: sequence of names, default (). Modules to train whole beside the LoRA layers and to keep with
+            the adapter, such as a new head, as in PEFT. PyTorch only. Fit a new head before `init`: docs/heads.md.
+        gradient: "sketch" (default) or "exact". "sketch" never forms the gradient of a weight: it takes G V and Q^T G
+            from LoRA's own gradients. "exact" forms G, layer by layer where it can.
+        passes: int >= 2 or "auto" (default). Backward passes over the batches for the sketch. "auto" makes 4, and then
+            one more at a time, up to 12, as long as some layer's factors hold less than 99 % of the best rank-r energy,
+            by the report's own estimate.
+        oversample: int >= 0, default 16. Columns that the sketch probes beyond `rank`.
+        recompute: bool or "auto" (default). Whether the blocks of a transformers model compute their activations again
+            in the backward pass, to save memory at the cost of up to one more forward pass: all blocks (True), none
+            (False), or ("auto") those whose activations no longer fit into half of the free memory. PyTorch only; in
+            other frameworks the model decides.
+        seed: int, default 0. Seed of the sketch's random test matrices.
+        dropout: float in [0, 1), default 0. Dropout rate of the LoRA layers while training.
+
+    Raises:
+        ConfigError: an invalid value; the message names the setting.
+
+    >>> config = Config(rank=4, targets=["q_proj", "v_proj"])
+    >>> config.scaling
+    8.0
+    >>> Config.from_dict(config.to_dict()) == config
+    True
+    >>> Config(rank=0)
+    Traceback (most recent call last):
+    lora_one.errors.ConfigError: rank must be an integer >= 1, got 0
     """
 
     rank: int = 8
@@ -78,8 +102,11 @@ class Config:
             check_positive("gamma", self.gamma, otherwise=' or "auto"')
         check_range("dropout", self.dropout, 0.0, 1.0)
         check_flag("use_rslora", self.use_rslora)
-        named = isinstance(self.targets, (str, tuple)) and all(isinstance(name, str) and name for name in self.targets)
-        if not self.targets or not named:
+        self._check_targets()
+
+    def _check_targets(self) -> None:
+        are_names = isinstance(self.targets, (str, tuple)) and all(isinstance(x, str) and x for x in self.targets)
+        if not self.targets or not are_names:
             raise ConfigError(
                 f'targets must be "all-linear", a regular expression or module names, got {shown(self.targets)}'
             )
@@ -96,23 +123,27 @@ class Config:
 
     @property
     def pass_counts(self) -> tuple[int, ...]:
-        """After how many passes the sketch may end, ascending."""
+        """The numbers of passes after which the sketch may end, ascending."""
         return AUTO_PASSES if self.passes == "auto" else (self.passes,)
 
     @property
     def first_gamma(self) -> float:
-        """The gamma to start from."""
+        """The gamma to start from, which gamma="auto" may raise."""
         return DEFAULT_GAMMA if self.gamma == "auto" else float(self.gamma)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as written to `lora_one.json`."""
+        """Return the settings as plain data, as `lora_one.json` holds them."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """The inverse of `to_dict`. Unknown keys are an error."""
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        """Return the settings that `to_dict` made this data from.
+
+        Raises:
+            ConfigError: an unknown name, or an invalid value.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(names))
         if unknown:
-            known = ", ".join(field.name for field in dataclasses.fields(cls))
-            raise ConfigError(f"unknown settings {', '.join(unknown)}; known are {known}")
+            raise ConfigError(f"unknown settings {', '.join(unknown)}; known are {', '.join(names)}")
         return cls(**values)

@@ -1,27 +1,28 @@
-"""What lora-one raises. Each message says which layer or batch, what came, what was expected, and what to do.
+"""What lora-one raises and warns of.
 
-An exception of the user's own, from their `loss_fn` or their batches, passes through unchanged. And what it warns of.
+Each message names the layer or batch, what was given, what was expected, and what to do. An exception of the user's
+own, from `loss_fn` or the batches, passes through unchanged.
 """
 
 
 class LoraOneError(Exception):
-    """The base of everything that lora-one raises on purpose."""
+    """The base class of everything that lora-one raises on purpose."""
 
 
 class ConfigError(LoraOneError, ValueError):
-    """A value in `Config`, in a call, or in a configuration file that cannot be."""
+    """An invalid value in `Config`, in a call, or in a configuration file."""
 
 
 class BackendError(LoraOneError):
-    """No backend for this model, one that does not fit it, or a framework that is not installed."""
+    """No backend for this model, the wrong one, or a framework that is not installed."""
 
 
 class ModelError(LoraOneError, ValueError):
-    """A model that LoRA-One cannot be attached to as asked: targets, ranks, or adapters that are in the way."""
+    """A model that LoRA-One cannot be attached to as asked: wrong targets, ranks, or adapters already there."""
 
 
 class BatchError(LoraOneError, ValueError):
-    """Batches or a loss that no gradient can be had from."""
+    """Batches or a loss that give no gradient."""
 
 
 class GradientError(LoraOneError, ArithmeticError):
@@ -29,7 +30,15 @@ class GradientError(LoraOneError, ArithmeticError):
 
 
 class CheckpointError(LoraOneError):
-    """An adapter folder that cannot be read or written, or does not belong to the model; lists all that is wrong."""
+    """An adapter folder that cannot be read or written, or does not fit the model; it lists all problems.
+
+    Attributes:
+        problems: one sentence per problem; empty if the summary says it all.
+
+    >>> print(CheckpointError("the adapter does not fit the model", ["up: lora_B is missing"]))
+    the adapter does not fit the model
+      - up: lora_B is missing
+    """
 
     def __init__(self, summary: str, problems: list[str] | None = None):
         self.problems = problems or []
@@ -41,15 +50,15 @@ class DataError(LoraOneError, ValueError):
 
 
 class InitWarning(UserWarning):
-    """The base of what `init` warns of."""
+    """The base class of what `init` warns of."""
 
 
 class TargetsWarning(InitWarning):
-    """Layers that "all-linear" suggests, but that no LoRA can be attached to, or none that LoRA-One can start."""
+    """Some layers that "all-linear" suggests are left out: LoRA cannot be attached, or LoRA-One cannot start them."""
 
 
 class AdapterWarning(InitWarning):
-    """The adapter that an earlier call attached, in place, to the base model of this one: it is replaced."""
+    """The base model still has the adapter that an earlier call attached in place; this call replaces it."""
 
 
 class ZeroGradientWarning(InitWarning):
@@ -57,12 +66,12 @@ class ZeroGradientWarning(InitWarning):
 
 
 class GammaWarning(InitWarning):
-    """gamma="auto" found no gamma at which the initialised model is at least as good as the base model."""
+    """No gamma that gamma="auto" tried makes the initialised model at least as good as the base model."""
 
 
 class ChangingBatchesWarning(InitWarning):
-    """The passes of a sketch did not see the same batches, so that they do not belong to one gradient."""
+    """The passes of a sketch did not see the same batches, so their results do not belong to one gradient."""
 
 
 class UnderflowWarning(InitWarning):
-    """Gradients that float16 cannot hold, at any scale of the loss."""
+    """Some gradients are too small for float16 at any scale of the loss."""

@@ -1,19 +1,19 @@
-"""`init` once a model has LoRA attached: passes -> spectra -> factors -> report. The same for every framework."""
+"""`init`, once LoRA is attached: passes -> spectra -> factors -> report. It is the same for every framework."""
 
 import time
 import warnings
 
 from .backends.interface import Layer, Session
 from .config import Config
-from .core.factors import Factors, gradient_factors, normalized_factors, plain_factors
+from .core.factors import gradient_factors, normalized_factors, plain_factors
 from .core.omega import draw_omega
 from .core.ops import as_one_program
 from .core.spectrum import Spectrum
 from .errors import BatchError, GammaWarning, ModelError, UnderflowWarning, ZeroGradientWarning
-from .passes import exact, sketched
+from .passes import Spectra, exact_gradients, sketch_gradients
 from .report import GammaTrial, LayerReport, Report, layer_report
 
-ROUNDED_AWAY = 0.03  # of a gradient's norm: 0.001 of its energy
+ROUNDED_AWAY = 0.03  # share of a gradient's norm, 0.001 of its energy, from which on `init` warns of float16
 GAMMA_GROWTH = 4.0
 GAMMA_TRIALS = 8
 
@@ -22,7 +22,7 @@ def initialize(session: Session, config: Config, backend: str, began: float) -> 
     """Start all LoRA layers of the session by LoRA-One.
 
     Args:
-        began: `time.perf_counter()` of when the call began, for the report.
+        began: `time.perf_counter()` when the call began, for the report.
 
     Raises:
         ModelError: a rank above a layer's size.
@@ -31,29 +31,11 @@ def initialize(session: Session, config: Config, backend: str, began: float) -> 
     """
     for layer in session.layers:
         _check_rank(layer, backend)
-    spectra = exact(session) if config.gradient == "exact" else sketched(session, config)
-
-    entries: list[LayerReport] = []
-    spectral: dict[str, Spectrum] = {}
-    for layer in session.layers:
-        found = spectra.layers.get(layer.name)
-        values = None
-        if found is not None and found.values.s[0] > 0:
-            spectral[layer.name], values = found
-        shape, called = (layer.out_features, layer.in_features), layer.name not in spectra.result.never_called
-        rounded_away = spectra.result.rounded_away.get(layer.name, 0.0)
-        entries.append(layer_report(layer.name, shape, layer.rank, values, called, rounded_away))
-    never_called = [entry.name for entry in entries if not entry.called]
-    if not spectral:
-        raise BatchError(
-            "no target layer has a gradient: got zero in all of them, expected a loss that depends on their outputs; "
-            f"check the loss, the labels (are all of them masked?) and the targets{_on_never_called(never_called)}"
-        )
-
-    for layer in session.layers:
-        if layer.name not in spectral:
-            session.assign(layer.name, _plain(session, layer, config.seed))
-    gamma, trials = _assign_spectral(session, config, spectral, spectra.result.loss)
+    spectra = exact_gradients(session) if config.gradient == "exact" else sketch_gradients(session, config)
+    entries = _layer_reports(session, spectra)
+    _check_some_gradient(entries)
+    _assign_plain(session, config, entries)
+    gamma, trials = _assign_spectral(session, config, _spectral(entries, spectra), spectra.result.loss)
     report = Report(
         backend=backend,
         config=config,
@@ -66,22 +48,8 @@ def initialize(session: Session, config: Config, backend: str, began: float) -> 
         peak_memory=session.peak_memory(),
         layers=entries,
     )
-    if report.plain_layers:
-        warnings.warn(
-            f"{len(report.plain_layers)} of {len(entries)} layers have no gradient on the init batches and keep plain "
-            f"LoRA's start: {', '.join(report.plain_layers)}{_on_never_called(never_called)}",
-            ZeroGradientWarning,
-            stacklevel=3,
-        )
-    lost = {layer.name: layer.rounded_away for layer in entries if layer.rounded_away > ROUNDED_AWAY}
-    if lost and backend == "torch":  # the other backends have warned during the pass
-        warnings.warn(
-            f"float16 is too short of range for the gradients of {len(lost)} of {len(entries)} layers, at any scale of "
-            f"the loss that the others allow: it may have lost up to {max(lost.values()):.2g} of their norm in "
-            f"{', '.join(lost)}; load the model in bfloat16 or float32",
-            UnderflowWarning,
-            stacklevel=3,
-        )
+    _warn_of_plain_layers(report)
+    _warn_of_underflow(report)
     return report
 
 
@@ -89,7 +57,7 @@ def _check_rank(layer: Layer, backend: str) -> None:
     limit = min(layer.out_features, layer.in_features)
     if layer.rank > limit:
         head = layer.name.rpartition(".")[2]
-        # Only PyTorch's backend has it.
+        # Only PyTorch's backend has modules_to_save.
         whole = f", or, where it is a new head, train it whole: Config(modules_to_save=[{head!r}])"
         raise ModelError(
             f"layer {layer.name!r}: rank must be <= min(out, in) = {limit}, got {layer.rank}; lower the rank, "
@@ -97,19 +65,55 @@ def _check_rank(layer: Layer, backend: str) -> None:
         )
 
 
-def _on_never_called(layers: list[str]) -> str:
-    if not layers:
+def _layer_reports(session: Session, spectra: Spectra) -> list[LayerReport]:
+    entries = []
+    for layer in session.layers:
+        spectrum = spectra.layers.get(layer.name)
+        entries.append(
+            layer_report(
+                layer.name,
+                (layer.out_features, layer.in_features),
+                layer.rank,
+                spectrum.values if spectrum is not None and spectrum.values.s[0] > 0 else None,
+                called=layer.name not in spectra.result.never_called,
+                rounded_away=spectra.result.rounded_away.get(layer.name, 0.0),
+            )
+        )
+    return entries
+
+
+def _check_some_gradient(entries: list[LayerReport]) -> None:
+    if all(entry.start == "plain" for entry in entries):
+        raise BatchError(
+            "no target layer has a gradient: got zero in all of them, expected a loss that depends on their outputs; "
+            "check the loss, the labels (are all of them masked?) and the targets" + _on_never_called(entries)
+        )
+
+
+def _on_never_called(entries: list[LayerReport]) -> str:
+    never_called = [entry.name for entry in entries if not entry.called]
+    if not never_called:
         return ""
     return (
-        f". Of these no forward pass called {', '.join(layers)}: no token reached them (experts), or other code reads "
-        "their weights, where LoRA has no effect: leave such layers out of the targets, or switch the fused kernel off"
+        f". Of these no forward pass called {', '.join(never_called)}: no token reached them (experts), or other code "
+        "reads their weights, where LoRA has no effect: leave such layers out of the targets, or switch the fused "
+        "kernel off"
     )
 
 
-def _plain(session: Session, layer: Layer, seed: int) -> Factors:
-    omega = draw_omega(seed, layer.name, layer.in_features, layer.rank)
-    like = session.like(layer.name)
-    return plain_factors(session.ops, session.ops.asarray(omega, like=like), layer.rank, layer.out_features)
+def _spectral(entries: list[LayerReport], spectra: Spectra) -> dict[str, Spectrum]:
+    """Return the spectra of the layers with a gradient, in the model's order."""
+    return {entry.name: spectra.layers[entry.name].spectrum for entry in entries if entry.start == "spectral"}
+
+
+def _assign_plain(session: Session, config: Config, entries: list[LayerReport]) -> None:
+    """Set the factors of the layers without a gradient."""
+    for layer, entry in zip(session.layers, entries, strict=True):
+        if entry.start == "plain":
+            omega = draw_omega(config.seed, layer.name, layer.in_features, layer.rank)
+            like = session.like(layer.name)
+            omega_there = session.ops.asarray(omega, like=like)
+            session.assign(layer.name, plain_factors(session.ops, omega_there, layer.rank, layer.out_features))
 
 
 def _assign_spectral(
@@ -117,7 +121,8 @@ def _assign_spectral(
 ) -> tuple[float | None, list[GammaTrial]]:
     """Set the factors; with gamma="auto" raise gamma while they make the loss on the init batches worse.
 
-    A safeguard and not an optimiser: the gamma of least loss on the init batches trains badly, the paper's 128 well.
+    This is a safeguard, not an optimiser: the gamma of least loss on the init batches trains badly, and the paper's 128
+    trains well.
     """
     if config.scale == "gradient":
         for name, spectrum in spectra.items():
@@ -144,3 +149,25 @@ def _assign_spectral(
             )
             return gamma, trials
         gamma *= GAMMA_GROWTH
+
+
+def _warn_of_plain_layers(report: Report) -> None:
+    if report.plain_layers:
+        warnings.warn(
+            f"{len(report.plain_layers)} of {len(report.layers)} layers have no gradient on the init batches and keep "
+            f"plain LoRA's start: {', '.join(report.plain_layers)}{_on_never_called(report.layers)}",
+            ZeroGradientWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_of_underflow(report: Report) -> None:
+    lost = {layer.name: layer.rounded_away for layer in report.layers if layer.rounded_away > ROUNDED_AWAY}
+    if lost and report.backend == "torch":  # the other backends have warned during the pass
+        warnings.warn(
+            f"float16 is too short of range for the gradients of {len(lost)} of {len(report.layers)} layers, at any "
+            f"scale of the loss that the others allow: it may have lost up to {max(lost.values()):.2g} of their norm "
+            f"in {', '.join(lost)}; load the model in bfloat16 or float32",
+            UnderflowWarning,
+            stacklevel=4,
+        )

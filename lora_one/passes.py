@@ -1,6 +1,6 @@
-"""Passes over the model -> what is known of each layer's gradient: by a sketch, or exactly.
+"""Passes over the model -> the spectrum of each layer's gradient, from a sketch or from the exact gradient.
 
-Layers that are alike go through the algorithm together where the session says so.
+Layers of equal shape and dtype go through the algorithm together, as one stack, if the session asks for it.
 """
 
 import warnings
@@ -23,196 +23,253 @@ from .core.stacking import one_of, stack_of, stacked, unstacked
 from .errors import ChangingBatchesWarning, GradientError
 from .report import share_of_best
 
-ENOUGH = 0.99  # of the energy of the best rank-r gradient: where passes="auto" stops
-SAME_LOSS = 1e-3  # well above what rounding, and batches regrouped by a shuffle, make of the same data
-STACK_BYTES = 2**31  # of gradients that wait for others like them, to be decomposed together
+ENOUGH = 0.99  # share of the energy of the best rank-r gradient at which passes="auto" stops
+SAME_LOSS = 1e-3  # well above what rounding, or a shuffle that regroups the same data into batches, changes
+STACK_BYTES = 2**31  # most gradients that may wait for others of their stack, to be decomposed together
+
+Stack = tuple[Layer, ...]  # layers that go through the algorithm together
+_States = dict[Stack, SketchState]
 
 
-_States = dict[tuple[Layer, ...], SketchState]  # of the layers of each stack
+class LayerSpectrum(NamedTuple):
+    """The spectrum of one layer's gradient, for the factors and for the report."""
 
-
-class Found(NamedTuple):
-    spectrum: Spectrum
-    values: Spectrum  # with the singular values and norms as NumPy arrays
+    spectrum: Spectrum  # arrays of the framework, on the layer's device
+    values: Spectrum  # the same, but with the singular values and norms as NumPy arrays
 
 
 class Spectra(NamedTuple):
-    result: PassResult
+    """The spectra of all layers' gradients, and the passes that gave them."""
+
+    result: PassResult  # of the first pass
     passes: int
-    layers: dict[str, Found]  # a layer that no gradient reached may be missing
+    layers: dict[str, LayerSpectrum]  # a layer that no gradient reached may be missing
 
 
-def sketched(session: Session, config: Config) -> Spectra:
-    ops = session.ops
-    states = _start(session, config)
-    spectra: dict[str, Found] | None = None
-    suspect: Layer | None = None
-    for number in range(1, config.pass_counts[-1] + 1):
-        probes = {
-            layer.name: Probe(side, factor if len(layers) == 1 else factor[index])
-            for layers, state in states.items()
-            for side, factor in [probe(ops, state)]
-            for index, layer in enumerate(layers)
-        }
+def sketch_gradients(session: Session, config: Config) -> Spectra:
+    """Make passes until every layer's factors hold 99 % of the best rank-r energy, or the last allowed pass is made.
+
+    Raises:
+        GradientError: a gradient is not finite.
+    """
+    ops, states = session.ops, _start(session, config)
+    *may_end_after, last = config.pass_counts
+    results: list[PassResult] = []
+    lacking: Layer | None = None  # the layer whose factors held too little after the previous pass
+    for number in range(1, last + 1):
+        probes = _probes(ops, states)
         result, gradients = session.sketch_pass(probes)
-        for layers, state in states.items():
-            some = [_or_zeros(ops, gradients.pop(layer.name), probes.pop(layer.name), layer) for layer in layers]
-            gradient = stacked(ops, some)
-            _check_finite(ops, layers, gradient, f"in pass {number}")
-            states[layers] = advance(ops, state, gradient)
-            # A lazy framework computes the state here, and lets the gradient go.
-            ops.to_numpy(ops.sum(states[layers].coordinates[-1]))
-        if number == 1:
-            first = result
-        elif abs(result.loss - first.loss) > SAME_LOSS * (1.0 + abs(first.loss)):
-            warnings.warn(
-                f"the loss on the init batches was {first.loss:.6g} in pass 1 and {result.loss:.6g} in pass {number}, "
-                "expected the same: do the batches change from one reading to the next, is loss_fn random?",
-                ChangingBatchesWarning,
-                stacklevel=5,
-            )
-        if number in config.pass_counts:
-            may_go_on = number < config.pass_counts[-1]
-            suspect = _lacking(ops, states, suspect) if may_go_on and suspect is not None else None
-            if suspect is None:
-                spectra, suspect = _finished(ops, states, may_go_on)
-            if session.all_agree(spectra is not None):
-                break
-    assert spectra is not None
-    return Spectra(first, number, spectra)
+        _advance_all(ops, states, probes, gradients, number)
+        results.append(result)
+        _warn_if_batches_changed(results, number)
+        if number in may_end_after:
+            layers, lacking = _enough(ops, states, lacking)
+            if session.all_agree(layers is not None) and layers is not None:
+                return Spectra(results[0], number, layers)
+    return Spectra(results[0], last, _finish_all(ops, states))
 
 
 def _start(session: Session, config: Config) -> _States:
-    """A state for the layers of each kind."""
+    """Return the state of each stack before the first pass."""
     ops = session.ops
 
-    def drawn(layer: Layer) -> np.ndarray:
+    def draw(layer: Layer) -> np.ndarray:
         width = min(layer.rank + config.oversample, layer.out_features, layer.in_features)
         return draw_omega(config.seed, layer.name, layer.in_features, width)
 
     states = {}
-    with ThreadPoolExecutor() as pool:  # NumPy draws outside of Python's lock; a GPU would wait for it
-        for layers in _groups(session):
+    with ThreadPoolExecutor() as pool:  # NumPy draws without Python's lock; a GPU would wait for one thread
+        for layers in _stacks(session):
             like = session.like(layers[0].name)
-            omega = stacked(ops, [ops.asarray(x, like=like) for x in pool.map(drawn, layers)])
+            omega = stacked(ops, [ops.asarray(x, like=like) for x in pool.map(draw, layers)])
             states[layers] = start(ops, omega, layers[0].out_features)
     return states
 
 
+def _probes(ops: Ops, states: _States) -> dict[str, Probe]:
+    """Return what each layer is to probe in the next pass."""
+    return {
+        layer.name: Probe(side, factor if len(layers) == 1 else factor[index])
+        for layers, state in states.items()
+        for side, factor in [probe(ops, state)]
+        for index, layer in enumerate(layers)
+    }
+
+
+def _advance_all(
+    ops: Ops, states: _States, probes: dict[str, Probe], gradients: dict[str, Array | None], number: int
+) -> None:
+    """Advance all states in place by the gradients of a pass. Both dicts are emptied on the way, to free memory.
+
+    Raises:
+        GradientError: a gradient is not finite.
+    """
+    for layers, state in states.items():
+        in_stack = [_or_zeros(ops, gradients.pop(layer.name), probes.pop(layer.name), layer) for layer in layers]
+        gradient = stacked(ops, in_stack)
+        _check_finite(ops, layers, gradient, f"in pass {number}")
+        states[layers] = advance(ops, state, gradient)
+        # A lazy framework computes the state here, and frees the gradient.
+        ops.to_numpy(ops.sum(states[layers].coordinates[-1]))
+
+
 def _or_zeros(ops: Ops, gradient: Array | None, probe: Probe, layer: Layer) -> Array:
-    """No gradient is one of zeros: such a layer keeps plain LoRA's start."""
+    """Return the gradient, or zeros if there is none: such a layer keeps plain LoRA's start."""
     if gradient is not None:
         return gradient
     if probe.side == "A":
-        return ops.zeros((layer.out_features, probe.factor.shape[0]), like=probe.factor)
-    return ops.zeros((probe.factor.shape[1], layer.in_features), like=probe.factor)
+        return ops.zeros((layer.out_features, probe.factor.shape[0]), like=probe.factor)  # (out, k)
+    return ops.zeros((probe.factor.shape[1], layer.in_features), like=probe.factor)  # (k, in)
 
 
-def _finished(ops: Ops, states: _States, may_go_on: bool) -> tuple[dict[str, Found] | None, Layer | None]:
-    """The spectra of all layers; or where more passes may be made and one holds too little, that layer."""
-    spectra: dict[str, Found] = {}
+def _warn_if_batches_changed(results: list[PassResult], number: int) -> None:
+    first, last = results[0].loss, results[-1].loss
+    if abs(last - first) > SAME_LOSS * (1.0 + abs(first)):
+        warnings.warn(
+            f"the loss on the init batches was {first:.6g} in pass 1 and {last:.6g} in pass {number}, "
+            "expected the same: do the batches change from one reading to the next, is loss_fn random?",
+            ChangingBatchesWarning,
+            stacklevel=5,
+        )
+
+
+def _enough(
+    ops: Ops, states: _States, lacking: Layer | None
+) -> tuple[dict[str, LayerSpectrum] | None, None] | tuple[None, Layer]:
+    """Return the spectra if the factors of all layers hold enough, otherwise a layer whose factors do not.
+
+    Args:
+        lacking: the layer that held too little after the previous pass; it is checked first, since it most likely still
+            does, and a single layer is much cheaper than all of them.
+    """
+    if lacking is not None and _share_in_factors(ops, states, lacking) < ENOUGH:
+        return None, lacking
+    spectra: dict[str, LayerSpectrum] = {}
     for layers, state in states.items():
-        found = _by_layer(ops, layers, finish(ops, state, layers[0].rank))
-        worst = min(layers, key=lambda layer: _share(found[layer.name].values))
-        if may_go_on and _share(found[worst.name].values) < ENOUGH:
+        in_stack = _finish(ops, layers, state)
+        shares = {layer: _share(in_stack[layer.name]) for layer in layers}
+        worst = min(shares, key=shares.__getitem__)
+        if shares[worst] < ENOUGH:
             return None, worst
-        spectra |= found
+        spectra |= in_stack
     return spectra, None
 
 
-def _lacking(ops: Ops, states: _States, layer: Layer) -> Layer | None:
-    """The layer itself if it holds too little: one that did after the pass before is asked alone, before all others."""
+def _share_in_factors(ops: Ops, states: _States, layer: Layer) -> float:
     [(layers, state)] = [(layers, state) for layers, state in states.items() if layer in layers]
     alone = one_of(state, layers.index(layer), len(layers))
-    found = _by_layer(ops, (layer,), finish(ops, alone, layer.rank))
-    return layer if _share(found[layer.name].values) < ENOUGH else None
+    return _share(_finish(ops, (layer,), alone)[layer.name])
 
 
-def _share(values: Spectrum) -> float:
-    """Of the best energy; a layer without a gradient has all there is."""
-    return share_of_best(values) if values.s[0] > 0 else 1.0
+def _share(layer: LayerSpectrum) -> float:
+    """Return the share of the best rank-r energy that the factors hold; 1 for a layer without a gradient."""
+    return share_of_best(layer.values) if layer.values.s[0] > 0 else 1.0
 
 
-def exact(session: Session) -> Spectra:
-    ops = session.ops
-    layer_of = {layer.name: layer for layer in session.layers}
-    spectra: dict[str, Found] = {}
-    waiting: dict[Hashable, dict[Layer, Gradient]] = defaultdict(dict)
+def _finish_all(ops: Ops, states: _States) -> dict[str, LayerSpectrum]:
+    spectra: dict[str, LayerSpectrum] = {}
+    for layers, state in states.items():
+        spectra |= _finish(ops, layers, state)
+    return spectra
 
-    def size(of_kind: Hashable) -> int:
-        return sum(array.nbytes for gradient in waiting[of_kind].values() for array in arrays_of(gradient))
 
-    def decompose(of_kind: Hashable) -> None:
-        some = waiting.pop(of_kind)
-        layers = tuple(some)
-        found = exact_spectra(ops, list(some.values()), layers[0].rank)
-        spectra.update(_by_layer(ops, layers, stack_of(ops, found)))
+def _finish(ops: Ops, layers: Stack, state: SketchState) -> dict[str, LayerSpectrum]:
+    return _by_layer(ops, layers, finish(ops, state, layers[0].rank))
 
-    def consume(name: str, gradient: Gradient) -> None:
-        layer = layer_of[name]
+
+def exact_gradients(session: Session) -> Spectra:
+    """Make one pass that forms each layer's gradient, and decompose the gradients as they come.
+
+    Raises:
+        GradientError: a gradient is not finite.
+    """
+    decomposer = _Decomposer(session)
+    result = session.exact_pass(decomposer.add)
+    decomposer.decompose_all()
+    return Spectra(result, 1, decomposer.spectra)
+
+
+class _Decomposer:
+    """Gradients that wait for others of their stack, up to `STACK_BYTES`, and the spectra of those decomposed."""
+
+    def __init__(self, session: Session):
+        self.spectra: dict[str, LayerSpectrum] = {}
+        self._session = session
+        self._layers = {layer.name: layer for layer in session.layers}
+        self._waiting: dict[Hashable, dict[Layer, Gradient]] = defaultdict(dict)
+
+    def add(self, name: str, gradient: Gradient) -> None:
+        layer = self._layers[name]
         for array in arrays_of(gradient):
-            _check_finite(ops, (layer,), array, "of the weight")
-        of_kind = _kind(session, layer)
-        waiting[of_kind][layer] = gradient
-        if not session.stacks_layers:  # there is no other of its kind
-            decompose(of_kind)
-        while sum(map(size, waiting)) > STACK_BYTES:
-            decompose(max(waiting, key=size))
+            _check_finite(self._session.ops, (layer,), array, "of the weight")
+        key = _stack_key(self._session, layer)
+        self._waiting[key][layer] = gradient
+        if not self._session.stacks_layers:  # no other gradient will have this key
+            self._decompose(key)
+        while sum(map(self._bytes, self._waiting)) > STACK_BYTES:
+            self._decompose(max(self._waiting, key=self._bytes))
 
-    result = session.exact_pass(consume)
-    for of_kind in list(waiting):
-        decompose(of_kind)
-    return Spectra(result, 1, spectra)
+    def decompose_all(self) -> None:
+        for key in list(self._waiting):
+            self._decompose(key)
+
+    def _bytes(self, key: Hashable) -> int:
+        return sum(array.nbytes for gradient in self._waiting[key].values() for array in arrays_of(gradient))
+
+    def _decompose(self, key: Hashable) -> None:
+        ops, gradients = self._session.ops, self._waiting.pop(key)
+        layers = tuple(gradients)
+        spectra = exact_spectra(ops, list(gradients.values()), layers[0].rank)
+        self.spectra |= _by_layer(ops, layers, stack_of(ops, spectra))
 
 
-def _check_finite(ops: Ops, layers: tuple[Layer, ...], gradient: Array, where: str) -> None:
-    """Of one layer, or of a stack."""
+def _check_finite(ops: Ops, layers: Stack, gradient: Array, where: str) -> None:
+    """Raise GradientError if a stack of gradients, or the gradient of a single layer, is not finite."""
     if np.isfinite(ops.to_numpy(ops.sum(gradient))):
         return
     finite = ops.to_numpy(ops.isfinite(gradient))
-    for layer, its in zip(layers, finite if len(layers) > 1 else [finite], strict=True):
-        if not its.all():  # it may be the sum alone that overflows
+    for layer, in_layer in zip(layers, finite if len(layers) > 1 else [finite], strict=True):
+        if not in_layer.all():  # otherwise only the sum overflowed
             raise GradientError(
-                f"layer {layer.name!r}: its gradient {where} has {int((~its).sum())} of {its.size} entries that are "
-                "not finite, expected none; a float16 model overflows easily: use bfloat16 or float32, or look at the "
-                "batches"
+                f"layer {layer.name!r}: its gradient {where} has {int((~in_layer).sum())} of {in_layer.size} entries "
+                "that are not finite, expected none; a float16 model overflows easily: use bfloat16 or float32, or "
+                "look at the batches"
             )
 
 
-def _by_layer(ops: Ops, layers: tuple[Layer, ...], spectrum: Spectrum) -> dict[str, Found]:
-    """The spectrum of each layer of a stack. A lazy framework computes it here.
+def _by_layer(ops: Ops, layers: Stack, spectrum: Spectrum) -> dict[str, LayerSpectrum]:
+    """Return the spectrum of each layer of a stack. A lazy framework computes it here.
 
-    The vectors stay where they are, and are only checked.
+    The vectors stay on their device and are only checked; the singular values and norms are copied.
 
     Raises:
-        GradientError: something is not finite.
+        GradientError: the spectrum is not finite.
     """
-    # The vectors are orthonormal: their sum cannot overflow.
-    entries = sum(ops.sum(ops.sum(x, axis=-1), axis=-1) for x in (spectrum.u, spectrum.vt))
-    on_host = [ops.to_numpy(x) for x in (entries, spectrum.s, *spectrum[3:])]
-    found = {}
-    for index, (layer, its) in enumerate(zip(layers, unstacked(spectrum, len(layers)), strict=True)):
+    # The vectors are orthonormal, so their sum cannot overflow.
+    sums = sum(ops.sum(ops.sum(x, axis=-1), axis=-1) for x in (spectrum.u, spectrum.vt))
+    on_host = [ops.to_numpy(x) for x in (sums, spectrum.s, *spectrum[3:])]
+    spectra = {}
+    for index, (layer, own) in enumerate(zip(layers, unstacked(spectrum, len(layers)), strict=True)):
         _, s, *norms = values = [x[index] if len(layers) > 1 else x for x in on_host]
         if not all(np.isfinite(x).all() for x in values):
             raise GradientError(
                 f"layer {layer.name!r}: its gradient is finite but its SVD is not; "
                 "is the loss scaled to the edge of the dtype's range?"
             )
-        found[layer.name] = Found(its, Spectrum(its.u, s, its.vt, *norms))
-    return found
+        spectra[layer.name] = LayerSpectrum(own, Spectrum(own.u, s, own.vt, *norms))
+    return spectra
 
 
-def _kind(session: Session, layer: Layer) -> Hashable:
-    """What layers have in common whose arrays can be stacked: all that they are, where the session stacks none."""
+def _stacks(session: Session) -> list[Stack]:
+    stacks: dict[Hashable, list[Layer]] = defaultdict(list)
+    for layer in session.layers:
+        stacks[_stack_key(session, layer)].append(layer)
+    return [tuple(layers) for layers in stacks.values()]
+
+
+def _stack_key(session: Session, layer: Layer) -> Hashable:
+    """Return what the layers of a stack have in common; it differs for all layers if the session stacks none."""
     if not session.stacks_layers:
         return layer.name
     like = session.like(layer.name)
     return layer.out_features, layer.in_features, layer.rank, like.dtype, str(like.device)
-
-
-def _groups(session: Session) -> list[tuple[Layer, ...]]:
-    """All layers, those of a kind together."""
-    found: dict[Hashable, list[Layer]] = defaultdict(list)
-    for layer in session.layers:
-        found[_kind(session, layer)].append(layer)
-    return [tuple(layers) for layers in found.values()]

@@ -1,16 +1,20 @@
-"""Pictures of spectra, drawn from plain lists. Needs matplotlib, which only this file imports."""
+"""Pictures of spectra, drawn from plain lists with matplotlib, which only this module imports."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from .errors import BackendError, ConfigError
 from .files.atomic import replacing_file
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 
 class Panel(NamedTuple):
-    """A panel's title and the label of its axis."""
+    """The title of a panel, and the label of the axis that shows its numbers."""
 
     title: str
     label: str
@@ -24,18 +28,19 @@ def draw(
     panels: tuple[Panel, Panel],
     limit: float | None = None,
 ) -> None:
-    """Draw each layer's singular values, relative to its first, beside one number per layer.
+    """Draw each layer's singular values, relative to the largest, beside one number per layer.
 
     Args:
-        names: of the layers.
+        path: image file to write; its suffix chooses the format.
+        names: the layers' names.
         spectra: the singular values of each layer, descending.
         sizes: one number per layer.
-        panels: of the spectra and of the numbers.
-        limit: the largest number that there can be; None where there is no such.
+        panels: titles and labels of the spectra and of the numbers.
+        limit: the largest possible number; None if there is no limit.
 
     Raises:
         BackendError: matplotlib is not installed.
-        ConfigError: `path` does not end in the name of a kind of picture.
+        ConfigError: the suffix of `path` is not an image format.
         CheckpointError: the picture cannot be written.
     """
     figure, left, right = _figure(len(names))
@@ -48,7 +53,7 @@ def draw(
     _save(figure, path)
 
 
-def _figure(rows: int) -> tuple[Any, Any, Any]:
+def _figure(rows: int) -> "tuple[Figure, Axes, Axes]":
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -58,8 +63,8 @@ def _figure(rows: int) -> tuple[Any, Any, Any]:
     return figure, left, right
 
 
-def _draw_spectra(axes: Any, spectra: list[list[float]]) -> None:
-    """A line a layer, the first layers dark and the last ones bright."""
+def _draw_spectra(axes: "Axes", spectra: list[list[float]]) -> None:
+    """Draw one line per layer, the first layers dark and the last ones bright."""
     for index, values in enumerate(spectra):
         if not values[0] > 0:
             continue
@@ -69,7 +74,7 @@ def _draw_spectra(axes: Any, spectra: list[list[float]]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _draw_bars(axes: Any, names: list[str], values: list[float]) -> None:
+def _draw_bars(axes: "Axes", names: list[str], values: list[float]) -> None:
     rows = np.arange(len(names))
     axes.barh(rows, values, color="tab:blue", height=0.75)
     axes.set_yticks(rows, names, fontsize=6)
@@ -77,7 +82,7 @@ def _draw_bars(axes: Any, names: list[str], values: list[float]) -> None:
     axes.grid(axis="x", alpha=0.3)
 
 
-def _save(figure: Any, path: str | Path) -> None:
+def _save(figure: "Figure", path: str | Path) -> None:
     with replacing_file(Path(path)) as file:
         try:
             figure.savefig(file, dpi=120)

@@ -1,4 +1,4 @@
-"""What an initialisation did: plain data that prints as a table, saves as JSON, and plots."""
+"""The report of an initialisation: plain data that prints as a table, saves as JSON, and plots."""
 
 import dataclasses
 import typing
@@ -19,24 +19,32 @@ _Plain = TypeVar("_Plain")
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer's start.
+    """The start of one layer: its gradient's spectrum, and how much of it the LoRA factors hold.
+
+    Use it to see which layers a larger rank or more passes would help: a low `energy` with a high `share_of_best` means
+    that the rank is small for this gradient, and a low `share_of_best` that more passes would find more of it.
 
     Attributes:
-        name: path of the module.
-        out_features, in_features, rank: shape of the weight, r of the pair.
-        singular_values: the r leading ones of the gradient, descending.
+        name: path of the module in the base model.
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        rank: r of the LoRA pair.
+        singular_values: the r largest singular values of the gradient G, descending.
         gradient_norm: ||G||_F, exact or estimated.
-        gradient_norm_error: standard error of that estimate; 0 where it is exact.
-        energy: share of ||G||_F^2 that the r directions hold, by that estimate.
-        share_of_best: that energy over the energy of the best r directions: 1 where G was in hand, otherwise an
-            estimate from how fast the passes converge: most often far too low before the fourth.
-            Of a gradient that float16 did not hold no more than what it may have held.
-        share_at_least: a lower bound on it from the energy that no pass has seen; it holds up to the error of
-            `gradient_norm`, and is far too low where the unseen energy is spread over many directions.
-        start: "spectral", or "plain" where the gradient was zero and the layer got plain LoRA's start.
-        rounded_away: the share of the gradient's norm that float16 may not have held, at the best scale of the loss; 0
-            with any other dtype, and not known where a fused kernel reads the layer.
-        called: whether any forward pass on the init batches called the layer; only PyTorch's backend ever says no.
+        gradient_norm_error: standard error of `gradient_norm`; 0 if it is exact.
+        energy: share of ||G||_F^2 that the r directions hold, in [0, 1], computed with `gradient_norm`.
+        share_of_best: energy of the r directions over the energy of the best r directions, in [0, 1]. It is 1 if G was
+            computed itself; otherwise it is estimated from how fast the passes converge, and most often far too low
+            before the fourth pass. If float16 may have lost a part of the gradient, that part counts as not held.
+        start: "spectral"; or "plain" if the gradient was zero, so that the layer got plain LoRA's start.
+        called: whether any forward pass on the init batches called the layer. Only PyTorch's backend reports False.
+        rounded_away: share of the gradient's norm that float16 may have lost, at the best scale of the loss. It is 0
+            for other dtypes, and unknown (0) if a fused kernel reads the layer.
+
+    >>> layer = LayerReport("up", 24, 12, 2, [3.0, 1.0], gradient_norm=4.0, gradient_norm_error=0.0,
+    ...     energy=0.625, share_of_best=1.0)
+    >>> layer.start
+    'spectral'
     """
 
     name: str
@@ -48,7 +56,6 @@ class LayerReport:
     gradient_norm_error: float
     energy: float
     share_of_best: float
-    share_at_least: float
     start: str = "spectral"
     called: bool = True
     rounded_away: float = 0.0
@@ -56,7 +63,18 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class GammaTrial:
-    """One value that gamma="auto" tried, and the loss of the initialised model on the init batches."""
+    """One gamma that gamma="auto" tried, and the loss that the initialised model had with it.
+
+    `Report.gamma_trials` lists the trials in order. The loss is the mean on the init batches, to be compared with
+    `Report.base_loss`: the first trial whose loss is not above it is the one used.
+
+    Attributes:
+        gamma: the value that was tried.
+        loss: mean loss of the initialised model on the init batches.
+
+    >>> GammaTrial(gamma=128.0, loss=2.5)
+    GammaTrial(gamma=128.0, loss=2.5)
+    """
 
     gamma: float
     loss: float
@@ -64,19 +82,33 @@ class GammaTrial:
 
 @dataclass(frozen=True)
 class Report:
-    """What `lora_one.init` did.
+    """What `lora_one.init` did: the settings, the cost, and the start of each layer.
+
+    Print it for a table with one row per layer, look at `layers` for the numbers, or draw them with `plot`. Hand it to
+    `lora_one.save` to keep it beside the adapter, where `lora-one inspect` reads it.
 
     Attributes:
-        backend: "torch", ...
-        config: what was asked for.
+        backend: name of the framework: "torch", "jax" or "mlx".
+        config: the settings of the call.
         passes: backward passes over the batches.
-        batches: batches in a pass.
+        batches: batches per pass.
         base_loss: mean loss of the base model on the init batches.
-        gamma: the one used; None with scale="gradient".
-        gamma_trials: what gamma="auto" tried, in order; the last is the one used.
+        gamma: the gamma in use; None with scale="gradient".
+        gamma_trials: what gamma="auto" tried, in order; the last one is in use. Empty for a given gamma.
         seconds: wall time of the whole call.
-        peak_memory: bytes: the device allocator's peak during the call, or on a CPU the process's so far.
-        layers: one entry a layer, in the model's order.
+        peak_memory: peak memory in bytes: of the device's allocator during the call; on a CPU of the process so far.
+            None if unknown.
+        layers: one `LayerReport` per layer, in the model's order.
+
+    >>> import lora_one, torch
+    >>> base = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4))
+    >>> batches = [(torch.randn(8, 6), torch.randn(8, 4))]
+    >>> mean_square = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
+    >>> _, report = lora_one.init(base, batches, mean_square, lora_one.Config(rank=2, targets=["0", "2"]))
+    >>> [(layer.name, layer.start) for layer in report.layers]
+    [('0', 'spectral'), ('2', 'spectral')]
+    >>> Report.from_dict(report.to_dict()) == report
+    True
     """
 
     backend: str
@@ -92,22 +124,26 @@ class Report:
 
     @property
     def plain_layers(self) -> list[str]:
-        """Layers whose gradient was zero."""
+        """The names of the layers whose gradient was zero."""
         return [layer.name for layer in self.layers if layer.start == "plain"]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return the report as plain data for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Report":
-        """The inverse of `to_dict`."""
+        """Return the report that `to_dict` made this data from.
+
+        Raises:
+            CheckpointError: the data is not a report.
+        """
         try:
-            layers = [_typed(LayerReport, layer) for layer in values["layers"]]
+            layers = [_typed(LayerReport, _without_removed_fields(layer)) for layer in values["layers"]]
             trials = [_typed(GammaTrial, trial) for trial in values["gamma_trials"]]
             config = Config.from_dict(values["config"])
             report = _typed(cls, {**values, "config": config, "layers": layers, "gamma_trials": trials})
-        except (KeyError, TypeError, ValueError) as error:  # ConfigError is one
+        except (KeyError, TypeError, ValueError) as error:  # ConfigError is a ValueError
             raise CheckpointError(f"not a report of lora-one: {error}") from error
         for layer in report.layers:
             if layer.rank < 1 or len(layer.singular_values) != layer.rank:
@@ -117,7 +153,16 @@ class Report:
         return report
 
     def plot(self, path: str | Path) -> None:
-        """Draw the layers' spectra and energies as an image; needs matplotlib."""
+        """Draw the layers' spectra and energies as an image, with matplotlib.
+
+        Args:
+            path: file to write; its suffix chooses the format: .png, .pdf or .svg.
+
+        Raises:
+            BackendError: matplotlib is not installed.
+            ConfigError: the suffix is not an image format.
+            CheckpointError: the picture cannot be written.
+        """
         layers = [layer for layer in self.layers if layer.start == "spectral"]
         draw(
             path,
@@ -132,7 +177,7 @@ class Report:
         )
 
     def summary(self) -> str:
-        """Two lines: what was done, and how much of the gradient it holds."""
+        """Return two lines: what was done, and how much of the gradient the factors hold."""
         gamma = "" if self.gamma is None else f", gamma {self.gamma:g}"
         memory = "" if self.peak_memory is None else f", peak memory {self.peak_memory / 2**20:.0f} MiB"
         head = (
@@ -168,25 +213,32 @@ class Report:
         return "\n".join(lines)
 
 
+def _without_removed_fields(layer: Any) -> Any:
+    """Return the data of a layer without the fields that reports in older adapter folders have."""
+    if not isinstance(layer, dict):
+        return layer
+    return {name: value for name, value in layer.items() if name != "share_at_least"}
+
+
 def _typed(cls: type[_Plain], values: Any) -> _Plain:
-    """An instance of a dataclass, its fields of the types that it says.
+    """Return an instance of a dataclass whose fields have the types that it declares.
 
     Raises:
-        TypeError: they are not.
+        TypeError: a field is missing, unknown, or of another type.
     """
-    made = cls(**values)
+    instance = cls(**values)
     for name, hint in typing.get_type_hints(cls).items():
-        if not _fits(getattr(made, name), hint):
-            raise TypeError(f"{name} cannot be {shown(getattr(made, name))}")
-    return made
+        if not _has_type(getattr(instance, name), hint):
+            raise TypeError(f"{name} cannot be {shown(getattr(instance, name))}")
+    return instance
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    inner = typing.get_args(hint)
+def _has_type(value: Any, hint: Any) -> bool:
+    arguments = typing.get_args(hint)
     if typing.get_origin(hint) is list:
-        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
-    if inner:
-        return any(_fits(value, kind) for kind in inner)
+        return isinstance(value, list) and all(_has_type(item, arguments[0]) for item in value)
+    if arguments:  # a union
+        return any(_has_type(value, member) for member in arguments)
     if hint in (int, float) and isinstance(value, int):
         return not isinstance(value, bool) and abs(value) < 2**63
     return isinstance(value, hint)
@@ -200,13 +252,17 @@ def layer_report(
     called: bool = True,
     rounded_away: float = 0.0,
 ) -> LayerReport:
-    """The entry of a layer, from its spectrum as NumPy arrays; None where the gradient was zero."""
+    """Return the report of a layer.
+
+    Args:
+        shape: (out, in).
+        spectrum: as NumPy arrays; None if the gradient was zero.
+    """
     if spectrum is None:
-        return LayerReport(name, *shape, rank, [0.0] * rank, 0.0, 0.0, 0.0, 0.0, 0.0, start="plain", called=called)
+        return LayerReport(name, *shape, rank, [0.0] * rank, 0.0, 0.0, 0.0, 0.0, start="plain", called=called)
     s = np.asarray(spectrum.s, dtype=np.float64)
-    norm, error, unseen = float(spectrum.norm), float(spectrum.norm_error), float(spectrum.unseen)
-    captured = np.sum((s / s[0]) ** 2)
-    held = 1.0 / (1.0 + rounded_away**2)  # of the energy of what came and what did not
+    norm = float(spectrum.norm)
+    held_by_float16 = 1.0 / (1.0 + rounded_away**2)  # share of the true gradient's energy
     return LayerReport(
         name=name,
         out_features=shape[0],
@@ -214,18 +270,16 @@ def layer_report(
         rank=rank,
         singular_values=s.tolist(),
         gradient_norm=norm,
-        gradient_norm_error=error,
-        energy=float(min(1.0, captured / (norm / s[0]) ** 2)),
-        share_of_best=held * share_of_best(spectrum),
-        # Whatever r directions are best, they hold at most what ours hold and all that no pass has seen.
-        share_at_least=held * float(captured / (captured + (unseen / s[0]) ** 2)),
+        gradient_norm_error=float(spectrum.norm_error),
+        energy=float(min(1.0, np.sum((s / s[0]) ** 2) / (norm / s[0]) ** 2)),
+        share_of_best=held_by_float16 * share_of_best(spectrum),
         rounded_away=rounded_away,
     )
 
 
 def share_of_best(spectrum: Spectrum) -> float:
-    """`LayerReport.share_of_best`, from a spectrum as NumPy arrays that is not zero."""
+    """Return `LayerReport.share_of_best` for a spectrum as NumPy arrays that is not zero."""
     if spectrum.unseen == spectrum.norm_error == 0:
-        return 1.0  # all of G was seen: the quotient of two roundings need not be 1
+        return 1.0  # all of G was seen, and a quotient of two rounded numbers need not be 1
     s = np.asarray(spectrum.s, dtype=np.float64)
     return float(min(1.0, np.sum((s / s[0]) ** 2) / (float(spectrum.best_norm) / s[0]) ** 2))

@@ -22,24 +22,13 @@ FACES = [
     "lora_one.conformance",
 ]
 PENDING = {
-    "lora_one",
-    "api",
     "backends.jax",
     "backends.mlx",
     "backends.torch",
-    "checkpoint",
-    "checks",
-    "config",
     "conformance",
     "core",
-    "environment",
-    "errors",
     "files",
     "finetune",
-    "initialization",
-    "passes",
-    "plots",
-    "report",
 }
 
 

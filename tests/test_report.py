@@ -32,6 +32,16 @@ def test_json_round_trip(report, tmp_path):
     assert Report.from_dict(json.loads((tmp_path / "report.json").read_text())) == report
 
 
+def test_a_report_of_an_older_folder_has_a_field_that_is_gone(report):
+    values = json.loads(json.dumps(report.to_dict()))
+    for layer in values["layers"]:
+        layer["share_at_least"] = 0.9
+    assert Report.from_dict(values) == report
+    values["layers"][0]["share"] = 0.9
+    with pytest.raises(CheckpointError, match="unexpected keyword argument 'share'"):
+        Report.from_dict(values)
+
+
 def test_from_dict_of_something_else():
     with pytest.raises(CheckpointError, match="not a report of lora-one"):
         Report.from_dict({"layers": []})

@@ -17,7 +17,6 @@ def energy(file: Path) -> str:
             f"{row['worst']:.4f}",
             f"{row['median']:.4f}",
             f"{row['estimate_worst']:.4f}",
-            f"{row['bound_worst']:.4f}",
         ]
         for row in found["rows"]
     ]
@@ -26,7 +25,7 @@ def energy(file: Path) -> str:
         f"`python -m benchmarks.energy`: share of the best rank-{found['rank']} energy in the factors, over "
         f"{found['layers']} layers of a pretrained encoder on text, beside what the report tells of the worst layer "
         "without knowing the gradient. The default has 24 columns, and here makes 4 passes.\n\n"
-        + table(["", "worst layer", "median", "told: estimate", "told: bound"], lines)
+        + table(["", "worst layer", "median", "told"], lines)
     )
 
 

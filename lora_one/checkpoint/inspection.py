@@ -1,4 +1,4 @@
-"""What an adapter on disk does to its model: the spectrum of s B A in each layer."""
+"""The spectrum of s B A in each layer of an adapter on disk: how much it changes its model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +17,15 @@ from .peft import read_adapter, read_folder
 
 @dataclass(frozen=True)
 class LayerInspection:
-    """One layer's update.
+    """The update s B A of one layer.
 
     Attributes:
         name: path of the module.
         out_features, in_features, rank: shapes of the pair.
         singular_values: of s B A, (r,), descending.
         norm: ||s B A||_F.
-        stable_rank: ||s B A||_F^2 / ||s B A||_2^2: how many directions count.
-        start: the layer in the report of the initialisation, if there is one.
+        stable_rank: ||s B A||_F^2 / ||s B A||_2^2, the number of directions that matter.
+        start: the layer's entry in the report of the start, if there is one.
         growth: norm over the norm at the start, if known.
     """
 
@@ -42,14 +42,14 @@ class LayerInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """An adapter folder, layer by layer, and the report of its start if lora-one made it."""
+    """The layers of an adapter folder, and the report of its start if lora-one made it."""
 
     path: Path
     layers: list[LayerInspection]
     report: Report | None
 
     def plot(self, path: str | Path) -> None:
-        """Draw the layers' spectra of s B A and its norms as an image; needs matplotlib."""
+        """Draw the spectra and the norms of the layers' s B A as an image, with matplotlib."""
         draw(
             path,
             [layer.name for layer in self.layers],
@@ -63,16 +63,16 @@ class Inspection:
 
 
 def inspect_adapter(path: Path) -> Inspection:
-    """Read an adapter folder, of lora-one or of PEFT alone.
+    """Read an adapter folder that lora-one or PEFT wrote.
 
     Raises:
-        CheckpointError: a folder that cannot be read, or factors that are not finite.
+        CheckpointError: the folder cannot be read, or a factor is not finite.
     """
     folder = read_folder(path)
     try:
         report = read_report(path) if (path / METADATA).is_file() else None
     except CheckpointError:
-        report = None  # saved without one
+        report = None  # the adapter was saved without one
     starts = {layer.name: layer for layer in report.layers} if report else {}
     layers = []
     for name, layer in read_adapter(folder).layers.items():
@@ -99,15 +99,16 @@ def inspect_adapter(path: Path) -> Inspection:
 
 
 def product_spectrum(pair: Factors, scaling: float) -> np.ndarray:
-    """Singular values of s B A, (r,), through the r x r cores of the factors: the product is never formed."""
+    """Return the singular values of s B A, (r,), from r x r matrices, without forming the product."""
     _, rb = np.linalg.qr(pair.lora_B)  # (r, r)
     _, ra = np.linalg.qr(pair.lora_A.T)  # (r, r)
     return abs(scaling) * np.linalg.svd(rb @ ra.T, compute_uv=False)
 
 
 def _growth(norm: float, start: LayerReport | None, report: Report | None, scaling: float) -> float | None:
+    """Return the norm over that of the normalized start, ||diag(S / S_1)||_F * scaling / gamma; None if unknown."""
     if start is None or report is None or not report.gamma or start.start != "spectral":
         return None
     s = np.array(start.singular_values)
-    began = float(np.linalg.norm(s / s[0]) * scaling / report.gamma) if s[0] > 0 else 0.0
-    return norm / began if began > 0 else None
+    norm_at_start = float(np.linalg.norm(s / s[0]) * scaling / report.gamma) if s[0] > 0 else 0.0
+    return norm / norm_at_start if norm_at_start > 0 else None

@@ -1,4 +1,4 @@
-"""mlx-lm's layout on disk: read it and write it."""
+"""Read and write mlx-lm's layout of an adapter folder."""
 
 from collections import Counter
 from collections.abc import Mapping

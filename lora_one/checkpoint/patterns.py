@@ -1,6 +1,6 @@
-"""Regular expressions out of files, matched within bounds: some take longer than the universe has.
+"""Match regular expressions from files within a limit on time: some would take longer than the universe is old.
 
-Python cannot stop a match. What is not plainly quick is matched in a process of its own, which can be stopped.
+Python cannot stop a match. A pattern that is not obviously quick is matched in a separate process, which can be.
 """
 
 import json
@@ -9,25 +9,27 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-SECONDS = 20.0  # for all names and patterns; starting Python takes a twentieth of one
+SECONDS = 20.0  # limit for all names and patterns together; starting Python takes 0.05
 _QUANTIFIERS = re.compile(r"[*+?{]")
 _MATCH = """
 import json, re, sys
 patterns, names = json.load(sys.stdin)
 try:
     compiled = [re.compile(rf"(.*\\.)?({pattern})") for pattern in patterns]
-    found = [next((i for i, p in enumerate(compiled) if p.fullmatch(name)), None) for name in names]
+    result = [next((i for i, p in enumerate(compiled) if p.fullmatch(name)), None) for name in names]
 except (re.error, OverflowError, RecursionError, MemoryError) as error:
-    found = str(error)
-json.dump(found, sys.stdout)
+    result = str(error)
+json.dump(result, sys.stdout)
 """
 
 
 def first_matches(patterns: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """name -> the first pattern that matches all of it, or all after one of its dots (PEFT's meaning).
+    """Return name -> the first pattern that matches the whole name, or the whole part after one of its dots.
+
+    This is PEFT's meaning of a pattern. A name that no pattern matches is left out.
 
     Raises:
-        ValueError: a pattern that is no regular expression, or that takes too long; says which.
+        ValueError: a pattern is not a regular expression, or takes too long; the message names it.
     """
     if not patterns:
         return {}
@@ -35,12 +37,12 @@ def first_matches(patterns: Sequence[str], names: Sequence[str]) -> dict[str, st
         compiled = [_compiled(pattern) for pattern in patterns]
         indices = [next((i for i, p in enumerate(compiled) if p.fullmatch(name)), None) for name in names]
     else:
-        indices = _matched_elsewhere(patterns, names)
+        indices = _match_in_process(patterns, names)
     return {name: patterns[index] for name, index in zip(names, indices, strict=True) if index is not None}
 
 
 def _is_quick(pattern: str) -> bool:
-    """No choices inside of others: at worst, the square of the name's length."""
+    """Return whether a match takes at worst the square of the name's length: no repetition is inside another."""
     return len(pattern) < 1000 and "(" not in pattern and len(_QUANTIFIERS.findall(pattern)) <= 1
 
 
@@ -51,7 +53,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
 
 
-def _matched_elsewhere(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:
+def _match_in_process(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:
     command = [sys.executable, "-I", "-S", "-c", _MATCH]
     shown = ", ".join(map(repr, patterns))
     shown = shown if len(shown) < 300 else f"{shown[:300]}..."
@@ -59,7 +61,7 @@ def _matched_elsewhere(patterns: Sequence[str], names: Sequence[str]) -> list[in
         done = subprocess.run(
             command, input=json.dumps([patterns, names]), capture_output=True, text=True, timeout=SECONDS
         )
-        found = json.loads(done.stdout)
+        result = json.loads(done.stdout)
     except subprocess.TimeoutExpired as error:
         raise ValueError(
             f"to match {shown} takes more than {SECONDS:g} seconds: write it without repetitions inside others, "
@@ -67,6 +69,6 @@ def _matched_elsewhere(patterns: Sequence[str], names: Sequence[str]) -> list[in
         ) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{shown} cannot be matched: {error}") from error
-    if isinstance(found, str):
-        raise ValueError(f"{shown}: no regular expression: {found}")
-    return list(found)
+    if isinstance(result, str):
+        raise ValueError(f"{shown}: no regular expression: {result}")
+    return list(result)

@@ -1,4 +1,4 @@
-"""PEFT's layout on disk: read it, check that it belongs to a model, and write it."""
+"""Read PEFT's layout of an adapter folder, check that it belongs to a model, and write it."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What a PEFT adapter can be besides plain LoRA on linear layers, and why none of it can be carried elsewhere."""
+"""What a PEFT adapter can hold besides plain LoRA on linear layers, and why other libraries cannot open it."""
 
 import re
 from collections.abc import Mapping
@@ -6,8 +6,8 @@ from typing import Any
 
 from lora_one.checks import shown
 
-MLX_SETTINGS = {"fine_tune_type", "lora_parameters", "num_layers"}  # mlx-lm's, in a folder of both
-# Settings that say where LoRA went and how it was trained: the file's names and shapes say all of that again.
+MLX_SETTINGS = {"fine_tune_type", "lora_parameters", "num_layers"}  # mlx-lm's, in a folder with both layouts
+# Settings that state where LoRA is and how it was trained: the names and shapes in the file state it too.
 _HARMLESS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
@@ -38,7 +38,7 @@ _TENSORS = (
 
 
 def setting_problems(config: Mapping[str, Any]) -> list[str]:
-    """What PEFT's adapter_config.json asks for besides plain LoRA: one sentence a setting. Unknown ones count."""
+    """Return one sentence per setting of adapter_config.json that is not plain LoRA's; unknown settings count."""
     unknown = "not known here, and it may change what is computed"
     problems = [
         f"{name}={shown(value)}: {_REASONS.get(name, unknown)}" for name, value in settings_beyond(config).items()
@@ -53,13 +53,13 @@ def setting_problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def keeps_base(init_lora_weights: Any) -> bool:
-    """Whether a start of PEFT's leaves the base weights as they are. One that is not known here counts as not."""
+    """Return whether an init_lora_weights of PEFT leaves the base weights as they are; an unknown one does not."""
     start = init_lora_weights
     return (start.lower() if isinstance(start, str) else start) in _STARTS_THAT_KEEP_THE_BASE
 
 
 def settings_beyond(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are not plain LoRA's, by name, but for the start. Unknown ones count."""
+    """Return the settings that are not plain LoRA's, except init_lora_weights; unknown settings count."""
     return {
         name: value
         for name, value in sorted(config.items())
@@ -68,7 +68,7 @@ def settings_beyond(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tensor_reason(name: str) -> str:
-    """Why a tensor of PEFT's file is not one of plain LoRA's."""
+    """Return why a tensor in PEFT's file is not one of plain LoRA's."""
     for pattern, reason in _TENSORS:
         if re.search(pattern, name):
             return reason
@@ -76,7 +76,7 @@ def tensor_reason(name: str) -> str:
 
 
 def remedy(name: str) -> str:
-    """What to do about a tensor that is not one of plain LoRA's, where an adapter is to be opened."""
+    """Return what to do, on opening an adapter, about a tensor that is not one of plain LoRA's."""
     if any(re.search(pattern, name) for pattern, _ in _TENSORS):
         return ": the adapter is not plain LoRA; peft.PeftModel.from_pretrained opens it"
     return ", and is not in modules_to_save"

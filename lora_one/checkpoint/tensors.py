@@ -1,4 +1,4 @@
-"""safetensors files in NumPy, bfloat16 included, which NumPy does not have."""
+"""Read and write safetensors files in NumPy, including bfloat16, which NumPy does not have."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -13,24 +13,24 @@ from lora_one.errors import CheckpointError
 
 
 class Tensor(NamedTuple):
-    """An array, and what it is stored as."""
+    """An array, and the dtype that it has in the file."""
 
     array: np.ndarray  # float32 or float64, which hold every value of the stored dtype
     dtype: str  # by safetensors' name: F64, F32, F16, BF16
 
 
-_STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+_NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 
-def wider(one: str, other: str) -> str:
-    """The smallest dtype that holds every value of both."""
-    if one == other:
-        return one
-    return "F64" if "F64" in (one, other) else "F32"
+def wider(first: str, second: str) -> str:
+    """Return the smallest dtype that holds every value of both."""
+    if first == second:
+        return first
+    return "F64" if "F64" in (first, second) else "F32"
 
 
 def tensor_names(path: Path) -> list[str]:
-    """The names in a file, sorted, without its data.
+    """Return the sorted names of the tensors in a file.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -43,10 +43,10 @@ def tensor_names(path: Path) -> list[str]:
 
 
 def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
-    """The tensors of a file: all, or those named.
+    """Read the tensors of a file: all of them, or those named.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds tensors that are not floating.
+        CheckpointError: the file cannot be read, or holds tensors that are not floating point.
     """
     try:
         stored = deserialize(path.read_bytes())
@@ -56,16 +56,16 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
     for name, spec in stored:
         if names is not None and name not in names:
             continue
-        kind, data = spec["dtype"], spec["data"]
-        if kind == "BF16":  # the upper half of a float32
+        dtype, data = spec["dtype"], spec["data"]
+        if dtype == "BF16":  # the upper half of a float32
             array = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-        elif kind in _STORED:
-            array = np.frombuffer(data, _STORED[kind])
+        elif dtype in _NUMPY_DTYPES:
+            array = np.frombuffer(data, _NUMPY_DTYPES[dtype])
         else:
-            problems.append(f"{name} must be floating, got {kind}")
+            problems.append(f"{name} must be floating, got {dtype}")
             continue
-        wide = np.float64 if kind == "F64" else np.float32
-        tensors[name] = Tensor(array.astype(wide).reshape(spec["shape"]), kind)
+        wide = np.float64 if dtype == "F64" else np.float32
+        tensors[name] = Tensor(array.astype(wide).reshape(spec["shape"]), dtype)
     if problems:
         raise CheckpointError(f"{path}: factors must be floating point", problems)
     return tensors
@@ -74,14 +74,14 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], framework: str, notes: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Write a file.
+    """Write a safetensors file: the header's length in 8 bytes, the header as JSON, the data.
 
-    By hand, since safetensors' writer for NumPy takes no bfloat16, and stores a transposed array as it lies in memory,
-    without a word. The format: the header's length in 8 bytes, the header as JSON, the data.
+    It does not call safetensors' own writer for NumPy, which has no bfloat16 and silently writes a transposed array in
+    the wrong order.
 
     Args:
-        framework: what the file says of its origin: "pt", "mlx".
-        notes: further entries of its header's metadata.
+        framework: the format that the header's metadata states: "pt" or "mlx".
+        notes: further entries of the header's metadata.
     """
     header: dict[str, object] = {"__metadata__": {"format": framework, **notes}}
     chunks, end = [], 0
@@ -91,19 +91,19 @@ def write_tensors(
         chunks.append(chunk)
         end += len(chunk)
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8, the wide tensors first: all are aligned
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8, wide tensors first, so all are aligned
     path.write_bytes(b"".join([len(text).to_bytes(8, "little"), text, *chunks]))
 
 
 def _size(dtype: str) -> int:
-    return 2 if dtype == "BF16" else np.dtype(_STORED[dtype]).itemsize
+    return 2 if dtype == "BF16" else np.dtype(_NUMPY_DTYPES[dtype]).itemsize
 
 
 def _bytes(array: np.ndarray, dtype: str) -> bytes:
     if dtype != "BF16":
-        return array.astype(_STORED[dtype]).tobytes()  # in C order, however the array lies
+        return array.astype(_NUMPY_DTYPES[dtype]).tobytes()  # in C order, also for a transposed array
     bits = np.ascontiguousarray(array, "<f4").view("<u4")
     rounded = bits + 0x7FFF + ((bits >> 16) & 1)  # to nearest, ties to even
-    # Rounding may carry a NaN's payload into infinity: its quiet bit keeps it a NaN.
+    # Rounding may turn a NaN into infinity; its quiet bit keeps it a NaN.
     upper = np.where(np.isnan(array), (bits >> 16) | 0x40, rounded >> 16)
     return upper.astype("<u2").tobytes()

@@ -44,7 +44,7 @@ def root() -> Iterator[Path]:
         rng = np.random.default_rng(0)
         pair = Factors(rng.standard_normal((2, 3)), rng.standard_normal((5, 2)))
         write_mlx_lm(src, Adapter({"layer": LoraLayer([pair], 2.0, "F32")}), 1)
-        layer = LayerReport("layer", 5, 3, 2, [1.0, 0.5], 1.2, 0.0, 0.9, 0.95, 0.9)
+        layer = LayerReport("layer", 5, 3, 2, [1.0, 0.5], 1.2, 0.0, 0.9, 0.95)
         report = Report("torch", lora_one.Config(rank=2), 2, 1, 1.0, 128.0, [], 0.1, None, [layer])
         (src / REPORT).write_text(json.dumps({"backend": "torch", "versions": {}, "report": report.to_dict()}))
         shutil.copytree(src, Path(name) / "good")
