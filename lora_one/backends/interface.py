@@ -114,10 +114,10 @@ class Session(Protocol):
         ...
 
     def all_agree(self, decision: bool) -> bool:
-        """Return whether all processes of a parallel run decide the same; every process asks at the same point.
+        """Return whether `decision` is True in all processes of a parallel run; all of them ask at the same point.
 
-        Decisions rest on decompositions, whose last digits may differ between processes, and one process alone must
-        not begin a pass that waits for the others. Without parallel runs, return `decision`.
+        Decisions depend on decompositions, whose last digits may differ between processes, and one process alone must
+        not begin a pass that waits for the others. A backend without parallel runs returns `decision`.
         """
         ...
 

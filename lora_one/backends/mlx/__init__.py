@@ -1,9 +1,10 @@
-"""MLX: arrays, models through mlx-lm's own LoRA layers, and the optimizer."""
+"""MLX: arrays, models with mlx-lm's own LoRA layers, and the optimizer."""
 
-from .files import load, merge, save
+from .attach import attach_plain
+from .files import load, save
+from .merge import merge
 from .ops import MlxOps
 from .optimizer import LoraOneAdamW, optimizer
-from .plain import attach_plain
 from .pretrained import load_pretrained
 from .session import MlxSession, open_session
 from .targets import last_layers

@@ -1,4 +1,4 @@
-"""LoRA on an MLX model, by mlx-lm's own layers: attaching, and finding the layers."""
+"""LoRA on an MLX model, by mlx-lm's own layers: attach them, and find them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from lora_one.backends.interface import Layer
 from lora_one.config import Config
 from lora_one.errors import ModelError
 
-from .layout import LoraModule, is_switch
+from .layout import LoraModule, dropout_of, is_switch
 from .targets import SWITCH, find_targets, warn_of_left_out
 from .tree import Place, places
 
@@ -24,7 +24,7 @@ OTHER_ADAPTERS = (DoRALinear, DoRAEmbedding, LoRAEmbedding)
 
 @dataclass(frozen=True)
 class Site:
-    """A LoRA layer of the model, its place in it, and the pairs in it: one, or one an expert."""
+    """A LoRA layer of the model, its place in it, and its pairs: one, or one per expert."""
 
     place: Place
     layers: tuple[Layer, ...]
@@ -39,7 +39,7 @@ class Site:
 
     @property
     def is_trainable(self) -> bool:
-        """Whether one of its factors is."""
+        """Whether at least one of its factors is trainable."""
         return not self.module._no_grad >= {"lora_a", "lora_b"}
 
     def set_trainable(self, trainable: bool) -> None:
@@ -48,11 +48,41 @@ class Site:
         change(keys=["lora_a", "lora_b"], recurse=False)
 
 
+def attach_plain(model: nn.Module, config: Config) -> nn.Module:
+    """Attach LoRA to an MLX model with mlx-lm's own start: A random, B zero.
+
+    It is the baseline that LoRA-One's start is compared with: layers, rank and scale are those of `lora_one.init` with
+    the same `Config`, but no batch is read. The model is changed in place, and its base weights are frozen. The random
+    stream of `mx.random` stays where it is.
+
+    Args:
+        model: an `mlx.nn.Module` without LoRA.
+        config: `rank`, `alpha`, `use_rslora`, `targets`, `dropout` and `seed` count. A is drawn by the seed.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ModelError: no linear layer matches the targets.
+
+    >>> import mlx.nn as nn
+    >>> from lora_one import Config
+    >>> model = attach_plain(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), Config(rank=2))
+    >>> model.layers[0].lora_a.shape, model.layers[0].lora_b.shape
+    ((6, 2), (2, 5))
+    """
+    with random_stream_kept():
+        mx.random.seed(config.seed)
+        adapted = attach_lora(model, config)
+        mx.eval(adapted.trainable_parameters())
+    return adapted
+
+
 def attach_lora(model: nn.Module, config: Config) -> nn.Module:
-    """Freeze a plain model and put LoRA on its targets, in place, with its usual start. `Snapshot` takes it back.
+    """Freeze a plain model and put LoRA on its targets, in place, with its usual start. `Snapshot` can undo it.
 
     Warns:
-        TargetsWarning: of the weights that "all-linear" leaves out.
+        TargetsWarning: "all-linear" leaves weights out.
     """
     targets = find_targets(model, config.targets)
     if config.targets == "all-linear":
@@ -64,7 +94,7 @@ def attach_lora(model: nn.Module, config: Config) -> nn.Module:
 
 
 def attach_layer(place: Place, rank: int, scale: float, dropout: float) -> LoraModule:
-    """Put mlx-lm's LoRA layer in the place of a linear one."""
+    """Replace a linear layer by mlx-lm's LoRA layer around it."""
     kind: Any = LoRASwitchLinear if isinstance(place.module, SWITCH) else LoRALinear
     module: LoraModule = kind.from_base(place.module, r=rank, scale=scale, dropout=dropout)
     place.container[place.key] = module
@@ -73,7 +103,7 @@ def attach_layer(place: Place, rank: int, scale: float, dropout: float) -> LoraM
 
 @contextmanager
 def random_stream_kept() -> Iterator[None]:
-    """mlx-lm's layers draw a random start. Where it is overwritten, the user's random stream should not notice."""
+    """Put the user's random stream back afterwards: mlx-lm's layers draw a random start, which is overwritten."""
     key = random_key()
     try:
         yield
@@ -82,22 +112,22 @@ def random_stream_kept() -> Iterator[None]:
 
 
 def random_key() -> mx.array:
-    """Where the random stream is, (2,)."""
+    """Return the position of the random stream, (2,)."""
     state: Any = mx.random.state
     return mx.array(np.array(state[0]))
 
 
 def set_random_key(key: mx.array) -> None:
-    """Go on from a place in the random stream."""
+    """Continue the random stream from the position `key`."""
     high, low = (int(word) for word in np.array(key))
     mx.random.seed(high << 32 | low)
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """The LoRA layers of a model; an empty list for a plain one.
+    """Return the LoRA layers of a model; an empty list for a plain one.
 
     Raises:
-        ModelError: adapters whose start is another problem: DoRA, LoRA on an embedding, unknown ones.
+        ModelError: adapters that LoRA-One does not start: DoRA, LoRA on an embedding, unknown ones.
     """
     sites, problems = [], []
     for place in places(model):
@@ -115,20 +145,19 @@ def find_sites(model: nn.Module) -> list[Site]:
 
 
 def check_adapter_fits(sites: list[Site], config: Config) -> None:
-    """LoRA layers that are there keep their own rank and scale; a `Config` that asks for others is an error.
+    """Check that a `Config` asks for nothing else than the LoRA layers that the model has already.
 
     Raises:
-        ModelError: a setting that is neither its default nor the adapter's.
+        ModelError: a setting is neither its default nor the adapter's.
     """
     default = Config()
     wrong: dict[str, None] = {}  # an ordered set
     for site in sites:
-        rank, scaling = site.layers[0].rank, site.module.scale
-        dropout = 1.0 - site.module.dropout._p_1
+        rank, scaling, dropout = site.layers[0].rank, site.module.scale, dropout_of(site.module)
         if config.rank not in (default.rank, rank):
             wrong[f"rank {config.rank} (the adapter's: {rank})"] = None
-        scaled = (config.alpha, config.use_rslora) != (default.alpha, default.use_rslora)
-        if scaled and abs(config.scaling - scaling) > 1e-6 * abs(scaling):
+        is_scale_set = (config.alpha, config.use_rslora) != (default.alpha, default.use_rslora)
+        if is_scale_set and abs(config.scaling - scaling) > 1e-6 * abs(scaling):
             wrong[f"scaling {config.scaling:g} from alpha and rank (the adapter's: {scaling:g})"] = None
         if config.dropout != default.dropout and abs(config.dropout - dropout) > 1e-6:
             wrong[f"dropout {config.dropout} (the adapter's: {dropout:g})"] = None

@@ -1,65 +1,65 @@
-"""Adapters of MLX models: saved, loaded after checks, and merged into the base weights."""
+"""Adapters of MLX models on disk: save them, and load them after checks. What is on disk is NumPy's until here."""
 
 import warnings
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
 from lora_one.checkpoint.adapter import Adapter, LoraLayer
-from lora_one.checkpoint.mlx_lm import Shapes, write_mlx_lm
-from lora_one.errors import CheckpointError, ModelError
+from lora_one.checkpoint.mlx_lm import Shapes, is_mlx_lm, read_mlx_lm, write_mlx_lm
+from lora_one.checkpoint.peft import check_folder, read_folder
+from lora_one.checkpoint.peft import read_adapter as read_peft
+from lora_one.checkpoint.plain_lora import setting_problems
+from lora_one.checks import shown_names
+from lora_one.core.factors import Factors
+from lora_one.errors import CheckpointError
 
 from .attach import Site, attach_layer, find_sites, random_stream_kept
-from .folder import read_adapter, stored_dtype, to_layer, to_mlx
-from .layout import is_switch, read_pairs, write_pairs
-from .merge import Merged, compute_dtype, merged_layer
+from .layout import dropout_of, is_switch, read_pairs, set_dropout, write_pairs
+from .merge import require_sites
 from .targets import columns, is_linear
 from .tree import Snapshot, flat, places
 
-NOTICEABLE = 0.01  # how large, of a layer's s B A, the rounding may be without a word
-
-
-class RequantizeWarning(UserWarning):
-    """Merging rounded the adapter to the grid of the weights: quantised ones, or float ones of few digits."""
+_STORED = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.float64: "F64"}  # safetensors' names
 
 
 class UnsavedWarning(UserWarning):
-    """Parameters were trained that are no part of a LoRA adapter, and are not in its folder."""
+    """Trained parameters are no part of a LoRA adapter, and are not in its folder."""
 
 
 def save(model: nn.Module, path: Path) -> None:
-    """See `lora_one.save`. Written for mlx-lm, and, but for mixtures of experts, for PEFT in the same folder."""
-    sites = _require_sites(model, "save")
+    """See `lora_one.save`. The folder is in mlx-lm's layout and, unless a layer is a mixture of experts, in PEFT's."""
+    sites = require_sites(model, "save")
     lora = {f"{site.path}.{name}" for site in sites for name in ("lora_a", "lora_b")}
     others = [name for name in flat(model.trainable_parameters()) if name not in lora]
     if others:
-        shown = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
         warnings.warn(
-            f"{len(others)} trainable parameters are no LoRA factors and are not saved with the adapter: {shown}; "
-            "freeze what is not trained, or save it with model.save_weights",
+            f"{len(others)} trainable parameters are no LoRA factors and are not saved with the adapter: "
+            f"{shown_names(others, 4)}; freeze what is not trained, or save it with model.save_weights",
             UnsavedWarning,
             stacklevel=3,
         )
     layers = {
-        site.path: to_layer(read_pairs(site.module), float(site.module.scale), is_switch(site.module)) for site in sites
+        site.path: to_numpy(read_pairs(site.module), float(site.module.scale), is_switch(site.module)) for site in sites
     }
-    dropout = max(1.0 - site.module.dropout._p_1 for site in sites)
+    dropout = max(dropout_of(site.module) for site in sites)
     write_mlx_lm(path, Adapter(layers, dropout, "CAUSAL_LM"), len(getattr(model, "layers", ())))
 
 
 def load(model: nn.Module, path: Path, trainable: bool) -> nn.Module:
     """See `lora_one.load`. Opens folders that lora-one, mlx-lm or PEFT wrote; attaches in place.
 
-    LoRA layers that are there get the folder's factors, scale and dropout; the frozen state of all that is no factor
-    stays.
+    If the model has LoRA layers already, they get the factors, scale and dropout of the folder. Only the factors
+    become frozen or trainable.
     """
     sites = find_sites(model)
     adapter = read_adapter(path, _linear_shapes(model))
     if sites:
         _check_same({site.path: site for site in sites}, adapter, path)
-    found = Snapshot(model)
+    snapshot = Snapshot(model)
     try:
         if not sites:
             with random_stream_kept():
@@ -69,57 +69,41 @@ def load(model: nn.Module, path: Path, trainable: bool) -> nn.Module:
             site.set_trainable(trainable)
         mx.eval(model.parameters())
     except BaseException:
-        found.restore()
+        snapshot.restore()
         raise
-    found.restore_modes(model)
+    snapshot.restore_modes(model)
     return model
 
 
-def merge(model: nn.Module, dequantize: bool = False) -> nn.Module:
-    """See `lora_one.merge`; in place, once all layers are merged.
+def read_adapter(path: Path, model: Shapes) -> Adapter:
+    """Read a folder that lora-one, mlx-lm or PEFT wrote.
 
     Args:
-        dequantize: merged layers of a quantised model become float layers, in the dtype that the model computes in. A
-            checkpoint saved from it must not say "quantization" in its configuration.
+        model: the linear layers that the adapter may be for.
 
-    Warns:
-        RequantizeWarning: quantised weights were merged into and quantised again, or float weights are too short, so
-            that part of the adapter is lost.
+    Raises:
+        CheckpointError: all that is wrong with files, names, ranks and shapes, at once.
     """
-    sites = _require_sites(model, "merge")
-    compute = compute_dtype(model)
-    with random_stream_kept():
-        merged = [merged_layer(site.module, dequantize, compute) for site in sites]
-    for site, (layer, _) in zip(sites, merged, strict=True):
-        if "weight" in site.module.linear._no_grad:
-            layer.freeze()
-        layer.train(site.module.training)
-        site.place.container[site.place.key] = layer
-    _warn_of_losses(sites, merged)
-    return model
+    if is_mlx_lm(path):
+        return read_mlx_lm(path, model)
+    folder = read_folder(path)
+    dense = {name: (shape[0], shape[1]) for name, shape in model.items() if len(shape) == 2}
+    problems = check_folder(folder, dense) + setting_problems(folder.config)
+    if problems:
+        raise CheckpointError(f"the adapter in {path} does not fit the model", problems)
+    return read_peft(folder)
 
 
-def _warn_of_losses(sites: list[Site], merged: list[Merged]) -> None:
-    rounding = {site.path: one.rounding for site, one in zip(sites, merged, strict=True)}
-    requantised = sum("scales" in one.layer for one in merged)
-    rounded = [path for path, share in rounding.items() if not share <= NOTICEABLE]  # nan is noticeable too
-    worst = max(rounding, key=lambda path: rounding[path])
-    most = f"part of it is lost, the rounding is {rounding[worst]:.0%} of it in {worst}"
-    if requantised:
-        warnings.warn(
-            f"the adapter was merged into {requantised} quantised layers, and rounded to their grid: {most}; "
-            "merge(model, dequantize=True) makes float layers that hold more of it; or keep the adapter by itself",
-            RequantizeWarning,
-            stacklevel=4,
-        )
-    elif rounded:
-        dtypes = " and ".join(sorted({str(one.layer.weight.dtype).removeprefix("mlx.core.") for one in merged}))
-        warnings.warn(
-            f"the adapter was merged into {len(rounded)} layers of {dtypes}, and rounded to it: {most}; "
-            "model.set_dtype(mx.float32) before merging keeps all of it; or keep the adapter by itself",
-            RequantizeWarning,
-            stacklevel=4,
-        )
+def to_numpy(pairs: list[Factors], scale: float, is_switch: bool) -> LoraLayer:
+    dtype = pairs[0].lora_A.dtype
+    wide = mx.float64 if dtype == mx.float64 else mx.float32  # NumPy has no bfloat16
+    arrays = [Factors(*(np.array(factor.astype(wide)) for factor in pair)) for pair in pairs]
+    return LoraLayer(arrays, scale, _STORED[dtype], is_switch)
+
+
+def to_mlx(layer: LoraLayer) -> list[Factors]:
+    """Return the pairs of a layer as MLX arrays, in the dtype that NumPy holds them in."""
+    return [Factors(*(mx.array(np.ascontiguousarray(factor)) for factor in pair)) for pair in layer.pairs]
 
 
 def _attach(model: nn.Module, adapter: Adapter) -> list[Site]:
@@ -131,9 +115,10 @@ def _attach(model: nn.Module, adapter: Adapter) -> list[Site]:
 
 
 def _fill(site: Site, layer: LoraLayer, dropout: float) -> None:
-    write_pairs(site.module, to_mlx(layer), stored_dtype(layer))
+    stored = next(dtype for dtype, name in _STORED.items() if name == layer.dtype)
+    write_pairs(site.module, to_mlx(layer), stored)
     site.module.scale = layer.scaling
-    site.module.dropout._p_1 = 1.0 - dropout
+    set_dropout(site.module, dropout)
 
 
 def _check_same(sites: dict[str, Site], adapter: Adapter, path: Path) -> None:
@@ -142,22 +127,15 @@ def _check_same(sites: dict[str, Site], adapter: Adapter, path: Path) -> None:
         if name not in adapter.layers:
             problems.append(f"{name}: the model has LoRA here, the file has none")
             continue
-        rank, has = adapter.layers[name].rank, site.layers[0].rank
-        if rank != has:
-            problems.append(f"{name}: the model has rank {has}, the file {rank}")
+        rank, model_rank = adapter.layers[name].rank, site.layers[0].rank
+        if rank != model_rank:
+            problems.append(f"{name}: the model has rank {model_rank}, the file {rank}")
     if problems:
         raise CheckpointError(f"the adapter in {path} does not fit the model", problems)
 
 
-def _require_sites(model: nn.Module, verb: str) -> list[Site]:
-    sites = find_sites(model)
-    if not sites:
-        raise ModelError(f"{verb} needs a model with LoRA layers, as lora_one.init returns it, got none in it")
-    return sites
-
-
 def _linear_shapes(model: nn.Module) -> Shapes:
-    """The shape of every linear layer's weight, quantised or not, whether LoRA is on it or not."""
+    """Return the shape of every linear layer's weight, quantised or not, with LoRA or without."""
     shapes: dict[str, tuple[int, ...]] = {}
     for place in places(model):
         adapted = isinstance(place.module, LoRALinear | LoRASwitchLinear)

@@ -1,4 +1,4 @@
-"""AdamW for LoRA, with the r x r preconditioner, as an mlx.optimizers.Optimizer."""
+"""AdamW for LoRA with the r x r preconditioner, as an mlx.optimizers.Optimizer."""
 
 import math
 from collections import defaultdict
@@ -25,17 +25,33 @@ LearningRate = float | Callable[[mx.array], mx.array]
 
 
 class LoraOneAdamW(AdamW):
-    """mlx.optimizers.AdamW, with bias correction, that can precondition LoRA pairs first (arXiv 2502.01235, Alg. 1).
+    """AdamW of mlx.optimizers with bias correction, which can precondition the gradients of LoRA pairs first.
 
-    gA <- (B^T B + reg I)^-1 gA and gB <- gB (A A^T + reg I)^-1, from the current A and B; all other parameters follow
-    plain AdamW. Moments and arithmetic are float32 or wider, whatever the parameters are. One batched Cholesky solve a
-    step for all pairs of one rank. Works under mx.compile, with gradients of the whole tree or of a part of it.
+    `lora_one.optimizer(model, precondition=True)` makes it with all pairs of the model; use the class to choose them.
+    Other parameters follow plain AdamW. Moments and arithmetic are in float32 or wider. It works under mx.compile, with
+    gradients of the whole tree or of a part of it.
+
+    gA <- (B^T B + reg I)^-1 gA and gB <- gB (A A^T + reg I)^-1, with the current A and B.
 
     Args:
-        learning_rate: or a schedule, as for mlx.optimizers.
-        pairs: paths of the LoRA layers to precondition, as in `model.named_modules()`.
-        reg, damping: see `lora_one.core.precondition.damped_inverse`.
-        adamw: betas, eps, weight_decay of mlx.optimizers.AdamW.
+        learning_rate: a number, or a schedule of mlx.optimizers.
+        pairs: paths of the LoRA layers to precondition, as in `model.named_modules()`; default none.
+        reg: damping of the inverses, >= 0, default 1e-6.
+        damping: "absolute" adds reg I, "relative" reg times the mean eigenvalue; default "absolute". See
+            `lora_one.core.precondition.damped_inverse`.
+        adamw: betas, eps and weight_decay of mlx.optimizers.AdamW.
+
+    Source: Zhang, Liu and Chen, "LoRA-One" (ICML 2025, arXiv 2502.01235), Algorithm 1.
+
+    >>> import mlx.core as mx
+    >>> import mlx.nn as nn
+    >>> from mlx_lm.tuner.lora import LoRALinear
+    >>> model = nn.Sequential(LoRALinear.from_base(nn.Linear(6, 5), r=2))
+    >>> optimizer = LoraOneAdamW(1e-2, pairs=["layers.0"], reg=1e-3)
+    >>> loss, gradients = nn.value_and_grad(model, lambda model: mx.mean(model(mx.ones((3, 6))) ** 2))(model)
+    >>> optimizer.update(model, gradients)
+    >>> mx.any(model.layers[0].lora_b != 0).item()
+    True
     """
 
     def __init__(
@@ -64,23 +80,24 @@ class LoraOneAdamW(AdamW):
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
         gradient, wide = _OPS.at_least_float32(gradient), _OPS.at_least_float32(parameter)
         (b1, b2), rate = self.betas, self.learning_rate
-        # Once for all parameters: computed for each, it would be in mx.compile's loops, at every entry.
+        # Once for all parameters: otherwise mx.compile would put it into its loops over the entries.
         if wide.dtype not in self._corrections:
             self._corrections[wide.dtype] = self._bias_corrections(self.step.astype(wide.dtype))
-        of_mean, of_root = self._corrections[wide.dtype]
+        mean_correction, root_correction = self._corrections[wide.dtype]
         state["m"] = mean = b1 * state["m"] + (1.0 - b1) * gradient
         state["v"] = square = b2 * state["v"] + (1.0 - b2) * mx.square(gradient)
-        direction = of_mean * mean / (of_root * mx.sqrt(square) + self.eps)
+        direction = mean_correction * mean / (root_correction * mx.sqrt(square) + self.eps)
         return (wide * (1.0 - rate * self.weight_decay) - rate * direction).astype(parameter.dtype)
 
     def _bias_corrections(self, steps: mx.array) -> tuple[mx.array, mx.array]:
-        """What the mean and the root of the mean square are multiplied by, (), to the last digits.
+        """Return the factors of the mean and of the root of the mean square, (), to the last digits.
 
-        As core.step has it, and not super()'s: MLX takes 1 - 0.999^t in float32, of which four digits are left.
+        They are computed as in core.step. MLX's own take 1 - 0.999^t in float32, which leaves four digits.
         """
-        b1, b2 = self.betas
-        of_mean, of_square = (1.0 / -mx.expm1(steps * math.log(b)) if b > 0 else mx.ones_like(steps) for b in (b1, b2))
-        return of_mean, mx.sqrt(of_square)
+        mean_correction, square_correction = (
+            1.0 / -mx.expm1(steps * math.log(beta)) if beta > 0 else mx.ones_like(steps) for beta in self.betas
+        )
+        return mean_correction, mx.sqrt(square_correction)
 
     def _preconditioned(self, gradients: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
         arrays = flat(gradients)
@@ -89,18 +106,18 @@ class LoraOneAdamW(AdamW):
         for path, pair in factors.items():
             by_rank[pair.lora_A.shape[-2]].append(path)
         for rank, paths in by_rank.items():
-            # Each Gram as (pairs in the layer, r, r), so that dense layers and experts go in one solve.
-            both = [gram.reshape(-1, rank, rank) for path in paths for gram in grams(_OPS, factors[path])]
-            inverses = damped_inverse(_OPS, mx.concatenate(both), self.reg, self.damping)  # (2 pairs, r, r)
-            at = 0
+            # Each Gram as (pairs in the layer, r, r): dense layers and experts are solved together.
+            stacked = [gram.reshape(-1, rank, rank) for path in paths for gram in grams(_OPS, factors[path])]
+            inverses = damped_inverse(_OPS, mx.concatenate(stacked), self.reg, self.damping)  # (2 pairs, r, r)
+            start = 0
             for path in paths:
                 pair = factors[path]
                 leading = pair.lora_A.shape[:-2]
                 count = leading[0] if leading else 1
                 inverse_b, inverse_a = (
-                    inverses[at + k * count : at + (k + 1) * count].reshape(*leading, rank, rank) for k in (0, 1)
+                    inverses[start + k * count : start + (k + 1) * count].reshape(*leading, rank, rank) for k in (0, 1)
                 )
-                at += 2 * count
+                start += 2 * count
                 gradient = _factors({name: arrays[f"{path}.{name}"] for name in ("lora_a", "lora_b")})
                 direction = apply_inverses(_OPS, gradient, inverse_b, inverse_a)
                 arrays[f"{path}.lora_a"], arrays[f"{path}.lora_b"] = _mlx_lm(direction)
@@ -109,17 +126,18 @@ class LoraOneAdamW(AdamW):
 
 
 def _factors(module: Any) -> Factors:
-    """A LoRA layer's arrays, or their gradients, as the spec's: experts' (e, r, in) and (e, out, r) are, and a dense
-    layer's (in, r) and (r, out) are those of the transposed layer.
+    """Return a LoRA layer's arrays, or their gradients, as lora_A and lora_B of the layer or of its transpose.
 
-    The preconditioner treats the sides alike, so the numbers are the same, and no array is transposed.
+    Arrays of experts, (e, r, in) and (e, out, r), have our layout. Those of a dense layer, (in, r) and (r, out), are
+    lora_B and lora_A of the transposed layer. The preconditioner treats both sides alike, so the numbers are the same,
+    and no array is transposed.
     """
     a, b = module["lora_a"], module["lora_b"]
     return Factors(a, b) if a.ndim == 3 else Factors(b, a)
 
 
 def _mlx_lm(pair: Factors) -> tuple[mx.array, mx.array]:
-    """The inverse of `_factors`: lora_a, lora_b."""
+    """Return the inverse of `_factors`: lora_a, lora_b."""
     return (pair.lora_A, pair.lora_B) if pair.lora_A.ndim == 3 else (pair.lora_B, pair.lora_A)
 
 
@@ -139,23 +157,36 @@ def optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> LoraOneAdamW:
-    """AdamW over the trainable parameters of a model with LoRA layers of mlx-lm, its state ready to be compiled.
+    """Return AdamW over the trainable parameters of a model with LoRA layers of mlx-lm.
+
+    `lora_one.optimizer` calls it for MLX models. Its state exists from the start, so that a training step can be
+    compiled at once. Without `precondition` it is plain AdamW with bias correction.
 
     Args:
-        model: what `init` or `load` returned, or any module with mlx-lm's LoRA layers in it.
-        learning_rate: a number or a schedule of mlx.optimizers.
-        weight_decay: decoupled.
-        precondition: whether LoRA pairs are preconditioned; other parameters never are.
-        reg, damping: see `lora_one.core.precondition.damped_inverse`.
-        betas, eps: Adam's.
+        model: the result of `init` or `load`, or any module with mlx-lm's LoRA layers in it.
+        learning_rate: a number, or a schedule of mlx.optimizers; default 2e-4.
+        weight_decay: decoupled from the gradient; default 0.
+        precondition: whether the gradients of LoRA pairs are preconditioned, those of other parameters never are;
+            default False.
+        reg: damping of the preconditioner, >= 0, default 1e-6.
+        damping: "absolute" or "relative", see `lora_one.core.precondition.damped_inverse`; default "absolute".
+        betas: decay rates of the moments; default (0.9, 0.999).
+        eps: added to the root of the second moment; default 1e-8.
 
     Returns:
-        An mlx.optimizers.AdamW with bias correction. `optimizer.state` is a tree of arrays: save it with
+        An mlx.optimizers.AdamW. Its `state` is a tree of arrays: save it with
         mx.save_safetensors(path, dict(tree_flatten(optimizer.state))), and set it again before training is compiled.
 
     Raises:
-        ConfigError: a setting that cannot be.
-        ModelError: nothing is trainable, or nothing to precondition.
+        ConfigError: a setting is invalid.
+        ModelError: no parameter is trainable, or there is no LoRA pair to precondition.
+
+    >>> import mlx.nn as nn
+    >>> from lora_one import Config
+    >>> from lora_one.backends.mlx import attach_plain
+    >>> model = attach_plain(nn.Sequential(nn.Linear(6, 5)), Config(rank=2))
+    >>> optimizer(model, learning_rate=1e-3, precondition=True).pairs
+    ('layers.0',)
     """
     check_optimizer_settings(reg, damping)
     trainable = model.trainable_parameters()
@@ -170,8 +201,6 @@ def optimizer(
         pairs = [path for path in paths if {f"{path}.lora_a", f"{path}.lora_b"} <= names]
         if not pairs:
             raise ModelError("precondition=True needs trainable LoRA layers of mlx-lm, got none")
-    made = LoraOneAdamW(
-        learning_rate, pairs, reg, damping, betas=list(betas), eps=eps, weight_decay=weight_decay
-    )  # fmt: skip
-    made.init(trainable)
-    return made
+    adamw = LoraOneAdamW(learning_rate, pairs, reg, damping, betas=list(betas), eps=eps, weight_decay=weight_decay)
+    adamw.init(trainable)
+    return adamw

@@ -1,7 +1,7 @@
-"""Loading a model folder through mlx-lm, with the rotary embedding that its configuration asks for.
+"""Load a model folder through mlx-lm, with the rotary embedding that its configuration asks for.
 
-transformers 5 writes `rope_parameters: {"rope_theta": ...}` where earlier versions wrote `rope_theta`, which is what
-most of mlx-lm's models read: they silently fall back to a default theta, and compute other logits.
+transformers 5 writes `rope_parameters: {"rope_theta": ...}`, and earlier versions wrote `rope_theta`. Most of mlx-lm's
+models read only the latter: they silently use a default theta, and compute other logits.
 """
 
 import dataclasses
@@ -17,12 +17,25 @@ from .tree import places
 
 
 def load_pretrained(path: str | Path) -> tuple[nn.Module, Any]:
-    """The model and the tokenizer of a folder that transformers or mlx-lm wrote, as `mlx_lm.load` returns them.
+    """Load the model and the tokenizer of a folder that transformers or mlx-lm wrote.
 
-    The tokenizer is None where the folder has none.
+    Use it instead of `mlx_lm.load` for checkpoints of transformers 5: many models of mlx-lm do not read the base of
+    their rotary embedding, and compute wrong logits without an error. For other folders the result is that of
+    `mlx_lm.load`. Nothing is downloaded.
+
+    Args:
+        path: a folder with config.json and safetensors files.
+
+    Returns:
+        The model, an `mlx.nn.Module` in eval mode, and the tokenizer of mlx-lm; None if the folder has no tokenizer.
 
     Raises:
-        ModelError: the folder has no config.json, or its rotary embedding cannot be passed on to mlx-lm's model.
+        ModelError: the folder has no config.json, or mlx-lm's model cannot use its rotary embedding.
+
+    >>> from lora_one import demo
+    >>> model, tokenizer = load_pretrained(demo.MODEL)
+    >>> len(model.layers)
+    4
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
@@ -36,18 +49,18 @@ def load_pretrained(path: str | Path) -> tuple[nn.Module, Any]:
 
 
 def rope_settings(config: dict[str, Any], arguments: type) -> dict[str, Any]:
-    """What to add to a configuration of transformers 5 so that mlx-lm's model computes the same.
+    """Return what to add to a configuration of transformers 5 so that mlx-lm's model computes the same.
 
     Args:
-        config: of the model folder.
+        config: the configuration of the model folder.
         arguments: mlx-lm's ModelArgs class of the model.
 
     Raises:
-        ModelError: rotary parameters that differ between layers, which this model of mlx-lm does not take.
+        ModelError: the rotary parameters differ between layers, and this model of mlx-lm has one set.
     """
     rope = config.get("rope_parameters")
-    known = {field.name for field in dataclasses.fields(arguments)}
-    if not rope or "rope_parameters" in known or not {"rope_theta", "rope_scaling"} & known:
+    fields = {field.name for field in dataclasses.fields(arguments)}
+    if not rope or "rope_parameters" in fields or not {"rope_theta", "rope_scaling"} & fields:
         return {}
     kind = config.get("model_type")
     if any(isinstance(value, dict) for value in rope.values()):
@@ -56,20 +69,20 @@ def rope_settings(config: dict[str, Any], arguments: type) -> dict[str, Any]:
             "one set: convert the checkpoint with mlx_lm.convert of a version that knows it"
         )
     settings: dict[str, Any] = {
-        name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope and name in known
+        name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope and name in fields
     }
     if rope.get("rope_type", "default") != "default":
-        if "rope_scaling" not in known:
+        if "rope_scaling" not in fields:
             raise ModelError(f"{kind!r} of mlx-lm has no rope_scaling, but the checkpoint asks for {rope}")
         settings["rope_scaling"] = rope
     return {name: value for name, value in settings.items() if config.get(name) is None or name == "rope_scaling"}
 
 
 def check_rope(model: nn.Module, config: dict[str, Any]) -> None:
-    """Whether a loaded model rotates by the base that the configuration names, where it names one for all layers.
+    """Check that a loaded model rotates by the base in the configuration, if that has one base for all layers.
 
     Raises:
-        ModelError: it does not.
+        ModelError: a layer rotates by another base.
     """
     rope = config.get("rope_parameters") or {}
     theta = rope.get("rope_theta", config.get("rope_theta"))

@@ -1,14 +1,16 @@
-"""Which layers of an MLX model get LoRA, and which weights "all-linear" leaves out."""
+"""The layers of an MLX model that get LoRA, and the weights that "all-linear" leaves out."""
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from lora_one.backends.targets import Targets, matches, no_match
+from lora_one.checks import shown_names
 from lora_one.errors import ModelError, TargetsWarning
 
 from .tree import Place, places
@@ -17,14 +19,15 @@ DENSE = (nn.Linear, nn.QuantizedLinear)
 SWITCH = (SwitchLinear, QuantizedSwitchLinear)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # their weights are (out, size, ..., in of a group)
 OUTPUT_LAYERS = ("lm_head", "output")
-# Parameters of two axes that scale elementwise: the decay of Mamba's states, and PLaMo 2's norms of heads.
+# Parameters with two axes that scale elementwise: the decay of Mamba's states, and PLaMo 2's norms of heads.
 ELEMENTWISE = ("A_log", "q_weight", "k_weight")
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether mlx-lm's LoRA layers fit the module: a linear layer, or a subclass that computes what its base does.
+    """Return whether mlx-lm's LoRA layers fit the module: a linear layer, or a subclass that computes the same.
 
-    AFM's FusedLinear, for one, is an nn.Linear whose output is a list of arrays.
+    A subclass with a `__call__` of its own is tried on a random input: AFM's FusedLinear, for example, is an nn.Linear
+    whose output is a list of arrays.
     """
     base: Any = next((kind for kind in DENSE + SWITCH if isinstance(module, kind)), None)
     if base is None or type(module) is base or type(module).__call__ is base.__call__:
@@ -34,73 +37,86 @@ def is_linear(module: nn.Module) -> bool:
     try:
         got, expected = module(*arguments), base.__call__(module, *arguments)
         return bool(got.shape == expected.shape and mx.allclose(got, expected, rtol=1e-2, atol=1e-3).item())
-    except Exception:  # whatever a layer of somebody's own raises: it is no linear layer of ours
+    except Exception:  # a user's layer may raise anything: then it is no linear layer
         return False
 
 
 def columns(module: Any) -> int:
-    """in_features of a linear layer, float or quantised."""
+    """Return in_features of a linear layer, float or quantised."""
     packed = int(module.weight.shape[-1])
     return packed * 32 // module.bits if "scales" in module else packed  # packed into 32-bit words
 
 
-def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Place]:
-    """The linear layers that `Config.targets` means.
+def find_targets(model: nn.Module, targets: Targets) -> list[Place]:
+    """Return the linear layers that `Config.targets` means.
 
-    "all-linear" is what mlx-lm converts unless told otherwise: the linear layers inside `model.layers`, router
-    included; in a model without `layers`, all of them but an output layer. Not gates of one output, which have no
+    "all-linear" is what mlx-lm converts by default: the linear layers inside `model.layers`, routers included; in a
+    model without `layers`, all of them except an output layer. Gates with one output are left out, since they have no
     low-rank part.
 
     Raises:
         ModelError: no layer matches, or one that matches is not linear.
     """
-    everything = list(places(model))
-    linear = [place for place in everything if is_linear(place.module)]
+    modules = list(places(model))
+    linear = [place for place in modules if is_linear(place.module)]
     if targets == "all-linear":
-        found = [place for place in _inside_layers(model, linear) if place.module.weight.shape[-2] > 1]
+        chosen = [place for place in _inside_layers(model, linear) if place.module.weight.shape[-2] > 1]
     else:
-        found = [place for place in everything if _matches(place.path, targets)]
-        wrong = [f"{place.path} ({type(place.module).__name__})" for place in found if place not in linear]
+        chosen = [place for place in modules if matches(place.path, targets)]
+        wrong = [f"{place.path} ({type(place.module).__name__})" for place in chosen if place not in linear]
         if wrong:
-            raise ModelError(f"targets must match linear layers only, got {targets!r}, which matches {_shown(wrong)}")
-    if not found:
+            raise ModelError(
+                f"targets must match linear layers only, got {targets!r}, which matches {shown_names(wrong)}"
+            )
+    if not chosen:
         others = [f"{path} ({kind})" for path, kind in _left_out(model, [])]
-        none = f"none; mlx-lm has no LoRA layer for {_shown(others)}" if others else "none"
-        raise ModelError(
-            f"targets must match a linear layer of the model, got {targets!r}; its linear layers are: "
-            f"{_shown([place.path for place in linear]) or none}"
-        )
-    return found
+        none = f"none; mlx-lm has no LoRA layer for {shown_names(others)}" if others else "none"
+        raise ModelError(no_match(targets, [place.path for place in linear], none))
+    return chosen
 
 
 def last_layers(model: nn.Module, num_layers: int, targets: str | tuple[str, ...] = "all-linear") -> tuple[str, ...]:
-    """Targets within the last blocks of a model, as mlx-lm's `num_layers` chooses them: for `Config(targets=...)`.
+    """Return the targets inside the last blocks of a model, for `Config(targets=...)`.
+
+    mlx-lm trains only the last 16 blocks by default, its option `num_layers`. Use this function to start the same
+    layers by LoRA-One, so that adapters and memory can be compared with a run of `mlx_lm.lora`.
 
     Args:
-        num_layers: blocks from the end of `model.layers`; 0 or less means all of them, as in mlx-lm.
-        targets: see `Config.targets`.
+        model: an `mlx.nn.Module` with a list of blocks, `model.layers`.
+        num_layers: the number of blocks from the end; 0 or less means all of them, as in mlx-lm.
+        targets: a choice among the layers of these blocks, see `Config.targets`; default "all-linear".
+
+    Returns:
+        The paths of the layers.
 
     Raises:
-        ModelError: the model has no `layers`, or fewer, or no target in them.
+        ModelError: the model has no `layers`, or fewer blocks, or no target in them.
+
+    >>> import mlx.nn as nn
+    >>> last_layers(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), 1)
+    ('layers.2',)
     """
     blocks = getattr(model, "layers", None)
     if blocks is None or num_layers > len(blocks):
-        has = "none" if blocks is None else len(blocks)
-        raise ModelError(f"num_layers must be <= the number of model.layers, got {num_layers} where there are {has}")
-    chosen = {id(module) for block in blocks[-max(num_layers, 0) :] for module in block.modules()}
-    found = tuple(place.path for place in find_targets(model, targets) if id(place.module) in chosen)
-    if not found:
+        count = "none" if blocks is None else len(blocks)
+        raise ModelError(f"num_layers must be <= the number of model.layers, got {num_layers} where there are {count}")
+    last = {id(module) for block in blocks[-max(num_layers, 0) :] for module in block.modules()}
+    paths = tuple(place.path for place in find_targets(model, targets) if id(place.module) in last)
+    if not paths:
         raise ModelError(f"targets {targets!r} match no linear layer in the last {num_layers} of model.layers")
-    return found
+    return paths
 
 
 def warn_of_left_out(model: nn.Module, targets: list[Place]) -> None:
-    """Warn, as a TargetsWarning, of the weights that get no LoRA though they multiply activations.
+    """Warn of the weights that multiply activations and get no LoRA.
 
-    Embeddings and the output layer are left out on purpose; gates of one output and depthwise convolutions have no
+    Embeddings and the output layer are left out on purpose. Gates with one output and depthwise convolutions have no
     low-rank part.
+
+    Warns:
+        TargetsWarning: there are such weights.
     """
-    alike: dict[tuple[str, str], list[str]] = {}  # what differs in the numbers in its path alone is named once
+    alike: dict[tuple[str, str], list[str]] = {}  # weights whose paths differ only in numbers are named once
     for path, kind in _left_out(model, targets):
         alike.setdefault((re.sub(r"\d+", "*", path), kind), []).append(path)
     if not alike:
@@ -111,38 +127,39 @@ def warn_of_left_out(model: nn.Module, targets: list[Place]) -> None:
     ]
     warnings.warn(
         f'"all-linear" leaves {sum(map(len, alike.values()))} weights without LoRA, and they stay frozen: '
-        f"{_shown(names)}; linear layers among them can be named in targets, mlx-lm has no LoRA layer for the others",
+        f"{shown_names(names)}; linear layers among them can be named in targets, mlx-lm has no LoRA layer for the "
+        "others",
         TargetsWarning,
         stacklevel=2,
     )
 
 
 def _left_out(model: nn.Module, targets: list[Place]) -> Iterator[tuple[str, str]]:
-    """The path of every weight that is left out, or of its module, and what it is."""
+    """Yield the path of every weight that is left out, or the path of its module, and its kind."""
     modules = [("", model), *((place.path, place.module) for place in places(model))]
-    covered = {id(place.module) for place in targets}
+    targeted = {id(place.module) for place in targets}
     inside = _ids_inside_layers(model)
     vocabularies = {module.weight.shape[0] for _, module in modules if _is_embedding(module) and "weight" in module}
     for path, module in modules:
-        if id(module) in covered or _is_embedding(module) or "norm" in type(module).__name__.lower():
+        if id(module) in targeted or _is_embedding(module) or "norm" in type(module).__name__.lower():
             continue
-        within = inside is None or id(module) in inside
+        is_inside = inside is None or id(module) in inside
         for name, array in _arrays(module):
             if not _is_matrix(module, name, array):
                 continue
             is_output = path.rsplit(".", 1)[-1] in OUTPUT_LAYERS or array.shape[-2] in vocabularies
-            if is_output and (inside is None or not within):
+            if is_output and (inside is None or not is_inside):
                 continue
             if name != "weight":
                 yield f"{path}.{name}".lstrip("."), f"a parameter of shape {array.shape}"
-            elif within or not is_linear(module):
+            elif is_inside or not is_linear(module):
                 yield path, type(module).__name__
             else:
                 yield path, f"{type(module).__name__} outside model.layers"
 
 
 def _is_matrix(module: nn.Module, name: str, array: mx.array) -> bool:
-    """Whether the parameter multiplies activations, and has a low-rank part."""
+    """Return whether the parameter multiplies activations, and has a low-rank part."""
     name = name.rsplit(".", 1)[-1]
     if array.ndim < 2 or name in ELEMENTWISE or name.startswith("_") or name.endswith(("scales", "bias", "biases")):
         return False
@@ -152,7 +169,7 @@ def _is_matrix(module: nn.Module, name: str, array: mx.array) -> bool:
 
 
 def _arrays(module: nn.Module) -> Iterator[tuple[str, mx.array]]:
-    """The module's own parameters, also those in lists and dicts, but not its submodules'."""
+    """Yield the module's own parameters, also those in lists and dicts, but not those of its submodules."""
 
     def walk(container: Any, prefix: str) -> Iterator[tuple[str, mx.array]]:
         for key, child in list(container.items() if isinstance(container, dict) else enumerate(container)):
@@ -169,7 +186,7 @@ def _is_embedding(module: nn.Module) -> bool:
 
 
 def _ids_inside_layers(model: nn.Module) -> set[int] | None:
-    """The modules of `model.layers` and below; None where a model has none."""
+    """Return the ids of all modules in `model.layers`; None if the model has no `layers`."""
     blocks = getattr(model, "layers", None)
     if blocks is None:
         return None
@@ -181,13 +198,3 @@ def _inside_layers(model: nn.Module, linear: list[Place]) -> list[Place]:
     if inside is None:
         return [place for place in linear if place.path.rsplit(".", 1)[-1] not in OUTPUT_LAYERS]
     return [place for place in linear if id(place.module) in inside]
-
-
-def _matches(path: str, targets: str | Sequence[str]) -> bool:
-    if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in targets)
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -17,7 +17,8 @@ from transformers import LlamaForCausalLM
 
 import lora_one
 from lora_one.backends.mlx import files, load_pretrained
-from lora_one.backends.mlx.files import RequantizeWarning, UnsavedWarning
+from lora_one.backends.mlx.files import UnsavedWarning
+from lora_one.backends.mlx.merge import RequantizeWarning
 from tests.backends.mlx.hf import write_llama
 from tests.backends.mlx.models import (
     QUANTIZED,

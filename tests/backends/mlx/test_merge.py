@@ -12,7 +12,7 @@ from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import lora_one
-from lora_one.backends.mlx.files import RequantizeWarning
+from lora_one.backends.mlx.merge import RequantizeWarning
 from tests.backends.mlx.models import contents, tiny_llama
 
 MODES = [("affine", 32, 4), ("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8)]

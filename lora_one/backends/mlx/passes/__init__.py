@@ -1,1 +1,1 @@
-"""What a pass over an MLX model takes."""
+"""Parts of a pass over the batches of an MLX model."""

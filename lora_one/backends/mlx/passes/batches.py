@@ -1,4 +1,4 @@
-"""Batches in, losses out, and everything that can be wrong with either."""
+"""The loss of a batch, and checks of both."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,17 +13,17 @@ from lora_one.errors import BatchError
 
 LossFn = Callable[[nn.Module, Any], mx.array]
 
-IGNORED = -100  # Hugging Face's label of a position that does not count
+IGNORED = -100  # Hugging Face's label for a position that does not count
 
 
 def default_loss(model: nn.Module, batch: Any) -> mx.array:
-    """The mean loss over the tokens of a batch, in either of two forms.
+    """Return the mean loss over the tokens of a batch, which has one of two forms.
 
     - (tokens, lengths), as `mlx_lm.tuner.trainer.iterate_batches` yields them: mlx-lm's own `default_loss`.
-    - {"input_ids": ..., "labels": ...}, as Hugging Face has them: position i predicts label i + 1, -100 does not count.
+    - {"input_ids": ..., "labels": ...}, as in transformers: position i predicts label i + 1, -100 does not count.
 
     Raises:
-        BatchError: the batch is neither.
+        BatchError: the batch has neither form.
     """
     if isinstance(batch, Mapping) and {"input_ids", "labels"} <= batch.keys():
         return _labels_loss(model, batch)
@@ -48,7 +48,7 @@ def _labels_loss(model: nn.Module, batch: Mapping[str, mx.array]) -> mx.array:
 
 
 def to_mlx(batch: Any) -> Any:
-    """The batch with its NumPy arrays as MLX arrays; anything else is handed on as it is."""
+    """Return the batch with its NumPy arrays as MLX arrays; everything else stays as it is."""
     if isinstance(batch, Mapping):
         return {key: to_mlx(value) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)) and any(isinstance(x, np.ndarray) for x in batch):
@@ -57,7 +57,7 @@ def to_mlx(batch: Any) -> Any:
 
 
 def check_scalar(loss: Any, index: int) -> mx.array:
-    """The loss as (), or BatchError. Batches count from 1."""
+    """Return the loss as (). Raise BatchError if it is no scalar. Batches count from 1."""
     if not isinstance(loss, mx.array) or loss.size != 1:
         got = f"shape {loss.shape}" if isinstance(loss, mx.array) else type(loss).__name__
         raise BatchError(f"batch {index}: the loss must be a scalar array, got {got}: return the mean over the batch")

@@ -27,11 +27,13 @@ class LossScale:
 
     Attributes:
         is_needed: whether the model has parameters in float16.
+        is_fitted: whether the scale is final: from the end of the first pass on, or from the start if none is needed.
         rounded_away: site -> the share of its gradient's norm that float16 loses at this scale, once it is fitted.
     """
 
     def __init__(self, model: nn.Module):
         self.is_needed = any(array.dtype == mx.float16 for array in flat(model.parameters()).values())
+        self.is_fitted = not self.is_needed
         self._search = begin(LIMITS if self.is_needed else UNSCALED)
         self.rounded_away: dict[str, float] = {}
 
@@ -72,8 +74,9 @@ class LossScale:
                 for site, error in errors.items()
             }
 
-    def warn(self) -> None:
-        """Warn of gradients that no scale brings into float16's range."""
+    def finish(self) -> None:
+        """End the fitting, and warn of gradients that no scale brings into float16's range."""
+        self.is_fitted = True
         remedy = "model.set_dtype(mx.bfloat16), or mx.float32, before init keeps them"
         warn_of_underflow(self.rounded_away, "is lost", remedy, stacklevel=7)
 

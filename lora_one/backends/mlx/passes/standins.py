@@ -1,4 +1,4 @@
-"""What stands in for LoRA's factors, or for its layers, during a pass."""
+"""Temporary replacements of LoRA's factors, or of its layers, during a pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,18 +15,18 @@ from .tap import tap, zeros_without_memory
 
 @contextmanager
 def installed(site: Site, probes: list[Probe]) -> Iterator[None]:
-    """Put probes, one a pair, into a LoRA layer for a while, at scale 1; the other factor is zero."""
+    """Temporarily put probes, one per pair, into a LoRA layer, at scale 1; the other factor is zero."""
     module = site.module
     before = module.lora_a, module.lora_b, module.scale
-    given: list[mx.array] = []
+    nonzeros: list[mx.array] = []
     zeros: list[mx.array] = []
     for probe, layer in zip(probes, site.layers, strict=True):
         k = probe.factor.shape[0 if probe.side == "A" else 1]
         shape = (layer.out_features, k) if probe.side == "A" else (k, layer.in_features)
-        given.append(probe.factor)
+        nonzeros.append(probe.factor)
         zeros.append(zeros_without_memory(shape, probe.factor.dtype))
-    both = write_factor(module, given), write_factor(module, zeros)
-    module.lora_a, module.lora_b = both if probes[0].side == "A" else both[::-1]
+    factors = write_factor(module, nonzeros), write_factor(module, zeros)
+    module.lora_a, module.lora_b = factors if probes[0].side == "A" else factors[::-1]
     module.scale = 1.0
     try:
         yield
@@ -36,10 +36,10 @@ def installed(site: Site, probes: list[Probe]) -> Iterator[None]:
 
 @contextmanager
 def tapped(site: Site) -> Iterator[nn.Module]:
-    """A tap in the place of a LoRA layer for a while, which computes W x alone."""
-    standing_in = tap(site.module)
-    site.place.container[site.place.key] = standing_in
+    """Temporarily replace a LoRA layer by a tap, which computes only W x."""
+    replacement = tap(site.module)
+    site.place.container[site.place.key] = replacement
     try:
-        yield standing_in
+        yield replacement
     finally:
         site.place.container[site.place.key] = site.module

@@ -1,7 +1,7 @@
-"""The gradient of a linear layer's weight without asking the weight for it, so that it may be frozen or quantised.
+"""The gradient of a linear layer's weight, for weights that are frozen or quantised and have none of their own.
 
-A tap stands in for a LoRA layer: it returns the base layer's output unchanged, and its backward pass hands
-G = sum over tokens of dL/dy x^T to a parameter that is never read, a single zero broadcast to the shape of W.
+A tap replaces a LoRA layer. It returns the base layer's output unchanged, and its backward pass gives
+G = sum over tokens of dL/dy x^T to a parameter that is never read: a single zero, broadcast to the shape of W.
 """
 
 from typing import Any
@@ -41,17 +41,17 @@ class SwitchTap(nn.Module):
 
 
 def tap(layer: LoraModule) -> Tap | SwitchTap:
-    """A tap on the base layer of a LoRA layer, to be put in its place."""
+    """Return a tap on the base layer of a LoRA layer, which can replace it."""
     return SwitchTap(layer) if is_switch(layer) else Tap(layer)
 
 
 def zeros_without_memory(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """A single zero, broadcast."""
+    """Return zeros that are a single one, broadcast."""
     return mx.broadcast_to(mx.zeros((), dtype=dtype), shape)
 
 
 def _unread(shape: tuple[int, ...], layer: LoraModule) -> mx.array:
-    """Zeros for a parameter that is never read, in the dtype that G is wanted in."""
+    """Return zeros for a parameter that is never read. Their dtype is that of G."""
     return zeros_without_memory(shape, mx.float64 if layer.lora_a.dtype == mx.float64 else mx.float32)
 
 
@@ -71,13 +71,13 @@ def _dense_vjp(primals: Any, dy: mx.array, y: mx.array) -> Any:
 def _switch_vjp(primals: Any, dy: mx.array, sorted_indices: bool) -> Any:
     _, x, indices, gradient = primals
 
-    def product(weight: mx.array) -> mx.array:  # (experts, out, in) -> what the layer computes, without its bias
+    def product(weight: mx.array) -> mx.array:  # (experts, out, in) -> the layer's output without its bias
         return mx.gather_mm(
             x.astype(weight.dtype), weight.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices
         )
 
-    _, (each,) = mx.vjp(product, [gradient], [dy.astype(gradient.dtype)])  # (experts, out, in)
-    return dy, mx.zeros_like(x), mx.zeros_like(indices), each
+    _, (expert_gradients,) = mx.vjp(product, [gradient], [dy.astype(gradient.dtype)])  # (experts, out, in)
+    return dy, mx.zeros_like(x), mx.zeros_like(indices), expert_gradients
 
 
 @mx.custom_function
