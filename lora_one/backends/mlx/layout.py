@@ -1,4 +1,4 @@
-"""mlx-lm's layout of LoRA factors and ours. No other file knows that mlx-lm's are transposed, or stacked."""
+"""The layout of LoRA factors in mlx-lm, and ours. No other file knows that theirs are transposed, or stacked."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -28,8 +28,8 @@ class LoraOneAdamW(AdamW):
     """AdamW of mlx.optimizers with bias correction, which can precondition the gradients of LoRA pairs first.
 
     `lora_one.optimizer(model, precondition=True)` makes it with all pairs of the model; use the class to choose them.
-    Other parameters follow plain AdamW. Moments and arithmetic are in float32 or wider. It works under mx.compile, with
-    gradients of the whole tree or of a part of it.
+    Other parameters follow plain AdamW. Moments and arithmetic are in float32 or wider. It works under mx.compile,
+    with gradients of all parameters or of some.
 
     gA <- (B^T B + reg I)^-1 gA and gB <- gB (A A^T + reg I)^-1, with the current A and B.
 
