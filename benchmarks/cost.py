@@ -178,13 +178,13 @@ def compared(row: dict[str, Any], config: dict[str, Any], work: Workload, machin
     for measured_key, estimated_key, ratio in COMPARED.values():
         row[ratio] = row[measured_key] / row[estimated_key]
     shown = [f"{what} {row[a]:.2f} / {row[b]:.2f} = {row[ratio]:.2f}" for what, (a, b, ratio) in COMPARED.items()]
-    print(f"{row['model']:14} {row['job']:14}", *(f"{text:32}" for text in shown), flush=True)
+    print(f"{row['model']:14} {row['job']:14}", *(f"{text:45}" for text in shown), flush=True)
     return row
 
 
 # name -> the row's keys of the measured value, the estimate, and their ratio.
 COMPARED = {
-    "live": ("live_mib", "estimated_live_mib", "live_ratio"),
+    "memory of tensors": ("live_mib", "estimated_live_mib", "live_ratio"),
     "time": ("seconds", "estimated_seconds", "time_ratio"),
 }
 
@@ -208,7 +208,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the measured values against the estimates."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, (what, (measured_key, estimated_key, _)) in zip(figure.subplots(1, 2), COMPARED.items(), strict=True):
         for job, marker in zip(JOBS, "osD", strict=True):
             for dtype, fill in zip(DTYPES, ("full", "none"), strict=True):
@@ -219,6 +219,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.loglog(ends, ends, "k-", lw=0.8)
         unit = "s" if what == "time" else "MiB"
         axes.set(xlabel=f"estimated, {unit}", ylabel=f"measured, {unit}", title=what)
+        axes.tick_params(which="minor", labelsize="x-small")
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)

@@ -16,7 +16,7 @@ from rich.markup import escape
 
 VERBOSE = "LORA_ONE_VERBOSE"
 # For output that does not pass Python's streams: code in C++ and Rust, and processes that a library starts.
-_SETTINGS = {
+SETTINGS = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -43,15 +43,15 @@ def quiet(console: Console, verbose: bool = False) -> Iterator[None]:
     if verbose or is_verbose():
         yield
         return
-    for name, value in _SETTINGS.items():
+    for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    out, err = _Nowhere(sys.stdout), _Nowhere(sys.stderr)
+    out, err = _Discard(sys.stdout), _Discard(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
         warnings.showwarning = _printer_on(console)
         yield
 
 
-class _Nowhere(io.TextIOBase):
+class _Discard(io.TextIOBase):
     """A stream that drops all text, except that of rich's consoles: they look up the stream that it replaces."""
 
     encoding = "utf-8"

@@ -1,7 +1,7 @@
 """The differences between the model types of Hugging Face's config.json. A new decoder of the kind is a new row."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Family:
     head_bias: bool = False
     expert_keys: tuple[str, str] | None = None
     shared_expert: bool = False
-    defaults: tuple[tuple[str, Any], ...] = ()
+    defaults: tuple[tuple[str, str | int | bool], ...] = ()
 
 
 _GEMMA = (("head_dim", 256), ("tie_word_embeddings", True), ("hidden_act", "gelu_pytorch_tanh"))

@@ -1,4 +1,4 @@
-"""The command, in process, on the embedded model with few steps."""
+"""The command, run in this process on the embedded model with few steps."""
 
 import json
 import sys
@@ -73,8 +73,8 @@ def message(role: str, content: str) -> dict[str, str]:
 def test_plain_start_is_loras_own(tmp_path):
     text = run("finetune", "--steps", "1", "--plain", "--lr", "1e-9", "--out", str(tmp_path), *SMALL)
     assert "LoRA-One start" not in text
-    found = inspect_adapter(tmp_path)
-    assert max(layer.norm for layer in found.layers) < 1e-5  # B = 0, but for one step at a rate of 1e-9
+    inspection = inspect_adapter(tmp_path)
+    assert max(layer.norm for layer in inspection.layers) < 1e-5  # B = 0, except for one step at a rate of 1e-9
 
 
 def test_a_job_is_resumed_and_one_that_is_done_trains_nothing_again(tmp_path, monkeypatch, capsys):
@@ -84,7 +84,7 @@ def test_a_job_is_resumed_and_one_that_is_done_trains_nothing_again(tmp_path, mo
     job = ["finetune", *data, "--steps", "3", "--save-every", "2", "--resume", "--plain", *SMALL]
     assert "nothing to resume" in run(*job)
     adapter = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
-    monkeypatch.setattr(torch.optim.AdamW, "step", None)  # whoever trains now fails
+    monkeypatch.setattr(torch.optim.AdamW, "step", None)  # any training step now fails
     text = run(*job)
     assert "nothing to resume" not in text
     assert "Resumed after step 3" in text
@@ -102,10 +102,10 @@ def test_init_saves_the_start_and_inspect_shows_it(tmp_path):
     text = run("inspect", str(tmp_path))
     assert "self_attn.q_proj" in text
     assert (tmp_path / "spectra.png").read_bytes()[:4] == b"\x89PNG"
-    found = inspect_adapter(tmp_path)
-    assert len(found.layers) == 8
-    for layer in found.layers:
-        # As it was started: the gradient's own spectrum, at spectral norm scaling / gamma.
+    inspection = inspect_adapter(tmp_path)
+    assert len(inspection.layers) == 8
+    for layer in inspection.layers:
+        # The start: the gradient's own spectrum, at spectral norm scaling / gamma.
         start = layer.start.singular_values
         expected = [8.0 / 64 * s / start[0] for s in start]
         assert layer.singular_values == pytest.approx(expected, rel=1e-4)
@@ -191,7 +191,7 @@ def test_automatic_passes_over_a_files_number(tmp_path):
 
 
 def test_warnings_of_the_start_reach_the_terminal(tmp_path):
-    """What the model knows already can only get worse by a huge step: gamma="auto" says that none helps."""
+    """A huge step can only harm a task that the model knows already: gamma="auto" says that no step helps."""
     rows = [{"prompt": f"rev:{word}=", "completion": word[::-1]} for word in ("abcd", "hello", "xyz", "qwert")]
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     data = ["--model", str(demo.MODEL), "--data", str(tmp_path / "data.jsonl")]
@@ -200,12 +200,12 @@ def test_warnings_of_the_start_reach_the_terminal(tmp_path):
 
 
 def test_conformance_prints_tables_and_writes_json(tmp_path):
-    text = run("conformance", "--backend", "numpy", "--json", str(tmp_path / "found.json"))
+    text = run("conformance", "--backend", "numpy", "--json", str(tmp_path / "result.json"))
     assert "All 56 checks agree with the spec: numpy on cpu." in text
     assert "float64: error / allowed" in text
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["passed"] and len(found["results"]) == 56
-    assert {row["dtype"] for row in found["results"]} == {"float32", "float64"}
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["passed"] and len(result["results"]) == 56
+    assert {row["dtype"] for row in result["results"]} == {"float32", "float64"}
 
 
 def test_conformance_fails_where_the_numbers_are_off(monkeypatch):

@@ -1,4 +1,4 @@
-"""What reaches a user's terminal is the command's own; what other libraries say needs to be asked for."""
+"""Only the command's own lines reach the terminal; the output of other libraries comes with --verbose."""
 
 import json
 import logging
@@ -17,8 +17,8 @@ from lora_one.cli import commands as cli
 from lora_one.cli.quiet import VERBOSE, quiet
 from lora_one.errors import TargetsWarning
 
-# A process in which every way to talk is used, as soon as the work begins: by the libraries' own loggers, by print,
-# by warnings, by a progress bar, and by what a save through PEFT makes huggingface_hub say.
+# A process that uses every kind of output as soon as the work begins: the libraries' own loggers, print, warnings, a
+# progress bar, and the messages of huggingface_hub when PEFT saves.
 CHATTY = """
 import logging, sys, warnings
 from lora_one import api, cli

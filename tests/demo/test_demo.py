@@ -1,4 +1,4 @@
-"""What ships as the embedded default is what its script says, and knows what it is said to know."""
+"""The embedded model and data are those of their scripts; the model knows its pretraining tasks and no other."""
 
 import itertools
 import json
@@ -39,7 +39,7 @@ def test_it_is_a_plain_llama_that_old_readers_find_rope_theta_in():
 
 @pytest.mark.parametrize("task", tasks.PRETRAIN, ids=lambda task: task.name)
 def test_it_has_learnt_its_pretraining_tasks(tuner, task):
-    """On items that were never trained on."""
+    """Score items that it was not trained on."""
     items = list(itertools.islice(task.items("test", 64, seed=9), 64))
     assert score(tuner, items) > 0.9
 
@@ -69,7 +69,7 @@ def test_tokenizer_is_one_token_a_character_and_exact():
 
 
 def test_pretraining_script_learns(tmp_path):
-    """A few steps of the committed script: the loss falls, and what it writes opens."""
+    """In a few steps of the committed script the loss falls, and the files that it writes open."""
     from benchmarks.embedded_llama import pretrain
 
     tokenizer = pretrain.write_tokenizer(tmp_path)

@@ -1,4 +1,4 @@
-"""`lora-one doctor` on machines that lack or have broken what it looks for: each a real environment of its own."""
+"""`lora-one doctor` on machines where packages are missing or broken. Each is a real, separate environment."""
 
 import importlib.metadata
 import json
@@ -21,7 +21,7 @@ BASE = ("numpy", "safetensors", "typer", "rich", "pyyaml", "matplotlib")
 
 
 def links(package: str, seen: set[str]) -> None:
-    """The names of a distribution and of all that it requires, recursively."""
+    """Add to `seen` the name of a distribution and, recursively, of all that it requires."""
     name = re.sub(r"[-_.]+", "-", package).lower()
     if name in seen:
         return
@@ -37,7 +37,7 @@ def links(package: str, seen: set[str]) -> None:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory) -> tuple[Path, Path]:
-    """(a Python, a folder on its path): with what the command needs, and no framework at all."""
+    """Return a Python and a folder on its path that has what the command needs, and no framework."""
     folder, site = tmp_path_factory.mktemp("bare"), tmp_path_factory.mktemp("site")
     venv.create(folder, with_pip=False)
     needed: set[str] = set()
@@ -61,7 +61,7 @@ def examine(python: Path, *paths: Path, arguments: tuple[str, ...] = ()) -> tupl
 
 
 def install(folder: Path, package: str, version: str, code: str) -> None:
-    """A package that pip would have installed, with this code in it."""
+    """Make a package as pip would install it, with the given code in it."""
     module = folder / package
     module.mkdir(parents=True)
     (module / "__init__.py").write_text(code)
@@ -84,7 +84,7 @@ def test_without_any_framework_each_says_what_it_would_give_and_how_to_get_it(ba
 
 def test_what_raises_exits_or_dies_when_imported_is_reported_and_the_rest_goes_on(bare, tmp_path):
     install(tmp_path, "torch", "2.99.0", "raise OSError('libcudart.so.99: cannot open shared object file')")
-    install(tmp_path, "transformers", "5.24.0", "import peft")  # fails for want of a missing one
+    install(tmp_path, "transformers", "5.24.0", "import peft")  # fails because a package is missing
     install(tmp_path, "flax", "0.12.8", "print('hello from flax')")
     install(tmp_path, "jax", "0.1", "import os, signal; os.kill(os.getpid(), signal.SIGILL)")
     install(tmp_path, "optax", "0.2.8", "")
@@ -108,7 +108,7 @@ def test_a_part_that_lacks_a_package_is_incomplete_and_not_broken(bare, tmp_path
     section = text.partition("PyTorch: incomplete\n")[2].partition("\n\n")[0]
     assert re.search(r"transformers 5\.24\.0 +as tested\n  peft +not installed", section)
     assert "pip install 'lora-one[torch]'" in section
-    assert "JAX: not installed\n" in text  # though the transformers that it would use is there
+    assert "JAX: not installed\n" in text  # although transformers, which it would use, is installed
 
 
 def test_json_says_the_same_to_programs(bare, tmp_path):
@@ -131,7 +131,7 @@ def test_devices_of_the_frameworks_that_are_here(framework):
 
 
 def test_versions_that_are_called_tested_are_those_of_the_tests():
-    """The wheel has no constraints.txt: its own list is held to it, and to the extras, here."""
+    """The wheel has no constraints.txt, so its own list must agree with that file and with the extras."""
     listed = json.loads(doctor.TESTED.read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = (ROOT / "constraints.txt").read_text().splitlines()

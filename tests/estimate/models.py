@@ -1,4 +1,4 @@
-"""Small decoders of each kind, what autograd keeps of them, and the operations that torch counts."""
+"""Small decoders of each kind, the bytes that autograd keeps for them, and the operations that torch counts."""
 
 import json
 from typing import Any, NamedTuple
@@ -40,28 +40,28 @@ class Counts(NamedTuple):
 
 
 def small(kind: str) -> Any:
-    """A transformers config."""
+    """Return the transformers config of a small model."""
     return transformers.AutoConfig.for_model(kind.split(",")[0], **{**SIZES, **SMALL[kind]})
 
 
 def shape_of(config: Any) -> Architecture:
-    """The architecture that the config's own JSON describes."""
+    """Return the architecture that the config's own JSON describes."""
     return architecture_of(json.loads(config.to_json_string(use_diff=False)))
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:
-    """Last names of the linear modules of the blocks, but gates of one output."""
+    """Return the last names of the linear modules of the blocks, except gates of one output."""
     modules = model.model.named_modules()
     return sorted({n.split(".")[-1] for n, m in modules if isinstance(m, torch.nn.Linear) and m.out_features > 1})
 
 
 def count(config: Any, rank: int, batch: tuple[int, int], dtype: str, attention: str) -> Counts:
-    """One forward and backward pass of the model with PEFT's LoRA on all linear modules.
+    """Count one forward and backward pass of the model with PEFT's LoRA on all linear modules.
 
-    Kept: what autograd saves, each storage once, but for the base weights, what exists once for the whole model (the
-    rotations, the labels, a norm's 1 + weight), and the log-softmax of the loss.
+    `kept` is the size of all that autograd saves, each storage once, except the base weights, the tensors that exist
+    once for the whole model (the rotations, the labels, a norm's 1 + weight), and the log-softmax of the loss.
     """
-    # An expert after the other: torch's counter does not know the grouped product.
+    # One expert after the other: torch's counter does not know the grouped product.
     experts = {"experts_implementation": "eager"} if "num_experts_per_tok" in config.to_dict() else {}
     model = transformers.AutoModelForCausalLM.from_config(
         config, dtype=getattr(torch, dtype), attn_implementation=attention, **experts

@@ -1,4 +1,4 @@
-"""Parameter counts, against transformers' and PEFT's own on the meta device."""
+"""Parameter counts against those of transformers and PEFT on the meta device."""
 
 import json
 from pathlib import Path

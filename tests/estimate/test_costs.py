@@ -1,4 +1,4 @@
-"""Operations and kept activations, against what torch counts on real models; the sums, by hand."""
+"""Operations and kept activations against torch's counts on real models; the sums by hand."""
 
 import json
 from pathlib import Path
@@ -41,20 +41,20 @@ def targets_of(model):
 def test_kept_activations_are_what_autograd_saves(kind, attention, dtype):
     config = small(kind)
     model = shape_of(config)
-    found = count(config, rank=4, batch=(2, 24), dtype=dtype, attention=attention)
+    counts = count(config, rank=4, batch=(2, 24), dtype=dtype, attention=attention)
     settings = work(dtype=dtype, attention=attention)
-    # Layer norms keep two numbers a row in float32, as accelerators do; torch's CPU kernel keeps them in bfloat16.
+    # Layer norms keep two numbers per row in float32, as accelerators do; torch's CPU kernel keeps them in bfloat16.
     narrow = 2 * 2 * 48 * len(model.blocks) if (kind, dtype) == ("phi", "bfloat16") else 0
-    assert kept_bytes(model, targets_of(model), settings, rank=4) - narrow == found.kept
+    assert kept_bytes(model, targets_of(model), settings, rank=4) - narrow == counts.kept
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "phi", "phi3", "mixtral", "qwen2_moe"])
 def test_operations_are_those_that_torch_counts(kind):
     config = small(kind)
     model = shape_of(config)
-    found = count(config, rank=4, batch=(2, 24), dtype="float32", attention="eager")
+    counts = count(config, rank=4, batch=(2, 24), dtype="float32", attention="eager")
     expected = pass_flops(model, targets_of(model), work(attention="eager"), lora=4)
-    assert (expected.forward.total, expected.backward.total) == (found.forward, found.backward)
+    assert (expected.forward.total, expected.backward.total) == (counts.forward, counts.backward)
 
 
 def test_parts_of_a_training_step_of_llama_2_7b_by_hand():
@@ -64,10 +64,10 @@ def test_parts_of_a_training_step_of_llama_2_7b_by_hand():
     pairs = 8 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     assert parts["base weights"] == 4 * 6_738_415_616
     assert parts["LoRA factors"] == 4 * pairs
-    assert parts["LoRA gradients"] == 0  # they come when the activations, which are more, have gone
+    assert parts["LoRA gradients"] == 0  # they exist after the activations, which are larger, are freed
     assert parts["Adam moments"] == 8 * pairs
     assert parts["logits and loss"] == 12 * 2048 * 32000
-    # A block and a token: two norms and their roots, the inputs of q, k, v and of gate and up, q, k, v, the attention's
+    # Per block and token: two norms and their roots, the inputs of q, k, v and of gate and up, q, k, v, the attention's
     # output and its log-sum-exps, four times the MLP's width, and A x of seven layers.
     token = 2 * 4096 + 2 + 2 * 4096 + 4 * 4096 + 32 + 4 * 11008 + 7 * 8
     assert parts["activations"] == 4 * 32 * 2048 * token
@@ -102,15 +102,15 @@ def test_the_sketch_holds_what_its_passes_found_and_exact_all_gradients_of_sever
     layers = sum(len(block) for block in targets)
     config = Config(rank=4, oversample=6, passes=2)
     long, short = (sketch_memory(model, targets, work(config=config, seq_len=n)) for n in (24, 2))
-    # In pass 2: V of pass 1, what it found in coordinates, and Q.
+    # In pass 2: V of pass 1, its coordinates, and Q.
     assert long["sketches"] == 4 * 10 * (sides + layers * 10)
     assert long["activations"] > 0 and long["singular triplets"] == 0
-    # At the end also the V that came of pass 2, and its coordinates.
+    # At the end also V of pass 2, and its coordinates.
     assert short["sketches"] == 4 * 10 * (sides + inputs + layers * (10 + 20))
     assert short["activations"] == 0 and short["singular triplets"] == 4 * 4 * sides
-    several, one = (exact_memory(model, targets, work(init_batches=n)) for n in (2, 1))
+    several, single = (exact_memory(model, targets, work(init_batches=n)) for n in (2, 1))
     assert several["full gradients"] == 4 * sum(x.weights for block in targets for x in block)
-    assert one["full gradients"] == 0
+    assert single["full gradients"] == 0
 
 
 def test_large_gradients_take_a_few_products_and_small_ones_a_dense_svd():

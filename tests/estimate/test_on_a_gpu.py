@@ -1,6 +1,6 @@
-"""Memory at the peak, against what PyTorch's allocator gave out on a GPU: benchmarks/results/init_h100.json.
+"""The peak memory against that of PyTorch's allocator on a GPU: benchmarks/results/init_h100.json.
 
-When that was measured, an init still took PyTorch's own loss, as a training step does.
+When that was measured, an init still used PyTorch's own loss, as a training step does.
 """
 
 import json
@@ -14,7 +14,7 @@ from lora_one.estimate import Workload, activations, estimate, read_architecture
 from lora_one.estimate.hardware import known
 
 MEASURED = json.loads((RESULTS / "init_h100.json").read_text(encoding="utf-8"))["cases"]
-JOBS = {  # contender -> job, and what the workload has that is not the default
+JOBS = {  # contender -> job, rank, and the workload's settings that are not the default
     "LoRA step, r = 8": ("training step", 8, {}),
     "LoRA step, r = 24": ("training step", 24, {}),
     "exact": ("init, exact", 8, {}),

@@ -1,4 +1,4 @@
-"""Memory at the peak, against what PyTorch's allocator hands out while small models run."""
+"""The peak memory against that of PyTorch's allocator while small models run."""
 
 import dataclasses
 
@@ -41,12 +41,12 @@ def _prepared(job, config, work):
         optimizer.step()
         optimizer.zero_grad()
 
-    run()  # Adam's moments are there from the first step on
+    run()  # Adam's moments exist from the first step on
     return run
 
 
 def _peak(run) -> int:
-    """Bytes of all tensors, at most, over what was there before."""
+    """Return the peak of all tensors' bytes, over those that existed before."""
     with torch.profiler.profile(profile_memory=True) as profile:
         run()
     nodes, changes = list(profile.profiler.kineto_results.experimental_event_tree()), []
