@@ -23,7 +23,6 @@ FACES = [
 ]
 PENDING = {
     "backends.jax",
-    "backends.torch",
     "conformance",
     "core",
     "files",

@@ -1,4 +1,4 @@
-"""Adding an adapter to the base weights, and to nothing else: weights that modules share are parted first."""
+"""Add an adapter to the base weights, and to nothing else: modules that share a weight first get their own."""
 
 import copy
 import inspect
@@ -22,12 +22,12 @@ def merge(model: nn.Module) -> nn.Module:
     """See `lora_one.merge`. A layer that shares its weight with another module, as a tied output layer, gets its own.
 
     Raises:
-        ModelError: a model of this class cannot have that.
+        ModelError: there is no LoRA adapter to merge, or the model's class does not allow to separate tied weights.
     """
     with opened(model, "merge") as adapted:
         merged = _merged(adapted)
-    vars(merged).pop("peft_config", None)  # PEFT before 0.21 leaves it
-    if hasattr(merged, "_hf_peft_config_loaded"):  # of transformers' add_adapter
+    vars(merged).pop("peft_config", None)  # PEFT before 0.21 leaves it there
+    if hasattr(merged, "_hf_peft_config_loaded"):  # set by transformers' add_adapter
         merged._hf_peft_config_loaded = False
     return merged
 
@@ -42,13 +42,13 @@ def _merged(adapted: peft.PeftModel) -> Any:
             f"{_TIE} computes something else: keep the adapter by itself, or leave the layer out of the targets"
         )
     _check_tokens(adapted)
-    found = [(module, module._modules["base_layer"]) for module in shared.values()]
+    before = [(module, module._modules["base_layer"]) for module in shared.values()]
     try:
         for module in shared.values():
-            module._modules["base_layer"] = _parted(module.get_base_layer())
+            module._modules["base_layer"] = _with_own_parameters(module.get_base_layer())
         merged: Any = adapted.base_model.merge_and_unload()
     except BaseException:
-        for module, layer in found:
+        for module, layer in before:
             module._modules["base_layer"] = layer
         raise
     if not flag_counts and any(merged.get_parameter(x) is not merged.get_parameter(y) for x, y in _ties(merged)):
@@ -57,7 +57,7 @@ def _merged(adapted: peft.PeftModel) -> Any:
 
 
 def _shared_layers(model: peft.PeftModel) -> dict[str, LoraLayer]:
-    """The LoRA layers above a layer, or a parameter of one, that is also elsewhere in the model.
+    """Return the LoRA layers whose base layer, or a parameter of it, is also elsewhere in the model.
 
     A LoRA layer that is itself in many places, or called many times, shares nothing.
     """
@@ -75,13 +75,15 @@ def _shared_layers(model: peft.PeftModel) -> dict[str, LoraLayer]:
 
 
 def _check_tokens(model: peft.PeftModel) -> None:
-    """Trained tokens are put into the weight in place. Where it is shared, all must have the same tokens trained.
+    """Check that trained tokens can be merged.
+
+    Merging writes them into the weight in place. All modules that share the weight must have the same trained tokens.
 
     Raises:
-        ModelError: they have not, or PEFT could not merge them.
+        ModelError: they do not, or PEFT cannot merge them.
     """
     owners = _owners(model)
-    wrappers: dict[int, Any] = {}  # by the layer that is wrapped
+    wrappers: dict[int, Any] = {}  # id of the wrapped layer -> its wrapper
     for module in model.modules():
         if isinstance(module, TrainableTokensWrapper):
             wrappers[id(module.token_adapter.get_base_layer())] = module
@@ -97,8 +99,8 @@ def _check_tokens(model: peft.PeftModel) -> None:
         if not has_tokens:
             continue
         weight = module.token_adapter.get_base_layer().weight
-        others = [wrappers.get(owner) for owner in owners[id(weight)]]
-        deltas = {None if x is None else id(x.token_adapter.trainable_tokens_delta) for x in others}
+        sharing = [wrappers.get(owner) for owner in owners[id(weight)]]
+        deltas = {None if x is None else id(x.token_adapter.trainable_tokens_delta) for x in sharing}
         if len(deltas) > 1:
             raise ModelError(
                 f"{path}: merge would put its trained tokens into a weight that another module shares, without these "
@@ -107,7 +109,7 @@ def _check_tokens(model: peft.PeftModel) -> None:
 
 
 def _owners(model: nn.Module) -> dict[int, set[int]]:
-    """Which modules a parameter is in, both by their id."""
+    """Return id of a parameter -> ids of the modules that contain it."""
     owners: dict[int, set[int]] = defaultdict(set)
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -116,18 +118,18 @@ def _owners(model: nn.Module) -> dict[int, set[int]]:
 
 
 def _ties(base: nn.Module) -> list[tuple[str, str]]:
-    """What transformers ties: a parameter's path, and the other's."""
+    """Return pairs of paths: the parameters that transformers ties."""
     return list((getattr(base, "all_tied_weights_keys", None) or {}).items())
 
 
 def _tied(base: nn.Module, shared: dict[str, LoraLayer]) -> list[str]:
-    """Those that share by transformers' doing, which would tie them again at the next load."""
+    """Return the shared layers that transformers has tied, and would tie again at the next load."""
     tied = {name.rpartition(".")[0] for pair in _ties(base) for name in pair}
     return [path for path in shared if path in tied]
 
 
 def _untie(base: PreTrainedModel) -> None:
-    """Part all that transformers ties: without the setting it would look for each by itself."""
+    """Separate all parameters that transformers ties: without its setting it expects each of them in the file."""
     for name, other in _ties(base):
         path, _, parameter = name.rpartition(".")
         if base.get_parameter(name) is base.get_parameter(other):
@@ -140,8 +142,8 @@ def _untie(base: PreTrainedModel) -> None:
             setattr(config, _TIE, False)
 
 
-def _parted(layer: nn.Module) -> nn.Module:
-    """The layer once more, with parameters of its own."""
+def _with_own_parameters(layer: nn.Module) -> nn.Module:
+    """Return a copy of a layer that shares no parameters with it."""
     own = copy.copy(layer)
     own._parameters = {name: copy.deepcopy(parameter) for name, parameter in layer._parameters.items()}
     return own
@@ -150,5 +152,5 @@ def _parted(layer: nn.Module) -> nn.Module:
 def _source_of_forward(model: nn.Module) -> str:
     try:
         return inspect.getsource(type(model).forward)
-    except (OSError, TypeError):  # made at run time
+    except (OSError, TypeError):  # a class made at run time
         return ""

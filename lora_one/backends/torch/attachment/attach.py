@@ -2,7 +2,6 @@
 
 import math
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +21,7 @@ from lora_one.errors import ModelError
 
 from .adapters import mark_as_ours, require_lora, take_out_leftover
 from .all_linear import ALL_LINEAR, LINEAR, RefusedByPeft, on_all_linear
+from .quiet import quiet_peft
 from .refusals import refusal
 from .snapshot import Snapshot
 from .tasks import heads, task_type
@@ -57,10 +57,6 @@ class Site:
         """Return an empty scalar on the layer's device, in float32 or wider."""
         weight = self.lora_A.weight
         return torch.empty((), device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
-
-
-# Messages of PEFT's warnings about settings that it makes, and functions that it calls, itself.
-PEFT_WARNINGS = (".*fan_in_fan_out.*", "The following .*_pattern keys did not match.*", ".*is_gradient_checkpointing.*")
 
 
 def attach_plain(model: nn.Module, config: Config) -> peft.PeftModel:
@@ -123,10 +119,7 @@ def _attached(
         modules_to_save=list(dict.fromkeys([*config.modules_to_save, *(heads(model) if task is None else ())])) or None,
         task_type=task,
     )
-    # PEFT draws a random start, which is overwritten. It must not change the user's random stream.
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        for message in PEFT_WARNINGS:
-            warnings.filterwarnings("ignore", message=message)
+    with quiet_peft():
         try:
             return peft.get_peft_model(model, lora_config)
         except ValueError as error:

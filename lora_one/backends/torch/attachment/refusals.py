@@ -1,4 +1,4 @@
-"""Why a layer or an adapter of PEFT is not the plain LoRA that LoRA-One starts, and what to do about it."""
+"""Reasons why a layer or an adapter of PEFT is not the plain LoRA that LoRA-One starts, and what to do about it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Adapters of PyTorch models on disk."""
+"""Saving and loading the adapters of PyTorch models."""
 
 from .folder import load, save
 

@@ -1,4 +1,4 @@
-"""Embeddings with rows for new tokens: they are no adapter's, and yet the adapter means nothing without them."""
+"""Embeddings with rows for new tokens: they do not belong to the adapter, but it is useless without them."""
 
 from typing import Any
 
@@ -13,27 +13,27 @@ _INFIXES = {*_WRAPPERS, "token_adapter", "modules_to_save"}
 
 
 def added_rows(model: peft.PeftModel) -> dict[str, Tensor]:
-    """The input and the output embedding, if tokens were added to the base model: PEFT's key -> weight.
+    """Return the input and the output embedding, if tokens were added to the base model: PEFT's key -> weight.
 
-    Tied ones come once: they are tied again where they are loaded.
+    Tied embeddings are returned once; they are tied again when they are loaded.
     """
     base: Any = model.get_base_model()
     if not isinstance(base, PreTrainedModel) or base_vocabulary(base) in (None, _vocabulary(base.config)):
         return {}
     tensors = model.state_dict(keep_vars=True)
-    found: dict[int, tuple[str, Tensor]] = {}
+    embeddings: dict[int, tuple[str, Tensor]] = {}
     for path in embedding_paths(base):
         own = {id(parameter) for parameter in _unwrapped(base.get_submodule(path)).parameters()}
         for key, tensor in tensors.items():
             if key.startswith(f"{PREFIX}{path}.") and id(tensor) in own:
-                found.setdefault(id(tensor), (key, tensor))
-    return dict(found.values())
+                embeddings.setdefault(id(tensor), (key, tensor))
+    return dict(embeddings.values())
 
 
 def base_vocabulary(base: PreTrainedModel) -> int | None:
-    """How many tokens the model had when it was loaded: by the configuration that lies where it came from.
+    """Return how many tokens the model had when it was loaded, by the configuration in the place it came from.
 
-    None if that cannot be known: the model was made in memory, or its folder is gone. Nothing is fetched.
+    None if that is unknown: the model was made in memory, or its folder is gone. Nothing is downloaded.
     """
     name = getattr(base, "name_or_path", None)
     if not name:
@@ -45,23 +45,23 @@ def base_vocabulary(base: PreTrainedModel) -> int | None:
 
 
 def embedding_paths(base: nn.Module) -> list[str]:
-    """Paths of the input and the output embedding of a transformers model."""
+    """Return the paths of the input and the output embedding of a transformers model."""
     if not isinstance(base, PreTrainedModel):
         return []
     try:
-        wanted = [base.get_input_embeddings(), base.get_output_embeddings()]
-    except NotImplementedError:  # models of images
+        embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
+    except NotImplementedError:  # image models
         return []
-    return [path for path, module in base.named_modules() if any(module is one for one in wanted)]
+    return [path for path, module in base.named_modules() if any(module is embedding for embedding in embeddings)]
 
 
 def base_path(key: str) -> str:
-    """The path that a parameter has in the base model without PEFT's wrappers."""
+    """Return the path that a parameter has in the base model without PEFT's wrappers."""
     return ".".join(part for part in key.removeprefix(PREFIX).split(".") if part not in _INFIXES)
 
 
 def is_wrapped(key: str) -> bool:
-    """Whether a key names a place inside of one of PEFT's wrappers."""
+    """Return whether a key names something inside one of PEFT's wrappers."""
     return not _INFIXES.isdisjoint(key.split("."))
 
 

@@ -1,4 +1,4 @@
-"""Whether an adapter folder belongs to a PyTorch model: what can be said before it is attached, and after."""
+"""Checks that an adapter folder belongs to a PyTorch model, before the adapter is attached and after."""
 
 import peft
 import torch
@@ -23,15 +23,15 @@ _TOKENS = ".token_adapter."
 def problems_before(
     folder: AdapterFolder, config: peft.LoraConfig, base: nn.Module, held: peft.LoraConfig | None
 ) -> list[str]:
-    """What keeps an adapter from being attached to a base model.
+    """Return what keeps an adapter from being attached to a base model.
 
     Args:
-        held: the settings of the adapter that the model has, if the folder is for that one.
+        held: the settings of the adapter that the model has, if the folder's factors are to replace its factors.
     """
     tensors = (*base.named_parameters(remove_duplicate=False), *base.named_buffers(remove_duplicate=False))
     shapes = {base_path(name): tuple(tensor.shape) for name, tensor in tensors if ".lora_" not in name}
     problems = []
-    if not config.layer_replication:  # its paths are of layers that are still to come
+    if not config.layer_replication:  # its paths belong to layers that do not exist yet
         problems += check_factors(folder, _linear_layers(base))
     embeddings = embedding_paths(base)
     for key, shape in folder.others.items():
@@ -39,8 +39,9 @@ def problems_before(
         if not _expected(key, config, embeddings, folder):
             problems.append(unknown_tensor(key))
         elif shapes.get(path, shape) != shape:
-            more = shape[0] - shapes[path][0] if len(shape) == len(shapes[path]) else 0
-            problems.append(f"{key}: must be {shapes[path]}, got {shape}{_remedy(path, embeddings, shape, more)}")
+            problems.append(
+                f"{key}: must be {shapes[path]}, got {shape}{_remedy(path, embeddings, shape, shapes[path])}"
+            )
     problems += _tokens_out_of_range(config, base, shapes)
     if not problems:
         problems += _changed_base_weights(folder, base)
@@ -50,7 +51,7 @@ def problems_before(
 
 
 def problems_after(folder: AdapterFolder, config: peft.LoraConfig, model: peft.PeftModel, adapter: str) -> list[str]:
-    """What the model has and the folder has not, or has in another shape, and what only the folder has."""
+    """Return what only the model or only the folder has, and what they have in different shapes."""
     try:
         sites = find_sites(model)
     except ModelError as error:  # adapters that lora-one does not start
@@ -62,7 +63,7 @@ def problems_after(folder: AdapterFolder, config: peft.LoraConfig, model: peft.P
             problems.append(f"{name}: the model has LoRA here, the file has none")
         elif site.layer.rank != folder.lora_A[name][0]:
             problems.append(f"{name}: the model has rank {site.layer.rank}, the file {folder.lora_A[name][0]}")
-    # PEFT passes over what only one side has: a trained head would be lost without a word.
+    # PEFT ignores what only one side has, so that a trained head would be lost without a message.
     shapes = {key: tuple(tensor.shape) for key, tensor in adapter_state(model, adapter).items()}
     kept = {key for key in shapes if ".lora_" not in key}
     problems += [f"{key}: the model keeps it whole, the file has none" for key in sorted(kept - set(folder.others))]
@@ -73,13 +74,13 @@ def problems_after(folder: AdapterFolder, config: peft.LoraConfig, model: peft.P
             problems.append(f"{key}: must be {shapes[key]}, got {shape}")
         elif key not in shapes and not (_is_base(key, embeddings, folder) and _is_beside(key, config)):
             problems.append(f"{key}: the file has it, the model has no such module to save")
-    if not problems:  # layers that were replicated are seen here for the first time
+    if not problems:  # replicated layers exist only now
         problems += [f"{key}: the model has no such linear layer" for key in sorted(held - shapes.keys())]
     return problems
 
 
 def _expected(key: str, config: peft.LoraConfig, embeddings: list[str], folder: AdapterFolder) -> bool:
-    """Whether the configuration speaks of a tensor that is no LoRA factor."""
+    """Return whether the configuration explains a tensor that is not a LoRA factor."""
     if ".lora_" in key:
         return False
     return (
@@ -91,23 +92,23 @@ def _expected(key: str, config: peft.LoraConfig, embeddings: list[str], folder: 
 
 
 def _is_kept(key: str, config: peft.LoraConfig) -> bool:
-    """Whether a tensor is of one of `modules_to_save`, which are ends of paths: PEFT takes "norm" for "layer_norm"."""
+    """Return whether a tensor belongs to one of `modules_to_save`. PEFT lets "norm" match the end of "layer_norm"."""
     *path, _ = key.split(".")
     modules = [".".join(path[: i + 1]) for i in range(len(path))]
     return any(module.endswith(name) for module in modules for name in config.modules_to_save or ())
 
 
 def _is_beside(key: str, config: peft.LoraConfig) -> bool:
-    """Whether a weight of the base model's is no more than that: a module that is trained whole is the adapter's."""
+    """Return whether a base weight lies beside the adapter only: a module that is trained as a whole is part of it."""
     return is_wrapped(key) or not _is_kept(key, config)
 
 
 def _is_base(key: str, embeddings: list[str], folder: AdapterFolder) -> bool:
-    """Whether a tensor is one of the base model's that PEFT keeps beside the adapter."""
-    return _of_embedding(key, embeddings) or _is_base_copy(key, folder)
+    """Return whether a tensor belongs to the base model, and PEFT keeps it beside the adapter."""
+    return _is_embedding(key, embeddings) or _is_base_copy(key, folder)
 
 
-def _of_embedding(key: str, embeddings: list[str]) -> bool:
+def _is_embedding(key: str, embeddings: list[str]) -> bool:
     return key.startswith(PREFIX) and base_path(key).rpartition(".")[0] in embeddings
 
 
@@ -115,8 +116,8 @@ def _is_base_copy(key: str, folder: AdapterFolder) -> bool:
     return any(key == PEFT_BASE_KEY.format(path=layer) for layer in folder.lora_A)
 
 
-def _remedy(path: str, embeddings: list[str], shape: tuple[int, ...], more: int) -> str:
-    if path.rpartition(".")[0] not in embeddings or more == 0:
+def _remedy(path: str, embeddings: list[str], shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    if path.rpartition(".")[0] not in embeddings or len(shape) != len(expected) or shape[0] == expected[0]:
         return ""
     return f"; the adapter is for {shape[0]} tokens: call model.resize_token_embeddings({shape[0]}) before load"
 
@@ -137,35 +138,36 @@ def _tokens_out_of_range(config: peft.LoraConfig, base: nn.Module, shapes: dict[
 
 
 def _changed_base_weights(folder: AdapterFolder, base: nn.Module) -> list[str]:
-    """PEFT saves a copy of the base weight with LoRA on an output layer: it must be the model's, but for new tokens."""
+    """Compare the copies of base weights that PEFT saves with LoRA on an output layer, except rows of new tokens."""
     copies = [key for key in folder.others if _is_base_copy(key, folder)]
     if not copies:
         return []
     weights = {base_path(key): tensor for key, tensor in base.state_dict().items()}
-    known = base_vocabulary(base) if isinstance(base, PreTrainedModel) else None
+    vocabulary = base_vocabulary(base) if isinstance(base, PreTrainedModel) else None
     embeddings = embedding_paths(base)
     problems = []
     with safe_open(folder.path / WEIGHTS, framework="pt") as file:
         for key in copies:
             weight = weights[base_path(key)]
-            rows = known if _of_embedding(key, embeddings) else None
+            rows = vocabulary if _is_embedding(key, embeddings) else None
             if not torch.equal(file.get_tensor(key).to(weight)[:rows], weight[:rows]):
                 problems.append(unknown_tensor(key))
     return problems
 
 
 def _other_settings(config: peft.LoraConfig, held: peft.LoraConfig) -> list[str]:
-    """An adapter that is there computes as it does: scales are set, the rest must be the same."""
-    theirs, ours = (settings_beyond(c.to_dict()) for c in (config, held))
-    differing = {name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)}
+    """Return the settings in which a folder differs from the adapter that the model has, except its scales."""
+    in_folder, in_model = (settings_beyond(c.to_dict()) for c in (config, held))
+    names = in_folder.keys() | in_model.keys()
+    differing = {name for name in names if in_folder.get(name) != in_model.get(name)}
     return [
-        f"{name}: the folder has {theirs.get(name)!r}, the model's adapter {ours.get(name)!r}"
-        for name in sorted(differing - {"modules_to_save"})  # told by the tensors' names
+        f"{name}: the folder has {in_folder.get(name)!r}, the model's adapter {in_model.get(name)!r}"
+        for name in sorted(differing - {"modules_to_save"})  # the tensors' names show these
     ]
 
 
 def _linear_layers(base: nn.Module) -> dict[str, tuple[int, int]]:
-    """name -> (out, in), names as in the base model."""
+    """Return name in the base model -> (out, in)."""
     shapes = {}
     for name, module in base.named_modules():
         if isinstance(module, (nn.Linear, LoraLayer)):

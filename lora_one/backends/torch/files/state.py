@@ -1,4 +1,4 @@
-"""What of a PeftModel belongs to its active adapter: LoRA factors, and all that PEFT trains beside them."""
+"""The part of a PeftModel that belongs to its active adapter: LoRA factors, and all that PEFT trains beside them."""
 
 from collections.abc import Iterator
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from lora_one.checkpoint.peft import PEFT_KEY
 from lora_one.errors import ModelError
 
-PREFIX = "base_model.model."  # of PEFT's keys, before a path in the base model
+PREFIX = "base_model.model."  # what PEFT's keys have before a path in the base model
 
 
 def active_adapter(model: peft.PeftModel, verb: str) -> str:
-    """The name of the one active adapter.
+    """Return the name of the one active adapter.
 
     Raises:
         ModelError: several are active.
@@ -27,21 +27,21 @@ def active_adapter(model: peft.PeftModel, verb: str) -> str:
 
 
 def adapter_state(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:
-    """PEFT's key on disk -> the model's own parameter or buffer.
+    """Return the adapter's parameters and buffers: PEFT's key on disk -> the tensor in the model.
 
     Raises:
-        ModelError: PEFT does not find the adapter's factors, since another adapter has a module's name.
+        ModelError: PEFT does not find the adapter's factors, because another adapter has the name of a module.
     """
-    tensors, none = model.state_dict(keep_vars=True), torch.empty(0)
-    missing = {f"{key}.{adapter}": none for key in tokens_of_others(model, adapter)}
+    tensors, placeholder = model.state_dict(keep_vars=True), torch.empty(0)
+    missing = {f"{key}.{adapter}": placeholder for key in tokens_of_others(model, adapter)}
     state: dict[str, Tensor] = peft.get_peft_model_state_dict(
         model, state_dict={**tensors, **missing}, adapter_name=adapter, save_embedding_layers=False
     )
-    state = {key: tensor for key, tensor in state.items() if tensor is not none}
+    state = {key: tensor for key, tensor in state.items() if tensor is not placeholder}
     bias = getattr(model.peft_config[adapter], "bias", "none")
     for path, module in lora_layers(model, adapter):
         if bias == "lora_only" and (key := f"{PREFIX}{path}.base_layer.bias") in tensors:
-            state[key] = tensors[key]  # PEFT before 0.21 looks for it where it was before LoRA came, and leaves it out
+            state[key] = tensors[key]  # PEFT before 0.21 looks where the bias was without LoRA, and misses it
         if adapter in module.lora_A and PEFT_KEY.format(path=path, side="A") not in state:
             others = sorted(model.peft_config.keys() - {adapter})
             raise ModelError(f"{path}: PEFT takes its LoRA for another adapter's; no adapter may be named as a module "
@@ -50,7 +50,7 @@ def adapter_state(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:
 
 
 def tokens_of_others(model: peft.PeftModel, adapter: str) -> list[str]:
-    """PEFT's keys of tokens that other adapters train: it asks for them in this one's state too, and fails without."""
+    """Return the keys of tokens that other adapters train: PEFT fails if they are not in this adapter's state too."""
     return [
         f"{path}.token_adapter.trainable_tokens_delta"
         for path, module in model.named_modules()
@@ -59,19 +59,19 @@ def tokens_of_others(model: peft.PeftModel, adapter: str) -> list[str]:
 
 
 def train_adapter(model: peft.PeftModel, adapter: str, trainable: bool) -> None:
-    """Let all of an adapter's parameters train, or freeze them."""
+    """Make all parameters of an adapter trainable, or freeze them."""
     for tensor in adapter_state(model, adapter).values():
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(trainable)
 
 
 def is_frozen(model: peft.PeftModel, adapter: str) -> bool:
-    """Whether none of an adapter's parameters trains."""
+    """Return whether all parameters of an adapter are frozen."""
     return not any(tensor.requires_grad for tensor in adapter_state(model, adapter).values())
 
 
 def lora_layers(model: peft.PeftModel, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
-    """The layers that have LoRA of an adapter, by their paths in the base model."""
+    """Yield the layers that have LoRA of an adapter, with their paths in the base model."""
     for path, module in model.base_model.model.named_modules():
         if isinstance(module, LoraLayer) and adapter in module.scaling:
             yield path, module
