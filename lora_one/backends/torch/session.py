@@ -176,10 +176,10 @@ def open_session(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | Non
         >>> from lora_one.backends.torch import open_session
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
         >>> mean_square = lambda model, batch: model(batch).square().mean()
-        >>> config = lora_one.Config(targets=["0"], rank=2)
+        >>> config = lora_one.Config(targets=["0"], rank=4)
         >>> with open_session(model, [torch.ones(3, 8)], mean_square, config) as session:
         ...     session.layers
-        [Layer(name='0', out_features=4, in_features=8, rank=2, scaling=8.0)]
+        [Layer(name='0', out_features=4, in_features=8, rank=4, scaling=8.0)]
     """
     return TorchSession(model, batches, loss_fn, config)
 
