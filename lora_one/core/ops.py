@@ -8,12 +8,15 @@ decompositions run on a CPU stream only.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
 # An array of whichever framework `ops` belongs to. The frameworks share no base class, so this is documentation.
 Array = Any
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Ops(Protocol):
@@ -97,7 +100,9 @@ class Ops(Protocol):
     def stack(self, xs: Sequence[Array], axis: int = 0) -> Array: ...
 
 
-def as_one_program(ops: Ops, function: Callable[..., Any], static: tuple[str, ...] = ()) -> Callable[..., Any]:
+def as_one_program(
+    ops: Ops, function: Callable[Concatenate[Ops, P], R], static: tuple[str, ...] = ()
+) -> Callable[P, R]:
     """`function(ops, ...)` without its first argument, compiled once for each shape if `ops` can.
 
     For a framework whose eager operations are programs of their own, each to be compiled, that is most of a first call.
@@ -107,5 +112,5 @@ def as_one_program(ops: Ops, function: Callable[..., Any], static: tuple[str, ..
         static: the arguments, to be given by name, that are no arrays.
     """
     compiled = getattr(ops, "compiled", None)
-    made: Callable[..., Any] = partial(function, ops) if compiled is None else compiled(function, static)
+    made: Callable[P, R] = partial(function, ops) if compiled is None else compiled(function, static)
     return made

@@ -2,9 +2,10 @@
 
 from .attachment.attach import attach_plain
 from .files.folder import load, save
+from .lora_adamw import LoraOneAdamW
 from .merge import merge
 from .ops import TorchOps
-from .optimizer import LoraOneAdamW, optimizer
+from .optimizer import optimizer
 from .session import TorchSession, open_session
 
 ops = TorchOps()

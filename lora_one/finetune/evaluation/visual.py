@@ -113,7 +113,8 @@ def _load(rows: Any, index: int, columns: Sequence[str]) -> list[Any]:
 
 
 def _word_question(row: Row) -> str:
-    return row["question"].replace(" Please answer yes or no.", "").strip() + WORD
+    question: str = row["question"]
+    return question.replace(" Please answer yes or no.", "").strip() + WORD
 
 
 def _scienceqa_question(row: Row) -> str:
