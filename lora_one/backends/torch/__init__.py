@@ -1,4 +1,4 @@
-"""PyTorch: arrays, models through PEFT's own LoRA layers, and the optimizer."""
+"""The PyTorch backend: array operations, LoRA by PEFT's own layers, the optimizer, and adapters on disk."""
 
 from .attachment.attach import attach_plain
 from .files.folder import load, save

@@ -42,16 +42,15 @@ class LoraOneAdamW(torch.optim.AdamW):
     Source:
         LoRA-One, arXiv 2502.01235, Algorithm 1.
 
-    Example:
-        >>> import torch
-        >>> from lora_one.backends.torch import LoraOneAdamW
-        >>> from lora_one.backends.torch.directions import LoraPair
-        >>> pair = LoraPair(torch.nn.Parameter(torch.ones(2, 5)), torch.nn.Parameter(torch.zeros(3, 2)))
-        >>> optimizer = LoraOneAdamW(pair, [pair], lr=1e-2)
-        >>> (pair.lora_B @ pair.lora_A).sub(1.0).square().sum().backward()
-        >>> optimizer.step()
-        >>> bool((pair.lora_B > 0.0).all())
-        True
+    >>> import torch
+    >>> from lora_one.backends.torch import LoraOneAdamW
+    >>> from lora_one.backends.torch.directions import LoraPair
+    >>> pair = LoraPair(torch.nn.Parameter(torch.ones(2, 5)), torch.nn.Parameter(torch.zeros(3, 2)))
+    >>> optimizer = LoraOneAdamW(pair, [pair], lr=1e-2)
+    >>> (pair.lora_B @ pair.lora_A).sub(1.0).square().sum().backward()
+    >>> optimizer.step()
+    >>> bool((pair.lora_B > 0.0).all())
+    True
     """
 
     def __init__(

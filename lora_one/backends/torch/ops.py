@@ -18,12 +18,11 @@ class TorchOps:
     their inputs. Products, QR, SVD and Cholesky have full float32 precision, whatever TF32 and autocast are set to. On
     a GPU, stacks of small matrices are decomposed together or on the host, which is faster there.
 
-    Example:
-        >>> import torch
-        >>> from lora_one.backends.torch import TorchOps
-        >>> u, s, vt = TorchOps().svd(torch.diag(torch.tensor([3.0, 4.0])))
-        >>> s
-        tensor([4., 3.])
+    >>> import torch
+    >>> from lora_one.backends.torch import TorchOps
+    >>> u, s, vt = TorchOps().svd(torch.diag(torch.tensor([3.0, 4.0])))
+    >>> s
+    tensor([4., 3.])
     """
 
     name = "torch"

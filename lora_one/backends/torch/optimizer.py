@@ -41,31 +41,18 @@ def optimizer(
     param_groups: Iterable[dict[str, Any]] = (),
     fused: bool | None = None,
 ) -> torch.optim.AdamW:
-    """See `lora_one.optimizer` for what all frameworks share. This is AdamW over the trainable parameters.
+    """See `lora_one.optimizer` for the arguments. Here is only what is special to PyTorch.
 
-    Args:
-        model: a PeftModel, or any module that contains PEFT's LoRA layers.
-        learning_rate: applies to all parameters except those in `param_groups`, and lora_B's with `loraplus_lr_ratio`.
-        weight_decay, precondition, reg, damping, betas, eps: as in `lora_one.optimizer`.
-        loraplus_lr_ratio: the learning rate of lora_B over that of lora_A (LoRA+, arXiv 2402.12354), 1.0 by default.
-        param_groups: groups with settings of their own, as for torch.optim. All other parameters form one more group.
-        fused: as in torch.optim.AdamW. The default, None, uses the fused kernel wherever there is one. It then does not
-            offer to undo a GradScaler's scale in the step: unscale and clip as with any other optimizer.
+    `model` may be a PeftModel, or any module that contains PEFT's LoRA layers. `learning_rate` does not apply to
+    parameters in `param_groups` that have their own "lr". With the default `fused=None`, unscale and clip gradients as
+    with an optimizer that is not fused.
 
-    Returns:
-        A torch.optim.AdamW; a `LoraOneAdamW` with `precondition=True`.
-
-    Raises:
-        ConfigError: an invalid setting.
-        ModelError: nothing is trainable, or nothing can be preconditioned.
-
-    Example:
-        >>> import lora_one, torch
-        >>> from lora_one.backends.torch import attach_plain, optimizer
-        >>> model = attach_plain(torch.nn.Sequential(torch.nn.Linear(8, 4)), lora_one.Config(rank=2, targets=["0"]))
-        >>> adamw = optimizer(model, learning_rate=1e-3, loraplus_lr_ratio=4.0)
-        >>> [group["lr"] for group in adamw.param_groups]
-        [0.001, 0.004]
+    >>> import lora_one, torch
+    >>> from lora_one.backends.torch import attach_plain, optimizer
+    >>> model = attach_plain(torch.nn.Sequential(torch.nn.Linear(8, 4)), lora_one.Config(rank=2, targets=["0"]))
+    >>> adamw = optimizer(model, learning_rate=1e-3, loraplus_lr_ratio=4.0)
+    >>> [group["lr"] for group in adamw.param_groups]
+    [0.001, 0.004]
     """
     check_optimizer_settings(reg, damping, loraplus_lr_ratio)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -50,17 +50,16 @@ class TorchSession:
         ModelError, BatchError: at the start of the block, if the model, the adapter or the batches are unsuitable.
         RuntimeError: a pass or an assignment outside the block.
 
-    Example:
-        >>> import lora_one, torch
-        >>> from lora_one.backends.torch import TorchSession
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
-        >>> mean_square = lambda model, batch: model(batch).square().mean()
-        >>> config = lora_one.Config(rank=2, targets=["0"], gradient="exact")
-        >>> with TorchSession(model, [torch.ones(3, 8)], mean_square, config) as session:
-        ...     result = session.exact_pass(lambda name, gradient: print(name, tuple(gradient.shape)))
-        0 (4, 8)
-        >>> result.batches
-        1
+    >>> import lora_one, torch
+    >>> from lora_one.backends.torch import TorchSession
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    >>> mean_square = lambda model, batch: model(batch).square().mean()
+    >>> config = lora_one.Config(rank=2, targets=["0"], gradient="exact")
+    >>> with TorchSession(model, [torch.ones(3, 8)], mean_square, config) as session:
+    ...     result = session.exact_pass(lambda name, gradient: print(name, tuple(gradient.shape)))
+    0 (4, 8)
+    >>> result.batches
+    1
     """
 
     def __init__(self, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None, config: Config):
@@ -153,9 +152,7 @@ class TorchSession:
     @property
     def _passes(self) -> Passes:
         if self._entered is None:
-            raise RuntimeError(
-                "a TorchSession works only inside its with block: with open_session(...) as session: ..."
-            )
+            raise RuntimeError("a session works inside `with` only: with open_session(...) as session: ...")
         return self._entered
 
 
@@ -171,15 +168,14 @@ def open_session(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | Non
         loss_fn: (model, batch) -> mean loss; None for the loss that a transformers model computes.
         config: see `lora_one.Config`.
 
-    Example:
-        >>> import lora_one, torch
-        >>> from lora_one.backends.torch import open_session
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
-        >>> mean_square = lambda model, batch: model(batch).square().mean()
-        >>> config = lora_one.Config(targets=["0"], rank=4)
-        >>> with open_session(model, [torch.ones(3, 8)], mean_square, config) as session:
-        ...     session.layers
-        [Layer(name='0', out_features=4, in_features=8, rank=4, scaling=8.0)]
+    >>> import lora_one, torch
+    >>> from lora_one.backends.torch import open_session
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    >>> mean_square = lambda model, batch: model(batch).square().mean()
+    >>> config = lora_one.Config(targets=["0"], rank=4)
+    >>> with open_session(model, [torch.ones(3, 8)], mean_square, config) as session:
+    ...     session.layers
+    [Layer(name='0', out_features=4, in_features=8, rank=4, scaling=8.0)]
     """
     return TorchSession(model, batches, loss_fn, config)
 

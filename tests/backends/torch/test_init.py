@@ -440,5 +440,5 @@ def test_a_session_works_inside_its_block_only():
         assert session.mean_loss().batches == len(case.batches)
     for outside in (session, TorchSession(case.model, case.batches, case.loss_fn, EXACT)):
         for call in calls:
-            with pytest.raises(RuntimeError, match="only inside its with block"):
+            with pytest.raises(RuntimeError, match="inside `with` only"):
                 call(outside)

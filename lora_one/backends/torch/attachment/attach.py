@@ -75,12 +75,11 @@ def attach_plain(model: nn.Module, config: Config) -> peft.PeftModel:
     Raises:
         ModelError: no layer matches the targets, or the model has an adapter. The model is then unchanged.
 
-    Example:
-        >>> import lora_one, torch
-        >>> from lora_one.backends.torch import attach_plain
-        >>> model = attach_plain(torch.nn.Sequential(torch.nn.Linear(8, 4)), lora_one.Config(rank=2, targets=["0"]))
-        >>> model.base_model.model[0].lora_A["default"].weight.shape
-        torch.Size([2, 8])
+    >>> import lora_one, torch
+    >>> from lora_one.backends.torch import attach_plain
+    >>> model = attach_plain(torch.nn.Sequential(torch.nn.Linear(8, 4)), lora_one.Config(rank=2, targets=["0"]))
+    >>> model.base_model.model[0].lora_A["default"].weight.shape
+    torch.Size([2, 8])
     """
     model = unwrapped(model)
     with plain_names(model), torch.random.fork_rng(devices=[]):
