@@ -1,5 +1,8 @@
 """Tiny mlx-lm models with random weights, their batches, and the numbers that LoRA-One must give on them."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +14,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.trainer import default_loss
 
 from lora_one.backends.mlx.tree import places
+from lora_one.report import Report
 
 VOCABULARY = 96
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
@@ -120,6 +124,37 @@ def product(module: nn.Module, expert: int | None = None) -> np.ndarray:
     """s B A of a LoRA layer of mlx-lm, (out, in), float64."""
     a, b = (np.array(x.astype(mx.float32)).astype(np.float64) for x in (module.lora_a, module.lora_b))
     return module.scale * (b.T @ a.T if expert is None else b[expert] @ a[expert])
+
+
+def assert_lora_one_start(
+    model: nn.Module, report: Report, gradients: dict[str, np.ndarray], tolerance: float = 1e-5
+) -> None:
+    """Each layer's s B A against LAPACK's in float64, in the spectral norm.
+
+    Truncating at rank r amplifies rounding errors of G by s_1 / (s_r - s_r+1) (Wedin 1972): where that gap is below a
+    tenth, as it often is in random models, the tolerance grows with it.
+    """
+    modules = modules_of(model)
+    for layer in report.layers:
+        path, _, index = layer.name.partition("[")
+        expert = int(index[:-1]) if index else None
+        gradient = gradients[path] if expert is None else gradients[path][expert]
+        expected = expected_product(gradient, layer.rank, modules[path].scale)
+        error = np.linalg.norm(product(modules[path], expert) - expected, 2) / np.linalg.norm(expected, 2)
+        s = np.append(np.linalg.svd(gradient, compute_uv=False), 0.0)
+        gap = (s[layer.rank - 1] - s[layer.rank]) / s[0]
+        allowed = tolerance * max(1.0, 0.1 / gap) if s[layer.rank] > 1e-6 * s[0] else tolerance
+        assert error < allowed, f"{layer.name}: {error:.1e}, allowed {allowed:.1e}"
+
+
+@contextmanager
+def warned(category: type[Warning]) -> Iterator[list[str]]:
+    """The messages of all warnings of a category, in a list that is filled at the end."""
+    messages: list[str] = []
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        yield messages
+    messages += [str(warning.message) for warning in seen if issubclass(warning.category, category)]
 
 
 def contents(model: nn.Module) -> dict[str, np.ndarray]:

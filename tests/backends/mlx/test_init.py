@@ -20,9 +20,9 @@ from tests.backends.mlx.models import (
     LINEAR,
     QUANTIZED,
     VOCABULARY,
+    assert_lora_one_start,
     contents,
     dequantized,
-    expected_product,
     mean_gradients,
     modules_of,
     product,
@@ -35,25 +35,6 @@ from tests.backends.mlx.models import (
 EXACT = lora_one.Config(rank=4, gradient="exact")
 # Wide enough to probe every direction of these small layers: then the sketch is exact too.
 WHOLE = lora_one.Config(rank=4, oversample=60, passes=2)
-
-
-def assert_lora_one_start(model, report, gradients, tolerance=1e-5):
-    """Each layer's s B A against LAPACK's in float64, in the spectral norm.
-
-    Truncating at rank r amplifies rounding errors of G by s_1 / (s_r - s_r+1) (Wedin 1972): where that gap is below a
-    tenth, as it often is in random models, the tolerance grows with it.
-    """
-    modules = modules_of(model)
-    for layer in report.layers:
-        path, _, expert = layer.name.partition("[")
-        expert = int(expert[:-1]) if expert else None
-        gradient = gradients[path] if expert is None else gradients[path][expert]
-        expected = expected_product(gradient, layer.rank, modules[path].scale)
-        error = np.linalg.norm(product(modules[path], expert) - expected, 2) / np.linalg.norm(expected, 2)
-        s = np.append(np.linalg.svd(gradient, compute_uv=False), 0.0)
-        gap = (s[layer.rank - 1] - s[layer.rank]) / s[0]
-        allowed = tolerance * max(1.0, 0.1 / gap) if s[layer.rank] > 1e-6 * s[0] else tolerance
-        assert error < allowed, f"{layer.name}: {error:.1e}, allowed {allowed:.1e}"
 
 
 @pytest.mark.parametrize("base", [None, *QUANTIZED], ids=str)
@@ -331,7 +312,7 @@ def test_after_an_error_the_model_is_as_it_was(case, adapted):
         model.freeze()
         linear_to_lora_layers(model, 2, {"rank": 4, "scale": 5.0, "dropout": 0.1, "keys": KEYS})
         model.layers[0].self_attn.q_proj.freeze()
-    found = {
+    expected = {
         path: (id(module), type(module), module.training, set(module._no_grad))
         for path, module in modules_of(model).items()
     }
@@ -342,7 +323,7 @@ def test_after_an_error_the_model_is_as_it_was(case, adapted):
     with pytest.raises(kind, match=message):
         lora_one.init(model, **{"batches": token_batches(), **arguments})
     after = contents(model)
-    assert {p: (id(m), type(m), m.training, set(m._no_grad)) for p, m in modules_of(model).items()} == found
+    assert {p: (id(m), type(m), m.training, set(m._no_grad)) for p, m in modules_of(model).items()} == expected
     assert list(after) == list(before)
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value)

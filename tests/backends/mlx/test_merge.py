@@ -1,7 +1,5 @@
 """Merging: what the merged weights hold against W + s B A in float64, and that what they lose is said."""
 
-import warnings
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -13,7 +11,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import lora_one
 from lora_one.backends.mlx.merge import RequantizeWarning
-from tests.backends.mlx.models import contents, tiny_llama
+from tests.backends.mlx.models import contents, tiny_llama, warned
 
 MODES = [("affine", 32, 4), ("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8)]
 
@@ -51,10 +49,9 @@ def model_with(base, size=1e-3, experts=False):
 
 
 def merged_with_warnings(model, **options):
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
+    with warned(RequantizeWarning) as messages:
         assert lora_one.merge(model, **options) is model
-    return model.layers[0], [str(w.message) for w in seen if issubclass(w.category, RequantizeWarning)]
+    return model.layers[0], messages
 
 
 def lost(layer, weight, delta):

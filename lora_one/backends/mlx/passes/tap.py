@@ -34,9 +34,8 @@ class SwitchTap(nn.Module):
         self.gradient = _unread((layer.num_experts, layer.lora_b.shape[1], layer.lora_a.shape[2]), layer)
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        tapped = _switch_sorted if sorted_indices else _switch
         y: Any = self.linear(x, indices, sorted_indices=sorted_indices)
-        y = tapped(y, mx.stop_gradient(x), indices, self.gradient)
+        y = _SWITCH[sorted_indices](y, mx.stop_gradient(x), indices, self.gradient)
         return y
 
 
@@ -68,33 +67,26 @@ def _dense_vjp(primals: Any, dy: mx.array, y: mx.array) -> Any:
     return dy, mx.zeros_like(x), rows.T @ columns  # (out, in)
 
 
-def _switch_vjp(primals: Any, dy: mx.array, sorted_indices: bool) -> Any:
-    _, x, indices, gradient = primals
+def _switch(sorted_indices: bool) -> Any:
+    """Return the function of a mixture-of-experts layer: y, and G of each expert in the backward pass."""
 
-    def product(weight: mx.array) -> mx.array:  # (experts, out, in) -> the layer's output without its bias
-        return mx.gather_mm(
-            x.astype(weight.dtype), weight.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices
-        )
+    @mx.custom_function
+    def tapped(y: mx.array, x: mx.array, indices: mx.array, gradient: mx.array) -> mx.array:
+        return y
 
-    _, (expert_gradients,) = mx.vjp(product, [gradient], [dy.astype(gradient.dtype)])  # (experts, out, in)
-    return dy, mx.zeros_like(x), mx.zeros_like(indices), expert_gradients
+    @tapped.vjp
+    def tapped_vjp(primals: Any, dy: mx.array, y: mx.array) -> Any:
+        _, x, indices, gradient = primals
 
+        def product(weight: mx.array) -> mx.array:  # (experts, out, in) -> the layer's output without its bias
+            return mx.gather_mm(
+                x.astype(weight.dtype), weight.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices
+            )
 
-@mx.custom_function
-def _switch(y: mx.array, x: mx.array, indices: mx.array, gradient: mx.array) -> mx.array:
-    return y
+        _, (expert_gradients,) = mx.vjp(product, [gradient], [dy.astype(gradient.dtype)])  # (experts, out, in)
+        return dy, mx.zeros_like(x), mx.zeros_like(indices), expert_gradients
 
-
-@_switch.vjp
-def _switch_unsorted_vjp(primals: Any, dy: mx.array, y: mx.array) -> Any:
-    return _switch_vjp(primals, dy, sorted_indices=False)
-
-
-@mx.custom_function
-def _switch_sorted(y: mx.array, x: mx.array, indices: mx.array, gradient: mx.array) -> mx.array:
-    return y
+    return tapped
 
 
-@_switch_sorted.vjp
-def _switch_sorted_vjp(primals: Any, dy: mx.array, y: mx.array) -> Any:
-    return _switch_vjp(primals, dy, sorted_indices=True)
+_SWITCH = {sorted_indices: _switch(sorted_indices) for sorted_indices in (False, True)}

@@ -12,14 +12,13 @@ import lora_one
 from lora_one.backends.mlx.passes.loss_scale import FIRST, STEP, LossScale
 from lora_one.errors import UnderflowWarning
 from tests.backends.mlx.models import (
+    assert_lora_one_start,
     dequantized,
-    expected_product,
     mean_gradients,
-    modules_of,
-    product,
     quantize,
     tiny_llama,
     token_batches,
+    warned,
 )
 
 EXACT = lora_one.Config(rank=4, gradient="exact")
@@ -41,18 +40,6 @@ def times(factor):
     return lambda model, batch: default_loss(model, *batch)[0] * factor
 
 
-def assert_start(model, report, gradients, factor):
-    modules = modules_of(model)
-    for layer in report.layers:
-        gradient, module = gradients[layer.name], modules[layer.name]
-        expected, got = expected_product(gradient, 4, module.scale), product(module)
-        s = np.linalg.svd(gradient, compute_uv=False)
-        # float16 keeps 11 bits; where the r-th and the next direction are close, they mix (Wedin 1972).
-        allowed = 0.01 * max(1.0, 0.1 * s[0] / (s[3] - s[4]))
-        assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < allowed, layer.name
-        assert layer.gradient_norm == pytest.approx(factor * np.linalg.norm(gradient), rel=0.01)
-
-
 @pytest.mark.parametrize(("config", "factor", "quantised"), [
     (EXACT, 2.0**-14, False), (EXACT, 2.0**-30, False), (EXACT, 2.0**10, False), (EXACT, 2.0**-14, True),
     (WHOLE, 2.0**-14, False), (WHOLE, 2.0**10, False),
@@ -64,7 +51,9 @@ def test_a_float16_model_starts_where_float64_does(config, factor, quantised):
     with warnings.catch_warnings():
         warnings.simplefilter("error", lora_one.errors.InitWarning)
         _, report = lora_one.init(model, batches, times(factor), config)
-    assert_start(model, report, gradients, factor)
+    assert_lora_one_start(model, report, gradients, tolerance=0.01)  # float16 keeps 11 bits
+    for layer in report.layers:
+        assert layer.gradient_norm == pytest.approx(factor * np.linalg.norm(gradients[layer.name]), rel=0.01)
     assert report.base_loss == pytest.approx(factor * 4.9, rel=0.2)
     assert report.passes == (1 if config is EXACT else 2)
 
@@ -100,11 +89,9 @@ def test_gradients_that_no_scale_brings_into_range_are_named(exponent, said):
         first, second = (mx.mean(layer(x).astype(mx.float32) ** 2) for layer in (model.a, model.b))
         return first + 2.0**exponent * second
 
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        config = lora_one.Config(rank=2, gradient="exact")
+    config = lora_one.Config(rank=2, gradient="exact")
+    with warned(UnderflowWarning) as texts:
         _, report = lora_one.init(model, [x.astype(mx.float16)], loss_fn, config)
-    texts = [str(w.message) for w in seen if issubclass(w.category, UnderflowWarning)]
     assert bool(texts) == said
     if said:
         assert "gradients of 1 layers" in texts[0] and "of that of b about" in texts[0]
