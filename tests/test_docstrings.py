@@ -1,4 +1,4 @@
-"""Docstrings are whole phrases; those of public names say enough, and their examples run."""
+"""Docstrings are whole phrases, and those of public names are long enough and have an example that runs."""
 
 import ast
 import doctest
@@ -25,7 +25,6 @@ PENDING = {
     "backends.jax",
     "conformance",
     "core",
-    "files",
     "finetune",
 }
 
@@ -49,8 +48,8 @@ def test_no_docstring_begins_with_a_fragment(name):
 
 
 def public() -> dict[str, object]:
-    """name -> every function and class of ours that a package's face offers."""
-    found = {}
+    """Return name -> function or class, for all of ours that a package's face offers."""
+    names = {}
     for face in FACES:
         module = importlib.import_module(face)
         for name in module.__all__:
@@ -58,13 +57,13 @@ def public() -> dict[str, object]:
             if (inspect.isfunction(thing) or inspect.isclass(thing)) and thing.__module__.startswith("lora_one"):
                 text = thing.__doc__ or ""
                 if not text.startswith("See `") and not pending(thing.__module__):
-                    found[f"{face}.{name}"] = thing
-    return found
+                    names[f"{face}.{name}"] = thing
+    return names
 
 
 @pytest.mark.parametrize("name", public())
 def test_a_public_docstring_says_enough_and_shows_it(name):
-    """At least 40 words beside the example; at most 80 before the sections."""
+    """A public docstring has at least 40 words beside the example, and at most 80 before the sections."""
     text = inspect.getdoc(public()[name])
     prose = re.sub(r"^ *(>>>|\.\.\.).*$", "", text, flags=re.MULTILINE)
     assert len(prose.split()) >= 40, f"{len(prose.split())} words"

@@ -1,1 +1,1 @@
-"""Files that are whole or not there, and files of others read without trust."""
+"""Write files and folders in one step, and read the files of others without trusting them."""

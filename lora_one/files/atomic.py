@@ -1,11 +1,16 @@
-"""Folders and files that are put in place whole: at any moment, a crash included, there is the old one or the new one.
+"""Replace folders and files as a whole: at any moment, even in a crash, the old one or the new one is there.
 
-A folder that has something in it cannot be replaced in one step, but two folders can change places in one (`exchange`).
-So a stand-in, which has the new files and links to all that is to stay, takes the folder's place; the folder gets its
-new files where nobody sees it; and comes back. It is the same folder as before: a terminal or a program that is in it
-stays in it, and files of others in it are not touched. Where the system cannot exchange (Windows, some network and
-container file systems, mount points), the new files replace the old ones one by one: a kill within those few renames
-may leave a folder that does not open, but never one that mixes the two.
+A folder with files in it cannot be replaced in one step, but two folders can be exchanged in one step (`exchange`). So
+the replacement has three steps:
+
+1. Make a stand-in with the new files, and with links to all files that stay. Exchange it with the folder.
+2. Move the new files into the folder, which nobody sees meanwhile.
+3. Exchange the two again.
+
+The folder is the same one as before: a terminal or a program that is in it stays in it, and other files in it are not
+touched. Where the system cannot exchange (Windows, some network and container file systems, mount points), the new
+files replace the old ones one by one. A kill within those few renames may leave a folder that cannot be opened, but
+never one that mixes the two.
 """
 
 import contextlib
@@ -21,22 +26,22 @@ from lora_one.errors import CheckpointError
 from .exchange import exchange
 from .staging import PREFIX, staging
 
-CARD = "README.md"  # of PEFT's making; one that is there is somebody's, and stays
+CARD = "README.md"  # PEFT writes one; a file of this name that is there may be the user's, and stays
 
 
 @contextlib.contextmanager
 def replacing(path: Path, owned: Sequence[str] = ()) -> Iterator[Path]:
-    """An empty folder to write into, whose files are put into the folder `path` together when the block ends.
+    """Yield an empty folder to write into; when the block ends, its files appear in the folder `path` together.
 
-    If the block raises, nothing has changed. What `path` holds besides stays. Several processes may do this at once.
+    If the block raises, nothing has changed. Other files in `path` stay. Several processes may do this at once.
 
     Args:
-        path: made if it does not exist.
-        owned: names that are replaced or removed, whether or not the new folder has them. The first is the one
-            without which nobody takes the folder for what it is.
+        path: folder; made if it does not exist.
+        owned: names that are replaced, or removed if the new folder does not have them. The first one must be the file
+            without which no program opens the folder.
 
     Raises:
-        CheckpointError: the folder cannot be written: why, and that what it held is as it was.
+        CheckpointError: the folder cannot be written; what it held is as it was.
     """
     with _explained(path, "folder"):
         target = _target(path)
@@ -52,10 +57,12 @@ def replacing(path: Path, owned: Sequence[str] = ()) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """A path to write a file to, which becomes `path` when the block ends. Its folder is made if it does not exist.
+    """Yield a path to write a file to; when the block ends, the file replaces `path`.
+
+    The folder of `path` is made if it does not exist.
 
     Raises:
-        CheckpointError: the file cannot be written: why, and that it is as it was.
+        CheckpointError: the file cannot be written; what was there is as it was.
     """
     with _explained(path, "file"):
         target = _target(path)
@@ -75,7 +82,11 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file in one step. Raises as `replacing_file`."""
+    """Write a text file in one step.
+
+    Raises:
+        CheckpointError: see `replacing_file`.
+    """
     with replacing_file(path) as file:
         file.write_text(text, encoding="utf-8")
 
@@ -92,7 +103,7 @@ def _explained(path: Path, kind: str) -> Iterator[None]:
 
 
 def _target(path: Path) -> Path:
-    """Where a path leads: what is replaced is what a symbolic link points at, and not the link."""
+    """Return where a path leads: a symbolic link stays, and what it points at is replaced."""
     try:
         return Path(path).resolve()
     except (ValueError, RuntimeError) as error:  # a null character; a loop of links
@@ -101,7 +112,7 @@ def _target(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _room_near(target: Path) -> Iterator[Path]:
-    """A staging folder beside the target, on its file system; inside of it where there can be none beside it."""
+    """Yield a staging folder beside the target, on its file system; inside it if none can be made beside it."""
     beside = next(folder for folder in (*target.parents, target) if os.path.lexists(folder))
     with contextlib.ExitStack() as stack:
         try:
@@ -123,7 +134,7 @@ def _put(new: Path, target: Path, owned: Sequence[str], room: Path) -> None:
             _flush_names(target.parent)
             return
         except OSError:
-            if not target.is_dir():  # another process was first
+            if not target.is_dir():  # otherwise another process has just made it
                 raise
     if os.path.lexists(target / CARD) and (new / CARD).exists():
         (new / CARD).unlink()
@@ -134,7 +145,7 @@ def _put(new: Path, target: Path, owned: Sequence[str], room: Path) -> None:
     except OSError:
         _put_one_by_one(new, target, names)
     else:
-        # Now all is in place. If anything fails from here on, the stand-in just stays.
+        # Now all files are in place. If anything fails from here on, the stand-in stays there instead.
         with contextlib.suppress(OSError):
             _move(new, stand_in, names, room / "old")
             _flush_names(stand_in)
@@ -143,13 +154,13 @@ def _put(new: Path, target: Path, owned: Sequence[str], room: Path) -> None:
 
 
 def _stand_in(new: Path, target: Path, names: list[str], room: Path) -> Path:
-    """A folder with the new files, and all else that the target has, without copying."""
+    """Make a folder with the new files and links to all other files of the target."""
 
-    def replaced(folder: str, found: list[str]) -> list[str]:
-        return [x for x in found if x.startswith(PREFIX) or (x in names and Path(folder) == target)]
+    def is_left_out(folder: str, entries: list[str]) -> list[str]:
+        return [x for x in entries if x.startswith(PREFIX) or (x in names and Path(folder) == target)]
 
     stand_in = room / "stand-in"
-    shutil.copytree(target, stand_in, symlinks=True, copy_function=_link, ignore=replaced)
+    shutil.copytree(target, stand_in, symlinks=True, copy_function=_link, ignore=is_left_out)
     shutil.copytree(new, stand_in, symlinks=True, copy_function=_link, dirs_exist_ok=True)
     shutil.copystat(target, stand_in)
     _flush_names(stand_in)
@@ -159,7 +170,7 @@ def _stand_in(new: Path, target: Path, names: list[str], room: Path) -> Path:
 def _link(source: str, destination: str) -> None:
     try:
         os.link(source, destination, follow_symlinks=False)
-    except PermissionError:  # Linux lets nobody link another user's file
+    except PermissionError:  # Linux does not allow a link to another user's file
         shutil.copy2(source, destination)
 
 
@@ -179,25 +190,25 @@ def _put_one_by_one(new: Path, target: Path, names: list[str]) -> None:
 
 
 def _move(new: Path, folder: Path, names: list[str], old: Path) -> None:
-    """Move what is new into a folder and what was there under its names out of it; or, if that fails, nothing.
+    """Move the old files of these names out of a folder and the new ones into it; if that fails, move all back.
 
-    The first name leaves first and arrives last: without it, nobody reads a mixture.
+    The first name leaves first and arrives last: without it no program opens the folder, so nobody reads a mixture.
     """
     old.mkdir()
-    gone, come = [], []
+    moved_out, moved_in = [], []
     try:
         for name in names:
             if os.path.lexists(folder / name):
                 os.rename(folder / name, old / name)
-                gone.append(name)
+                moved_out.append(name)
         for name in reversed(names):
             if os.path.lexists(new / name):
                 os.rename(new / name, folder / name)
-                come.append(name)
+                moved_in.append(name)
     except BaseException:
-        for name in reversed(come):
+        for name in reversed(moved_in):
             os.rename(folder / name, new / name)
-        for name in reversed(gone):
+        for name in reversed(moved_out):
             os.rename(old / name, folder / name)
         raise
 
@@ -215,7 +226,7 @@ def _flush(folder: Path) -> None:
 
 
 def _flush_names(folder: Path) -> None:
-    """The same of a folder's names, where the system can: the files themselves are safe."""
+    """Wait until a folder's list of names is on the disk, where the system can do that; its files already are."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

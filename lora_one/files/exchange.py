@@ -1,4 +1,4 @@
-"""Two names on disk that change places in one step, where the system can do that: Linux and macOS."""
+"""Exchange two names on disk in one step, where the system can do that: on Linux and macOS."""
 
 import ctypes
 import errno
@@ -13,18 +13,18 @@ _RENAME_EXCHANGE = 2  # Linux
 _RENAME_SWAP = 2  # macOS
 
 
-def exchange(one: Path, other: Path) -> None:
-    """Let two folders or files change places: at any moment each name leads to one of them.
+def exchange(first: Path, second: Path) -> None:
+    """Exchange two folders or files in one step: at any moment each name leads to one of them.
 
     Raises:
-        OSError: not here: the system or the file system cannot, or one of them is a mount point.
+        OSError: the system or the file system cannot do it, or one of them is a mount point.
     """
     swap = _system_call()
     if swap is None:
-        raise OSError(errno.ENOTSUP, "this system cannot exchange two names", str(one))
-    if swap(os.fsencode(one), os.fsencode(other)) != 0:
+        raise OSError(errno.ENOTSUP, "this system cannot exchange two names", str(first))
+    if swap(os.fsencode(first), os.fsencode(second)) != 0:
         number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(one), None, str(other))
+        raise OSError(number, os.strerror(number), str(first), None, str(second))
 
 
 @functools.cache
@@ -35,10 +35,10 @@ def _system_call() -> Callable[[bytes, bytes], int] | None:
     name = "renameat2" if sys.platform == "linux" else "renamex_np"
     try:
         function = getattr(library, name)
-    except AttributeError:  # a C library from before it
+    except AttributeError:  # an older C library
         return None
     if sys.platform == "linux":
         function.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
-        return lambda one, other: function(_AT_FDCWD, one, _AT_FDCWD, other, _RENAME_EXCHANGE)
+        return lambda first, second: function(_AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE)
     function.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint]
-    return lambda one, other: function(one, other, _RENAME_SWAP)
+    return lambda first, second: function(first, second, _RENAME_SWAP)

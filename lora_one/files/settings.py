@@ -1,6 +1,7 @@
-"""Settings as a configuration file gives them: text that stands for a number is that number.
+"""Read the settings in a configuration file, TOML or YAML.
 
-YAML 1.1 takes 2e-4 for text, since its numbers need a dot; whoever writes it means the number.
+Text that looks like a number becomes a number where a setting needs one: YAML 1.1 reads 2e-4 as text, since its numbers
+need a dot.
 """
 
 import tomllib
@@ -13,10 +14,10 @@ from lora_one.errors import ConfigError
 
 
 def read_settings(path: Path) -> dict[Any, Any]:
-    """What a .toml, .yaml or .yml file holds.
+    """Read a .toml, .yaml or .yml file.
 
     Raises:
-        ConfigError: it cannot be read, or holds no settings.
+        ConfigError: the file cannot be read, or holds no settings.
     """
     if path.suffix not in (".toml", ".yaml", ".yml"):
         raise ConfigError(f"a configuration file must end in .toml, .yaml or .yml, got {path.name}")
@@ -31,27 +32,30 @@ def read_settings(path: Path) -> dict[Any, Any]:
 
 
 def parsed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with numbers where a field of `cls` takes a number, and no text but "auto".
+    """Return the values with text turned into numbers, for fields of `cls` that accept a number and no text but "auto".
 
-    What is not a number stays as it came, for the checks of `cls` to name.
+    A value that is not a number stays as it is, so that the checks of `cls` name it.
     """
     hints = typing.get_type_hints(cls)
-    return {name: _number(value, _kinds(hints[name])) for name, value in values.items()}
+    return {name: _number(value, _plain_types(hints[name])) for name, value in values.items()}
 
 
-def _kinds(hint: Any) -> set[Any]:
-    inner = typing.get_args(hint)
-    return {hint} if not inner or typing.get_origin(hint) in (tuple, list, dict) else set().union(*map(_kinds, inner))
+def _plain_types(hint: Any) -> set[Any]:
+    """Return the members of a union, or the choices of a Literal; a container counts as one type."""
+    members = typing.get_args(hint)
+    if not members or typing.get_origin(hint) in (tuple, list, dict):
+        return {hint}
+    return set().union(*map(_plain_types, members))
 
 
-def _number(value: Any, kinds: set[Any]) -> Any:
-    if not {int, float} & kinds or str in kinds or not isinstance(value, (str, float)):
+def _number(value: Any, types: set[Any]) -> Any:
+    if not {int, float} & types or str in types or not isinstance(value, (str, float)):
         return value
     try:
         number = float(value)
     except ValueError:
         return value
-    if float in kinds:
+    if float in types:
         return number
     return int(number) if number.is_integer() else value  # neither inf nor nan is whole
 
@@ -68,5 +72,5 @@ def _yaml(text: str, path: Path) -> Any:
 
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, or brackets without end
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an invalid date, or brackets nested too deeply
         raise ConfigError(f"{path} is not YAML that can be read: {error}") from error

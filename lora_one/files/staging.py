@@ -1,27 +1,26 @@
-"""Hidden folders in which files are got ready, and which the next one removes if their process was killed."""
+"""Hidden folders to prepare files in. The next call removes those whose process was killed."""
 
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 PREFIX = ".lora-one-saving-"
-_DEAD_AFTER = 24 * 3600.0  # seconds, where no lock tells whether the process lives
+_DEAD_AFTER = 24 * 3600.0  # seconds, for file systems without locks, which tell whether the process is alive
 
 
 @contextlib.contextmanager
 def staging(parent: Path) -> Iterator[Path]:
-    """A new hidden folder in `parent`, for as long as the block runs.
+    """Yield a new hidden folder in `parent`, and remove it when the block ends.
 
-    Its process holds a lock on it, which the system takes away when the process dies, however it dies.
+    The process holds a lock on it, which the system releases when the process dies, however it dies.
 
     Raises:
         OSError: `parent` cannot be written to.
@@ -41,7 +40,7 @@ def _new(parent: Path) -> tuple[Path, int | None]:
         try:
             lock = _lock(folder)
         except (BlockingIOError, FileNotFoundError):
-            continue  # before it was locked, another process took it for abandoned
+            continue  # before this process locked it, another one removed it as abandoned
         if folder.exists():
             return folder, lock
         _close(lock)
@@ -50,27 +49,27 @@ def _new(parent: Path) -> tuple[Path, int | None]:
 def _remove_abandoned(parent: Path) -> None:
     try:
         with os.scandir(parent) as entries:
-            found = [Path(e.path) for e in entries if e.name.startswith(PREFIX) and e.is_dir(follow_symlinks=False)]
+            folders = [Path(e.path) for e in entries if e.name.startswith(PREFIX) and e.is_dir(follow_symlinks=False)]
     except OSError:
-        return  # it may be written to, but not listed
-    for folder in found:
+        return  # the folder may be writable but not readable
+    for folder in folders:
         try:
             lock = _lock(folder)
             if lock is not None or time.time() - folder.stat().st_mtime > _DEAD_AFTER:
                 shutil.rmtree(folder, ignore_errors=True)
-        except OSError:  # its process lives, or another one has just removed it
+        except OSError:  # its process is alive, or another process has just removed it
             continue
         _close(lock)
 
 
 def _lock(folder: Path) -> int | None:
-    """Lock a folder; None where that cannot be done, as on network file systems.
+    """Lock a folder and return the lock's descriptor; None where folders cannot be locked, as on network file systems.
 
     Raises:
-        BlockingIOError: another process holds it.
-        FileNotFoundError: it is gone.
+        BlockingIOError: another process holds the lock.
+        FileNotFoundError: the folder is gone.
     """
-    if fcntl is None:
+    if sys.platform == "win32":
         return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""`convert` on folders that PEFT and mlx-lm themselves wrote: equal logits where they lead, or all the reasons."""
+"""`convert` on folders that PEFT and mlx-lm themselves wrote: the logits stay equal, or all reasons are named."""
 
 import json
 import warnings
@@ -28,7 +28,7 @@ from tests.frameworks import logits, mlx_model, opened_by_lora_one, opened_by_ml
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 16))
 TOLERANCE = 1e-4  # absolute, on logits of size 1 to 10: float32 in libraries that sum in different orders
 
-# What PEFT can say of plain LoRA; each with nonzero factors.
+# Settings of plain LoRA in PEFT; each folder gets nonzero factors.
 PEFT = {
     "suffixes": {"target_modules": ["q_proj", "v_proj"]},
     "rslora": {"target_modules": ["q_proj", "down_proj"], "use_rslora": True},
@@ -54,7 +54,7 @@ def base(tmp_path_factory) -> Path:
 
 
 def write_peft(model: torch.nn.Module, folder: Path, dtype: torch.dtype = torch.float32, **settings) -> None:
-    """A folder of PEFT's own, with nonzero factors."""
+    """Write a folder with PEFT itself, with nonzero factors."""
     torch.manual_seed(1)
     config = peft.LoraConfig(
         **{"r": 4, "lora_alpha": 6, "init_lora_weights": False, "task_type": "CAUSAL_LM"} | settings
@@ -90,7 +90,7 @@ def test_what_peft_wrote_opens_in_mlx_lm_in_flax_and_in_peft_again(name, base, t
 
 
 def test_gpt2s_conv1d_goes_to_mlx_lm_under_its_other_names(tmp_path):
-    """fan_in_fan_out is the base weight's affair: the factors of a Conv1D are as any other layer's."""
+    """fan_in_fan_out concerns only the base weight: the factors of a Conv1D are like any other layer's."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=32, initializer_range=0.2
@@ -121,7 +121,7 @@ def _gpt2_of_mlx_lm(base: Path, adapter: Path):
     return load_adapters(model, str(adapter))
 
 
-# What mlx-lm can say of plain LoRA.
+# Settings of plain LoRA in mlx-lm.
 # fmt: off
 MLX_LM = {
     "default-keys": {"num_layers": 2, "scale": 1.0},
@@ -139,7 +139,7 @@ MLX_LM = {
 
 
 def write_mlx_lm(model, folder: Path, num_layers: int, kind: str = "lora", dtype=mx.float32, steps=0, **parameters):
-    """A folder of mlx-lm's own: saved by its training loop, or random factors, saved as that does it."""
+    """Write a folder with mlx-lm itself: by its training loop, or random factors saved as the loop does it."""
     mx.random.seed(0)
     model.freeze()
     parameters = {"rank": 4, "scale": 20.0, "dropout": 0.0} | parameters
@@ -190,7 +190,7 @@ def test_what_mlx_lm_wrote_opens_in_peft_in_flax_and_in_mlx_lm_again(name, base,
 
 
 def _widened(model):
-    """bfloat16 factors as the float32 that PEFT and JAX compute with them in."""
+    """Return the model in float32, since PEFT and JAX compute with bfloat16 factors in float32."""
     model.set_dtype(mx.float32)
     return model
 

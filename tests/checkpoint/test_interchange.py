@@ -1,4 +1,4 @@
-"""Trained in one framework, opened in any other, in PEFT and in mlx-lm: the same logits."""
+"""An adapter trained in one framework gives the same logits in any other, in PEFT and in mlx-lm."""
 
 import shutil
 
@@ -19,7 +19,7 @@ from tests.frameworks import MODELS, logits, opened_by_lora_one, opened_by_peft
 TOKENS = np.random.default_rng(0).integers(4, 100, (2, 24))
 TOLERANCE = 1e-4  # absolute, on logits of size 10: float32 in libraries that sum in different orders
 CONFIG = lora_one.Config(rank=4, passes=2, targets=["q_proj", "k_proj", "v_proj", "down_proj"])
-WIDTH = 16  # of all sequences at most: one shape, compiled once
+WIDTH = 16  # most tokens of a sequence: one shape, compiled once
 ROPE_THETA = 5000.0
 
 
@@ -46,7 +46,7 @@ def bases(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapters(bases, tmp_path_factory):
-    """(family, backend) -> the folder of an adapter after ten steps there, and the logits that it gave there."""
+    """Return a function (family, backend) -> the folder of an adapter after ten steps there, and its logits there."""
     trained = {}
 
     def train(family: str, backend: str):
@@ -60,7 +60,7 @@ def adapters(bases, tmp_path_factory):
             tuner.train(sequences, recipe, lambda step, loss: None)
             lora_one.save(tuner.model, out)
             trained[family, backend] = out, logits(tuner.model, TOKENS)
-            assert np.abs(trained[family, backend][1] - start).max() > 0.1  # what travels is not the start alone
+            assert np.abs(trained[family, backend][1] - start).max() > 0.1  # the adapter is more than its start
         return trained[family, backend]
 
     return train
@@ -79,7 +79,7 @@ def test_an_adapter_of_any_framework_opens_in_any_other(family, here, there, bas
 @pytest.mark.parametrize("here", MODELS)
 @pytest.mark.parametrize("family", ["embedded", "qwen2"])
 def test_peft_and_mlx_lm_themselves_open_the_same_folder(family, here, bases, adapters, tmp_path):
-    """MLX saves for both; the others' folders are PEFT's, and become both by `convert`."""
+    """MLX saves both layouts; the others save PEFT's, and `convert` adds mlx-lm's."""
     folder, expected = adapters(family, here)
     np.testing.assert_allclose(logits(opened_by_peft(bases[family], folder), TOKENS), expected, atol=TOLERANCE, rtol=0)
     if here != "mlx":

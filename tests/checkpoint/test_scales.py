@@ -1,4 +1,4 @@
-"""Scales on disk: the same in readers that know rsLoRA and in those that know the plain rule alpha / r alone."""
+"""Scales on disk are the same for readers that know rsLoRA and for those that know only the plain rule alpha / r."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ ASKED = [
 
 
 def plain_scales(folder) -> dict[str, float]:
-    """layer -> alpha over the rank of its own lora_A, as llama.cpp and its like have it."""
+    """Return layer -> alpha over the rank of its own lora_A, as llama.cpp and similar readers compute it."""
     config = json.loads((folder / "adapter_config.json").read_text())
     scales = {}
     for key, a in load_file(folder / "adapter_model.safetensors").items():
@@ -43,7 +43,7 @@ def plain_scales(folder) -> dict[str, float]:
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("writer", ["save", "trainer", "loaded again", "plain start"])
 def test_torch_folders(asked, writer, tmp_path):
-    """A Trainer saves by PEFT's own `save_pretrained`."""
+    """A Trainer saves with PEFT's own `save_pretrained`."""
     case = mlp()
     if writer == "plain start":
         model = attach_plain(case.model, asked)
@@ -83,7 +83,7 @@ def test_the_report_keeps_what_was_asked_and_a_second_init_may_ask_again(tmp_pat
 
 
 def test_users_own_rslora_with_ranks_that_differ(tmp_path):
-    """Each layer has an effective alpha of its own."""
+    """Each layer has its own effective alpha."""
     config = peft.LoraConfig(r=4, lora_alpha=12, use_rslora=True, target_modules=["up", "shared", "down"],
                              rank_pattern={"up": 2}, alpha_pattern={"down": 5})  # fmt: skip
     case = mlp()

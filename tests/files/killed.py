@@ -1,4 +1,4 @@
-"""Fine-tuning runs in processes of their own that are killed, as by a scheduler, at a moment that the test chooses."""
+"""Run fine-tuning in separate processes that are killed, as by a scheduler, at a moment that the test chooses."""
 
 import json
 import multiprocessing
@@ -30,25 +30,25 @@ def run(settings: dict[str, Any], step: int = 0, change: int = 0) -> dict[str, A
     """Fine-tune in a new process.
 
     Args:
-        step: SIGKILL once this step is told of; 0 for no step.
-        change: SIGKILL before this change to the disk, counted from the first checkpoint on; 0 for none.
+        step: SIGKILL once this step is reported; 0 for no kill.
+        change: SIGKILL before this change to the disk, counted from the first checkpoint on; 0 for no kill.
 
     Returns:
-        What the run told; None if it was killed.
+        The results of the run; None if it was killed.
     """
-    told = Path(settings["out"]).with_suffix(".json")
-    told.unlink(missing_ok=True)
-    process = _CONTEXT.Process(target=_run, args=(settings, told, step, change))
+    results = Path(settings["out"]).with_suffix(".json")
+    results.unlink(missing_ok=True)
+    process = _CONTEXT.Process(target=_run, args=(settings, results, step, change))
     process.start()
     process.join(600)
     if process.exitcode is None:
         process.kill()
         raise AssertionError("the run hangs")
     assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
-    return json.loads(told.read_text()) if process.exitcode == 0 else None
+    return json.loads(results.read_text()) if process.exitcode == 0 else None
 
 
-def _run(settings: dict[str, Any], told: Path, step: int, change: int) -> None:
+def _run(settings: dict[str, Any], results: Path, step: int, change: int) -> None:
     if settings["backend"] == "torch":
         import torch
 
@@ -57,7 +57,7 @@ def _run(settings: dict[str, Any], told: Path, step: int, change: int) -> None:
     diary = _Diary(step)
     outcome = finetune(make_recipe(settings), diary)
     report = None if outcome.report is None else outcome.report.to_dict()
-    found = {
+    values = {
         "losses": outcome.losses,
         "told": diary.losses,
         "validations": diary.validations,
@@ -66,7 +66,7 @@ def _run(settings: dict[str, Any], told: Path, step: int, change: int) -> None:
         "resumed": outcome.resumed,
         "warnings": diary.warnings,
     }
-    told.write_text(json.dumps(found))
+    results.write_text(json.dumps(values))
 
 
 class _Diary(Diary):

@@ -1,4 +1,4 @@
-"""Saves that are killed over an older adapter, in a process of its own: frameworks with threads must not be forked.
+"""Kill saves over an older adapter, in a separate process: frameworks with threads must not be forked.
 
     python -m tests.files.killed_worker BACKEND FOLDER          killed before each change of the disk
     python -m tests.files.killed_worker BACKEND FOLDER COUNT    killed COUNT times at random moments
@@ -44,12 +44,12 @@ def model_of(backend: str, rank: int) -> Any:
 
 
 def rank_in(path: Path) -> int:
-    """Of the adapter in a folder, of which all files must be of the same save."""
+    """Return the rank of the adapter in a folder, all of whose files must be from the same save."""
     folder = read_folder(path)
     adapter = read_adapter(folder)
     ranks = {layer.rank for layer in adapter.layers.values()} | {folder.config["r"], read_report(path).config.rank}
     shapes = {
-        name: (its.pairs[0].lora_B.shape[0], its.pairs[0].lora_A.shape[1]) for name, its in adapter.layers.items()
+        name: (layer.pairs[0].lora_B.shape[0], layer.pairs[0].lora_A.shape[1]) for name, layer in adapter.layers.items()
     }
     assert len(ranks) == 1 and check_folder(folder, shapes) == [] and set(folder.lora_A) == set(shapes)
     if (path / MLX_WEIGHTS).exists():
@@ -99,7 +99,7 @@ def main(backend: str, path: Path, count: int | None) -> None:
         lora_one.save(models[rank], path, report(rank))
 
     def prepare() -> None:
-        """In the child: JAX and MLX compute in threads, which a fork does not have."""
+        """Make the models, in the child: JAX and MLX compute in threads, which a fork does not have."""
         models.update({rank: model_of(backend, rank) for rank in (OLD, NEW) if rank not in models})
 
     def prepare_and_save_old() -> None:
@@ -118,7 +118,7 @@ def main(backend: str, path: Path, count: int | None) -> None:
     shutil.copytree(path, old := path.parent.with_name("old"))
     # On JAX a child compiles for a second, and its files are written as `convert` writes them.
     if count is None:
-        os.fsync = lambda descriptor: None  # takes the disk's time, and a kill leaves what was written
+        os.fsync = lambda descriptor: None  # saves time, and a kill does not lose what was written
         kills = killed_before_each_change(lambda: save(NEW), prepare, step=12 if backend == "jax" else 1)
     else:
         kills = killed_at_random(save_both, prepare, count)

@@ -1,4 +1,4 @@
-"""Processes that are killed as they write: at every change that they make to the disk, one after the other."""
+"""Kill processes while they write: at each change that they make to the disk, one after the other."""
 
 import os
 import signal
@@ -13,17 +13,17 @@ _CHANGES = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.sym
 def killed_before_each_change(
     action: Callable[[], object], prepare: Callable[[], object] = int, step: int = 1
 ) -> Iterator[int]:
-    """Run `action` again and again in a process of its own, killed before its 1st, 2nd, ... change; yields the number.
+    """Run `action` again and again in a separate process, killed before its 1st, 2nd, ... change; yield the number.
 
-    The last run is not killed, and yields 0. Exchanging two names is no change that Python tells of: the state after it
-    is seen before the next one.
+    The last run is not killed, and yields 0. Python does not report an exchange of two names as a change; the state
+    after it is seen before the next change.
     """
     for moment in range(1, 1000, step):
         if not _killed(moment, action, prepare):
             yield 0
             return
         yield moment
-    raise AssertionError("it never ends")
+    raise AssertionError("the action never ends")
 
 
 def _killed(moment: int, action: Callable[[], object], prepare: Callable[[], object]) -> bool:

@@ -1,4 +1,4 @@
-"""Folders and files put in place whole, whatever happens: kills at every change of the disk, errors, odd places."""
+"""Folders and files are replaced as a whole despite kills at every change of the disk, errors and odd places."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills by POSIX 
 
 
 def adapter(rank: int) -> Adapter:
-    """Every entry of the factors, and alpha, say the rank: a mixture of two would show."""
+    """Return an adapter whose entries and alpha all equal the rank, so that a mixture of two would show."""
     pair = Factors(np.full((rank, IN), float(rank)), np.full((OUT, rank), float(rank)))
     return Adapter({"layer": LoraLayer([pair], float(rank), "F32")})
 
@@ -41,7 +41,7 @@ def save(path: Path, rank: int) -> None:
 
 
 def rank_in(path: Path) -> int:
-    """Of the adapter in a folder, of which all files must be of the same save."""
+    """Return the rank of the adapter in a folder, all of whose files must be from the same save."""
     folder = read_folder(path)
     assert check_folder(folder, {"layer": (OUT, IN)}) == []
     rank = folder.config["r"]
@@ -57,7 +57,7 @@ def path_of(descriptor: int) -> str:
 
 @pytest.fixture(autouse=True)
 def flushed(monkeypatch) -> list[str]:
-    """What is flushed and when names are exchanged, in order; without the disk's time: a kill leaves what it wrote."""
+    """Log flushes and exchanges in order. Nothing waits for the disk, since a kill loses nothing that was written."""
     log: list[str] = []
     swap = atomic.exchange
     monkeypatch.setattr(os, "fsync", lambda descriptor: log.append(path_of(descriptor)))
@@ -67,7 +67,7 @@ def flushed(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """An adapter of rank 2 among things of the user's."""
+    """An adapter of rank 2 among the user's own files."""
     path = tmp_path / "runs" / "adapter"
     save(path, 2)
     (path / "README.md").write_text("mine")
@@ -90,7 +90,7 @@ ALL = {"adapter_config.json", "adapter_model.safetensors", "lora_one.json", "REA
 
 @pytest.fixture
 def no_exchange(monkeypatch):
-    def refuse(one, other):
+    def refuse(first, second):
         raise OSError(errno.EINVAL, "not on this file system")
 
     monkeypatch.setattr(atomic, "exchange", refuse)
@@ -111,7 +111,7 @@ def test_killed_at_any_moment_a_first_save_leaves_nothing_or_all(tmp_path):
     for moment in killed_before_each_change(lambda: save(path, 3)):
         assert not path.exists() or rank_in(path) == 3
         assert moment or path.exists()
-        # What is left over is no adapter's folder, neither by its name nor by its files.
+        # What is left over does not look like an adapter folder, neither by its name nor by its files.
         assert not [f for f in tmp_path.rglob("*/adapter_config.json") if f.parent.name.startswith(".lora")]
 
 
@@ -120,7 +120,7 @@ def test_without_an_exchange_a_kill_never_leaves_a_mixture(folder, no_exchange):
     for moment in killed_before_each_change(lambda: save(folder, 3)):
         if (folder / "adapter_config.json").exists():
             opened.append(rank_in(folder))
-        else:  # nobody takes it for an adapter
+        else:  # no program opens it
             opened.append(0)
         assert_users_things_are_there(folder)
         save(folder, 2)
@@ -162,7 +162,7 @@ def test_all_is_on_the_disk_before_it_is_in_place(folder, flushed):
 
 
 def test_it_stays_the_same_folder(folder, monkeypatch):
-    """A terminal that is in it, its rights and the user's very files."""
+    """A terminal stays in it; its permissions and the user's own files are unchanged."""
     folder.chmod(0o750)
     before = [os.stat(path).st_ino for path in (folder, folder / "README.md", folder / "checkpoint-5")]
     monkeypatch.chdir(folder)
@@ -218,7 +218,7 @@ def test_what_cannot_be_linked_is_copied_or_the_files_go_one_by_one(folder, monk
 
 
 def test_a_parent_that_cannot_be_written_to(folder, monkeypatch):
-    """The folder can: a mount point, or one that an administrator made."""
+    """The folder itself can be: it is a mount point, or an administrator made it."""
     make = staging.tempfile.mkdtemp
 
     def only_inside(prefix, dir):
@@ -255,7 +255,7 @@ def test_a_full_disk(folder):
 
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_an_error_at_any_change_leaves_the_old_adapter_or_the_new_one(folder, can_exchange, request, monkeypatch):
-    """The disk is full, or taken away, before the n-th change of a name: an error of ours, or all is in place."""
+    """The disk is full, or removed, before the n-th change of a name: our error is raised, or all is in place."""
     if not can_exchange:
         request.getfixturevalue("no_exchange")
     real = {name: getattr(os, name) for name in ("rename", "link", "mkdir", "open")}
@@ -336,20 +336,20 @@ def test_a_model_card_that_is_there_stays_and_a_first_one_comes(folder, tmp_path
     assert (tmp_path / "other" / "README.md").read_text() == "a blank one"
 
 
-def test_what_lives_is_not_swept_away(folder):
-    """Left-overs of dead processes go, the folders of living ones stay: here of this process."""
+def test_the_folder_of_a_living_process_is_not_removed(folder):
+    """Left-over folders of dead processes are removed; here this process is the living one."""
     dead = folder.parent / f"{staging.PREFIX}dead"
     (dead / "new").mkdir(parents=True)
     with replacing_adapter(folder) as new:
         write_peft(new, adapter(3))
         (new / "lora_one.json").write_text(json.dumps({"rank": 3}))
-        save(folder, 4)  # another process's, meanwhile
+        save(folder, 4)  # as another process would, meanwhile
         assert rank_in(folder) == 4 and new.is_dir() and not dead.exists()
     assert rank_in(folder) == 3
 
 
 def test_many_at_once(folder):
-    """The last one stays, whole, whoever it is."""
+    """The adapter that is saved last stays, whole."""
     errors = []
 
     def several(rank):
@@ -361,7 +361,7 @@ def test_many_at_once(folder):
             errors.append(error)
 
     def rank_in_any(path):
-        """Another save may come between the reading of two files: ask again, of a folder at rest, at the end."""
+        """Read one file only: another save may come between two. The whole folder is read at the end."""
         return json.loads((path / "lora_one.json").read_text())["rank"]
 
     threads = [threading.Thread(target=several, args=[rank]) for rank in (1, 3, 4)]

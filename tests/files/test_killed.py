@@ -1,4 +1,4 @@
-"""A save that is killed over an older adapter, on each backend: what it leaves is the old adapter or the new one."""
+"""A save that is killed leaves the old adapter or the new one, on each backend."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What the fuzz is made of: values that are not expected, text and bytes that were damaged, headers that lie."""
+"""The inputs of the fuzz tests: unexpected values, damaged text and bytes, and headers that lie."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 
 def examples(count: int) -> settings:
-    """The same ones in every run, without a limit on time."""
+    """Return settings for the given number of examples, the same in every run, without a limit on time."""
     return settings(max_examples=count, deadline=None, derandomize=True, database=None)
 
 
@@ -22,7 +22,7 @@ LEAVES = st.none() | st.booleans() | NUMBERS | TEXTS
 VALUES = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=5
 )
-DEEP = "[" * 100_000 + "]" * 100_000  # brackets without end
+DEEP = "[" * 100_000 + "]" * 100_000  # brackets nested too deeply
 LONG = "1" * 10_000  # more digits than Python reads
 
 _EDITS = st.lists(
@@ -34,7 +34,7 @@ DAMAGE = st.tuples(_EDITS, st.sampled_from(_SPLICES))
 
 
 def damaged(data: bytes, damage: Any) -> bytes:
-    """Bytes that were cut off, had bits flipped, or had others put in."""
+    """Return the bytes cut off, with bits flipped, or with other bytes inserted."""
     edits, splice = damage
     for kind, where, other in edits:
         at = where % (len(data) + 1)
@@ -77,14 +77,14 @@ _BYTES = {"F64": 8, "I64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
 
 
 def lying(drawn: Any) -> bytes:
-    """A safetensors file whose header is anything at all."""
+    """Return a safetensors file whose header is anything at all."""
     header, length, size = drawn
     text = json.dumps(header).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(size)
 
 
 def honest(drawn: Any) -> bytes:
-    """A safetensors file that is whole, with tensors that nobody expects."""
+    """Return a valid safetensors file with unexpected tensors."""
     header, end = {}, 0
     for name, (dtype, shape) in drawn.items():
         size = _BYTES[dtype]

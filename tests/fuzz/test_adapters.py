@@ -1,4 +1,4 @@
-"""Adapter folders of any content: opened, or refused by an error of ours; nothing is written but where it was asked."""
+"""Adapter folders of any content are opened, or refused by our own error; nothing is written except where asked."""
 
 import contextlib
 import copy
@@ -32,7 +32,7 @@ CONFIG, PEFT, MLX, REPORT = "adapter_config.json", "adapter_model.safetensors", 
 
 @pytest.fixture(scope="module")
 def root() -> Iterator[Path]:
-    """A folder with one adapter folder, good, in both layouts; the working directory is empty, and stays so."""
+    """A folder with one good adapter folder, in both layouts; the working directory is empty and must stay empty."""
     here = Path.cwd()
     flush, os.fsync = os.fsync, lambda descriptor: None
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
@@ -55,7 +55,7 @@ def root() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def changed(root: Path, **files: bytes | None) -> Iterator[Path]:
-    """The adapter folder with other contents; as before afterwards. Nothing else may have appeared anywhere."""
+    """Yield the adapter folder with other contents, and check that nothing else has appeared anywhere."""
     src = root / "src"
     for name in (CONFIG, PEFT, MLX, REPORT):
         shutil.copyfile(root.parent / "good" / name, src / name)

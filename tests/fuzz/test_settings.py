@@ -1,4 +1,4 @@
-"""Configuration files and data of any content: read, or refused by an error of ours."""
+"""Configuration files and data of any content are read, or refused by our own error."""
 
 import contextlib
 import json
