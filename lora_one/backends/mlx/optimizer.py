@@ -157,29 +157,11 @@ def optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> LoraOneAdamW:
-    """Return AdamW over the trainable parameters of a model with LoRA layers of mlx-lm.
+    """See `lora_one.optimizer` for the arguments. Here is only what is special to MLX.
 
-    `lora_one.optimizer` calls it for MLX models. Its state exists from the start, so that a training step can be
-    compiled at once. Without `precondition` it is plain AdamW with bias correction.
-
-    Args:
-        model: the result of `init` or `load`, or any module with mlx-lm's LoRA layers in it.
-        learning_rate: a number, or a schedule of mlx.optimizers; default 2e-4.
-        weight_decay: decoupled from the gradient; default 0.
-        precondition: whether the gradients of LoRA pairs are preconditioned, those of other parameters never are;
-            default False.
-        reg: damping of the preconditioner, >= 0, default 1e-6.
-        damping: "absolute" or "relative", see `lora_one.core.precondition.damped_inverse`; default "absolute".
-        betas: decay rates of the moments; default (0.9, 0.999).
-        eps: added to the root of the second moment; default 1e-8.
-
-    Returns:
-        An mlx.optimizers.AdamW. Its `state` is a tree of arrays: save it with
-        mx.save_safetensors(path, dict(tree_flatten(optimizer.state))), and set it again before training is compiled.
-
-    Raises:
-        ConfigError: a setting is invalid.
-        ModelError: no parameter is trainable, or there is no LoRA pair to precondition.
+    `model` may be any module that contains mlx-lm's LoRA layers. `learning_rate` may be a schedule of mlx.optimizers.
+    The state exists from the start, so that a training step can be compiled at once. It is a tree of arrays: save it
+    with mx.save_safetensors(path, dict(tree_flatten(optimizer.state))), and set it again before training is compiled.
 
     >>> import mlx.nn as nn
     >>> from lora_one import Config

@@ -43,7 +43,37 @@ class _Entered:
 
 
 class MlxSession:
-    """See `lora_one.backends.interface.Session`. In a mixture of experts each expert is one layer."""
+    """An MLX model during one `init`: see `lora_one.backends.interface.Session` for each method.
+
+    Use it, inside a `with` block, to look at gradients yourself; `lora_one.init` opens its own. Entering the block
+    attaches LoRA, or takes the adapter that is there. Leaving it restores train and eval modes and frozen parameters;
+    leaving it by an exception makes the model what it was.
+
+    Args:
+        model: an mlx.nn.Module, plain or with mlx-lm's LoRA layers.
+        batches: a collection of batches that can be read again.
+        loss_fn: (model, batch) -> mean loss; None for mlx-lm's own loss.
+        config: see `lora_one.Config`.
+
+    Attributes:
+        model: the model, which is changed in place.
+        layers: the `Layer` of each LoRA pair, in the model's order, with one layer per expert; empty before the block.
+
+    Raises:
+        ModelError, BatchError: at the start of the block, if the model, the adapter or the batches are unsuitable.
+        RuntimeError: a pass or an assignment outside the block.
+
+    >>> import mlx.core as mx
+    >>> import mlx.nn as nn
+    >>> from lora_one import Config
+    >>> mean_square = lambda model, batch: mx.mean(model(batch) ** 2)
+    >>> config = Config(rank=2, gradient="exact")
+    >>> with MlxSession(nn.Sequential(nn.Linear(8, 4)), [mx.ones((3, 8))], mean_square, config) as session:
+    ...     result = session.exact_pass(lambda name, gradient: print(name, gradient.shape))
+    layers.0 (4, 8)
+    >>> result.batches
+    1
+    """
 
     def __init__(self, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None, config: Config):
         self.ops = MlxOps()
@@ -53,7 +83,7 @@ class MlxSession:
         self._batches = batches
         self._loss_fn = default_loss if loss_fn is None else loss_fn
         self._config = config
-        self._state: _Entered | None = None
+        self._state: _Entered | None = None  # set inside the `with` block only
 
     @property
     def _entered(self) -> _Entered:
@@ -104,7 +134,7 @@ class MlxSession:
             check_adapter_fits(sites, self._config)
         else:
             with random_stream_kept():
-                attach_lora(self.model, self._config)
+                attach_lora(self.model, self._config, stacklevel=5)
             sites = find_sites(self.model)
         self.layers = [layer for site in sites for layer in site.layers]
         entered = _Entered(

@@ -107,7 +107,7 @@ def last_layers(model: nn.Module, num_layers: int, targets: str | tuple[str, ...
     return paths
 
 
-def warn_of_left_out(model: nn.Module, targets: list[Place]) -> None:
+def warn_of_left_out(model: nn.Module, targets: list[Place], stacklevel: int) -> None:
     """Warn of the weights that multiply activations and get no LoRA.
 
     Embeddings and the output layer are left out on purpose. Gates with one output and depthwise convolutions have no
@@ -130,7 +130,7 @@ def warn_of_left_out(model: nn.Module, targets: list[Place]) -> None:
         f"{shown_names(names)}; linear layers among them can be named in targets, mlx-lm has no LoRA layer for the "
         "others",
         TargetsWarning,
-        stacklevel=2,
+        stacklevel=stacklevel,
     )
 
 

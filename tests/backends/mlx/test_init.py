@@ -14,7 +14,7 @@ from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import lora_one
-from lora_one.backends.mlx import MlxOps, last_layers
+from lora_one.backends.mlx import MlxOps, MlxSession, last_layers
 from lora_one.errors import ZeroGradientWarning
 from tests.backends.mlx.models import (
     LINEAR,
@@ -350,3 +350,20 @@ def test_dora_and_embeddings_are_an_error():
         linear_to_lora_layers(model, 2, {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": keys}, use_dora)
         with pytest.raises(errors.ModelError, match=rf"plain LoRA on linear layers, got:\n.*{kind}"):
             lora_one.init(model, token_batches())
+
+
+def test_a_session_works_inside_its_block_only():
+    session = MlxSession(tiny_llama(), token_batches(), None, EXACT)
+    calls = (
+        lambda session: session.mean_loss(),
+        lambda session: session.like("model.layers.0.self_attn.q_proj"),
+        lambda session: session.sketch_pass({}),
+        lambda session: session.exact_pass(lambda *_: None),
+        lambda session: session.assign("model.layers.0.self_attn.q_proj", None),
+    )
+    with session:
+        assert session.mean_loss().batches == 2
+    for outside in (session, MlxSession(tiny_llama(), token_batches(), None, EXACT)):
+        for call in calls:
+            with pytest.raises(RuntimeError, match="inside `with` only"):
+                call(outside)

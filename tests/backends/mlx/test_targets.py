@@ -12,6 +12,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRALinear
 
 import lora_one
+from lora_one.backends.mlx import attach_plain
 from lora_one.errors import GradientError, ModelError, TargetsWarning
 from tests.backends.mlx.models import (
     VOCABULARY,
@@ -140,6 +141,16 @@ def test_a_subclass_of_linear_that_is_none_is_left_out_or_refused(quantised):
     assert {layer.name.rpartition(".")[2] for layer in report.layers} == {
         "out_proj", "q_proj", "gate_proj", "down_proj", "up_proj",
     }  # fmt: skip
+
+
+def test_the_warning_points_at_the_call():
+    for call in (
+        lambda: lora_one.init(Own(), token_batches(count=1), config=SKETCH),
+        lambda: attach_plain(Own(), SKETCH),
+    ):
+        with pytest.warns(TargetsWarning) as records:
+            call()
+        assert {record.filename for record in records if record.category is TargetsWarning} == {__file__}
 
 
 def test_a_model_without_linear_layers_is_told_what_it_has():
