@@ -23,8 +23,6 @@ FACES = [
 ]
 PENDING = {
     "backends.jax",
-    "conformance",
-    "core",
     "finetune",
 }
 

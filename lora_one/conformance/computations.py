@@ -1,8 +1,8 @@
-"""What the suite computes: every primitive of `Ops` and every step of the spec, and what of each result is defined.
+"""The computations of the suite: every primitive of `Ops` and every step of the spec.
 
 A computation has two halves. `run` is pure array code, executed by the backend under test, eagerly or compiled. `view`
-is executed on the host in float64 and turns what came back into what the mathematics defines: products, projectors and
-singular values, where the columns themselves may rotate.
+is executed on the host in float64, and turns the results into numbers that the mathematics defines: products,
+projectors and singular values instead of columns, which may rotate.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,14 +21,14 @@ View = dict[str, np.ndarray]
 
 
 class Computation(NamedTuple):
-    """A row of the suite.
+    """A computation, and how the suite runs and compares it.
 
     Attributes:
         run: (ops, inputs, params) -> arrays, on the backend.
-        view: (those arrays in float64, inputs, params) -> what is compared, by name.
+        view: (those arrays in float64, inputs, params) -> the numbers to compare, by name.
         exact: whether no rounding is allowed at all.
-        compiled: whether it is also run compiled.
-        optimizer: whether a backend's own optimizer must give the same.
+        compiled: whether it also runs compiled.
+        optimizer: whether a backend's own optimizer must give the same result.
         cast: whether results come back in the dtype of the inputs, also where that is narrow.
     """
 
@@ -40,7 +40,7 @@ class Computation(NamedTuple):
     cast: bool = False
 
 
-def _as_they_are(arrays: Host, inputs: Host, params: Params) -> View:
+def _unchanged(arrays: Host, inputs: Host, params: Params) -> View:
     return {str(index): array for index, array in enumerate(arrays)}
 
 
@@ -76,7 +76,7 @@ def _cholesky_solve(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequen
 
 
 def _indefinite_view(arrays: Host, inputs: Host, params: Params) -> View:
-    """Which matrices of the batch came back as NaN, each as a whole."""
+    """Show which matrices of the batch came back as NaN, and the values of the others."""
     nan = np.isnan(arrays[0])
     return {"NaN": nan.astype(np.float64), "the others": np.where(nan, 0.0, arrays[0])}
 
@@ -84,13 +84,13 @@ def _indefinite_view(arrays: Host, inputs: Host, params: Params) -> View:
 def _reductions(name: str) -> Callable[[Ops, Sequence[Array], Params], Sequence[Array]]:
     def run(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
         reduce, x = getattr(ops, name), inputs[0]
-        return [reduce(x), reduce(x, axis=0), reduce(x, axis=-1), reduce(x, axis=1, keepdims=True)]
+        return [reduce(x), reduce(x, axis=0), reduce(x, axis=-1)]
 
     return run
 
 
 def _narrowed(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
-    """What is computed wide has float32's digits, and the way back is the identity."""
+    """Compute in float32 at least, and narrow the input again: the second result is the input itself."""
     x = inputs[0]
     wide = ops.at_least_float32(x)
     return [wide / 3.0, ops.astype(wide, x.dtype)]
@@ -114,62 +114,62 @@ def _exact(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]
 
 
 def _sketch(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
-    """The spectrum after each number of passes from 2 on; the gradients of a probe are products with G."""
+    """The spectra after 2, 3, ... passes. The gradients of the probes are products with G."""
     gradient, omega = inputs
     state = sketch.start(ops, omega, gradient.shape[0])
-    found: list[Array] = []
+    spectra: list[Array] = []
     for passes in range(1, params["passes"] + 1):
         state = sketch.advance_on(ops, state, gradient)
         if passes >= 2:
-            found.extend(sketch.finish(ops, state, params["rank"]))
-    return found
+            spectra.extend(sketch.finish(ops, state, params["rank"]))
+    return spectra
 
 
 def _sketch_view(arrays: Host, inputs: Host, params: Params) -> View:
     view: View = {}
     size = len(Spectrum._fields)
     for index in range(len(arrays) // size):
-        one = _spectrum_view(arrays[index * size : (index + 1) * size], inputs, params)
-        view.update({f"{index + 2} passes: {name}": value for name, value in one.items()})
+        after_pass = _spectrum_view(arrays[index * size : (index + 1) * size], inputs, params)
+        view.update({f"{index + 2} passes: {name}": value for name, value in after_pass.items()})
     return view
 
 
 def _spectrum_view(arrays: Host, inputs: Host, params: Params) -> View:
-    """What is defined of a spectrum, in units of the largest entry of G, so that no square over- or underflows."""
-    found = Spectrum(*arrays)
+    """The well-defined parts of a spectrum, in units of the largest entry of G: no square over- or underflows."""
+    spectrum = Spectrum(*arrays)
     unit = float(np.max(np.abs(inputs[0]))) or 1.0
-    s, norm = found.s / unit, float(found.norm) / unit
+    s, norm = spectrum.s / unit, float(spectrum.norm) / unit
     view = {
         "S": s,
         "norm": np.array(norm),
-        "best norm": np.array(float(found.best_norm) / unit),
-        # A square root at zero magnifies rounding, its square does not.
-        "norm^2 + unseen^2": np.array(norm**2 + (float(found.unseen) / unit) ** 2),
-        "norm^2 + norm error": np.array(norm**2 + norm * float(found.norm_error) / unit),
-        "U^T U": found.u.T @ found.u,
-        "V^T V": found.vt @ found.vt.T,
+        "best norm": np.array(float(spectrum.best_norm) / unit),
+        # A square root near zero magnifies rounding; its square does not.
+        "norm^2 + unseen^2": np.array(norm**2 + (float(spectrum.unseen) / unit) ** 2),
+        "norm^2 + norm error": np.array(norm**2 + norm * float(spectrum.norm_error) / unit),
+        "U^T U": spectrum.u.T @ spectrum.u,
+        "V^T V": spectrum.vt @ spectrum.vt.T,
     }
     if params["gap"]:
-        view["U S V^T"] = (found.u * s) @ found.vt
+        view["U S V^T"] = (spectrum.u * s) @ spectrum.vt
     if params["signs"]:
-        rows = np.argmax(np.abs(found.u), axis=0)
-        view["signs"] = np.sign(found.u[rows, np.arange(found.u.shape[1])])
+        rows = np.argmax(np.abs(spectrum.u), axis=0)
+        view["signs"] = np.sign(spectrum.u[rows, np.arange(spectrum.u.shape[1])])
     return view
 
 
 def _factors(scale: str) -> Callable[[Ops, Sequence[Array], Params], Sequence[Array]]:
     def run(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
-        found = exact.exact_spectrum(ops, inputs[0], params["rank"])
+        spectrum = exact.exact_spectrum(ops, inputs[0], params["rank"])
         if scale == "normalized":
-            return factors.normalized_factors(ops, found, params["gamma"])
-        return factors.gradient_factors(ops, found, params["eta"])
+            return factors.normalized_factors(ops, spectrum, params["gamma"])
+        return factors.gradient_factors(ops, spectrum, params["eta"])
 
     return run
 
 
 def _product_view(arrays: Host, inputs: Host, params: Params) -> View:
     lora_A, lora_B = arrays
-    # B A is the start; that both sides carry sqrt(S) alike is the other half of the definition.
+    # The definition has two halves: the product B A, and that both factors carry the same share, sqrt(S), of it.
     return {"B A": lora_B @ lora_A, "A A^T": lora_A @ lora_A.T, "B^T B": lora_B.T @ lora_B}
 
 
@@ -178,21 +178,20 @@ def _plain(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]
 
 
 def _precondition(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
-    lora_A, lora_B, of_a, of_b = inputs
-    return precondition.precondition(
-        ops, Factors(lora_A, lora_B), Factors(of_a, of_b), params["reg"], params["damping"]
-    )
+    lora_A, lora_B, gradient_a, gradient_b = inputs
+    pair, gradient = Factors(lora_A, lora_B), Factors(gradient_a, gradient_b)
+    return precondition.precondition(ops, pair, gradient, params["reg"], params["damping"])
 
 
 class Problem(NamedTuple):
-    """A pair to train and its loss: "linear", <of_a, A> + <of_b, B>, or "matching", 1/2 |B A - M|^2."""
+    """A pair to train, and two losses: "linear", <L_A, A> + <L_B, B>, and "matching", 1/2 |B A - M|^2."""
 
     pair: Factors
-    linear: Factors
+    linear: Factors  # (L_A, L_B)
     product: Array  # M, (out, in)
 
     def gradient(self, ops: Ops, pair: Factors, loss: str) -> Factors:
-        """Of the loss at `pair`, in the dtype of the pair."""
+        """The gradient of a loss, "linear" or "matching", at `pair`, in the dtype of the pair."""
         if loss == "linear":
             return self.linear
         residual = ops.matmul(pair.lora_B, pair.lora_A) - self.product  # (out, in)
@@ -203,9 +202,9 @@ class Problem(NamedTuple):
 
 
 def problems(inputs: Sequence[Array]) -> list[Problem]:
-    """The inputs, five arrays each, as problems."""
-    fives = [inputs[i : i + 5] for i in range(0, len(inputs), 5)]
-    return [Problem(Factors(a, b), Factors(of_a, of_b), product) for a, b, of_a, of_b, product in fives]
+    """Group the inputs, five arrays per problem."""
+    groups = [inputs[i : i + 5] for i in range(0, len(inputs), 5)]
+    return [Problem(Factors(a, b), Factors(linear_a, linear_b), m) for a, b, linear_a, linear_b, m in groups]
 
 
 def _descend(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
@@ -218,15 +217,15 @@ def _descend(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Arra
 
 
 def _adamw(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
-    found: list[Array] = []
+    trained: list[Array] = []
     settings = {name: params[name] for name in ("weight_decay", "reg", "damping")}
     for problem in problems(inputs):
         pair, state = problem.pair, step.start_pair(ops, problem.pair)
         for _ in range(params["steps"]):
             gradient = problem.gradient(ops, pair, params["loss"])
             pair, state = step.adamw(ops, pair, gradient, state, params["rate"], **settings)
-        found.extend(pair)
-    return found
+        trained.extend(pair)
+    return trained
 
 
 def _alignment(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
@@ -243,34 +242,34 @@ def _alignment_view(arrays: Host, inputs: Host, params: Params) -> View:
 
 
 COMPUTATIONS: dict[str, Computation] = {
-    "asarray, to_numpy": Computation(lambda ops, xs, p: list(xs), _as_they_are, exact=True),
-    "astype, at_least_float32": Computation(_narrowed, _as_they_are),
-    "matmul": Computation(lambda ops, xs, p: [ops.matmul(*xs)], _as_they_are),
-    "matrix_transpose": Computation(lambda ops, xs, p: [ops.matrix_transpose(xs[0])], _as_they_are, exact=True),
+    "asarray, to_numpy": Computation(lambda ops, xs, p: list(xs), _unchanged, exact=True),
+    "astype, at_least_float32": Computation(_narrowed, _unchanged),
+    "matmul": Computation(lambda ops, xs, p: [ops.matmul(*xs)], _unchanged),
+    "matrix_transpose": Computation(lambda ops, xs, p: [ops.matrix_transpose(xs[0])], _unchanged, exact=True),
     "qr": Computation(_qr, _qr_view),
     "svd": Computation(_svd, _svd_view),
-    "svdvals": Computation(lambda ops, xs, p: [ops.svdvals(xs[0])], _as_they_are),
-    "cholesky_solve": Computation(_cholesky_solve, _as_they_are),
+    "svdvals": Computation(lambda ops, xs, p: [ops.svdvals(xs[0])], _unchanged),
+    "cholesky_solve": Computation(_cholesky_solve, _unchanged),
     "cholesky_solve, not definite": Computation(_cholesky_solve, _indefinite_view),
-    "eye": Computation(lambda ops, xs, p: [ops.eye(n, like=xs[0]) for n in (1, 5)], _as_they_are, exact=True),
+    "eye": Computation(lambda ops, xs, p: [ops.eye(n, like=xs[0]) for n in (1, 5)], _unchanged, exact=True),
     "zeros": Computation(
-        lambda ops, xs, p: [ops.zeros(shape, like=xs[0]) for shape in ((), (3,), (2, 4))], _as_they_are, exact=True
+        lambda ops, xs, p: [ops.zeros(shape, like=xs[0]) for shape in ((), (3,), (2, 4))], _unchanged, exact=True
     ),
-    "eps": Computation(lambda ops, xs, p: [xs[0] * ops.eps(xs[0])], _as_they_are, exact=True),
-    "sqrt": Computation(lambda ops, xs, p: [ops.sqrt(xs[0])], _as_they_are),
-    "sum": Computation(_reductions("sum"), _as_they_are),
-    "max": Computation(_reductions("max"), _as_they_are, exact=True),
-    "isfinite, comparisons": Computation(_comparison, _as_they_are, exact=True),
-    "concat": Computation(lambda ops, xs, p: [ops.concat(xs, axis=axis) for axis in (0, 1)], _as_they_are, exact=True),
-    "stack": Computation(lambda ops, xs, p: [ops.stack(xs, axis=axis) for axis in (0, 1)], _as_they_are, exact=True),
-    "omega": Computation(_omega, _as_they_are),
+    "eps": Computation(lambda ops, xs, p: [xs[0] * ops.eps(xs[0])], _unchanged, exact=True),
+    "sqrt": Computation(lambda ops, xs, p: [ops.sqrt(xs[0])], _unchanged),
+    "sum": Computation(_reductions("sum"), _unchanged),
+    "max": Computation(_reductions("max"), _unchanged, exact=True),
+    "isfinite, comparisons": Computation(_comparison, _unchanged, exact=True),
+    "concat": Computation(lambda ops, xs, p: [ops.concat(xs, axis=axis) for axis in (0, 1)], _unchanged, exact=True),
+    "stack": Computation(lambda ops, xs, p: [ops.stack(xs, axis=axis) for axis in (0, 1)], _unchanged, exact=True),
+    "omega": Computation(_omega, _unchanged),
     "exact spectrum": Computation(_exact, _spectrum_view, compiled=True),
     "sketch, after each pass": Computation(_sketch, _sketch_view, compiled=True),
     "factors, normalized": Computation(_factors("normalized"), _product_view, compiled=True),
     "factors, gradient": Computation(_factors("gradient"), _product_view),
-    "factors, plain": Computation(_plain, _as_they_are),
-    "precondition": Computation(_precondition, _as_they_are, compiled=True),
-    "gradient descent": Computation(_descend, _as_they_are, compiled=True, cast=True),
-    "AdamW": Computation(_adamw, _as_they_are, compiled=True, optimizer=True, cast=True),
+    "factors, plain": Computation(_plain, _unchanged),
+    "precondition": Computation(_precondition, _unchanged, compiled=True),
+    "gradient descent": Computation(_descend, _unchanged, compiled=True, cast=True),
+    "AdamW": Computation(_adamw, _unchanged, compiled=True, optimizer=True, cast=True),
     "alignment": Computation(_alignment, _alignment_view),
 }

@@ -10,17 +10,29 @@ from lora_one.environment import installed_versions
 from .suite import Result
 from .vectors import VERSION
 
-# Those that the results depend on.
+# The packages that the results depend on.
 _PACKAGES = ("lora-one", "numpy", "torch", "jax", "jaxlib", "optax", "mlx")
 
 
 @dataclass(frozen=True)
 class Conformance:
-    """What the suite found.
+    """The results of a run of the suite, from `check_backend` or `check_installed`.
+
+    Print it to see a table per dtype, each failure and a verdict. Read `passed` in a test, and write `to_dict()` to a
+    JSON file to keep the numbers together with the machine and the versions they belong to.
 
     Attributes:
-        results: one for each check that applied, backend and dtype.
-        notes: what a reader should know about a backend's results.
+        results: one `Result` per check that applied, backend and dtype.
+        notes: sentences that readers of the results should know, per backend. Default: none.
+        versions: the installed versions of the packages that the results depend on. Default: read when it is made.
+
+    Example:
+        >>> from lora_one import conformance
+        >>> results = conformance.check_installed("numpy", dtype="float32")
+        >>> results.passed, len(results.results), results.failures
+        (True, 28, [])
+        >>> sorted(results.to_dict())
+        ['machine', 'notes', 'passed', 'results', 'vectors', 'verdict', 'versions']
     """
 
     results: Sequence[Result]
@@ -29,17 +41,17 @@ class Conformance:
 
     @property
     def passed(self) -> bool:
-        """Whether everything is within its tolerance, and there was something to run."""
+        """Return whether there were checks to run and all of them are within their tolerances."""
         return bool(self.results) and not self.failures
 
     @property
     def failures(self) -> list[Result]:
-        """What is not."""
+        """The results that are not within their tolerances."""
         return [result for result in self.results if not result.passed]
 
     @property
     def verdict(self) -> str:
-        """One line."""
+        """The outcome in one line."""
         if not self.results:
             return "Nothing was run."
         backends = ", ".join(dict.fromkeys(f"{r.backend} on {r.device}" for r in self.results))
@@ -48,7 +60,7 @@ class Conformance:
         return f"{len(self.failures)} of {len(self.results)} checks are off: {backends}."
 
     def explain_failures(self) -> str:
-        """A line for each failure: what, where, got, allowed."""
+        """Describe each failure in one line: what, where, got, allowed."""
         return "\n".join(
             f"{r.check} on {r.backend} in {r.dtype}, {r.where}: "
             + (r.failure or f"relative error {r.error:.1e}, allowed {r.tolerance:.1e}")
@@ -56,15 +68,15 @@ class Conformance:
         )
 
     def rows(self, dtype: str) -> tuple[list[str], list[tuple[str, list[Result | None]]]]:
-        """The table of a dtype: backends, and for each check the result on each of them."""
-        mine = [result for result in self.results if result.dtype == dtype]
-        backends = list(dict.fromkeys(result.backend for result in mine))
-        found = {(result.check, result.backend): result for result in mine}
-        names = dict.fromkeys(result.check for result in mine)
-        return backends, [(name, [found.get((name, backend)) for backend in backends]) for name in names]
+        """The table of a dtype: its backends, and per check its name and the result on each backend."""
+        results = [result for result in self.results if result.dtype == dtype]
+        backends = list(dict.fromkeys(result.backend for result in results))
+        cells = {(result.check, result.backend): result for result in results}
+        names = dict.fromkeys(result.check for result in results)
+        return backends, [(name, [cells.get((name, backend)) for backend in backends]) for name in names]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """The results as plain data, for JSON."""
         return {
             "passed": self.passed,
             "verdict": self.verdict,
@@ -94,7 +106,7 @@ class Conformance:
 
 
 def cell(result: Result | None) -> str:
-    """A result in a table: error / tolerance."""
+    """Format a result for a table: error / tolerance."""
     if result is None:
         return ""
     if result.failure:

@@ -1,4 +1,4 @@
-"""Runs the computations on a target and compares them with the vectors."""
+"""Run the computations on a target and compare the results with the vectors."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,17 +12,25 @@ from .computations import COMPUTATIONS, Computation, problems
 from .target import Target
 from .vectors import EPS, Vector, read_vectors
 
-# A result may be this many times further off than the worst of the draws that its amplification was measured with.
+# The amplification is the worst of a few random draws: a result may be this many times further off.
 SAFETY = 4.0
-NARROW_ROUNDING = 2.0**-8  # of bfloat16, to nearest
+NARROW_ROUNDING = 2.0**-8  # relative error of rounding to the nearest bfloat16
 
 
 @dataclass(frozen=True)
 class Check:
-    """A row: a computation, run eagerly, compiled, or by the backend's own optimizer.
+    """A row of the table: one computation in one mode of execution.
+
+    `checks()` lists all rows. `applies` says which of them a target can run, and `run` gives the `Result`. Use them
+    when each row is to be a test of its own.
 
     Attributes:
-        mode: "eager", "compiled" or "optimizer".
+        computation: the name of the computation, for example "qr" or "AdamW".
+        mode: "eager", "compiled", or "optimizer" (the backend's own optimizer instead of the spec's).
+
+    Example:
+        >>> [check.name for check in checks() if check.computation == "AdamW"]
+        ['AdamW', 'AdamW, compiled', 'AdamW, optimizer']
     """
 
     computation: str
@@ -30,19 +38,34 @@ class Check:
 
     @property
     def name(self) -> str:
-        """As the table has it."""
+        """The name of the row in the table."""
         return self.computation if self.mode == "eager" else f"{self.computation}, {self.mode}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a target came to in a check.
+    """The result of a check on a target: the worst of all its cases.
+
+    The worst is the error that is largest in units of its tolerance. `passed` says whether it is within the tolerance,
+    and `where` says which case and which part of the result it belongs to.
 
     Attributes:
-        error: relative to the largest entry of the answer: the one that is largest over its tolerance.
-        tolerance: of that one.
-        where: its case and what of the result it is.
-        failure: an exception instead of a number.
+        check: name of the check.
+        backend: name of the target.
+        device: its device.
+        dtype: dtype of the inputs.
+        error: the worst error, relative to the largest entry of the answer.
+        tolerance: the tolerance of that error.
+        where: "case: part of the result".
+        failure: the exception that the backend raised, as text. Default "": it raised none.
+
+    Example:
+        >>> import numpy as np
+        >>> from lora_one.backends.numpy import NumpyOps
+        >>> target = Target("mine", "float64", NumpyOps(), like=np.zeros((), np.float64))
+        >>> result = run(Check("matmul", "eager"), target)
+        >>> result.passed, result.error <= result.tolerance
+        (True, True)
     """
 
     check: str
@@ -56,12 +79,23 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Within the tolerance."""
+        """Return whether the error is within the tolerance."""
         return not self.failure and self.error <= self.tolerance
 
 
 def checks() -> list[Check]:
-    """All rows, in the order of the table."""
+    """List all checks, in the order of the table.
+
+    Use it with `applies` and `run` to make each check a test of its own.
+
+    Returns:
+        First every computation run eagerly, then those that also run compiled, then those that a backend's own
+        optimizer must reproduce.
+
+    Example:
+        >>> len(checks()), checks()[0]
+        (35, Check(computation='asarray, to_numpy', mode='eager'))
+    """
     eager = [Check(name, "eager") for name in COMPUTATIONS]
     compiled = [Check(name, "compiled") for name, c in COMPUTATIONS.items() if c.compiled]
     optimizers = [Check(name, "optimizer") for name, c in COMPUTATIONS.items() if c.optimizer]
@@ -69,27 +103,59 @@ def checks() -> list[Check]:
 
 
 def applies(check: Check, target: Target) -> bool:
-    """Whether the target has anything to run for a check."""
+    """Return whether a target has anything to run for a check.
+
+    Use it to leave out checks before `run`: a check that does not apply fails there. Compiled checks need
+    `target.compile`, optimizer checks need `target.train`, and few checks have inputs for bfloat16.
+
+    Args:
+        check: one of `checks()`.
+        target: the backend, device and dtype.
+
+    Example:
+        >>> import numpy as np
+        >>> from lora_one.backends.numpy import NumpyOps
+        >>> target = Target("mine", "float32", NumpyOps(), like=np.zeros((), np.float32))
+        >>> applies(Check("AdamW", "eager"), target), applies(Check("AdamW", "compiled"), target)
+        (True, False)
+    """
     if check.mode == "compiled" and (target.compile is None or target.dtype == "bfloat16"):
         return False
     return not (check.mode == "optimizer" and target.train is None) and any(_vectors(check, target))
 
 
 def run(check: Check, target: Target) -> Result:
-    """The worst of a check's cases on a target. What the backend raises is a failure and no exception."""
+    """Run all cases of a check on a target, and return the worst result.
+
+    Use it for single checks; `check_backend` runs all of them. An exception in the backend becomes the `failure` of the
+    result. A check that has nothing to run on this target fails too, because nothing was checked.
+
+    Args:
+        check: one of `checks()`.
+        target: the backend, device and dtype.
+
+    Example:
+        >>> import numpy as np
+        >>> from lora_one.backends.numpy import NumpyOps
+        >>> target = Target("mine", "float32", NumpyOps(), like=np.zeros((), np.float32))
+        >>> run(Check("matrix_transpose", "eager"), target).error
+        0.0
+        >>> run(Check("AdamW", "compiled"), target).failure
+        'the target has nothing to run for this check'
+    """
     worst = Result(check.name, target.name, target.device, target.dtype, 0.0, 0.0, "")
-    if not applies(check, target):  # nothing run is no pass
+    if not applies(check, target):
         return _result(worst, np.inf, 0.0, "", "the target has nothing to run for this check")
     with target.scope():
         for vector in _vectors(check, target):
             try:
                 compared = list(_compare(check, vector, target))
-            except Exception as error:
-                failure = f"{type(error).__name__}: {error}".split("\n")[0]
+            except Exception as raised:
+                failure = f"{type(raised).__name__}: {raised}".split("\n")[0]
                 return _result(worst, np.inf, 0.0, vector.name, failure)
-            for name, off, allowed in compared:
-                if _badness(off, allowed) >= _badness(worst.error, worst.tolerance):
-                    worst = _result(worst, off, allowed, f"{vector.name}: {name}")
+            for name, error, tolerance in compared:
+                if _badness(error, tolerance) >= _badness(worst.error, worst.tolerance):
+                    worst = _result(worst, error, tolerance, f"{vector.name}: {name}")
     return worst
 
 
@@ -101,7 +167,7 @@ def _vectors(check: Check, target: Target) -> Iterator[Vector]:
 
 
 def _compare(check: Check, vector: Vector, target: Target) -> Iterator[tuple[str, float, float]]:
-    """(what, relative error, tolerance) of everything that is defined of a result."""
+    """Yield (name, relative error, tolerance) of each part of a result."""
     computation = COMPUTATIONS[check.computation]
     inputs = [target.ops.asarray(x, like=target.like) for x in vector.inputs]
     arrays = _execute(check, computation, vector, inputs, target)
@@ -135,7 +201,7 @@ def _execute(
 
 
 def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
-    """The largest error over the largest entry expected; where that is zero, the error itself. NaN is wrong."""
+    """The largest error, relative to the largest expected entry, or absolute if that is 0. An unexpected NaN is inf."""
     if got.shape != expected.shape:
         return np.inf
     same = (got == expected) | (np.isnan(got) & np.isnan(expected))
@@ -148,7 +214,7 @@ def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _badness(error: float, tolerance: float) -> float:
-    """Error over tolerance, for ordering; with no tolerance, any error is infinitely bad."""
+    """Error over tolerance, to sort results by. Without a tolerance, any error is infinitely bad."""
     if error <= 0.0:
         return 0.0
     return error / tolerance if tolerance > 0.0 else np.inf

@@ -1,6 +1,6 @@
 """The committed inputs and float64 answers, in one safetensors file.
 
-`python -m lora_one.conformance.making.generate` makes it.
+Make it again by `python -m lora_one.conformance.making.generate`.
 """
 
 import json
@@ -11,17 +11,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import safe_open
 
-VERSION = 1  # of the file; a change of the spec or of the cases is a new one
+VERSION = 1  # version of the file; a change of the spec or of the cases needs a new one
 FILE = Path(__file__).parent / "vectors.safetensors"
-EPS = {"float32": 2.0**-23, "float64": 2.0**-52}  # of the working precisions
+EPS = {"float32": 2.0**-23, "float64": 2.0**-52}  # eps of the working precisions
 
 
 class Answer(NamedTuple):
-    """What a computation must give, and how far rounding may take it.
+    """The right result of a computation, and how much rounding may change it.
 
     Attributes:
-        value: float64.
-        amplification: error of the result over the eps of the arithmetic: see `noise`. Relative to the largest entry.
+        value: the result, float64.
+        amplification: error of the result, relative to its largest entry, over the eps of the arithmetic (see
+            `making.noise`).
     """
 
     value: np.ndarray
@@ -32,7 +33,8 @@ class Vector(NamedTuple):
     """A case with its answers.
 
     Attributes:
-        answers: working precision ("float32", "float64") -> name -> answer. They differ where the spec damps by eps.
+        answers: working precision ("float32", "float64") -> name -> answer. The two differ where the spec adds a
+            multiple of eps.
     """
 
     computation: str
@@ -46,7 +48,7 @@ class Vector(NamedTuple):
 
 @lru_cache
 def read_vectors() -> tuple[Vector, ...]:
-    """All vectors, in the order of the suite."""
+    """Read all vectors, in the order of the suite."""
     with safe_open(FILE, framework="numpy") as file:
         entries = json.loads(file.metadata()["vectors"])
         arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -55,9 +57,9 @@ def read_vectors() -> tuple[Vector, ...]:
 
 def _vector(entry: dict[str, Any], arrays: dict[str, np.ndarray]) -> Vector:
     answers = {
-        dtype: {name: Answer(arrays[key], amplification) for name, (key, amplification) in found.items()}
-        for dtype, found in entry["answers"].items()
+        dtype: {name: Answer(arrays[key], amplification) for name, (key, amplification) in by_name.items()}
+        for dtype, by_name in entry["answers"].items()
     }
     inputs = [arrays[key] for key in entry["inputs"]]
-    plain = {name: entry[name] for name in ("computation", "name", "params", "narrow", "compiled")}
-    return Vector(inputs=inputs, answers=answers, **plain)
+    fields = {name: entry[name] for name in ("computation", "name", "params", "narrow", "compiled")}
+    return Vector(inputs=inputs, answers=answers, **fields)

@@ -1,6 +1,6 @@
 """The algorithm: gradient -> SVD -> factors -> preconditioned step.
 
-Pure functions on arrays. Each takes `ops`, the abstract array interface of `lora_one.core.ops`, first; none imports a
-framework or holds state, and none but those of `krylov` looks at a value to decide what to do, so all others run under
-`jax.jit`.
+The functions here are pure functions of arrays. They take `ops`, the array interface of `lora_one.core.ops`, as first
+argument; none imports a framework or holds state. All of them run under `jax.jit`, with one exception: for a large
+gradient, `krylov` and `exact` look at values to decide when to stop.
 """

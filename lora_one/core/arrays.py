@@ -4,21 +4,21 @@ from .ops import Array, Ops
 
 
 def largest_entry(ops: Ops, x: Array) -> Array:
-    """In magnitude, of each matrix: (..., m, n) -> (...)."""
+    """The largest magnitude in each matrix: (..., m, n) -> (...)."""
     return ops.max(ops.max(abs(x), axis=-1), axis=-1)
 
 
 def diagonal(ops: Ops, x: Array, identity: Array) -> Array:
-    """Of each matrix: (..., n, n) -> (..., n).
+    """The diagonal of each matrix: (..., n, n) -> (..., n).
 
     Args:
-        identity: `ops.eye`, (n, n), which who takes a diagonal mostly has.
+        identity: `ops.eye(n)`, (n, n). Callers that need a diagonal mostly have it already.
     """
     return ops.sum(x * identity, axis=-1)
 
 
 def sum_of_squares(ops: Ops, x: Array, axes: int = 2) -> Array:
-    """Over the last one or two axes: of rows first, since one long sum in float32 loses digits."""
+    """Sum x^2 over the last one or two axes. Rows go first: one long sum in float32 loses digits."""
     total = x * x
     for _ in range(axes):
         total = ops.sum(total, axis=-1)
@@ -39,25 +39,27 @@ def thin_svd(ops: Ops, x: Array) -> tuple[Array, Array, Array]:
 
 
 def vector_norm(ops: Ops, s: Array) -> Array:
-    """The 2-norm of s, (p,), without squaring numbers that are too small or too large for it."""
+    """The 2-norm of s >= 0, (..., p) -> (...), without squares that overflow or underflow."""
     scale = ops.max(s, axis=-1)
     return scale * ops.sqrt(sum_of_squares(ops, s / nonzero(ops, scale)[..., None], axes=1))
 
 
 def nonzero(ops: Ops, x: Array) -> Array:
-    """x >= 0, with 1 where it is 0: a divisor."""
+    """Replace 0 by 1 in x >= 0, so that one can divide by the result."""
     return x + ops.astype(x == 0, x.dtype)
 
 
 def at_least_zero(ops: Ops, x: Array) -> Array:
+    """The larger of x and 0, entry by entry."""
     return (x + abs(x)) / 2.0
 
 
 def smaller(ops: Ops, x: Array, y: Array) -> Array:
+    """The smaller of x and y, entry by entry."""
     return -ops.max(ops.stack([-x, -y]), axis=0)
 
 
-def split_by_projection(ops: Ops, x: Array, known: Array) -> tuple[Array, Array]:
-    """x, (n, k), less its projection on the orthonormal `known`, (n, K), and the coordinates of that, (K, k)."""
-    coordinates = ops.matmul(ops.matrix_transpose(known), x)
-    return x - ops.matmul(known, coordinates), coordinates
+def split_by_projection(ops: Ops, x: Array, basis: Array) -> tuple[Array, Array]:
+    """Split x, (n, k), by an orthonormal basis Q, (n, K): x - Q Q^T x, (n, k), and the coordinates Q^T x, (K, k)."""
+    coordinates = ops.matmul(ops.matrix_transpose(basis), x)
+    return x - ops.matmul(basis, coordinates), coordinates

@@ -12,17 +12,15 @@ from .spectrum import Spectrum, fully_seen, of_descent
 from .stacking import stack_of, stacked, unstacked
 
 EXACT_OVERSAMPLE = 8  # columns beyond the rank in the products with a G in memory
-
-
-MIN_UNCANCELLED_SHARE = 0.01  # of ||G||^2 left of what it is summed from: in float32, five digits
+MIN_UNCANCELLED_SHARE = 0.01  # of ||G||^2, for `norm_of_rows` to be used: leaves five digits in float32
 
 
 def exact_spectrum(ops: Ops, gradient: Gradient, rank: int) -> Spectrum:
     """The `rank` leading singular triplets of -G, as exact as a dense SVD.
 
-    Of a large G by products with it, until what it and the triplets disagree by is down to the rounding error that
-    LAPACK's triplets have too; where that takes too many directions, and where G is small, by the dense SVD. The
-    products are counted at run time: of a large G this cannot be traced.
+    A small G is decomposed by the dense SVD. A large one is multiplied with blocks of vectors until the triplets fit G
+    to within the rounding error of LAPACK's own triplets; if that needs too many directions, the dense SVD follows.
+    How many products are made depends on the values, so for a large G this function cannot be traced.
 
     Args:
         gradient: G = dL/dW, (out, in), float32 or wider.
@@ -32,53 +30,53 @@ def exact_spectrum(ops: Ops, gradient: Gradient, rank: int) -> Spectrum:
 
 
 def exact_spectra(ops: Ops, gradients: Sequence[Gradient], rank: int) -> list[Spectrum]:
-    """`exact_spectrum` of matrices of one shape and dtype, together."""
+    """Do what `exact_spectrum` does for several matrices of one shape and dtype together."""
     if isinstance(gradients[0], RowProduct):
         return [_exact_of_rows(ops, g, rank) for g in gradients]
-    found = _leading_triplets(ops, gradients, rank)
+    attempts = _leading_triplets(ops, gradients, rank)
     spectra: dict[int, Spectrum] = {}
-    done = {i: triplets for i, triplets in enumerate(found) if triplets is not None}
-    if done:
-        norms = [frobenius_norm(ops, gradients[i], nonzero(ops, triplets.s[0])) for i, triplets in done.items()]
-        some = _of_triplets(ops, stack_of(ops, list(done.values())), stacked(ops, norms))
-        spectra |= zip(done, unstacked(some, len(done)), strict=True)
-    rest = [i for i in range(len(found)) if i not in done]
-    if rest:
-        u, s, vt = thin_svd(ops, stacked(ops, [gradients[i] for i in rest]))
-        some = of_descent(ops, fully_seen(ops, u, s, vt, rank))
-        spectra |= zip(rest, unstacked(some, len(rest)), strict=True)
-    return [spectra[i] for i in range(len(found))]
+    converged = {i: triplets for i, triplets in enumerate(attempts) if triplets is not None}
+    if converged:
+        norms = [frobenius_norm(ops, gradients[i], nonzero(ops, triplets.s[0])) for i, triplets in converged.items()]
+        stack = _of_triplets(ops, stack_of(ops, list(converged.values())), stacked(ops, norms))
+        spectra |= zip(converged, unstacked(stack, len(converged)), strict=True)
+    remaining = [i for i in range(len(attempts)) if i not in converged]
+    if remaining:
+        u, s, vt = thin_svd(ops, stacked(ops, [gradients[i] for i in remaining]))
+        stack = of_descent(ops, fully_seen(ops, u, s, vt, rank))
+        spectra |= zip(remaining, unstacked(stack, len(remaining)), strict=True)
+    return [spectra[i] for i in range(len(attempts))]
 
 
 def _exact_of_rows(ops: Ops, gradient: RowProduct, rank: int) -> Spectrum:
     norm, share = norm_of_rows(ops, gradient)
     cancels = ops.to_numpy(share) < MIN_UNCANCELLED_SHARE
-    [found] = [None] if cancels else _leading_triplets(ops, [gradient], rank)
-    if found is None:
+    [triplets] = [None] if cancels else _leading_triplets(ops, [gradient], rank)
+    if triplets is None:
         return exact_spectrum(ops, as_matrix(ops, gradient), rank)
-    return _of_triplets(ops, found, norm)
+    return _of_triplets(ops, triplets, norm)
 
 
 class Plan(NamedTuple):
-    """How the leading triplets of a G in memory are looked for: by products with blocks of vectors."""
+    """How to search for the leading triplets of a G in memory by products with blocks of vectors."""
 
     width: int  # columns of a block
-    limit: int  # directions, from where on the dense SVD is the faster one
+    limit: int  # number of directions beyond which the dense SVD is faster
 
 
 def plan(shape: tuple[int, int], rank: int) -> Plan | None:
-    """The plan for a G, (out, in), or None where the dense SVD is faster from the start."""
+    """Return the plan for a G of shape (out, in), or None where the dense SVD is faster from the start."""
     width, limit = rank + EXACT_OVERSAMPLE, min(shape) // 4
     return Plan(width, limit) if 3 * width <= limit else None
 
 
 def _leading_triplets(ops: Ops, gradients: Sequence[Gradient], rank: int) -> list[Triplets | None]:
-    found = plan(gradients[0].shape, rank)
-    if found is None:
+    search = plan(gradients[0].shape, rank)
+    if search is None:
         return [None] * len(gradients)
-    omega = draw_omega(0, "exact", gradients[0].shape[1], found.width)
+    omega = draw_omega(0, "exact", gradients[0].shape[1], search.width)
     like = arrays_of(gradients[0])[0]
-    return leading_triplets(ops, gradients, ops.asarray(omega, like=like), rank, found.limit)
+    return leading_triplets(ops, gradients, ops.asarray(omega, like=like), rank, search.limit)
 
 
 def _of_triplets(ops: Ops, triplets: Triplets, norm: Array) -> Spectrum:

@@ -17,12 +17,12 @@ class Factors(NamedTuple):
 def normalized_factors(ops: Ops, spectrum: Spectrum, gamma: float) -> Factors:
     """B0 = U diag(q) / sqrt(gamma), A0 = diag(q) V^T / sqrt(gamma), with q_i = sqrt(S_i / S_1).
 
-    So scaling * B0 A0 is one step of spectral norm scaling / gamma along the best rank-r part of -G (LoRA-One, arXiv
-    2502.01235, the initialisation of its Algorithm 1 as the LLM experiments run it). It does not depend on the scale of
-    the gradient.
+    So scaling * B0 A0 is one step of spectral norm scaling / gamma along the best rank-r part of -G. It does not depend
+    on the scale of the gradient. (LoRA-One, arXiv 2502.01235: the initialisation of its Algorithm 1, in the form that
+    the paper's LLM experiments run.)
 
     Args:
-        spectrum: of -G, with S_1 > 0.
+        spectrum: the spectrum of -G, with S_1 > 0.
         gamma: > 0; the larger, the smaller the step.
     """
     # The authors' README prints Diag(S) here; their code takes sqrt(S / S_1), as below. Their names are also swapped
@@ -40,11 +40,11 @@ def gradient_factors(ops: Ops, spectrum: Spectrum, eta: float) -> Factors:
 
 
 def plain_factors(ops: Ops, omega: Array, rank: int, out_features: int) -> Factors:
-    """LoRA's own start, for a layer whose gradient is zero: A Gaussian, B zero.
+    """A Gaussian, B = 0: the usual start of LoRA, for a layer whose gradient is zero.
 
     Args:
-        omega: the layer's test matrix, (in, k), k >= rank. A gets the variance 1 / (3 in) of PEFT's Kaiming-uniform
-            start.
+        omega: the layer's test matrix, (in, k), k >= rank. Its first columns become A, scaled to variance 1 / (3 in):
+            that of PEFT's Kaiming-uniform start.
     """
     in_features = omega.shape[0]
     lora_A = ops.matrix_transpose(omega[:, :rank]) / math.sqrt(3.0 * in_features)  # (r, in)

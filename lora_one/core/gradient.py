@@ -1,23 +1,23 @@
-"""The gradient G of a weight, (out, in): a matrix, or the product that a backward pass has of it."""
+"""The gradient G of a weight, (out, in): a matrix, or two factors of it that a backward pass has anyway."""
 
 from typing import NamedTuple
 
 from .arrays import sum_of_squares
 from .ops import Array, Ops
 
-UNIT_OF_ZERO = 1e-30  # a unit where all entries are zero
-ENTRIES_AT_ONCE = 2**21  # of G, in a copy, which must not fill the memory
+UNIT_OF_ZERO = 1e-30  # the unit of measure where all entries are zero
+ENTRIES_AT_ONCE = 2**21  # entries of G per copy, so that a copy does not fill the memory
 
 
 class RowProduct(NamedTuple):
-    """G = dy^T x, a sum over T tokens, not multiplied out."""
+    """G = dy^T x, a sum over T tokens, kept as its two factors."""
 
     dy: Array  # (T, out), dL/dy
     x: Array  # (T, in)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)"""
+        """The shape of G, (out, in)."""
         return self.dy.shape[1], self.x.shape[1]
 
     @property
@@ -27,7 +27,7 @@ class RowProduct(NamedTuple):
 
 
 def rows_are_smaller(tokens: int, out_features: int, in_features: int) -> bool:
-    """Whether dy and x have fewer entries than G: then a product with G also costs less by way of them."""
+    """Return whether dy and x have fewer entries than G. If so, a product with G is also cheaper through them."""
     return tokens * (out_features + in_features) < out_features * in_features
 
 
@@ -35,12 +35,12 @@ Gradient = Array | RowProduct
 
 
 def arrays_of(g: Gradient) -> tuple[Array, ...]:
-    """The arrays that hold G."""
+    """Return the arrays that G is stored in."""
     return tuple(g) if isinstance(g, RowProduct) else (g,)
 
 
 def as_matrix(ops: Ops, g: Gradient) -> Array:
-    """G, (out, in)."""
+    """G as one matrix, (out, in)."""
     return ops.matmul(ops.matrix_transpose(g.dy), g.x) if isinstance(g, RowProduct) else g
 
 
@@ -59,7 +59,7 @@ def transposed_times(ops: Ops, g: Gradient, q: Array) -> Array:
 
 
 def frobenius_norm(ops: Ops, g: Array, scale: Array) -> Array:
-    """||G||_F, (), by way of numbers in units of `scale`, (), whose squares must not overflow."""
+    """Return ||G||_F, (), computed in units of `scale`, (), so that squares do not overflow."""
     rows = max(1, ENTRIES_AT_ONCE // g.shape[1])
     total = ops.zeros((), like=g)
     for i in range(0, g.shape[0], rows):
@@ -68,15 +68,15 @@ def frobenius_norm(ops: Ops, g: Array, scale: Array) -> Array:
 
 
 def norm_of_rows(ops: Ops, g: RowProduct) -> tuple[Array, Array]:
-    """||G||_F, (), and how little of it cancels: ||G||_F^2 over the sum of the magnitudes that it is summed from.
+    """Return ||G||_F, (), from the factors, and the share of it that does not cancel, ().
 
-    ||dy^T x||_F^2 is the sum of the entries of dy dy^T times those of x x^T. Where what the rows have in common
-    cancels, rounding is as large as what is left: the share says whether to believe it.
+    ||dy^T x||_F^2 is the sum of the entries of dy dy^T times those of x x^T. The share is this sum over the sum of the
+    terms' magnitudes. Where it is tiny, the terms cancel and rounding is as large as the result: do not trust the norm.
     """
-    # Units: neither factor need be of the size of their product.
-    of_dy, of_x = (ops.max(abs(y)) + UNIT_OF_ZERO for y in g)
-    dy, x = g.dy / of_dy, g.x / of_x
+    # Each factor has its own unit: only their product need be of ordinary size.
+    unit_dy, unit_x = (ops.max(abs(y)) + UNIT_OF_ZERO for y in g)
+    dy, x = g.dy / unit_dy, g.x / unit_x
     terms = ops.matmul(dy, ops.matrix_transpose(dy)) * ops.matmul(x, ops.matrix_transpose(x))  # (T, T)
     total, magnitudes = (ops.sum(ops.sum(part, axis=1)) for part in (terms, abs(terms)))
-    total = (total + abs(total)) / 2.0  # rounding may leave less than nothing
-    return of_dy * of_x * ops.sqrt(total), total / (magnitudes + UNIT_OF_ZERO)
+    total = (total + abs(total)) / 2.0  # rounding may make it negative
+    return unit_dy * unit_x * ops.sqrt(total), total / (magnitudes + UNIT_OF_ZERO)

@@ -1,4 +1,4 @@
-"""The random directions that a sketch begins with."""
+"""The random directions that a sketch starts from."""
 
 import hashlib
 
@@ -6,9 +6,10 @@ import numpy as np
 
 
 def draw_omega(seed: int, layer: str, in_features: int, columns: int) -> np.ndarray:
-    """The Gaussian test matrix of a layer, (in, k), float64: the same on every framework, machine and layer order.
+    """Draw the Gaussian test matrix of a layer, (in, k), float64: the same on every framework and machine.
 
-    NumPy's Philox, keyed by a hash of (seed, layer), so that no layer's draw depends on which others there are.
+    The generator is NumPy's Philox, keyed by a hash of (seed, layer). So a layer's matrix does not depend on which
+    other layers there are, or in which order they are drawn.
     """
     key = hashlib.blake2b(f"{seed}/{layer}".encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.Philox(key=np.frombuffer(key, dtype=np.uint64)))

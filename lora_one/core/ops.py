@@ -1,9 +1,9 @@
-"""The abstract array interface that `core` is written against.
+"""The array interface that `core` is written against.
 
-A backend is one object with these methods. Arrays themselves bring arithmetic (`+ - * /`, comparisons), `abs`,
-basic slicing, `.shape` and `.dtype`; everything else goes through `Ops`. Names are those of the Python array API
-standard where it has one. The standard's own namespace is not enough: MLX has no thin SVD and no QR mode, and its
-decompositions run on a CPU stream only.
+A backend is one object with the methods of `Ops`. The arrays themselves bring arithmetic (`+ - * /`, comparisons),
+`abs`, basic slicing, `.shape` and `.dtype`; everything else goes through `Ops`. Names are those of the Python array API
+standard where it has one. The namespace of the standard itself is not enough: MLX has no thin SVD and no QR mode, and
+its decompositions run on a CPU stream only.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,34 +20,35 @@ R = TypeVar("R")
 
 
 class Ops(Protocol):
-    """What a framework must supply. All methods are pure, and batched over leading axes where that makes sense.
+    """The operations that a framework must supply.
 
-    No method hides randomness, device moves or precision: results live where the inputs live, and `matmul` is as
-    precise as the dtype allows (no TF32, no bf16 passes), whatever the user's global flags say.
+    All methods are pure, and work on any number of leading batch axes where that makes sense. No method hides
+    randomness, device moves or precision: results stay on the device of the inputs, and `matmul` is as precise as the
+    dtype allows (no TF32, no bf16 passes), whatever the user's global flags say.
 
-    A framework may offer one more, `compiled(function, static)`: see `as_one_program`.
+    `compiled` has a default. An object that does not inherit from this class may leave it out.
     """
 
     name: str
 
     def asarray(self, x: np.ndarray, like: Array) -> Array:
-        """`x` on the device of `like` and in its dtype."""
+        """Return `x` on the device of `like` and in its dtype."""
         ...
 
     def to_numpy(self, x: Array) -> np.ndarray:
-        """A copy on the host. Narrow floats that NumPy does not know become float32."""
+        """Return a copy on the host. Narrow floats that NumPy does not know become float32."""
         ...
 
     def astype(self, x: Array, dtype: Any) -> Array:
-        """`x` in the framework's own `dtype` (taken from another array's `.dtype`)."""
+        """Return `x` in `dtype`, a dtype of the framework that was read from the `.dtype` of another array."""
         ...
 
     def at_least_float32(self, x: Array) -> Array:
-        """`x` itself if it is float32 or float64, else `x` as float32."""
+        """Return `x` itself if it is float32 or float64, else `x` as float32."""
         ...
 
     def eps(self, x: Array) -> float:
-        """The spacing of 1.0 in the dtype of `x`."""
+        """Return the distance from 1.0 to the next larger number in the dtype of `x`."""
         ...
 
     def matmul(self, a: Array, b: Array) -> Array:
@@ -67,7 +68,7 @@ class Ops(Protocol):
         ...
 
     def svdvals(self, x: Array) -> Array:
-        """S of `svd` alone, for half of its time."""
+        """Return only S of `svd`, in half of its time."""
         ...
 
     def cholesky_solve(self, gram: Array, rhs: Array) -> Array:
@@ -80,18 +81,18 @@ class Ops(Protocol):
         ...
 
     def eye(self, n: int, like: Array) -> Array:
-        """(n, n) identity on the device and in the dtype of `like`."""
+        """Return the (n, n) identity on the device and in the dtype of `like`."""
         ...
 
     def zeros(self, shape: tuple[int, ...], like: Array) -> Array:
-        """Zeros on the device and in the dtype of `like`."""
+        """Return zeros on the device and in the dtype of `like`."""
         ...
 
     def sqrt(self, x: Array) -> Array: ...
 
-    def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array: ...
+    def sum(self, x: Array, axis: int | None = None) -> Array: ...
 
-    def max(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array: ...
+    def max(self, x: Array, axis: int | None = None) -> Array: ...
 
     def isfinite(self, x: Array) -> Array: ...
 
@@ -99,18 +100,27 @@ class Ops(Protocol):
 
     def stack(self, xs: Sequence[Array], axis: int = 0) -> Array: ...
 
+    def compiled(self, function: Callable[..., Any], static: tuple[str, ...]) -> Callable[..., Any]:
+        """Return `function(ops, ...)` without its first argument, compiled if the framework gains by it.
+
+        Called through `as_one_program`, which describes the arguments. The default compiles nothing.
+        """
+        return partial(function, self)
+
 
 def as_one_program(
     ops: Ops, function: Callable[Concatenate[Ops, P], R], static: tuple[str, ...] = ()
 ) -> Callable[P, R]:
-    """`function(ops, ...)` without its first argument, compiled once for each shape if `ops` can.
+    """Return `function(ops, ...)` without its first argument, compiled once per shape if `ops` can compile.
 
-    For a framework whose eager operations are programs of their own, each to be compiled, that is most of a first call.
+    Some frameworks compile every eager operation as a program of its own. For them, compiling the whole function saves
+    most of the time of a first call.
 
     Args:
-        function: of this package: pure, and defined in a module, since what is compiled for it is kept.
-        static: the arguments, to be given by name, that are no arrays.
+        function: a pure function of this package, defined at the top level of a module: the compiled one is kept for
+            as long as the process runs.
+        static: names of the arguments that are not arrays. They must be passed by keyword.
     """
-    compiled = getattr(ops, "compiled", None)
-    made: Callable[P, R] = partial(function, ops) if compiled is None else compiled(function, static)
-    return made
+    if not hasattr(ops, "compiled"):  # an object of the user's own, which need not inherit from `Ops`
+        return partial(function, ops)
+    return ops.compiled(function, static)

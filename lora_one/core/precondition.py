@@ -3,7 +3,7 @@ arXiv 2402.02347).
 
     gA <- (B^T B + reg I)^-1 gA        gB <- gB (A A^T + reg I)^-1
 
-both from the old A and B. All functions take leading batch axes, so that the pairs of many layers go at once.
+Both lines use the old A and B. All functions accept leading batch axes, so that many layers' pairs go together.
 """
 
 from typing import Literal
@@ -26,7 +26,7 @@ def damped_inverse(ops: Ops, gram: Array, reg: float, damping: Damping = "absolu
 
     Args:
         gram: (..., r, r), float32 or wider.
-        reg: what is added to the diagonal: as it is (`absolute`, the paper's form), or times the mean eigenvalue
+        reg: the number added to the diagonal: as it is (`absolute`, the paper's form), or times the mean eigenvalue
             trace / r of each matrix (`relative`), which makes it independent of the factors' scale.
 
     Returns:
@@ -36,9 +36,9 @@ def damped_inverse(ops: Ops, gram: Array, reg: float, damping: Damping = "absolu
     identity = ops.eye(r, like=gram)
     trace = ops.sum(diagonal(ops, gram, identity), axis=-1)[..., None, None]  # (..., 1, 1)
     added = reg * trace / r if damping == "relative" else reg
-    # Departure from the paper: never less than the rounding error of the Gram itself, or a rank-deficient factor of
-    # norm >> 1 would have no Cholesky factor. A well-conditioned matrix does not feel it; in float64 nothing does.
-    # The last term keeps an all-zero Gram under relative damping invertible; it is far below any other reg.
+    # Departure from the paper: add at least the rounding error of the Gram matrix itself. Without it a rank-deficient
+    # factor of norm >> 1 has no Cholesky factor. A well-conditioned matrix hardly changes, in float64 none does.
+    # The last term keeps an all-zero Gram matrix under relative damping invertible; it is far below any other reg.
     floor = 8.0 * ops.eps(gram) * trace + 1e-30
     damped = gram + (added + floor) * identity
     return ops.cholesky_solve(damped, identity)
@@ -51,7 +51,9 @@ def precondition(
 
     Args:
         pair: lora_A (..., r, in), lora_B (..., out, r).
-        gradient: their gradients, same shapes.
+        gradient: the gradients of both, in the same shapes.
+        reg: see `damped_inverse`.
+        damping: see `damped_inverse`.
     """
     inverses = damped_inverse(ops, ops.stack(grams(ops, pair)), reg, damping)  # (2, ..., r, r): one solve
     return apply_inverses(ops, gradient, inverses[0, ...], inverses[1, ...])
@@ -61,6 +63,7 @@ def apply_inverses(ops: Ops, gradient: Factors, inverse_b: Array, inverse_a: Arr
     """(inverse_b gA, gB inverse_a): the second half of `precondition`, for callers that batch the inverses.
 
     Args:
+        gradient: (gA, gB).
         inverse_b: (B^T B + reg I)^-1, (..., r, r).
         inverse_a: (A A^T + reg I)^-1, (..., r, r).
     """

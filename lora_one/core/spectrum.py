@@ -1,4 +1,4 @@
-"""The leading singular triplets of a gradient, and what is known of the rest."""
+"""The leading singular triplets of a gradient, and the norms that say how much they leave out."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,10 @@ from .ops import Array, Ops
 
 
 class Spectrum(NamedTuple):
-    """The leading singular triplets of the descent direction: -G ~ u diag(s) vt, and what they leave out.
+    """The leading singular triplets of the descent direction, -G ~ u diag(s) vt, and how much of G they leave out.
 
-    Of each pair u_i, v_i the sign is such that the entry of u_i that is largest in magnitude is positive. Shapes are a
-    layer's: of a stack of layers all have a leading axis.
+    The sign of each pair u_i, v_i makes the entry of u_i that is largest in magnitude positive. The shapes below are
+    for one layer; for a stack of layers, all arrays have a leading axis.
     """
 
     u: Array  # (out, r)
@@ -23,14 +23,14 @@ class Spectrum(NamedTuple):
 
 
 def fully_seen(ops: Ops, u: Array, s: Array, vt: Array, rank: int) -> Spectrum:
-    """The leading triplets of G where u, s, vt hold all of it, so that its norms are known."""
-    zero, first = ops.zeros(s.shape[:-1], like=s), s[..., :rank]
-    norms = {"norm": vector_norm(ops, s), "norm_error": zero, "unseen": zero, "best_norm": vector_norm(ops, first)}
-    return Spectrum(u[..., :rank], first, vt[..., :rank, :], **norms)
+    """The spectrum of G from an SVD that holds all of G, so that all norms are exact."""
+    zero, leading = ops.zeros(s.shape[:-1], like=s), s[..., :rank]
+    norms = {"norm": vector_norm(ops, s), "norm_error": zero, "unseen": zero, "best_norm": vector_norm(ops, leading)}
+    return Spectrum(u[..., :rank], leading, vt[..., :rank, :], **norms)
 
 
 def of_descent(ops: Ops, spectrum: Spectrum) -> Spectrum:
-    """That of -G from that of G, with the sign convention of `Spectrum`."""
+    """Turn the spectrum of G into that of -G, with the sign convention of `Spectrum`."""
     u, vt = spectrum.u, spectrum.vt
     positive = ops.astype(ops.max(u, axis=-2) >= ops.max(-u, axis=-2), u.dtype)  # (r,), 1 or 0
     sign = 2.0 * positive - 1.0

@@ -1,34 +1,36 @@
-"""Arrays of things that are alike as one array with one more axis in front, and back."""
+"""Equal arrays of several layers as one array with a leading axis, and back."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from .ops import Array, Ops
 
+Arrays = TypeVar("Arrays", bound=NamedTuple)  # a named tuple of arrays, of tuples of arrays, or of None
+
 
 def stacked(ops: Ops, arrays: Sequence[Array]) -> Array:
-    """(n, ...) of n arrays; of a single one itself."""
+    """Stack n arrays into one, (n, ...). A single array is returned as it is."""
     return ops.stack(arrays) if len(arrays) > 1 else arrays[0]
 
 
-def stack_of(ops: Ops, tuples: Sequence[Any]) -> Any:
-    """A named tuple of stacked arrays, of n named tuples of arrays."""
-    return type(tuples[0])(*(stacked(ops, arrays) for arrays in zip(*tuples, strict=True)))
+def stack_of(ops: Ops, tuples: Sequence[Arrays]) -> Arrays:
+    """Stack n named tuples of arrays into one named tuple of stacked arrays."""
+    return type(tuples[0])._make(stacked(ops, arrays) for arrays in zip(*tuples, strict=True))
 
 
-def unstacked(arrays: Any, count: int) -> list[Any]:
-    """A named tuple of stacked arrays (or of tuples of them, or None) as one for each of `count`."""
-    return [one_of(arrays, index, count) for index in range(count)]
+def unstacked(stack: Arrays, count: int) -> list[Arrays]:
+    """Split a named tuple of stacked arrays into `count` named tuples: the inverse of `stack_of`."""
+    return [one_of(stack, index, count) for index in range(count)]
 
 
-def one_of(arrays: Any, index: int, count: int) -> Any:
-    """What such a named tuple has of one of `count`."""
+def one_of(stack: Arrays, index: int, count: int) -> Arrays:
+    """Take one of the `count` named tuples that a stack consists of."""
     if count == 1:
-        return arrays
-    return type(arrays)(*(_at(x, index) for x in arrays))
+        return stack
+    return type(stack)._make(_at(field, index) for field in stack)
 
 
-def _at(x: Any, index: int) -> Any:
-    if x is None:
+def _at(field: Any, index: int) -> Any:
+    if field is None:
         return None
-    return tuple(_at(part, index) for part in x) if isinstance(x, tuple) else x[index]
+    return tuple(_at(part, index) for part in field) if isinstance(field, tuple) else field[index]

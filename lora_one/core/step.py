@@ -1,7 +1,7 @@
-"""One preconditioned step of a LoRA pair, by gradient descent or by AdamW: the spec that every optimizer is held to.
+"""One preconditioned step of a LoRA pair, by gradient descent or by AdamW: the spec of every optimizer.
 
-A backend's optimizer preconditions with `lora_one.core.precondition` and leaves the rest to its framework's own AdamW;
-this file says what the two together must give.
+A backend's optimizer preconditions with `lora_one.core.precondition` and leaves the rest to its framework's own AdamW.
+This file defines the result that the two together must give.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from .precondition import Damping, precondition
 
 
 class Moments(NamedTuple):
-    """Adam's running means of one array's gradient and of its square, in float32 or wider, and the steps taken."""
+    """Adam's running means of one array's gradient and of its square, in float32 or wider, and the number of steps."""
 
     steps: int
     mean: Array  # shape of the parameter
@@ -27,13 +27,12 @@ class PairState(NamedTuple):
 
 
 def start_moments(ops: Ops, parameter: Array) -> Moments:
-    """Zero moments for a parameter."""
     zero = ops.zeros(tuple(parameter.shape), like=ops.at_least_float32(parameter))
     return Moments(0, zero, zero)
 
 
 def start_pair(ops: Ops, pair: Factors) -> PairState:
-    """Zero moments for both factors."""
+    """The state before the first step: zero moments for both factors."""
     return PairState(start_moments(ops, pair.lora_A), start_moments(ops, pair.lora_B))
 
 
@@ -47,8 +46,8 @@ def gradient_descent(
 ) -> Factors:
     """A <- A - lr (B^T B + reg I)^-1 gA and B <- B - lr gB (A A^T + reg I)^-1, both from the old pair.
 
-    The iteration of the paper's theory (arXiv 2502.01235, its preconditioned gradient descent). `reg=None` leaves the
-    preconditioner out.
+    This is the iteration of the paper's theory (arXiv 2502.01235, its preconditioned gradient descent). `reg=None`
+    leaves the preconditioner out.
     """
     direction = _direction(ops, pair, gradient, reg, damping)
     return Factors(
@@ -71,7 +70,7 @@ def adamw(
 ) -> tuple[Factors, PairState]:
     """AdamW on the preconditioned gradients (arXiv 2502.01235, Algorithm 1), as torch.optim.AdamW computes it.
 
-    Bias correction, and decoupled weight decay: p <- (1 - lr wd) p before the step. `reg=None` leaves the
+    It has Adam's bias correction and decoupled weight decay: p <- (1 - lr wd) p before the step. `reg=None` leaves the
     preconditioner out.
 
     Returns:

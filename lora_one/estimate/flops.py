@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lora_one.core.bases import REORTHOGONALIZE_THRESHOLD
 from lora_one.core.exact import EXACT_OVERSAMPLE, plan
 from lora_one.core.gradient import rows_are_smaller
-from lora_one.core.sketch import REORTHOGONALIZE_THRESHOLD
 
 from .architecture import Architecture, Block, Linear, Targets
 from .workload import Workload

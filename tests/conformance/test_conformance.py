@@ -1,4 +1,4 @@
-"""Every backend agrees with the spec, row by row; a framework that the environment requires cannot be left out."""
+"""Every backend agrees with the spec, row by row, and none that the environment requires can be left out."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The page on conformance says what is so: its backend is run as printed."""
+"""The examples of docs/conformance.md run as they are printed."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The suite is tested: whatever is deliberately wrong must fail it, in the row that has its name."""
+"""The suite itself is tested: every deliberate mistake must fail in the row that has its name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -99,11 +99,11 @@ WRONG_PRIMITIVES: list[tuple[str, str, Callable[..., Any]]] = [
     ("zeros", "zeros", lambda shape, like: np.full(shape, 1e-30, like.dtype)),
     ("eps", "eps", lambda x: float(np.finfo(np.float64).eps)),
     ("sqrt", "sqrt", lambda x: np.sqrt(coarse(x))),
-    ("sum", "sum", lambda x, axis=None, keepdims=False: np.mean(x, axis=axis, keepdims=keepdims)),
-    ("sum", "sum", lambda x, axis=None, keepdims=False: np.sum(x, axis=axis)),
-    ("sum", "sum", lambda x, axis=None, keepdims=False: np.sum(x, axis=axis if axis != -1 else 0, keepdims=keepdims)),
-    ("max", "max", lambda x, axis=None, keepdims=False: np.max(np.abs(x), axis=axis, keepdims=keepdims)),
-    ("max", "max", lambda x, axis=None, keepdims=False: np.max(x, axis=axis, initial=0.0, keepdims=keepdims)),
+    ("sum", "sum", lambda x, axis=None: np.mean(x, axis=axis)),
+    ("sum", "sum", lambda x, axis=None: np.sum(x, axis=axis, keepdims=True)),
+    ("sum", "sum", lambda x, axis=None: np.sum(x, axis=axis if axis != -1 else 0)),
+    ("max", "max", lambda x, axis=None: np.max(np.abs(x), axis=axis)),
+    ("max", "max", lambda x, axis=None: np.max(x, axis=axis, initial=0.0)),
     ("isfinite, comparisons", "isfinite", lambda x: ~np.isnan(x)),
     ("isfinite, comparisons", "isfinite", lambda x: ~np.isinf(x)),
     ("concat", "concat", lambda xs, axis=0: np.concatenate(xs[::-1], axis=axis)),
@@ -156,13 +156,13 @@ TRUE = {
 }
 
 
-def _swapped(found: Factors) -> Factors:
-    return Factors(found.lora_B.T, found.lora_A.T)
+def _swapped(pair: Factors) -> Factors:
+    return Factors(pair.lora_B.T, pair.lora_A.T)
 
 
-def _power_scaled(ops, found, gamma):
-    """q = S / S_1, which is what the authors' README prints."""
-    return factors._balanced(found, found.s / found.s[0] / np.sqrt(gamma))
+def _power_scaled(ops, spectrum, gamma):
+    """q = S / S_1, as the authors' README prints it."""
+    return factors._balanced(spectrum, spectrum.s / spectrum.s[0] / np.sqrt(gamma))
 
 
 def _probes_omega_again(ops, state, gradient):
@@ -170,8 +170,8 @@ def _probes_omega_again(ops, state, gradient):
     return fresh._replace(next_probe=state.next_probe) if fresh.passes == 2 else fresh
 
 
-def _forgets_what_is_known(ops, x, known, block):
-    return ops.qr(x[:, : block.shape[1]])[0]
+def _without_reorthogonalization(ops, remainder, basis, k):
+    return ops.qr(remainder[:, :k])[0]
 
 
 def _sequential_descent(ops, pair, gradient, rate, reg, damping):
@@ -182,9 +182,9 @@ def _sequential_descent(ops, pair, gradient, rate, reg, damping):
 
 
 def _sequential_adamw(ops, pair, gradient, state, rate, **settings):
-    first, one = TRUE["adamw"](ops, pair, gradient, state, rate, **settings)
-    second, two = TRUE["adamw"](ops, Factors(first.lora_A, pair.lora_B), gradient, state, rate, **settings)
-    return Factors(first.lora_A, second.lora_B), step.PairState(one.lora_A, two.lora_B)
+    first, state_a = TRUE["adamw"](ops, pair, gradient, state, rate, **settings)
+    second, state_b = TRUE["adamw"](ops, Factors(first.lora_A, pair.lora_B), gradient, state, rate, **settings)
+    return Factors(first.lora_A, second.lora_B), step.PairState(state_a.lora_A, state_b.lora_B)
 
 
 def _no_bias_correction(ops, parameter, gradient, moments, rate, betas, eps, decay):
@@ -217,7 +217,7 @@ WRONG_STEPS: list[tuple[str, Any, str, Callable[..., Any]]] = [
     ("sketch, after each pass", sketch, "start", lambda ops, o, n: TRUE["start"](ops, o[::-1], n)),
     ("sketch, after each pass", sketch, "advance", lambda ops, s, g: TRUE["advance"](ops, s, -g)),
     ("sketch, after each pass", sketch, "advance", _probes_omega_again),
-    ("sketch, after each pass", sketch, "_new_directions", _forgets_what_is_known),
+    ("sketch, after each pass", sketch, "new_directions", _without_reorthogonalization),
     ("factors, normalized", factors, "normalized_factors", _power_scaled),
     ("factors, normalized", factors, "normalized_factors", lambda o, s, g: TRUE["normalized_factors"](o, s, g**0.5)),
     ("factors, normalized", factors, "normalized_factors", lambda o, s, g: TRUE["gradient_factors"](o, s, 1 / g)),
@@ -263,16 +263,16 @@ def test_a_compiler_that_loses_digits_fails_in_its_row(check):
 
 
 def train(inputs, params, rate=1.0, steps=0, **settings):
-    """The spec itself as a backend's optimizer, with something changed."""
-    found = []
+    """The spec itself as a backend's optimizer, with some settings changed."""
+    trained = []
     chosen = {**{name: params[name] for name in ("weight_decay", "reg", "damping")}, **settings}
     for problem in inputs:
         pair, state = problem.pair, step.start_pair(RIGHT, problem.pair)
         for _ in range(params["steps"] + steps):
             gradient = problem.gradient(RIGHT, pair, params["loss"])
             pair, state = step.adamw(RIGHT, pair, gradient, state, params["rate"] * rate, **chosen)
-        found.extend(pair)
-    return found
+        trained.extend(pair)
+    return trained
 
 
 @pytest.mark.parametrize("check", OPTIMIZERS, ids=lambda check: check.name)

@@ -34,11 +34,10 @@ def test_factors_are_balanced_and_hold_the_square_roots_of_the_singular_values(a
 
 
 def test_normalized_start_does_not_depend_on_the_gradients_scale(arrays):
-    one = normalized_factors(arrays.ops, exact_spectrum(arrays.ops, arrays.of(G), 4), 128.0)
-    other = normalized_factors(arrays.ops, exact_spectrum(arrays.ops, arrays.of(G * 1e-12), 4), 128.0)
-    arrays.assert_close(
-        arrays.numpy(other.lora_B) @ arrays.numpy(other.lora_A), arrays.numpy(one.lora_B) @ arrays.numpy(one.lora_A)
-    )
+    plain = normalized_factors(arrays.ops, exact_spectrum(arrays.ops, arrays.of(G), 4), 128.0)
+    scaled = normalized_factors(arrays.ops, exact_spectrum(arrays.ops, arrays.of(G * 1e-12), 4), 128.0)
+    product = arrays.numpy(plain.lora_B) @ arrays.numpy(plain.lora_A)
+    arrays.assert_close(arrays.numpy(scaled.lora_B) @ arrays.numpy(scaled.lora_A), product)
 
 
 def test_gradient_scale_is_a_step_of_gradient_descent(arrays):

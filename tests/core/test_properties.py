@@ -1,5 +1,5 @@
-"""Identities that must hold for any input: of the mathematics (orthogonal maps, scale) and of what a mean over batches
-means (order of batches and layers, batches split)."""
+"""Identities that hold for any input: of the mathematics (orthogonal maps, scale), and of a mean over batches (order of
+batches and layers, batches split)."""
 
 import numpy as np
 import torch
@@ -84,10 +84,10 @@ def test_rotating_the_rank_axis_rotates_the_preconditioned_step(seed, out, in_, 
     slope = Factors(rng.standard_normal((r, in_)), rng.standard_normal((out, r)))
     q = orthogonal(rng, r)
     turned, turned_slope = (Factors(q @ f.lora_A, f.lora_B @ q.T) for f in (pair, slope))
-    one = precondition(ops, pair, slope, 1e-2)
-    other = precondition(ops, turned, turned_slope, 1e-2)
-    scale = np.max(np.abs(one.lora_A))
-    np.testing.assert_allclose(other.lora_A, q @ one.lora_A, atol=1e-10 * scale)
+    plain = precondition(ops, pair, slope, 1e-2)
+    rotated = precondition(ops, turned, turned_slope, 1e-2)
+    scale = np.max(np.abs(plain.lora_A))
+    np.testing.assert_allclose(rotated.lora_A, q @ plain.lora_A, atol=1e-10 * scale)
     stepped = gradient_descent(ops, pair, slope, 0.1, 1e-2)
     turned = gradient_descent(ops, turned, turned_slope, 0.1, 1e-2)
     product = stepped.lora_B @ stepped.lora_A
@@ -98,7 +98,7 @@ def test_rotating_the_rank_axis_rotates_the_preconditioned_step(seed, out, in_, 
 
 
 class Net(torch.nn.Module):
-    """Two layers, registered in the order asked for."""
+    """Two layers, registered in the given order."""
 
     def __init__(self, seed: int, order: tuple[str, ...] = ("first", "second")):
         super().__init__()
@@ -137,10 +137,10 @@ def products(model, batches, gradient: str) -> dict[str, np.ndarray]:
     }
 
 
-def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
-    assert one.keys() == other.keys() == {"first", "second"}
-    for name in one:
-        np.testing.assert_allclose(one[name], other[name], atol=1e-6 * np.max(np.abs(one[name])))
+def assert_same(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert got.keys() == expected.keys() == {"first", "second"}
+    for name in got:
+        np.testing.assert_allclose(got[name], expected[name], atol=1e-6 * np.max(np.abs(got[name])))
 
 
 @MODELS

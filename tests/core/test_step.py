@@ -43,11 +43,11 @@ def test_relative_damping_does_not_depend_on_the_factors_scale(arrays):
     """With A -> cA, B -> cB and relative reg the preconditioned gradient just scales by 1 / c^2."""
     p, g, c = pair(0), pair(1), 1e-3
     small = Factors(p.lora_A * c, p.lora_B * c)
-    one = precondition(arrays.ops, on(arrays, p), on(arrays, g), 1e-2, "relative")
-    other = precondition(arrays.ops, on(arrays, small), on(arrays, g), 1e-2, "relative")
-    arrays.assert_close(arrays.numpy(other.lora_A) * c**2, arrays.numpy(one.lora_A), factor=10)
+    plain = precondition(arrays.ops, on(arrays, p), on(arrays, g), 1e-2, "relative")
+    scaled = precondition(arrays.ops, on(arrays, small), on(arrays, g), 1e-2, "relative")
+    arrays.assert_close(arrays.numpy(scaled.lora_A) * c**2, arrays.numpy(plain.lora_A), factor=10)
     mean = np.trace(p.lora_B.T @ p.lora_B) / 4
-    arrays.assert_close(one.lora_A, by_hand(p, g, 1e-2 * mean).lora_A, factor=10)
+    arrays.assert_close(plain.lora_A, by_hand(p, g, 1e-2 * mean).lora_A, factor=10)
 
 
 def test_step_does_not_depend_on_the_basis_of_the_factors(arrays):
@@ -57,9 +57,8 @@ def test_step_does_not_depend_on_the_basis_of_the_factors(arrays):
     inverse = np.linalg.inv(mix)
     other_p = Factors(inverse @ p.lora_A, p.lora_B @ mix)
     other_g = Factors(mix.T @ g.lora_A, g.lora_B @ inverse.T)  # the chain rule
-    one, other = by_hand(p, g, 0), by_hand(other_p, other_g, 0)
-    moved = [p.lora_B @ d.lora_A for d in (one,)] + [other_p.lora_B @ other.lora_A]
-    np.testing.assert_allclose(moved[0], moved[1], atol=1e-10)
+    moved, other_moved = (b @ by_hand(Factors(a, b), slope, 0).lora_A for (a, b), slope in ((p, g), (other_p, other_g)))
+    np.testing.assert_allclose(moved, other_moved, atol=1e-10)
     a = step.gradient_descent(arrays.ops, on(arrays, p), on(arrays, g), lr, reg=1e-12)
     b = step.gradient_descent(arrays.ops, on(arrays, other_p), on(arrays, other_g), lr, reg=1e-12)
     arrays.assert_close(product(arrays, a), product(arrays, b), factor=10)

@@ -11,8 +11,10 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from lora_one.core.ops import Ops
 
-class JaxOps:
+
+class JaxOps(Ops):
     """See `lora_one.core.ops.Ops`."""
 
     name = "jax"
@@ -81,11 +83,11 @@ class JaxOps:
     def sqrt(self, x: Array) -> Array:
         return jnp.sqrt(x)
 
-    def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
-        return jnp.sum(x, axis=axis, keepdims=keepdims)
+    def sum(self, x: Array, axis: int | None = None) -> Array:
+        return jnp.sum(x, axis=axis)
 
-    def max(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
-        return jnp.max(x, axis=axis, keepdims=keepdims)
+    def max(self, x: Array, axis: int | None = None) -> Array:
+        return jnp.max(x, axis=axis)
 
     def isfinite(self, x: Array) -> Array:
         return jnp.isfinite(x)

@@ -11,8 +11,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from lora_one.core.ops import Ops
 
-class MlxOps:
+
+class MlxOps(Ops):
     """The array operations of `lora_one.core.ops.Ops`, on `mlx.core.array`.
 
     Pass an instance to the functions of `lora_one.core`, to use the algorithm on gradients of your own. It has no
@@ -91,11 +93,11 @@ class MlxOps:
     def sqrt(self, x: mx.array) -> mx.array:
         return mx.sqrt(x)
 
-    def sum(self, x: mx.array, axis: int | None = None, keepdims: bool = False) -> mx.array:
-        return mx.sum(x, axis=axis, keepdims=keepdims)
+    def sum(self, x: mx.array, axis: int | None = None) -> mx.array:
+        return mx.sum(x, axis=axis)
 
-    def max(self, x: mx.array, axis: int | None = None, keepdims: bool = False) -> mx.array:
-        return mx.max(x, axis=axis, keepdims=keepdims)
+    def max(self, x: mx.array, axis: int | None = None) -> mx.array:
+        return mx.max(x, axis=axis)
 
     def isfinite(self, x: mx.array) -> mx.array:
         return mx.isfinite(x)

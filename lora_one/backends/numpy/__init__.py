@@ -1,4 +1,4 @@
-"""NumPy: arrays only, the reference. It has no models of its own."""
+"""The NumPy backend: arrays only, since NumPy has no models. It is the reference for all others."""
 
 from .ops import NumpyOps
 

@@ -1,12 +1,14 @@
-"""`Ops` on NumPy: the reference. Run it in float64 to get the numbers that every other backend is compared with."""
+"""`Ops` on NumPy: the reference. In float64 it computes the numbers that all other backends are compared with."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from lora_one.core.ops import Ops
 
-class NumpyOps:
+
+class NumpyOps(Ops):
     """See `lora_one.core.ops.Ops`."""
 
     name = "numpy"
@@ -57,11 +59,11 @@ class NumpyOps:
     def sqrt(self, x: np.ndarray) -> np.ndarray:
         return np.sqrt(x)
 
-    def sum(self, x: np.ndarray, axis: int | None = None, keepdims: bool = False) -> np.ndarray:
-        return np.sum(x, axis=axis, keepdims=keepdims)
+    def sum(self, x: np.ndarray, axis: int | None = None) -> np.ndarray:
+        return np.sum(x, axis=axis)
 
-    def max(self, x: np.ndarray, axis: int | None = None, keepdims: bool = False) -> np.ndarray:
-        return np.max(x, axis=axis, keepdims=keepdims)
+    def max(self, x: np.ndarray, axis: int | None = None) -> np.ndarray:
+        return np.max(x, axis=axis)
 
     def isfinite(self, x: np.ndarray) -> np.ndarray:
         return np.isfinite(x)
@@ -74,7 +76,7 @@ class NumpyOps:
 
 
 def _cholesky_or_nan(gram: np.ndarray) -> np.ndarray:
-    """Lower Cholesky factors of (..., r, r), NaN for each matrix that has none: NumPy raises for the whole batch."""
+    """Lower Cholesky factors of (..., r, r), NaN for each matrix that has none. NumPy rejects the whole batch then."""
     try:
         return np.linalg.cholesky(gram)
     except np.linalg.LinAlgError:

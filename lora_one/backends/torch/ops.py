@@ -6,12 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_one.core.ops import Ops
+
 from .linalg import decompositions
 from .linalg.narrow import narrow_matmul
 from .linalg.precision import full_precision, widened
 
 
-class TorchOps:
+class TorchOps(Ops):
     """The array operations of `lora_one.core` on PyTorch tensors: see `lora_one.core.ops.Ops` for each method.
 
     Use it to call a function of `lora_one.core` on your own tensors. It has no state, and results stay on the device of
@@ -82,11 +84,11 @@ class TorchOps:
     def sqrt(self, x: Tensor) -> Tensor:
         return x.sqrt()
 
-    def sum(self, x: Tensor, axis: int | None = None, keepdims: bool = False) -> Tensor:
-        return x.sum() if axis is None else x.sum(dim=axis, keepdim=keepdims)
+    def sum(self, x: Tensor, axis: int | None = None) -> Tensor:
+        return x.sum() if axis is None else x.sum(dim=axis)
 
-    def max(self, x: Tensor, axis: int | None = None, keepdims: bool = False) -> Tensor:
-        return x.max() if axis is None else x.amax(dim=axis, keepdim=keepdims)
+    def max(self, x: Tensor, axis: int | None = None) -> Tensor:
+        return x.max() if axis is None else x.amax(dim=axis)
 
     def isfinite(self, x: Tensor) -> Tensor:
         return x.isfinite()

@@ -1,1 +1,1 @@
-"""How the vectors are made. Needs scipy and mpmath, and is not part of the wheel."""
+"""The scripts that make the vectors. They need scipy and mpmath, and are not part of the wheel."""

@@ -1,5 +1,7 @@
-"""The inputs of the suite. Every number is exact in float32 (those of pairs in bfloat16 too), so that all dtypes start
-from the same ones; conditions that rounding would destroy are made of integers and powers of two.
+"""The inputs of the suite.
+
+Every number is exact in float32, and those for bfloat16 in bfloat16, so that all dtypes start from the same numbers.
+Properties that rounding would destroy are made from integers and powers of two.
 """
 
 from collections.abc import Iterator
@@ -16,8 +18,8 @@ class Case(NamedTuple):
     """One input of one computation.
 
     Attributes:
-        narrow: whether it is also run on bfloat16 inputs.
-        compiled: whether it is one of the few that are also run compiled.
+        narrow: whether it also runs on bfloat16 inputs.
+        compiled: whether it is one of the few that also run compiled.
     """
 
     computation: str
@@ -29,7 +31,7 @@ class Case(NamedTuple):
 
 
 def all_cases() -> Iterator[Case]:
-    """Every case of every computation."""
+    """Yield every case of every computation."""
     yield from _primitives()
     yield from _spectra()
     yield from _pairs()
@@ -37,7 +39,7 @@ def all_cases() -> Iterator[Case]:
 
 
 def _float32(x: np.ndarray) -> np.ndarray:
-    """Rounded to float32, all of whose 24 bits are then in use: TF32 or bfloat16 products show."""
+    """Round to float32. All of its 24 bits are in use then, so that TF32 or bfloat16 products show."""
     return x.astype(np.float32).astype(np.float64)
 
 
@@ -46,12 +48,12 @@ def _normal(seed: int, *shape: int) -> np.ndarray:
 
 
 def _few_bits(x: np.ndarray) -> np.ndarray:
-    """Rounded to multiples of 2^-6 within 4: exact in bfloat16."""
+    """Round to multiples of 2^-6, below 4 in magnitude: exact in bfloat16."""
     return np.round(np.clip(x, -3.9, 3.9) * 64.0) / 64.0
 
 
 def _decaying(seed: int, rows: int, columns: int) -> np.ndarray:
-    """Singular values that fall by a third each: what gradients look like."""
+    """A random matrix whose singular values fall by a third each, similar to those of gradients."""
     p = min(rows, columns)
     u, _ = np.linalg.qr(_normal(seed, rows, p))
     v, _ = np.linalg.qr(_normal(seed + 1, columns, p))
@@ -66,20 +68,20 @@ def _hadamard(n: int) -> np.ndarray:
 
 
 def _with_singular_values(s: np.ndarray) -> np.ndarray:
-    """H diag(s) P H' / n with Hadamard H: the singular values are s to the last bit, where s are powers of two."""
+    """H diag(s) P H' / n with Hadamard H. If s are powers of two, its singular values are s to the last bit."""
     n = len(s)
     h = _hadamard(n)
     return (h * s) @ np.roll(h, 3, axis=0).T / n
 
 
 def _gradients() -> Iterator[tuple[str, np.ndarray, dict[str, Any]]]:
-    """G by name, with the rank to keep, and whether its best rank-r part is unique (`gap`).
+    """Yield (name, G, params): the rank to keep, and whether the best rank-r part is unique (`gap`).
 
-    Few shapes, many matrices: compilers take longer over a shape than machines over its numbers.
+    There are few shapes and many matrices, because compiling for a shape takes longer than computing.
     """
     square, tall, wide = (32, 32), (40, 24), (24, 40)
-    # 1 ... 1e-6; plateaus, with the cut between two of them; a plateau with the cut inside. Each has enough different
-    # values that no Krylov space runs dry: from then on directions are rounding noise.
+    # 1 ... 1e-6; plateaus, with the cut between two of them; a plateau with the cut inside. Each has so many different
+    # values that no Krylov space is exhausted: directions after that would be rounding noise.
     kappa = 2.0 ** -np.round(np.linspace(0, 20, 32))
     plateaus = np.repeat([2.0, 1.0, 0.25, 0.125], (4, 8, 12, 8))
     equals = np.repeat([2.0, *2.0 ** -np.arange(6)], (8, *[4] * 6))
@@ -118,16 +120,16 @@ def _spectra() -> Iterator[Case]:
 
 def _pairs() -> Iterator[Case]:
     for name, r, out, in_ in (("tall", 4, 40, 16), ("wide", 4, 16, 40), ("r = 1", 1, 12, 9), ("r = min", 8, 8, 8)):
-        a, b, of_a, of_b = _normal(1, r, in_), _normal(2, out, r), _normal(3, r, in_), _normal(4, out, r)
+        a, b, gradient_a, gradient_b = _normal(1, r, in_), _normal(2, out, r), _normal(3, r, in_), _normal(4, out, r)
         for damping, reg in (("absolute", 1e-6), ("absolute", 1e-2), ("relative", 1e-2)):
             params = {"reg": reg, "damping": damping}
             once = name == "tall" and reg == 1e-6
-            arrays = [a, b, of_a, of_b]
+            arrays = [a, b, gradient_a, gradient_b]
             yield Case("precondition", f"{name}, {damping} {reg:g}", arrays, params, compiled=once)
             if once:
                 yield Case("precondition", "few bits", [_few_bits(x) for x in arrays], params, narrow=True)
         if name == "tall":
-            # What the frameworks must survive: no second factor yet, two equal columns, columns of unequal size.
+            # Hard cases that must work: B still zero, two equal columns, columns of very different size.
             uneven = 2.0 ** -np.arange(0, 12, 3)  # kappa of the Gram 2^18
             for kind, other in (
                 ("B = 0", np.zeros_like(b)),
@@ -136,7 +138,7 @@ def _pairs() -> Iterator[Case]:
             ):
                 for damping, reg in (("absolute", 1.0), ("relative", 1e-2)):
                     params = {"reg": reg, "damping": damping}
-                    yield Case("precondition", f"{kind}, {damping} {reg:g}", [a, other, of_a, of_b], params)
+                    yield Case("precondition", f"{kind}, {damping} {reg:g}", [a, other, gradient_a, gradient_b], params)
     yield from _training()
 
 
@@ -144,9 +146,9 @@ def _training() -> Iterator[Case]:
     problems = []
     for seed, (r, out, in_) in enumerate(((4, 24, 16), (4, 12, 20), (2, 24, 16))):
         a, b = _normal(60 + seed, r, in_) / 8.0, _normal(70 + seed, out, r) / 8.0
-        of_a, of_b = _normal(64 + seed, r, in_), _normal(74 + seed, out, r)
-        problems.append([a, b, of_a, of_b, _decaying(80 + 2 * seed, out, in_)])
-    # Rates and decay are exact in float32 too: frameworks keep them in it.
+        gradient_a, gradient_b = _normal(64 + seed, r, in_), _normal(74 + seed, out, r)
+        problems.append([a, b, gradient_a, gradient_b, _decaying(80 + 2 * seed, out, in_)])
+    # Rates and decay are exact in float32 too, since frameworks store them in it.
     for reg, damping in ((None, "absolute"), (1e-6, "absolute"), (1e-2, "relative")):
         name = "plain" if reg is None else f"{damping} {reg:g}"
         settings = {"reg": reg, "damping": damping, "weight_decay": 0.125}
@@ -163,7 +165,7 @@ def _training() -> Iterator[Case]:
 def _alignment() -> Iterator[Case]:
     g = _decaying(10, 24, 24)
     x, y = _normal(100, 24, 3), _normal(101, 24, 5)
-    close = _float32(x + _normal(102, 24, 3) * 2.0**-10)  # angles that cosines cannot tell from zero in float32
+    close = _float32(x + _normal(102, 24, 3) * 2.0**-10)  # angles whose cosines are 1 in float32
     a, b = _normal(103, 3, 24), g @ _normal(104, 24, 3)
     yield Case("alignment", "apart", [x, y, g, a, _float32(b)], {})
     yield Case("alignment", "close", [x, close, g, a, _float32(b)], {})

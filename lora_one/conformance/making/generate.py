@@ -1,7 +1,7 @@
 """Make the vectors: `python -m lora_one.conformance.making.generate`.
 
-Needs scipy and mpmath, for the independent oracle. The answers are the spec's, run by NumPy in float64. Before they are
-written, each is compared with an oracle that shares no code with the spec, so that the reference is not its own judge.
+The answers are those of the spec, run by NumPy in float64. Before an answer is written, it is compared with an oracle
+that shares no code with the spec, so that the reference is not its own judge. The oracle needs scipy and mpmath.
 """
 
 import argparse
@@ -22,17 +22,17 @@ from .oracle import oracle
 
 DRAWS = 8
 ORACLE_TOLERANCE = 1e-11  # float64's eps times WORST: the spec itself runs in float64
-WORST = 2.0**16  # eps of float32 times this is 1 %: no answer may be less certain
+WORST = 2.0**16  # the largest amplification: eps of float32 times this is an uncertainty of 1 %
 
 
 def answer(case: Case, ops: WorkingOps) -> View:
-    """What the spec gives for a case."""
+    """The spec's answer to a case."""
     computation = COMPUTATIONS[case.computation]
     return computation.view(_run(case, ops), case.inputs, case.params)
 
 
 def amplifications(case: Case, working: str, exactly: View) -> dict[str, float]:
-    """By how much each result errs, relative to its largest entry, per unit of rounding: the worst of some draws."""
+    """The error of each result, relative to its largest entry, per unit of rounding: the worst of `DRAWS` draws."""
     if COMPUTATIONS[case.computation].exact:
         return dict.fromkeys(exactly, 0.0)
     worst = dict.fromkeys(exactly, 1.0)
@@ -44,27 +44,27 @@ def amplifications(case: Case, working: str, exactly: View) -> dict[str, float]:
 
 
 def make(file: Path = FILE) -> None:
-    """Write all vectors, each checked."""
+    """Write all vectors, after the oracle has confirmed each answer."""
     store = _Store()
     entries = []
     for case in all_cases():
         answers: dict[str, dict[str, Any]] = {}
         for working in ("float32", "float64"):
             exactly = judged(case, EPS[working])
-            grown = amplifications(case, working, exactly)
-            for name, by in grown.items():
-                if by > WORST:
-                    raise ValueError(f"{case.computation}, {case.name}: {name} is known to {by:.1e} eps only")
-            answers[working] = {n: (store.key(value), float(f"{grown[n]:.3g}")) for n, value in exactly.items()}
-        plain = {name: getattr(case, name) for name in ("computation", "name", "params", "narrow", "compiled")}
-        entries.append({**plain, "inputs": [store.key(x) for x in case.inputs], "answers": answers})
+            magnified = amplifications(case, working, exactly)
+            for name, factor in magnified.items():
+                if factor > WORST:
+                    raise ValueError(f"{case.computation}, {case.name}: {name} is known to {factor:.1e} eps only")
+            answers[working] = {n: (store.key(value), float(f"{magnified[n]:.3g}")) for n, value in exactly.items()}
+        fields = {name: getattr(case, name) for name in ("computation", "name", "params", "narrow", "compiled")}
+        entries.append({**fields, "inputs": [store.key(x) for x in case.inputs], "answers": answers})
     metadata = {"version": str(VERSION), "vectors": json.dumps(entries)}
     save_file(store.arrays, file, metadata=metadata)
     file.chmod(0o644)
 
 
 class _Store:
-    """Arrays by name, each content once."""
+    """Arrays by key, where equal arrays share one key."""
 
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
@@ -72,16 +72,16 @@ class _Store:
 
     def key(self, x: np.ndarray) -> str:
         content = np.ascontiguousarray(x, dtype=np.float64).reshape(np.shape(x))
-        found = self._keys.setdefault((content.shape, content.tobytes()), str(len(self._keys)))
-        self.arrays[found] = content
-        return found
+        key = self._keys.setdefault((content.shape, content.tobytes()), str(len(self._keys)))
+        self.arrays[key] = content
+        return key
 
 
 def judged(case: Case, eps: float) -> View:
-    """What the spec gives for a case at a working precision, once the oracle has agreed.
+    """The spec's answer to a case at a working precision, confirmed by the oracle.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the oracle's answer differs.
     """
     exactly, expected = answer(case, WorkingOps(eps)), oracle(case, eps)
     if expected.keys() != exactly.keys():
@@ -94,8 +94,8 @@ def judged(case: Case, eps: float) -> View:
 
 
 def _run(case: Case, ops: WorkingOps) -> list[np.ndarray]:
-    found = COMPUTATIONS[case.computation].run(ops, case.inputs, case.params)
-    return [np.asarray(x, dtype=np.float64) for x in found]
+    arrays = COMPUTATIONS[case.computation].run(ops, case.inputs, case.params)
+    return [np.asarray(x, dtype=np.float64) for x in arrays]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """How much a computation magnifies rounding, found by running the spec itself with noise: Monte Carlo arithmetic.
 
-Every primitive of `NoisyOps` returns what a backward stable implementation could return in the working precision, at
-random (Parker 1997, Monte Carlo Arithmetic; sums of k products err like sqrt(k): Higham and Mary 2019, SIAM J. Sci.
-Comput. 41). The spread of the results over eps is the condition of the whole computation, cancellations inside it and
-all, and a tolerance is that number times the eps of a dtype: derived, and not tuned to what the frameworks give.
+Every primitive of `NoisyOps` returns a random one of the results that a backward stable implementation could return in
+the working precision (Parker 1997, Monte Carlo Arithmetic; sums of k products err like sqrt(k): Higham and Mary 2019,
+SIAM J. Sci. Comput. 41). The spread of the results over eps is the condition number of the whole computation, including
+its inner cancellations. A tolerance is that number times the eps of a dtype: derived, not tuned to the frameworks.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from lora_one.backends.numpy.ops import NumpyOps
 
 
 class WorkingOps(NumpyOps):
-    """NumPy in float64 that answers for a narrower working precision where the spec asks for its eps."""
+    """NumPy in float64, except that it reports the eps of a given working precision."""
 
     def __init__(self, working_eps: float):
         self._working_eps = working_eps
@@ -22,7 +22,7 @@ class WorkingOps(NumpyOps):
 
 
 class NoisyOps(WorkingOps):
-    """Primitives with backward errors of the size of the working precision's eps."""
+    """The primitives of NumPy with random backward errors of the size of the working precision's eps."""
 
     def __init__(self, working_eps: float, seed: int):
         super().__init__(working_eps)
@@ -50,7 +50,7 @@ class NoisyOps(WorkingOps):
         return super().svdvals(self._perturbed(x))
 
     def _perturbed(self, x: np.ndarray) -> np.ndarray:
-        """A matrix whose exact SVD a backward stable one of x is."""
+        """Return a matrix near x, whose exact SVD a backward stable algorithm could return for x."""
         largest = np.linalg.norm(x, 2, axis=(-2, -1), keepdims=True) * _orthogonal_error(x)
         return x + self._noise(largest)
 
@@ -65,15 +65,15 @@ class NoisyOps(WorkingOps):
         root = super().sqrt(x)
         return root + self._noise(np.abs(root))
 
-    def sum(self, x: np.ndarray, axis: int | None = None, keepdims: bool = False) -> np.ndarray:
+    def sum(self, x: np.ndarray, axis: int | None = None) -> np.ndarray:
         terms = x.size if axis is None else x.shape[axis]
-        size = np.sqrt(terms) * super().sum(np.abs(x), axis=axis, keepdims=keepdims)
-        return super().sum(x, axis=axis, keepdims=keepdims) + self._noise(size)
+        size = np.sqrt(terms) * super().sum(np.abs(x), axis=axis)
+        return super().sum(x, axis=axis) + self._noise(size)
 
     def at_least_float32(self, x: np.ndarray) -> np.ndarray:
         return x + self._noise(np.abs(x))
 
 
 def _orthogonal_error(x: np.ndarray) -> np.ndarray:
-    """What as many reflections as x, (..., m, n), has rows or columns do to a unit entry: the square root of that."""
+    """The error of min(m, n) reflections on a unit entry of x, (..., m, n), in eps: the square root of their number."""
     return np.full_like(x, np.sqrt(min(x.shape[-2:])))

@@ -1,4 +1,4 @@
-"""JAX: eager, jax.jit, and lora_adamw, whose step is compiled as users compile it."""
+"""The JAX target: eager, jax.jit, and lora_adamw, whose step is compiled as users compile it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ _NOTE = "optax computes Adam's 1 - 0.999^t in the working precision; its own Ada
 
 
 def open_target(dtype: str, device: str | None = None) -> Target | None:
-    """JAX on a platform ("cpu", "gpu", "tpu"), by default its own choice. TPUs have no float64."""
+    """Return JAX on a platform ("cpu", "gpu", "tpu"; default: JAX's choice). TPUs have no float64: None."""
     platform = {"cuda": "gpu"}.get(device or "", device) or jax.default_backend()
     if platform == "tpu" and dtype == "float64":
         return None
@@ -37,8 +37,8 @@ def open_target(dtype: str, device: str | None = None) -> Target | None:
 
     with scope():
         like = jnp.zeros((), dtype=dtype)
-    # optax takes 1 - b^t of b = 0.999 rounded to the working precision, and rounds b^t: eps/4 (1 + 1/t) / (1 - b) of a
-    # step, which moves factors of order 1/2 by the rate: over twenty steps
+    # optax computes 1 - b^t from b = 0.999 rounded to the working precision, and rounds b^t too. The relative error of
+    # a step is eps/4 (1 + 1/t) / (1 - b), and a step moves factors of order 1/2 by the rate. Below: twenty steps.
     excess = 250.0 * (20.0 / 2.0 + 3.6) * 2.0**-7 / 0.5
     return Target("jax", dtype, _OPS, like, jax.jit, _train, excess, scope, platform, _NOTE)
 
@@ -49,16 +49,16 @@ def _train(problems: Sequence[Problem], params: Mapping[str, Any]) -> list[Array
     tree = [{"w_lora_a": p.pair.lora_A.T, "w_lora_b": p.pair.lora_B.T} for p in problems]
 
     @jax.jit
-    def one(tree: Any, state: Any) -> Any:
+    def step(tree: Any, state: Any) -> Any:
         gradients = []
         for leaves, problem in zip(tree, problems, strict=True):
             pair = Factors(leaves["w_lora_a"].T, leaves["w_lora_b"].T)
-            of_a, of_b = problem.gradient(_OPS, pair, params["loss"])
-            gradients.append({"w_lora_a": of_a.T, "w_lora_b": of_b.T})
+            gradient = problem.gradient(_OPS, pair, params["loss"])
+            gradients.append({"w_lora_a": gradient.lora_A.T, "w_lora_b": gradient.lora_B.T})
         updates, state = optimizer.update(gradients, state, tree)
         return optax.apply_updates(tree, updates), state
 
     state = optimizer.init(tree)
     for _ in range(params["steps"]):
-        tree, state = one(tree, state)
+        tree, state = step(tree, state)
     return [leaves[name].T for leaves in tree for name in ("w_lora_a", "w_lora_b")]

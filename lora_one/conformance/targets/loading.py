@@ -1,4 +1,4 @@
-"""The backends that come with lora-one, as targets: one module a framework, imported when it is asked for."""
+"""Find the targets that the suite is to run on. A framework's module is imported when it is asked for."""
 
 import importlib
 import importlib.util
@@ -13,11 +13,11 @@ REQUIRED = "LORA_ONE_BACKENDS"  # the environment variable that names backends w
 
 
 def backends(asked: str | None = None) -> list[str]:
-    """The backends to run: the one asked for, those that the environment requires, or those that are installed.
+    """Return the backends to run: the one asked for, or those that the environment requires, or those installed.
 
     Raises:
-        BackendError: one that is asked for, or required by the environment, is not installed.
-        ConfigError: no such backend.
+        BackendError: a backend that is asked for, or required by the environment, is not installed.
+        ConfigError: there is no backend of that name.
     """
     required = [name.strip() for name in os.environ.get(REQUIRED, "").split(",") if name.strip()]
     wanted = [asked] if asked else required
@@ -32,10 +32,10 @@ def backends(asked: str | None = None) -> list[str]:
 
 
 def open_target(backend: str, dtype: str, device: str | None = None) -> Target | None:
-    """A backend on a device in a dtype; None where that device, or NumPy, has no such dtype.
+    """Return a backend on a device in a dtype, or None if the backend or the device lacks the dtype.
 
     Raises:
-        ConfigError: no such dtype or device.
+        ConfigError: there is no dtype or device of that name.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -45,4 +45,4 @@ def open_target(backend: str, dtype: str, device: str | None = None) -> Target |
 
 
 def _installed(backend: str) -> bool:
-    return importlib.util.find_spec(backend) is not None  # each is named after its package
+    return importlib.util.find_spec(backend) is not None  # a backend has the name of its package

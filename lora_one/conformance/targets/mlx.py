@@ -1,4 +1,4 @@
-"""MLX: eager, mx.compile, and LoraOneAdamW."""
+"""The MLX target: eager, mx.compile, and LoraOneAdamW."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ _DEVICES = {"cpu": mx.cpu, "gpu": mx.gpu}
 
 
 def open_target(dtype: str, device: str | None = None) -> Target | None:
-    """MLX on "cpu" or "gpu", by default its own choice; float64 exists on the CPU only, so there it is on the CPU."""
+    """Return MLX on "cpu" or "gpu" (default: MLX's choice). float64 exists on the CPU only, so it always runs there."""
     place = device or ("gpu" if mx.default_device() == mx.gpu else "cpu")
     if place not in _DEVICES or (place == "gpu" and not mx.is_available(mx.gpu)):
         raise ConfigError(f"mlx has no device {place!r} here: it may be cpu or, where there is one, gpu")
@@ -54,7 +54,7 @@ def _train(problems: Sequence[Problem], params: Mapping[str, Any]) -> list[mx.ar
         gradients = {}
         for path, problem in zip(paths, problems, strict=True):
             pair = Factors(tree[path]["lora_a"].T, tree[path]["lora_b"].T)
-            of_a, of_b = problem.gradient(_OPS, pair, params["loss"])
-            gradients[path] = {"lora_a": of_a.T, "lora_b": of_b.T}
+            gradient = problem.gradient(_OPS, pair, params["loss"])
+            gradients[path] = {"lora_a": gradient.lora_A.T, "lora_b": gradient.lora_B.T}
         tree = optimizer.apply_gradients(gradients, tree)
     return [tree[path][name].T for path in paths for name in ("lora_a", "lora_b")]

@@ -1,4 +1,4 @@
-"""PyTorch: eager, torch.compile, and LoraOneAdamW."""
+"""The PyTorch target: eager, torch.compile, and LoraOneAdamW."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ _OPS = TorchOps()
 
 
 def open_target(dtype: str, device: str | None = None) -> Target | None:
-    """PyTorch on `device`, by default CUDA where there is one. Apple's GPU (mps) has no float64."""
+    """Return PyTorch on a device (default: CUDA if there is one). Apple's GPU (mps) has no float64: None."""
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if place.startswith("mps") and dtype == "float64":
         return None
@@ -36,11 +36,11 @@ def open_target(dtype: str, device: str | None = None) -> Target | None:
 
 def _compiler(backend: str) -> Callable[[Callable[[Arrays], Arrays]], Callable[[Arrays], Arrays]]:
     def compile_(function: Callable[[Arrays], Arrays]) -> Callable[[Arrays], Arrays]:
-        torch.compiler.reset()  # each is a program of its own, and not one of the recompilations that torch limits
+        torch.compiler.reset()  # else a new program counts as a recompilation, and torch limits those
         compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=False)
 
         def call(arrays: Arrays) -> Arrays:
-            with no_reduced_matmul():  # a compiled program has the precision of its caller
+            with no_reduced_matmul():  # a compiled program takes the precision settings of its caller
                 result: Arrays = compiled(arrays)
             return result
 

@@ -1,0 +1,101 @@
+"""The oracle of the steps: factors, preconditioner, both optimizers and alignment, by textbook formulas."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.linalg
+
+from lora_one.conformance.computations import View
+
+from .linalg import Inputs, Long, Params, gesvd, inverse
+
+Pair = tuple[np.ndarray, np.ndarray]  # of A and of B
+
+
+def normalized_factors(inputs: Inputs, params: Params, eps: float) -> View:
+    u, s, vt = gesvd(inputs[0])
+    return _balanced(u, s / s[0] / params["gamma"], vt, params["rank"])
+
+
+def gradient_factors(inputs: Inputs, params: Params, eps: float) -> View:
+    u, s, vt = gesvd(inputs[0])
+    return _balanced(u, s * params["eta"], vt, params["rank"])
+
+
+def _balanced(u: np.ndarray, weights: np.ndarray, vt: np.ndarray, r: int) -> View:
+    square = np.diag(weights[:r])
+    return {"B A": -(u[:, :r] * weights[:r]) @ vt[:r], "A A^T": square, "B^T B": square}
+
+
+def plain_factors(inputs: Inputs, params: Params, eps: float) -> View:
+    omega, r = inputs[0], params["rank"]
+    return {"0": omega[:, :r].T * (3.0 * len(omega)) ** -0.5, "1": np.zeros((params["out"], r))}
+
+
+def precondition(inputs: Inputs, params: Params, eps: float) -> View:
+    a, b, gradient_a, gradient_b = _in_long(inputs)
+    return _view(_directions((a, b), (gradient_a, gradient_b), params, eps))
+
+
+def gradient_descent(inputs: Inputs, params: Params, eps: float) -> View:
+    a, b, *loss = _in_long(inputs)
+    for _ in range(params["steps"]):
+        direction_a, direction_b = _directions((a, b), _gradients((a, b), loss, params), params, eps)
+        a, b = a - params["rate"] * direction_a, b - params["rate"] * direction_b
+    return _view([a, b])
+
+
+def adamw(inputs: Inputs, params: Params, eps: float) -> View:
+    arrays = _in_long(inputs)
+    trained = []
+    first, second = Long(0.9), Long(0.999)
+    for i in range(0, len(arrays), 5):
+        values, loss = list(arrays[i : i + 2]), arrays[i + 2 : i + 5]
+        means, squares = [0 * x for x in values], [0 * x for x in values]
+        for t in range(1, params["steps"] + 1):
+            a, b = values
+            for side, g in enumerate(_directions((a, b), _gradients((a, b), loss, params), params, eps)):
+                means[side] = first * means[side] + (1 - first) * g
+                squares[side] = second * squares[side] + (1 - second) * g**2
+                direction = (means[side] / (1 - first**t)) / (np.sqrt(squares[side] / (1 - second**t)) + Long(1e-8))
+                decayed = values[side] * (1 - params["rate"] * params["weight_decay"])
+                values[side] = decayed - params["rate"] * direction
+        trained.extend(values)
+    return _view(trained)
+
+
+def _directions(pair: Pair, gradients: Pair, params: Params, eps: float) -> Pair:
+    if params["reg"] is None:
+        return gradients
+    a, b = pair
+    inverses = []
+    for gram in (b.T @ b, a @ a.T):
+        r = len(gram)
+        reg = params["reg"] * (np.trace(gram) / r if params["damping"] == "relative" else 1.0)
+        inverses.append(inverse(gram + (reg + 8.0 * eps * np.trace(gram) + 1e-30) * np.eye(r, dtype=Long)))
+    return inverses[0] @ gradients[0], gradients[1] @ inverses[1]
+
+
+def _gradients(pair: Pair, loss: Inputs, params: Params) -> Pair:
+    if params["loss"] == "linear":
+        return loss[0], loss[1]
+    a, b = pair
+    residual = b @ a - loss[2]
+    return b.T @ residual, residual @ a.T
+
+
+def _in_long(inputs: Inputs) -> list[np.ndarray]:
+    return [x.astype(Long) for x in inputs]
+
+
+def _view(arrays: Sequence[np.ndarray]) -> View:
+    return {str(i): x.astype(np.float64) for i, x in enumerate(arrays)}
+
+
+def alignment(inputs: Inputs, params: Params, eps: float) -> View:
+    x, y, g, a, b = inputs
+    angles = scipy.linalg.subspace_angles(x, y)  # descending
+    left, right = scipy.linalg.orth(b), scipy.linalg.orth(a.T)
+    inside = left @ left.T @ g @ right @ right.T
+    energy = np.array(np.sum(inside**2) / np.sum(g**2))
+    return {"cosines": np.cos(angles)[::-1], "sines": np.sin(angles), "energy": energy}
