@@ -1,4 +1,4 @@
-"""What several of these files need."""
+"""Fixtures of several files in this folder."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can show; elsewhere the same code runs on the CPU in the tests beside this one."""
+"""Tests that need a CUDA GPU. The tests beside this file run the same code on the CPU."""
 
 import copy
 
@@ -26,14 +26,14 @@ def on_gpu(pairs):
 
 
 def set_gradients_on_gpu(pairs, seed: int) -> None:
-    """Drawn on the CPU, in the memory of the gradients that are there."""
+    """Draw gradients on the CPU, and copy them into the memory of the present gradients."""
     for index, p in enumerate(parameters(pairs)):
         g = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * seed + index), dtype=p.dtype).cuda()
         p.grad = g if p.grad is None else p.grad.copy_(g)
 
 
 def stepped_eagerly(dtype, steps: int, shapes=SHAPES):
-    """On the CPU, in float64: the tests beside this one hold that to the spec."""
+    """The steps on the CPU, in float64, which the tests beside this file compare with the spec."""
     pairs = make_pairs(shapes, torch.float64)
     for p in parameters(pairs):
         p.data = p.data.to(dtype).double()
@@ -113,11 +113,11 @@ def test_nothing_waits_for_the_device():
 
 
 def kernels(run) -> int:
-    """Kernels and copies that ran on the GPU."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+    """The number of kernels and copies that ran on the GPU."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         run()
         torch.cuda.synchronize()
-    return sum(1 for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(1 for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA)
 
 
 def test_a_step_launches_as_many_kernels_for_twelve_layers_as_for_two():
@@ -145,7 +145,7 @@ def test_starts_are_those_of_the_float64_gradient(name, config, tolerance):
 @pytest.mark.parametrize("config", [EXACT, SKETCH], ids=["exact", "sketch"])
 @pytest.mark.parametrize("factor", [2.0**-30, 2.0**14])
 def test_float16_starts_are_those_of_float32(config, factor):
-    """However small or large the loss: a backward pass that overflows is left from the device's own thread."""
+    """The loss may be small or large: a backward pass that overflows is left from the device's own thread."""
 
     def start(dtype):
         case = llama(torch.float16)
@@ -159,7 +159,7 @@ def test_float16_starts_are_those_of_float32(config, factor):
 
 
 def test_a_bfloat16_gradient_is_multiplied_in_float32():
-    """G of a bfloat16 model by tensor cores: what the narrow dy and x are, no further rounding."""
+    """Tensor cores form G of a bfloat16 model without rounding beyond that of dy and x."""
     case = llama(torch.bfloat16)
     model = case.model.cuda().eval()
     seen = {}

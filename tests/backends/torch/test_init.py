@@ -25,23 +25,23 @@ SKETCH = lora_one.Config(rank=RANK)
 
 
 def gradients(case: Case) -> dict[str, np.ndarray]:
-    """G of each linear weight by autograd on the untouched model, mean over the batches, in float64, (out, in)."""
+    """The mean G of each linear weight over the batches, by autograd on the plain model, in float64, (out, in)."""
     model = copy.deepcopy(case.model).double().eval()
     for batch in case.batches:
         batch = [x.double() for x in batch] if isinstance(batch, tuple) else batch
         loss = model(**batch).loss if case.loss_fn is None else case.loss_fn(model, batch)
         loss.backward()
-    found = {}
+    gradients_by_name = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if weight is not None and weight.ndim == 2 and weight.grad is not None:
             g = weight.grad.numpy() / len(case.batches)
-            found[name] = g.T if type(module).__name__ == "Conv1D" else g
-    return found
+            gradients_by_name[name] = g.T if type(module).__name__ == "Conv1D" else g
+    return gradients_by_name
 
 
 def products(model: nn.Module) -> dict[str, np.ndarray]:
-    """s B A of each LoRA layer, float64."""
+    """The product s B A of each LoRA layer, float64."""
     return {
         site.layer.name: site.layer.scaling
         * (site.lora_B.weight.double() @ site.lora_A.weight.double()).detach().numpy()
@@ -50,7 +50,7 @@ def products(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def assert_one_step(model: nn.Module, expected: dict[str, np.ndarray], tolerance: float, gamma: float = 128.0) -> None:
-    """The closer s_r is to s_(r+1), the more does rounding in G turn the subspace between them (Davis and Kahan)."""
+    """Rounding in G turns the subspace between s_r and s_(r+1), the more the closer they are (Davis and Kahan)."""
     for name, product in products(model).items():
         s = np.append(np.linalg.svd(expected[name], compute_uv=False), 0.0)
         step = -best_rank(expected[name], RANK) / s[0] * SCALING / gamma
@@ -60,7 +60,7 @@ def assert_one_step(model: nn.Module, expected: dict[str, np.ndarray], tolerance
 
 @pytest.mark.parametrize("name", CASES)
 def test_exact_start_is_the_truncated_svd_of_the_weight_gradients(name):
-    """Against LAPACK on gradients that autograd took of the plain model's weights, in float64."""
+    """The reference is LAPACK on gradients of the plain model's weights, by autograd in float64."""
     case = CASES[name]()
     expected = gradients(case)
     model, report = lora_one.init(case.model, case.batches, case.loss_fn, EXACT)
@@ -91,7 +91,7 @@ def test_layers_that_are_alike_may_go_in_stacks_as_they_do_on_a_gpu(monkeypatch,
 
 @pytest.mark.parametrize("name", CASES)
 def test_sketch_agrees_with_the_exact_start(name):
-    """The layers are small, so that four passes at k = 20 see all of most of them."""
+    """The layers are small: four passes at k = 20 see most of them completely."""
     case = CASES[name]()
     expected = gradients(case)
     model, report = lora_one.init(case.model, case.batches, case.loss_fn, SKETCH)
@@ -146,7 +146,7 @@ def test_base_weights_are_unchanged_to_the_bit_and_the_model_is_ready_to_train(n
 
 
 def test_first_step_lowers_the_loss():
-    """The point of it all: before any training the model is better than its base on the init batches."""
+    """Before any training the model is better than its base on the init batches: this is the purpose of `init`."""
     case = llama()
     model, report = lora_one.init(case.model, case.batches, config=SKETCH)
     model.eval()
@@ -265,22 +265,22 @@ def test_one_batch_frees_each_full_gradient_before_the_next_layer():
 
 
 def test_few_tokens_leave_a_gradient_as_the_product_of_their_rows():
-    """Of one batch of 8 tokens all of them; not where a sum is needed, or G is the smaller form."""
+    """All gradients of one batch of 8 tokens stay products; not where a sum is needed, or G is smaller."""
     few = [{name: ids[:1, :8] for name, ids in batch.items()} for batch in llama().batches]
     for batches, products in ((few[:1], 14), (few, 0), (llama().batches[:1], 0)):
         case = llama()._replace(batches=batches)
-        found: dict[str, Gradient] = {}
+        handed_over: dict[str, Gradient] = {}
         with TorchSession(case.model, batches, None, EXACT) as session:
-            session.exact_pass(found.__setitem__)
-        assert sum(isinstance(g, RowProduct) for g in found.values()) == products
+            session.exact_pass(handed_over.__setitem__)
+        assert sum(isinstance(g, RowProduct) for g in handed_over.values()) == products
         for name, g in gradients(case).items():
-            if name in found:
-                np.testing.assert_allclose(as_matrix(ops, found[name]), g, atol=1e-5 * np.abs(g).max())
+            if name in handed_over:
+                np.testing.assert_allclose(as_matrix(ops, handed_over[name]), g, atol=1e-5 * np.abs(g).max())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_start_from_few_tokens_is_that_of_the_matrices(dtype, monkeypatch):
-    """On layers large enough for products with G: the same as where it is multiplied out."""
+    """The layers are large enough for products with G, and give the same start as with G multiplied out."""
 
     def started():
         torch.manual_seed(0)
@@ -290,11 +290,11 @@ def test_a_start_from_few_tokens_is_that_of_the_matrices(dtype, monkeypatch):
         model, report = lora_one.init(model, [batch], loss_fn, EXACT)
         return products(model), report
 
-    found, report = started()
+    from_rows, report = started()
     monkeypatch.setattr(RowProduct, "is_smaller", False)
     expected, plain = started()
     for name, product in expected.items():
-        assert np.linalg.norm(found[name] - product) <= 1e-5 * np.linalg.norm(product)
+        assert np.linalg.norm(from_rows[name] - product) <= 1e-5 * np.linalg.norm(product)
     for one, other in zip(report.layers, plain.layers, strict=True):
         assert one.gradient_norm == pytest.approx(other.gradient_norm, rel=1e-5)
         assert one.singular_values == pytest.approx(other.singular_values, rel=1e-5)
@@ -420,9 +420,9 @@ def test_a_compiled_model_starts_as_the_model_itself(settings):
     config = lora_one.Config(rank=RANK, targets=["q_proj", "down_proj"], **settings)
     expected, _ = lora_one.init(llama().model, llama().batches, config=config)
     model, _ = lora_one.init(torch.compile(llama().model, backend="eager"), llama().batches, config=config)
-    found = products(model)
-    assert len(found) == 4
-    for (name, product), step in zip(found.items(), products(expected).values(), strict=True):
+    steps = products(model)
+    assert len(steps) == 4
+    for (name, product), step in zip(steps.items(), products(expected).values(), strict=True):
         assert np.linalg.norm(product - step) <= 1e-5 * np.linalg.norm(step), name  # as `assert_one_step`
 
 

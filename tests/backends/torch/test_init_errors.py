@@ -27,7 +27,7 @@ def config(request):
 
 
 def state_of(model: nn.Module) -> dict:
-    """All that a failed `init` could have left behind."""
+    """Everything that a failed `init` could leave behind."""
     modules = list(model.named_modules())
     return {
         "modules": [(name, id(module), sorted(vars(module))) for name, module in modules],
@@ -175,7 +175,7 @@ class Repeat:
 
 
 def test_failure_on_a_peft_model_keeps_its_factors(config):
-    """Also after the new factors were assigned: gamma="auto" fails in its forward pass."""
+    """This also holds after the new factors were assigned: gamma="auto" fails in its forward pass."""
     model = peft.get_peft_model(mlp().model, peft.LoraConfig(r=4, target_modules=["up", "down"]))
     for p in model.parameters():
         torch.nn.init.normal_(p)
@@ -263,7 +263,7 @@ def test_weights_that_hold_no_numbers_say_where_they_come_from(config):
 
 
 def test_a_head_smaller_than_the_rank_speaks_of_modules_to_save():
-    """As ViT's, whose task PEFT has no class for."""
+    """ViT has such a head, and PEFT has no class for its task."""
     vision = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     model = ViTForImageClassification(ViTConfig(**vision, image_size=16, patch_size=8, num_labels=3))
     batch = {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.tensor([0, 2])}
@@ -275,7 +275,7 @@ def test_a_head_smaller_than_the_rank_speaks_of_modules_to_save():
 
 
 def test_a_target_that_is_offloaded(config):
-    """PEFT puts its LoRA weights on "meta", where a start would be lost without a word; what else is may be there."""
+    """PEFT puts its LoRA weights on "meta", where a start would be lost. Other layers may be offloaded."""
     case = llama()
     attach_align_device_hook(case.model.model.layers[1], execution_device="cpu", offload=True)
     before = {name: p.device.type for name, p in case.model.named_parameters()}

@@ -1,4 +1,4 @@
-"""What a model can be given, against the models themselves: they run at the limit, and fail one token beyond it."""
+"""The limits on a model's input, checked with models: they run at the limit and fail one token beyond it."""
 
 import pytest
 import torch

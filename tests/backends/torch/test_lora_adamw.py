@@ -1,4 +1,4 @@
-"""The step of many pairs at once is the spec's, pair by pair."""
+"""The step of many pairs at once equals the spec's step, pair by pair."""
 
 import copy
 from functools import partial
@@ -43,7 +43,7 @@ def set_gradients(pairs, seed: int) -> None:
 
 
 def specs_step(pair, gradient, state, rate_B, decay_B):
-    """One step of the spec, lora_B at a rate and a decay of its own; a factor without gradient stays as it is."""
+    """One step of the spec; lora_B has its own rate and decay, and a factor without a gradient does not change."""
     filled = Factors(*(np.zeros_like(p) if g is None else g for p, g in zip(pair, gradient, strict=True)))
     by_A, state_A = step.adamw(numpy_ops, pair, filled, state, 1e-2, reg=1e-2)
     by_B, state_B = step.adamw(numpy_ops, pair, filled, state, rate_B, weight_decay=decay_B, reg=1e-2)
@@ -117,7 +117,7 @@ def test_launches_do_not_grow_with_the_layers_where_launches_count(monkeypatch):
 
 
 def test_nothing_reads_a_value():
-    """Fake tensors have shapes only, and raise where a value is read: a CUDA graph could hold what runs on them."""
+    """Fake tensors have only shapes, and raise if a value is read: a CUDA graph could capture what runs on them."""
     with FakeTensorMode():
         pairs = make_pairs([(8, 32, 32), (3, 32, 48)], torch.float32)
         optimizer = LoraOneAdamW(parameters(pairs), pairs, fused=True)

@@ -63,7 +63,7 @@ def test_a_tied_model_without_lora_on_its_output_layer_stays_tied():
 
 
 class ScaledByTheTie(LlamaForCausalLM):
-    """As T5 was, and Switch Transformers are."""
+    """A model that scales by the tie, as T5 did, and Switch Transformers do."""
 
     def forward(self, *args, **kwargs):
         out = super().forward(*args, **kwargs)
@@ -96,7 +96,7 @@ def test_a_merge_that_fails_leaves_the_tie(monkeypatch):
 
 
 class Twins(nn.Module):
-    """Two layers of one weight, and one layer that is called twice."""
+    """Two layers with the same weight, and one layer that is called twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def test_layers_that_share_a_weight_each_get_their_own_delta(targets):
 
 
 class TwoNames(nn.Module):
-    """One layer under two names, of which PEFT adapts the first."""
+    """One layer under two names; PEFT adapts the first."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -84,7 +84,7 @@ def test_without_preconditioner_it_is_torch_adamw_itself():
 @pytest.mark.parametrize("precondition", [False, True])
 @pytest.mark.parametrize("unscale", [True, False])
 def test_mixed_precision_scales_and_clips_as_with_torchs_default(precondition, unscale):
-    """By a GradScaler, which skips a step that overflows. Lightning asks for that attribute before it clips."""
+    """A GradScaler skips a step that overflows. Lightning reads that attribute before it clips."""
     model, case = adapted()
     other = copy.deepcopy(model)
     ours = lora_one.optimizer(model, 1e-2, precondition=precondition, reg=1e-2)
@@ -191,7 +191,7 @@ def test_param_groups_take_their_parameters_out_of_the_rest():
 
 
 def test_closure_is_called_before_preconditioning():
-    """PEFT's refuses closures, which would overwrite its gradients."""
+    """PEFT's optimizer refuses closures, which would overwrite its gradients."""
     model, case = adapted()
     other = copy.deepcopy(model)
     ours, reference = (lora_one.optimizer(net, 1e-3, precondition=True) for net in (model, other))

@@ -26,17 +26,17 @@ def batches():
 
 
 def dequantized_gradients(quantized) -> dict[str, np.ndarray]:
-    """G by autograd of a float model that holds the quantised model's weights, float64, (out, in)."""
+    """G of a float model that holds the quantised model's weights, by autograd, float64, (out, in)."""
     model = load().double()
-    found = {}
+    weights = {}
     for name, module in quantized.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
             model.get_submodule(name).weight.data = weight.cpu().double()
-            found[name] = model.get_submodule(name).weight
+            weights[name] = model.get_submodule(name).weight
     for batch in batches():
         model(**batch).loss.backward()
-    return {name: weight.grad.numpy() / 2 for name, weight in found.items()}
+    return {name: weight.grad.numpy() / 2 for name, weight in weights.items()}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Models that have an adapter already without being a PeftModel: injected layers, and a base model handed in again."""
+"""Models that already have an adapter but are not a PeftModel: injected layers, and a base model given again."""
 
 import copy
 import warnings
@@ -27,7 +27,7 @@ def nan_loss(model, batch):
 
 
 def tables(model: torch.nn.Module) -> dict:
-    """What PEFT's layers and their configuration say of themselves."""
+    """The settings that PEFT's layers and their configuration hold."""
     said = {}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
@@ -56,7 +56,7 @@ def test_a_second_call_that_fails_leaves_the_first_adapter(ours, other):
 
 
 def test_a_second_call_is_as_on_a_plain_model():
-    """A notebook's cell that is run twice, with another rank."""
+    """This is a notebook's cell that runs twice, with another rank."""
     base = llama().model
     first, _ = lora_one.init(base, llama().batches, config=CONFIG)
     other = lora_one.Config(rank=2, alpha=8.0, gradient="exact")
@@ -112,14 +112,14 @@ def injected_by_transformers(model):
 
 
 def wrapped_by_peft(model):
-    """The base model of a PeftModel, handed in itself."""
+    """The base model of a PeftModel, given instead of the PeftModel."""
     peft.get_peft_model(model, peft.LoraConfig(**LORA))
     return model
 
 
 @pytest.mark.parametrize("inject", [injected_by_peft, injected_by_transformers, wrapped_by_peft])
 def test_injected_layers_are_started_trained_saved_and_merged(inject, tmp_path):
-    """As the layers of a PeftModel, with the same numbers."""
+    """They behave as the layers of a PeftModel, with the same numbers."""
     model = inject(llama().model)
     modules = dict(model.named_modules())
     started, report = lora_one.init(model, llama().batches, config=CONFIG)
@@ -174,7 +174,7 @@ def test_a_folder_that_does_not_fit_injected_layers(tmp_path):
 
 @pytest.mark.parametrize("call", [lora_one.init, lora_one.save, lora_one.load, lora_one.merge])
 def test_an_adapter_in_a_part_of_the_model_names_the_part(call, tmp_path):
-    """A module of one's own around a PeftModel, or around injected layers."""
+    """The user's own module is around a PeftModel, or around injected layers."""
     case = mlp()
     for part, where in (
         (peft.get_peft_model(case.model, peft.LoraConfig(target_modules=["up"])), "'0.base_model"),
@@ -215,7 +215,7 @@ def test_of_several_injected_adapters_the_active_one_is_meant(tmp_path):
 
 
 def test_a_leftover_that_changed_the_base_itself_is_refused(tmp_path):
-    """Biases that were trained in place, and layers that PEFT made by replication, do not go with the adapter."""
+    """Biases that were trained in place, and layers that PEFT replicated, stay when the adapter is removed."""
     torch.manual_seed(0)
     for more in ({"bias": "all"}, {"layer_replication": [[0, 2], [1, 2]]}):
         trained = peft.get_peft_model(llama().model, peft.LoraConfig(**LORA, **more))

@@ -1,4 +1,4 @@
-"""A new head that is trained whole beside the LoRA layers: `Config(modules_to_save=...)`."""
+"""A new head that is trained as a whole beside the LoRA layers: `Config(modules_to_save=...)`."""
 
 import copy
 import re
@@ -42,7 +42,7 @@ def take_steps(case, model, count: int = 3) -> None:
 
 
 def test_the_head_gets_no_lora_and_the_layers_start_as_without_it():
-    """Which gradient a layer has does not depend on who else is trained."""
+    """The gradient of a layer does not depend on what else is trained."""
     case, model, report = started()
     assert [layer.name for layer in report.layers] == ["up", "shared"]
     config = lora_one.Config(rank=4, gradient="exact", targets=("up", "shared"))
@@ -89,7 +89,7 @@ def test_a_trained_head_is_saved_and_loaded_and_opens_in_peft(tmp_path):
 
 
 def test_a_head_that_only_one_side_has_is_an_error(tmp_path):
-    """PEFT would pass over it without a word."""
+    """PEFT would ignore it without a message."""
     case, model, _ = started()
     plain = started(lora_one.Config(rank=4, targets=("up", "shared")))[1]
     lora_one.save(model, tmp_path / "with")

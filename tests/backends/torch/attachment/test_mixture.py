@@ -1,4 +1,4 @@
-"""Mixtures of experts in transformers: which layers `init` takes, and what it says of the others."""
+"""Mixtures of experts in transformers: which layers `init` uses, and what it says about the others."""
 
 import copy
 
@@ -36,7 +36,7 @@ def test_attention_layers_by_name_as_the_estimate_counts_them(mixtral, batches):
 
 
 def test_all_linear_is_what_is_linear_and_the_rest_is_named(mixtral, batches, tmp_path):
-    """PEFT's own all-linear takes routers and stacked experts too: nothing of that first try may be left."""
+    """PEFT's own all-linear includes routers and stacked experts: nothing may be left of that first attempt."""
     plain, twin = copy.deepcopy(mixtral), copy.deepcopy(mixtral)
     named, _ = lora_one.init(twin, batches, config=Config(rank=4, targets=ATTENTION))
     stream = torch.get_rng_state()

@@ -24,7 +24,7 @@ def first_and(second: peft.LoraConfig, **first):
 
 
 def opened(folder) -> tuple[torch.Tensor, torch.Tensor]:
-    """The folder's outputs in PEFT and here."""
+    """The outputs of the folder's adapter, opened by PEFT and by us."""
     return tuple(
         output(llama(), model)
         for model in (
@@ -84,7 +84,7 @@ def test_two_active_adapters_have_no_folder(tmp_path):
 
 
 def test_an_adapter_named_as_a_module_is_refused_where_pefts_names_would_mix(tmp_path):
-    """PEFT leaves out all keys with ".layers." in them, as another adapter's."""
+    """PEFT leaves out all keys that contain ".layers.": it believes they belong to the other adapter."""
     model = first_and(SECOND)
     model.add_adapter("layers", SECOND)
     with pytest.raises(ModelError, match=r"no adapter may be named as a module of the model is, got .*'layers'"):

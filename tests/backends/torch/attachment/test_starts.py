@@ -1,4 +1,4 @@
-"""Adapters whose start moved a part of the base weights into the factors: PiSSA and its kind."""
+"""Adapters whose start moved a part of the base weights into the factors, such as PiSSA."""
 
 import json
 import warnings
@@ -52,7 +52,7 @@ def test_starts_that_keep_the_base_weights_are_started_again(start):
 
 @pytest.mark.parametrize("start", ["loftq", "corda", "one_of_tomorrow"])
 def test_starts_that_need_data_or_a_gpu_or_are_not_known(start):
-    """By their name alone."""
+    """Their name is enough to refuse them."""
     model = adapted(True)
     model.peft_config["default"].init_lora_weights = start
     with pytest.raises(ModelError, match=f"init_lora_weights='{start}', changed the base weights"):
@@ -105,7 +105,7 @@ def test_a_folder_whose_start_cannot_be_repeated_is_refused(start, tmp_path):
 
 
 def test_what_peft_cannot_open_is_our_error(tmp_path):
-    """LoftQ's own start runs on CUDA alone."""
+    """LoftQ's own start runs on CUDA only."""
     lora_one.save(trained(True), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     more = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 3, "loftq_iter": 1}}
@@ -132,7 +132,7 @@ def test_factors_do_not_go_with_base_weights_of_another_start(tmp_path):
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_a_load_that_fails_late_puts_the_base_weights_back(start, tmp_path):
-    """PEFT had changed them, in place."""
+    """PEFT had changed them in place."""
     lora_one.save(trained(start), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     config["target_modules"].append("up_proj")  # of which the file has no factors
@@ -144,7 +144,7 @@ def test_a_load_that_fails_late_puts_the_base_weights_back(start, tmp_path):
 
 
 def test_a_difference_to_the_start_is_plain_lora(tmp_path):
-    """PEFT's way to carry such an adapter elsewhere, which the refusals name."""
+    """The refusals name this function of PEFT as the way to move such an adapter."""
     model = adapted("pissa")
     model.save_pretrained(tmp_path / "start")
     adamw = lora_one.optimizer(model.train(), learning_rate=1e-2)

@@ -57,7 +57,7 @@ def pictures_to_text():
 
 
 def blip():
-    """It takes `input_ids`, but no `inputs_embeds`, which PEFT hands on too."""
+    """It takes `input_ids`, but not `inputs_embeds`, which PEFT passes too."""
     text = dict(vocab_size=60, **SMALL, encoder_hidden_size=16, projection_dim=8, bos_token_id=1, sep_token_id=2)
     vision = dict(**SMALL, image_size=16, patch_size=8)
     model = T.BlipForConditionalGeneration(T.BlipConfig(text_config=text, vision_config=vision, projection_dim=8))

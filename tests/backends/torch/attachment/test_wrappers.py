@@ -1,4 +1,4 @@
-"""Models in torch.compile and DataParallel: the plain model's names, layers and numbers, in every entry."""
+"""Models in torch.compile and DataParallel have the plain model's names, layers and numbers in every function."""
 
 import peft
 import pytest
@@ -49,7 +49,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def without_the_compiler():
-    """Which takes seconds for each model, for the same numbers."""
+    """The compiler takes seconds for each model, for the same numbers."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
@@ -75,7 +75,7 @@ def test_a_wrapped_model_gets_what_the_plain_one_gets(wrap, plain, tmp_path):
 
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_a_wrapped_adapter_is_started_trained_saved_and_merged(wrap, plain, tmp_path):
-    """Wrapped after it got its LoRA: what is handed in comes back."""
+    """It was wrapped after it got its LoRA: `init` returns what it was given."""
     inner = attach_plain(llama().model, CONFIG)
     model = wrap(inner)
     names = [name for name, _ in model.named_modules()]
@@ -126,7 +126,7 @@ def test_a_compiled_layer_that_is_a_target_itself():
 
 
 def test_passes_run_without_the_compiler_and_what_was_compiled_sees_the_start():
-    """A graph for each kind of pass would cost more than the pass."""
+    """Compiling a graph for each kind of pass would cost more than the pass."""
     graphs = []
 
     def backend(graph, inputs):
@@ -161,7 +161,7 @@ def test_wrappers_that_shard_or_that_would_miss_lora_are_refused():
 
 
 def test_distributed_data_parallel(tmp_path):
-    """At the top it is looked through; around a part it would not average what LoRA brings."""
+    """Around the model it is unwrapped; around a part it would not average LoRA's gradients."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         case = mlp()

@@ -1,4 +1,4 @@
-"""Tokens that were added: the rows that embeddings got for them travel with the adapter."""
+"""Tokens that were added to a model: their rows of the embeddings are saved with the adapter."""
 
 import shutil
 
@@ -18,7 +18,7 @@ NEW = torch.tensor([[3, 60, 61, 5, 63, 62]])
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """Untied, tied, and an encoder-decoder with one embedding for all."""
+    """Models with untied and with tied embeddings, and an encoder-decoder with a single embedding."""
     folder = tmp_path_factory.mktemp("bases")
     llama().model.save_pretrained(folder / "llama")
     llama(tie=True).model.save_pretrained(folder / "tied")
@@ -36,7 +36,7 @@ def opened(bases, name: str, rows: int | None = ROWS) -> torch.nn.Module:
 
 
 def with_rows(bases, name: str) -> torch.nn.Module:
-    """Resized, and the new tokens made of others, as people do it."""
+    """A model with resized embeddings, whose new tokens are made from others, as is usual."""
     model = opened(bases, name)
     with torch.no_grad():
         for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -117,7 +117,7 @@ def test_a_base_model_that_was_not_resized_is_told_the_remedy(bases, tmp_path, s
 
 
 def test_a_trained_token_beyond_the_model(bases, tmp_path):
-    """Where the folder lacks the rows, the token's number tells."""
+    """If the folder lacks the rows, the token's number shows the problem."""
     model = adapted(with_rows(bases, "llama"), "llama", "tokens")
     model.base_model.model.name_or_path = ""
     lora_one.save(model, tmp_path)

@@ -16,7 +16,7 @@ from tests.backends.torch.models import CASES, classifier, gpt2, llama, mlp
 
 
 def trained(name: str):
-    """A case, its model with an adapter some steps away from the start, and the report."""
+    """A case, its model with an adapter after some training steps, and the report."""
     case = CASES[name]()
     model, report = lora_one.init(copy.deepcopy(case.model), case.batches, case.loss_fn, lora_one.Config(rank=4))
     optimizer = lora_one.optimizer(model, 1e-2)

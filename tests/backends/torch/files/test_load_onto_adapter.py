@@ -1,4 +1,4 @@
-"""`load` onto a model that has an adapter: what is computed is the folder's, and `trainable` holds."""
+"""`load` onto a model that has an adapter: the outputs are those of the folder, and `trainable` applies."""
 
 import peft
 import pytest

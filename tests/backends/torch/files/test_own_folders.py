@@ -1,4 +1,4 @@
-"""If a training is possible, its folder opens: every setting of PEFT's that `init` takes."""
+"""The folder of every possible training opens again: every setting of PEFT that `init` accepts."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What decomposes and multiplies on a GPU, run here on the CPU: the functions do not ask where they are."""
+"""The decompositions and products for a GPU, run on the CPU: the functions do not depend on the device."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def stack() -> dict[str, torch.Tensor]:
-    """Matrices of 300 x 12, float32, whose QRs ask for more and more."""
+    """Matrices of 300 x 12, float32, whose QRs are more and more difficult."""
     x = torch.randn(8, 300, 12, generator=torch.Generator().manual_seed(0))
     graded = x[1] * torch.logspace(0, -6, 12)
     repeated = x[2].clone()

@@ -1,4 +1,4 @@
-"""Data parallel: every process computes the start of all the batches together."""
+"""Data parallel runs: every process computes the start of all batches together."""
 
 import numpy as np
 import pytest
@@ -40,11 +40,11 @@ def test_two_processes_start_as_one_does(tmp_path):
         case = llama(dtype)
         model, report = lora_one.init(case.model, case.batches, config=config)
         for rank in range(2):
-            found = np.load(tmp_path / f"{name}-{rank}.npz")
-            assert found["batches"] == report.batches == 2
-            assert found["base_loss"] == pytest.approx(report.base_loss, rel=tolerance / 10)
+            start = np.load(tmp_path / f"{name}-{rank}.npz")
+            assert start["batches"] == report.batches == 2
+            assert start["base_loss"] == pytest.approx(report.base_loss, rel=tolerance / 10)
             for layer, product in products(model).items():
-                np.testing.assert_allclose(found[layer], product, atol=tolerance * np.abs(product).max())
+                np.testing.assert_allclose(start[layer], product, atol=tolerance * np.abs(product).max())
 
 
 def free_port() -> int:

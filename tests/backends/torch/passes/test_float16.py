@@ -1,5 +1,7 @@
-"""Models that compute in float16: their starts are those of the same numbers in float32, however small or large the
-gradients are, and where the dtype cannot hold them a warning and the report say so."""
+"""Models that compute in float16: their starts are those of the same numbers in float32.
+
+This holds for small and for large gradients. Where the dtype cannot hold them, a warning and the report say so.
+"""
 
 import copy
 import itertools
@@ -45,8 +47,10 @@ def in_both(model, batches, loss_fn, config):
 @pytest.mark.parametrize("config", SETTINGS)
 @pytest.mark.parametrize("count", [2**-16, 40, 2**26], ids=["overflows", "tokens", "underflows"])
 def test_a_token_of_many_or_of_few(config, count):
-    """Transformers' own loss, over as many tokens. Without a scale 2^26 leaves nothing of any gradient, and 2^-16
-    overflows."""
+    """Transformers' own loss over this number of tokens.
+
+    Without a scale, 2^26 leaves nothing of any gradient, and 2^-16 overflows.
+    """
     case = llama(HALF)
     batches = [{**batch, "num_items_in_batch": torch.tensor(float(count))} for batch in case.batches]
     model, report, expected = in_both(case.model, batches, None, config)
@@ -70,7 +74,7 @@ def test_a_loss_of_ones_own_and_recomputed_blocks(factor, recompute):
 @pytest.mark.parametrize("config", SETTINGS)
 @pytest.mark.parametrize("where", ["around", "inside"])
 def test_autocast(config, where):
-    """Weights in float32: nothing says so before the backward pass where the loss switches autocast on."""
+    """The weights are in float32: if the loss switches autocast on, only the backward pass shows float16."""
     case = llama()
     expected = products(lora_one.init(llama().model, case.batches, None, config)[0])
     inside = torch.autocast("cpu", HALF, enabled=where == "inside")
@@ -105,8 +109,9 @@ def test_nf4_that_computes_in_float16(config):
 @pytest.mark.parametrize("kind", ["called", "read"])
 @pytest.mark.parametrize("config", SETTINGS)
 def test_a_batch_that_overflows_later_is_repeated_and_counts_once(config, kind):
-    """Layers that are called twice, and layers whose factors are read; the second of three batches is 2^26 times as
-    large as the first, on which the scale is chosen."""
+    """The scale is chosen on the first batch; the second of three is 2^26 times as large.
+
+    The layers are called twice, or their factors are read."""
     calls = itertools.count()
     if kind == "called":
         model, batches, _ = mlp(HALF)
@@ -138,7 +143,7 @@ def test_what_is_read_once_is_enough_for_an_exact_pass():
 
 @pytest.mark.parametrize("config", SETTINGS)
 def test_the_scale_is_taken_out_to_the_bit(monkeypatch, config):
-    """In float32, where it is neither needed nor in the way."""
+    """The model is in float32, where a scale is not needed and must not change a bit."""
     expected = products(lora_one.init(llama().model, llama().batches, None, config)[0])
     values = set()
     original = loss_scale.LossScale.backward
@@ -190,7 +195,7 @@ def test_what_no_scale_can_hold_is_said(config):
         model, report, expected = in_both(model, batches, loss_fn, config)
     large, small = report.layers
     assert large.rounded_away < 1e-3 and large.share_of_best > 0.999
-    # What the report holds possible is about what has happened.
+    # The loss that the report calls possible is about the loss that happened.
     cosine = float(cosine_similarity(products(model)["small"], expected["small"], dim=0))
     assert cosine < 0.999 and small.share_of_best < 0.999
     assert 0.3 < (1 - small.share_of_best) / (1 - cosine**2) < 3

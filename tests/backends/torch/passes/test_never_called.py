@@ -1,4 +1,4 @@
-"""Layers that the forward pass never calls: what reads LoRA's factors starts as ever, what does not is named."""
+"""Layers that the forward pass never calls: where code reads LoRA's factors they start as usual, others are named."""
 
 import copy
 import dataclasses
@@ -20,13 +20,14 @@ RANK = 3
 EXACT = lora_one.Config(rank=RANK, gradient="exact", targets=["up", "down"])
 SKETCH = lora_one.Config(rank=RANK, passes=10, targets=["up", "down"])
 SETTINGS = [pytest.param(EXACT, id="exact"), pytest.param(SKETCH, id="sketch")]
-# In float32, of eight orders of the spectrum's decay: an exact SVD and ten passes hold them all.
+# Float32 holds eight orders of the spectrum's decay: an exact SVD and ten passes find them all.
 TOLERANCE = 2e-4
 
 
 class Mlp(nn.Module):
-    """As Unsloth's and axolotl's kernels: with `with_lora` the factors are read where they are, and the layers never
-    called; without, W alone is read, as Liger's fused linear cross-entropy reads it."""
+    """With `with_lora` the model reads the factors and never calls the layers, like the kernels of Unsloth and axolotl.
+
+    Without it the model reads only W, like Liger's fused linear cross-entropy."""
 
     def __init__(self, fused: tuple[str, ...] = (), with_lora: bool = True) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class Mlp(nn.Module):
 
 
 class Both(Mlp):
-    """One call of each layer, and one reading of its factors."""
+    """A model that calls each layer once, and reads its factors once."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.fused = ()
@@ -70,7 +71,7 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def weight_gradients(model: nn.Module, loss_fn=loss_fn, batches=batches) -> dict[str, np.ndarray]:
-    """Of the mean loss, by autograd in float64: module -> (out, in)."""
+    """The weight gradients of the mean loss, by autograd in float64: module -> (out, in)."""
     model = copy.deepcopy(model).double().train()
     wide = [tuple(x.double() if x.is_floating_point() else x for x in batch) for batch in batches()]
     (sum(loss_fn(model, batch) for batch in wide) / len(wide)).backward()

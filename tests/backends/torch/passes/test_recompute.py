@@ -1,4 +1,4 @@
-"""Blocks that compute their activations again: as many as memory asks for, the same numbers, the model as found."""
+"""Blocks that compute their activations again: as many as needed, with the same numbers, and the model restored."""
 
 import dataclasses
 from collections import Counter
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def count_forwards(model) -> list[int]:
-    """A counter for each block, of its forward passes."""
+    """The number of forward passes of each block, counted from here on."""
     counts = [0] * len(model.model.layers)
     for i, layer in enumerate(model.model.layers):
         layer.self_attn.register_forward_pre_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
@@ -54,7 +54,7 @@ def test_true_recomputes_every_block_and_false_none():
 @pytest.mark.parametrize("gradient", ["exact", "sketch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_recomputing_a_block_ends_before_its_last_product(monkeypatch, dtype, gradient):
-    """Its input is kept, and what it yields nobody asks for."""
+    """The product's input is kept, and nothing needs its output."""
     products = Counter()
     original = onednn.linear
 
@@ -69,8 +69,8 @@ def test_recomputing_a_block_ends_before_its_last_product(monkeypatch, dtype, gr
     _, report = lora_one.init(
         case.model, case.batches, None, lora_one.Config(rank=4, gradient=gradient, recompute=True)
     )
-    found = {name: products[pointer] / report.passes / len(case.batches) for name, pointer in weights.items()}
-    assert found == {"gate_proj": 3, "up_proj": 3, "down_proj": 2}  # forward, again, and backward
+    counts = {name: products[pointer] / report.passes / len(case.batches) for name, pointer in weights.items()}
+    assert counts == {"gate_proj": 3, "up_proj": 3, "down_proj": 2}  # forward, again, and backward
 
 
 def block_bytes(index: int) -> int:
@@ -94,7 +94,7 @@ def block_bytes(index: int) -> int:
 
 @pytest.mark.parametrize(("fits", "expected"), [(0, [3, 4]), (1, [2, 4]), (2, [2, 2]), (None, [2, 2])])
 def test_auto_keeps_what_fits_in_half_of_the_free_memory(monkeypatch, fits, expected):
-    """Two blocks, two batches. The very first block is kept at any rate: there is nothing yet to judge it by."""
+    """There are two blocks and two batches. The first block is always kept, since nothing tells its size before."""
     one = block_bytes(1)
     free = None if fits is None else int(2 * one * (fits + 0.5))
     monkeypatch.setattr(module, "_free_memory", lambda device: free)
@@ -110,22 +110,22 @@ def test_auto_keeps_what_fits_in_half_of_the_free_memory(monkeypatch, fits, expe
 def test_what_a_block_keeps_is_counted_to_the_byte(monkeypatch):
     first, second = block_bytes(0), block_bytes(1)
     assert first < second  # the first one's input needs no gradient
-    found = []
+    kept = []
     leave = Recompute.__exit__
 
     def noted(self, *error):
-        found.append((self._last, self._kept))
+        kept.append((self._last, self._kept))
         leave(self, *error)
 
     monkeypatch.setattr(Recompute, "__exit__", noted)
     case = llama()
     case.batches.pop()
     start(case)
-    assert found == [(second, first + second)]
+    assert kept == [(second, first + second)]
 
 
 class Int8(torch.Tensor):
-    """As torchao's weights: a wrapper around what it is made of, with no storage of its own."""
+    """A weight like torchao's: a wrapper around other tensors, without its own storage."""
 
     @staticmethod
     def __new__(cls, values, scale):

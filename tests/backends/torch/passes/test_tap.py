@@ -15,17 +15,17 @@ CONFIG = lora_one.Config(rank=4)
 
 def probes(session: TorchSession, side: str, width: int) -> dict[str, Probe]:
     generator = torch.Generator().manual_seed(0)
-    found = {}
+    given = {}
     for layer in session.layers:
         if side == "A":
-            found[layer.name] = Probe("A", torch.randn(width, layer.in_features, generator=generator))
+            given[layer.name] = Probe("A", torch.randn(width, layer.in_features, generator=generator))
         else:
-            found[layer.name] = Probe("B", torch.randn(layer.out_features, width, generator=generator))
-    return found
+            given[layer.name] = Probe("B", torch.randn(layer.out_features, width, generator=generator))
+    return given
 
 
 def lora_gradients(session: TorchSession, given: dict[str, Probe]) -> dict[str, torch.Tensor]:
-    """By autograd through PEFT's layers with these factors in them, at scale 1: the mean over the batches."""
+    """The mean gradients over the batches, by autograd through PEFT's layers with these factors, at scale 1."""
     wanted = {}
     for site in find_sites(session.model):
         side, factor = given[site.layer.name]
@@ -63,24 +63,24 @@ def test_products_are_the_gradients_of_lora_itself(name, side):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_the_backward_pass_keeps(product, kept, dtype):
-    """Of x what the product needs, and x itself without a copy, in its own dtype."""
+    """It keeps what the product needs of x, or x itself without a copy, in its own dtype."""
     base = torch.nn.Linear(30, 20, bias=False, dtype=dtype).requires_grad_(False)
     layer = torch.nn.Identity()
-    found, calls, saved = [], [], []
+    formed, calls, saved = [], [], []
     x = torch.randn(2, 3, 30, dtype=dtype)
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
-    with tap(layer, base, product, lambda product, dy: found.append(product), calls.append), hooks:
+    with tap(layer, base, product, lambda product, dy: formed.append(product), calls.append), hooks:
         y = layer(x)
     y.float().sum().backward()
     assert layer(x) is x  # as it was
-    assert len(found) == 1 and calls == [True] and found[0].dtype == torch.float32
+    assert len(formed) == 1 and calls == [True] and formed[0].dtype == torch.float32
     (tensor,) = saved
     assert tensor.numel() == kept[0] * kept[1]
     assert (tensor.data_ptr() == x.data_ptr()) == (product.keep is None)
 
 
 class InPlace(torch.nn.Module):
-    """As Falcon: what a layer returns is added to, and it is the first."""
+    """A model like Falcon, which adds to the output of its first layer in place."""
 
     def __init__(self) -> None:
         super().__init__()

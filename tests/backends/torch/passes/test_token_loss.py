@@ -1,4 +1,4 @@
-"""The loss by rows is transformers' own, and so is its gradient; it takes the logits once more, and no float32 copy."""
+"""The loss by rows equals transformers' own, and so does its gradient; it needs no float32 copy of the logits."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ VOCABULARY = 60
 
 @pytest.fixture(params=[1, 7, 1000], ids="{} rows".format)
 def rows(request, monkeypatch):
-    """At once, of the 40 that there are."""
+    """The number of rows at once, out of 40."""
     monkeypatch.setattr(token_loss, "CHUNK_BYTES", 4 * VOCABULARY * request.param)
 
 
@@ -28,7 +28,7 @@ def inputs(dtype=torch.float32):
 
 
 def both(loss_fn, logits, labels, **settings):
-    """Of three times the loss."""
+    """Three times the loss, and its gradient."""
     loss = 3 * loss_fn(logits, labels, VOCABULARY, **settings)
     return loss, *torch.autograd.grad(loss, logits)
 
@@ -61,7 +61,7 @@ def test_loss_and_gradient_against_float64(rows, settings):
 
 
 def test_bfloat16_is_rounded_once(rows):
-    """Its gradient is the float32 one of these logits, in bfloat16: transformers' own, but for the last bit."""
+    """The gradient is the float32 gradient of these logits, in bfloat16: transformers' own, except for the last bit."""
     logits, labels = inputs(torch.bfloat16)
     loss, gradient = both(next_token_loss, logits, labels)
     its_loss, its = both(ForCausalLMLoss, logits, labels)
@@ -73,7 +73,7 @@ def test_bfloat16_is_rounded_once(rows):
 @pytest.mark.parametrize("scale", [1.0, 2.0**16])
 @pytest.mark.parametrize("count", [33, 2**20 + 1])
 def test_float16_holds_the_gradient_whatever_the_weight_of_a_token(rows, count, scale):
-    """As far as its range goes: to 6e-8."""
+    """The gradient is held as far as the dtype's range goes: to 6e-8."""
     logits, labels = inputs(torch.float16)
     (got,) = torch.autograd.grad(scale * next_token_loss(logits, labels, VOCABULARY, num_items_in_batch=count), logits)
     wide = logits.detach().double().requires_grad_()
@@ -91,7 +91,7 @@ def test_what_it_keeps():
 
 
 def test_tokens_that_cannot_be(rows):
-    """A model may rule them out by logits of minus infinity; the first of them is what an ignored label stands for."""
+    """A model may exclude tokens by logits of minus infinity; ignored labels point to the first of these tokens."""
     logits, labels = inputs()
     with torch.no_grad():
         logits[..., 0] = -torch.inf
