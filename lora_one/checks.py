@@ -3,7 +3,7 @@
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from .errors import ConfigError
 
@@ -11,7 +11,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 120, 120
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return a value as text for a message, in one or two lines, however deeply a file nests it."""
     return _SHORT.repr(value)
 
@@ -22,52 +22,56 @@ def shown_names(names: Sequence[str], most: int = 8) -> str:
 
 
 def check_integer(
-    name: str, value: Any, least: int | None = None, most: int | None = None, otherwise: str = ""
+    name: str, value: object, least: int | None = None, most: int | None = None, otherwise: str = ""
 ) -> None:
     """Raise ConfigError for a value that is not an integer, or out of bounds.
 
     Args:
         otherwise: what else the message says is allowed, such as ' or "auto"'.
     """
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if not is_integer or (least is not None and value < least) or (most is not None and value > most):
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or (least is not None and value < least)
+        or (most is not None and value > most)
+    ):
         bounds = "".join(f" {sign} {n}" for sign, n in ((">=", least), ("and <=", most)) if n is not None)
         raise ConfigError(f"{name} must be an integer{bounds}{otherwise}, got {shown(value)}")
 
 
-def check_positive(name: str, value: Any, otherwise: str = "") -> None:
+def check_positive(name: str, value: object, otherwise: str = "") -> None:
     """Raise ConfigError for a value that is not a finite number above zero."""
     if not is_number(value) or value <= 0:
         raise ConfigError(f"{name} must be a number > 0{otherwise}, got {shown(value)}")
 
 
-def check_range(name: str, value: Any, low: float, high: float = math.inf) -> None:
+def check_range(name: str, value: object, low: float, high: float = math.inf) -> None:
     """Raise ConfigError for a value that is not a finite number in [low, high)."""
     if not is_number(value) or not low <= value < high:
         bounds = f"a number >= {low:g}" if math.isinf(high) else f"a number in [{low:g}, {high:g})"
         raise ConfigError(f"{name} must be {bounds}, got {shown(value)}")
 
 
-def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise ConfigError for a value that is none of the choices, in type and value."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
 
 
-def check_flag(name: str, value: Any) -> None:
+def check_flag(name: str, value: object) -> None:
     """Raise ConfigError for a value that is neither True nor False."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name} must be true or false, got {shown(value)}")
 
 
-def check_text(name: str, value: Any) -> None:
+def check_text(name: str, value: object) -> None:
     """Raise ConfigError for a value that is not a string, or a blank one."""
     if not isinstance(value, str) or not value.strip():
         hint = "" if isinstance(value, str) or value is None else ": put it in quotes"
         raise ConfigError(f"{name} must be text, got {shown(value)}{hint}")
 
 
-def check_texts(name: str, value: Any) -> tuple[str, ...]:
+def check_texts(name: str, value: object) -> tuple[str, ...]:
     """Return a list of names as a tuple.
 
     Raises:
@@ -82,7 +86,7 @@ def check_texts(name: str, value: Any) -> tuple[str, ...]:
     return texts
 
 
-def is_number(value: Any) -> TypeGuard[float]:
+def is_number(value: object) -> TypeGuard[float]:
     """Return whether a value is a finite number that a float can hold."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False

@@ -213,7 +213,7 @@ class Report:
         return "\n".join(lines)
 
 
-def _without_removed_fields(layer: Any) -> Any:
+def _without_removed_fields(layer: object) -> Any:
     """Return the data of a layer without the fields that reports in older adapter folders have."""
     if not isinstance(layer, dict):
         return layer
@@ -233,7 +233,7 @@ def _typed(cls: type[_Plain], values: Any) -> _Plain:
     return instance
 
 
-def _has_type(value: Any, hint: Any) -> bool:
+def _has_type(value: object, hint: Any) -> bool:
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is list:
         return isinstance(value, list) and all(_has_type(item, arguments[0]) for item in value)

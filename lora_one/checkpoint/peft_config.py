@@ -13,7 +13,7 @@ LARGEST_ALPHA = 1e9  # the smallest is its inverse, so that the ratio of two is 
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:
     """Return one sentence per invalid setting, among the settings that this library reads."""
-    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
+    checks: dict[str, tuple[Callable[[object], bool], str]] = {
         "r": (is_rank, "an integer from 1 on"),
         "lora_alpha": (_is_alpha, "a number, 0 or of size 1e-9 to 1e9"),
         "lora_dropout": (is_dropout, "a number in [0, 1]"),
@@ -43,27 +43,27 @@ def check_patterns(config: Mapping[str, Any], layers: Sequence[str]) -> None:
             first_matches([config[name]], layers)
 
 
-def is_rank(value: Any) -> TypeGuard[int]:
+def is_rank(value: object) -> TypeGuard[int]:
     """Return whether a value from a file can be a rank."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_RANK
 
 
-def is_dropout(value: Any) -> TypeGuard[float]:
+def is_dropout(value: object) -> TypeGuard[float]:
     """Return whether a value from a file can be a dropout rate."""
     return is_number(value) and 0 <= value <= 1
 
 
-def _is_alpha(value: Any) -> bool:
+def _is_alpha(value: object) -> bool:
     return is_number(value) and (value == 0 or 1 / LARGEST_ALPHA <= abs(value) <= LARGEST_ALPHA)
 
 
-def _is_table(value: Any, is_valid: Callable[[Any], bool]) -> bool:
+def _is_table(value: object, is_valid: Callable[[object], bool]) -> bool:
     return isinstance(value, dict) and all(map(is_valid, value.values()))
 
 
-def _are_names(value: Any) -> bool:
+def _are_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _are_names_or_pattern(value: Any) -> bool:
+def _are_names_or_pattern(value: object) -> bool:
     return isinstance(value, str) or _are_names(value)

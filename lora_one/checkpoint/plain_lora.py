@@ -52,7 +52,7 @@ def setting_problems(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def keeps_base(init_lora_weights: Any) -> bool:
+def keeps_base(init_lora_weights: object) -> bool:
     """Return whether an init_lora_weights of PEFT leaves the base weights as they are; an unknown one does not."""
     start = init_lora_weights
     return (start.lower() if isinstance(start, str) else start) in _STARTS_THAT_KEEP_THE_BASE
