@@ -22,7 +22,8 @@ import torch
 import lora_one
 from lora_one import demo
 from lora_one.backends.torch import attach_plain
-from lora_one.finetune.data import encode, encode_prompt, read_examples
+from lora_one.finetune.data import read_examples
+from lora_one.finetune.encoding import encode, encode_prompt
 from lora_one.finetune.recipe import Recipe
 from lora_one.finetune.tuners.torch.opening import open_tuner
 

@@ -28,7 +28,8 @@ from benchmarks.minilm import (
     pair_batches,
 )
 from lora_one import demo
-from lora_one.finetune.data import encode, read_examples
+from lora_one.finetune.data import read_examples
+from lora_one.finetune.encoding import encode
 from lora_one.finetune.tuners.torch.opening import open_tuner
 
 GAMMAS: tuple[float, ...] = (8.0, 32.0, 128.0, 512.0, 2048.0, 8192.0)

@@ -23,7 +23,7 @@ from lora_one import demo
 from lora_one.backends.torch import ops
 from lora_one.core.alignment import captured_energy
 from lora_one.core.factors import Factors
-from lora_one.finetune.data import TokenSequence
+from lora_one.finetune.encoding import TokenSequence
 
 RANK = 8
 MODULES = ("benchmarks.init_contenders",)  # what all processes on a GPU need

@@ -17,7 +17,8 @@ import lora_one
 from lora_one import demo
 from lora_one.backends.torch import TorchSession, attach_plain, ops
 from lora_one.core.gradient import as_matrix
-from lora_one.finetune.data import TokenSequence, encode, read_examples
+from lora_one.finetune.data import read_examples
+from lora_one.finetune.encoding import TokenSequence, encode
 from lora_one.finetune.recipe import Recipe
 from lora_one.finetune.tuners.torch.causal import TorchTuner
 from lora_one.finetune.tuners.torch.opening import open_tuner

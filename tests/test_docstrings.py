@@ -23,7 +23,6 @@ FACES = [
 ]
 PENDING = {
     "backends.jax",
-    "finetune",
 }
 
 

@@ -15,7 +15,8 @@ import lora_one
 from lora_one import demo
 from lora_one.backends.jax import load_llama
 from lora_one.backends.jax.llama.model import causal_lm_loss
-from lora_one.finetune.data import TokenSequence, encode, read_examples
+from lora_one.finetune.data import read_examples
+from lora_one.finetune.encoding import TokenSequence, encode
 
 
 def collate(sequences: list[TokenSequence], width: int) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 import lora_one
 from lora_one import demo
-from lora_one.finetune.data import encode, read_examples
+from lora_one.finetune import encode, read_examples
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from lora_one import Config, demo
-from lora_one.finetune.data import encode, read_examples
+from lora_one.finetune.data import read_examples
+from lora_one.finetune.encoding import encode
 
 Batch = dict[str, np.ndarray]  # "input_ids", "labels": (rows, length), int32; -100 is a label that does not count
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import lora_one
 from lora_one import demo
 from lora_one.backends.torch.optimizer import lora_pairs
-from lora_one.finetune.data import encode, encode_prompt, read_examples
+from lora_one.finetune.data import read_examples
+from lora_one.finetune.encoding import encode, encode_prompt
 from lora_one.finetune.tuners.torch.opening import open_tuner
 
 LLAMA = {"main": demo.TRAIN.parent, "harder": demo.TRAIN.parent / "harder"}

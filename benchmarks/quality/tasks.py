@@ -12,7 +12,8 @@ from benchmarks.minilm import Classifier, load_minilm
 from benchmarks.t5 import pretrain as t5
 from lora_one import demo
 from lora_one.demo import tasks as demo_tasks
-from lora_one.finetune.data import TokenSequence, encode, read_examples
+from lora_one.finetune.data import read_examples
+from lora_one.finetune.encoding import TokenSequence, encode
 from lora_one.finetune.tuners.torch.opening import open_tuner
 
 from .task import Task

@@ -16,6 +16,8 @@ from lora_one.core.sketch import Probe
 
 LossFn = Callable[[Any, Any], Any]  # (model, batch) -> mean loss, a scalar
 
+IGNORED = -100  # the label of a token that does not count in the loss, as in transformers
+
 
 class Layer(NamedTuple):
     """One LoRA pair of a model: the layer computes W x + scaling * B A x.

@@ -15,9 +15,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from lora_one.finetune.datasets import Source
 from lora_one.finetune.job import Outcome
 from lora_one.finetune.recipe import Recipe
+from lora_one.finetune.source import Source
 from lora_one.report import Report
 
 from .quiet import is_verbose, quiet
@@ -27,7 +27,7 @@ SMOOTHING = 10  # the loss shown is the mean over this many steps
 
 
 class Terminal:
-    """The `lora_one.finetune.job.Progress` that prints to a terminal."""
+    """The `lora_one.finetune.Progress` that prints to a terminal."""
 
     def __init__(self, console: Console, recipe: Recipe, verbose: bool = False):
         self._console = console

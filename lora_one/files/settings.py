@@ -1,7 +1,6 @@
-"""Read the settings in a configuration file, TOML or YAML.
+"""Settings in a configuration file, where text that stands for a number becomes that number.
 
-Text that looks like a number becomes a number where a setting needs one: YAML 1.1 reads 2e-4 as text, since its numbers
-need a dot.
+YAML 1.1 reads 2e-4 as text, since its numbers need a dot, but whoever writes it means a number.
 """
 
 import tomllib
@@ -14,7 +13,7 @@ from lora_one.errors import ConfigError
 
 
 def read_settings(path: Path) -> dict[Any, Any]:
-    """Read a .toml, .yaml or .yml file.
+    """Return the settings in a .toml, .yaml or .yml file.
 
     Raises:
         ConfigError: the file cannot be read, or holds no settings.
@@ -25,52 +24,55 @@ def read_settings(path: Path) -> dict[Any, Any]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    values = _toml(text, path) if path.suffix == ".toml" else _yaml(text, path)
+    values = _parse_toml(text, path) if path.suffix == ".toml" else _parse_yaml(text, path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold settings by name, got {type(values).__name__}")
     return values
 
 
 def parsed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values with text turned into numbers, for fields of `cls` that accept a number and no text but "auto".
+    """Return the values, with text replaced by a number where a field of `cls` takes numbers and not any text.
 
-    A value that is not a number stays as it is, so that the checks of `cls` name it.
+    Args:
+        cls: a dataclass.
+        values: setting -> value. What stands for no number is returned unchanged, so that `cls` can name it in an
+            error.
     """
     hints = typing.get_type_hints(cls)
-    return {name: _number(value, _plain_types(hints[name])) for name, value in values.items()}
+    return {name: _number(value, _alternatives(hints[name])) for name, value in values.items()}
 
 
-def _plain_types(hint: Any) -> set[Any]:
-    """Return the members of a union, or the choices of a Literal; a container counts as one type."""
-    members = typing.get_args(hint)
-    if not members or typing.get_origin(hint) in (tuple, list, dict):
+def _alternatives(hint: Any) -> set[object]:
+    """Return the types, and the values of a Literal, that a type hint allows."""
+    inner = typing.get_args(hint)
+    if not inner or typing.get_origin(hint) in (tuple, list, dict):
         return {hint}
-    return set().union(*map(_plain_types, members))
+    return set().union(*map(_alternatives, inner))
 
 
-def _number(value: Any, types: set[Any]) -> Any:
-    if not {int, float} & types or str in types or not isinstance(value, (str, float)):
+def _number(value: object, allowed: set[object]) -> object:
+    if not {int, float} & allowed or str in allowed or not isinstance(value, (str, float)):
         return value
     try:
         number = float(value)
     except ValueError:
         return value
-    if float in types:
+    if float in allowed:
         return number
-    return int(number) if number.is_integer() else value  # neither inf nor nan is whole
+    return int(number) if number.is_integer() else value  # infinity and NaN are not integers
 
 
-def _toml(text: str, path: Path) -> Any:
+def _parse_toml(text: str, path: Path) -> object:
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not TOML that can be read: {error}") from error
 
 
-def _yaml(text: str, path: Path) -> Any:
+def _parse_yaml(text: str, path: Path) -> object:
     import yaml
 
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an invalid date, or brackets nested too deeply
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date, or brackets nested too deep
         raise ConfigError(f"{path} is not YAML that can be read: {error}") from error

@@ -1,4 +1,4 @@
-"""Where a run's results go: whether they can be written there is known before the work, not after it."""
+"""The folder that the results of a run are written to."""
 
 import tempfile
 from pathlib import Path
@@ -7,10 +7,14 @@ from lora_one.errors import ConfigError
 
 
 def check_writable(folder: Path, setting: str = "out") -> None:
-    """Try to write a file in a folder that may not be there yet; afterwards all is as it was.
+    """Check that a folder can be written, before hours of work, and leave the disk as it was.
+
+    Args:
+        folder: it need not exist yet.
+        setting: the name of the setting that gave it, for the message.
 
     Raises:
-        ConfigError: it cannot be made, or not be written in.
+        ConfigError: the folder cannot be made, or no file can be written in it.
     """
     made: list[Path] = []
     try:
@@ -20,7 +24,7 @@ def check_writable(folder: Path, setting: str = "out") -> None:
                 made.append(part)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
-    except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
+    except (OSError, ValueError) as error:  # a null byte in a name gives a ValueError
         raise ConfigError(f"{setting} must be a folder that can be written, got {str(folder)!r}: {error}") from error
     finally:
         for part in reversed(made):

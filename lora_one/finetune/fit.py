@@ -1,24 +1,24 @@
-"""Whether data, tokenizer and model fit together: found out before the work, by line."""
+"""Checks, before any work, that data, tokenizer and model fit together. Messages name the line of the data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lora_one.errors import DataError, ModelError
 
-from .data import TokenSequence
+from .encoding import Tokenizer, TokenSequence
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model can be given. None: no limit.
+    """What a model accepts. None means that there is no limit.
 
     Attributes:
-        rows: of the embedding. Token ids are below.
-        positions: tokens of a sequence that the model has a place for; in an encoder-decoder of the encoder's text.
-        answer_positions: of the decoder's text, in an encoder-decoder.
-        trained: tokens of a sequence that the model was made for. It runs on longer ones, but has seen none.
+        rows: rows of the embedding; token ids must be below this number.
+        positions: the longest sequence, in tokens, that the model has positions for; in an encoder-decoder, the
+            longest text of the encoder.
+        answer_positions: the longest text of the decoder in an encoder-decoder, in tokens.
+        trained: the longest sequence that the model was trained on, in tokens. It runs on longer ones.
     """
 
     rows: int | None = None
@@ -27,8 +27,8 @@ class Limits:
     trained: int | None = None
 
 
-def check_tokenizer(tokenizer: Any, folder: str | Path) -> None:
-    """Raises ModelError where no completion could be closed, and no answer would end."""
+def check_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Raise ModelError if the tokenizer has no end-of-sequence token: no completion could end."""
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"{folder}: the tokenizer must have an end-of-sequence token, with which a completion ends, got none: name "
@@ -36,33 +36,37 @@ def check_tokenizer(tokenizer: Any, folder: str | Path) -> None:
         )
 
 
-def pad_token(tokenizer: Any, rows: int | None) -> int:
-    """What fills a batch up. Its value is never looked at, but it must have a row: tokens added for padding have none
-    where the model was not resized.
+def pad_token(tokenizer: Tokenizer, rows: int | None) -> int:
+    """Return the token that fills up a batch.
+
+    Its value does not matter, since it is masked, but the embedding must have a row for it. A padding token that was
+    added to the tokenizer has none if the model was not resized; then it is the end-of-sequence token.
     """
     pad = tokenizer.pad_token_id
     return int(tokenizer.eos_token_id if pad is None or (rows is not None and pad >= rows) else pad)
 
 
-def check_sequences(sequences: Sequence[TokenSequence], tokenizer: Any, limits: Limits, separate: bool) -> str | None:
-    """Whether a model can be given these sequences.
+def check_sequences(
+    sequences: Sequence[TokenSequence], tokenizer: Tokenizer, limits: Limits, separate: bool
+) -> str | None:
+    """Check that a model accepts these training sequences.
 
     Args:
-        separate: of an encoder-decoder: see `TokenSequence.cut`.
+        separate: the model is an encoder-decoder; see `TokenSequence.cut`.
 
     Returns:
-        What a person should know though it works, or None.
+        A remark for the user about something that works but may surprise, or None.
 
     Raises:
-        DataError: a token that the model has no row for, or a sequence that is too long for it.
+        DataError: the model has no row for a token, or a sequence is too long for it.
     """
     for sequence in sequences:
         _check_tokens(sequence, tokenizer, limits)
         if separate:
-            encoded = sequence.prompt_length + 1  # closed by an end-of-sequence token
-            _check_length(sequence.where, "the prompt", encoded, limits.positions)
-            answer = len(sequence.tokens) - sequence.prompt_length
-            _check_length(sequence.where, "the completion", answer, limits.answer_positions)
+            encoder_length = sequence.prompt_length + 1  # with an end-of-sequence token
+            _check_length(sequence.where, "the prompt", encoder_length, limits.positions)
+            answer_length = len(sequence.tokens) - sequence.prompt_length
+            _check_length(sequence.where, "the completion", answer_length, limits.answer_positions)
         else:
             _check_length(sequence.where, "the sequence", len(sequence.tokens), limits.positions)
     if limits.trained is None or separate:
@@ -77,8 +81,8 @@ def check_sequences(sequences: Sequence[TokenSequence], tokenizer: Any, limits: 
     )
 
 
-def check_questions(questions: Sequence[TokenSequence], tokenizer: Any, limits: Limits, separate: bool) -> None:
-    """Whether a model can answer these prompts, with as many tokens as the longest of the answers has.
+def check_questions(questions: Sequence[TokenSequence], tokenizer: Tokenizer, limits: Limits, separate: bool) -> None:
+    """Check that a model can answer these prompts with as many tokens as the longest expected answer has.
 
     Raises:
         DataError: see `check_sequences`.
@@ -94,7 +98,7 @@ def check_questions(questions: Sequence[TokenSequence], tokenizer: Any, limits: 
             _check_question(question.where, prompt + longest, limits.positions)
 
 
-def _check_tokens(sequence: TokenSequence, tokenizer: Any, limits: Limits) -> None:
+def _check_tokens(sequence: TokenSequence, tokenizer: Tokenizer, limits: Limits) -> None:
     largest = max(sequence.tokens)
     if limits.rows is None or largest < limits.rows:
         return

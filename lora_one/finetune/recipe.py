@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lora_one.checks import (
     check_choice,
@@ -18,48 +18,61 @@ from lora_one.checks import (
     shown,
 )
 from lora_one.config import Config
+from lora_one.core.precondition import Damping
 from lora_one.errors import ConfigError
 from lora_one.files.settings import parsed, read_settings
 
-from .datasets import Source, make_source
+from .evaluation.scores import METRICS
+from .source import Source, make_source
 
-NOTES = "notes"  # a file's own remarks: where its values come from, what others reported
-MAX_SEED = 2**32 - 1  # NumPy's, which transformers sets too
-TORCH_ONLY = {"accumulation": 1, "schedule": "linear", "tasks": (), "visual": ()}  # setting -> what others have too
+NOTES = "notes"  # a section of a file for remarks: where its values come from, what others reported
+MAX_SEED = 2**32 - 1  # NumPy's limit; transformers seeds NumPy too
+TORCH_ONLY = {"accumulation": 1, "schedule": "linear", "tasks": (), "visual": ()}  # setting -> value elsewhere
+
+
+Task = str | Mapping[str, Any]  # the name of a task of lm_eval, or its settings, with the name as "task"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What to fine-tune, on what, and how.
+    """The settings of a fine-tuning run: the model, the data, the training and what is measured.
 
     Attributes:
-        model: folder of a model in Hugging Face's format, or its name on the hub; None is the embedded one. Causal
-            language models; in PyTorch encoder-decoder and image-text ones too.
-        data, test: JSON Lines files, or sources; None is the embedded task. Without `test` there is no exact match.
-        backend: "torch", ...
-        dtype: of the base weights: "float32", "bfloat16" or "float16".
-        device: where the framework should put the model, for instance "cuda"; None is its default.
-        steps, learning_rate, weight_decay: of the training.
-        epochs: passes over the data, instead of `steps`.
-        batch_size, accumulation: sequences of a micro-batch, and micro-batches of a step.
-        schedule: "linear" or "cosine", down to zero after the warmup.
-        warmup, warmup_ratio: steps, or the share of all steps, in which the learning rate rises.
-        max_length: tokens that a training or validation sequence is cut to; of prompt and completion each in an
-            encoder-decoder. A picture counts as one.
-        precondition, reg, damping: see `lora_one.optimizer`.
-        init_batches: micro-batches of the training data that the initialisation reads.
-        plain: start LoRA as usual instead, for comparison.
-        seed: of the order of the data and of the sketch.
-        out: where the adapter goes, and `evaluation.json`.
-        metrics: of the test items: "exact_match", "matthews".
-        tasks: of lm-evaluation-harness, after the training: names, or mappings that override a task's own settings.
-        num_fewshot: examples in the prompts of those `tasks` that do not say it themselves.
-        visual: benchmarks of `lora_one.finetune.evaluation.visual`, after the training.
+        model: a folder with a model in Hugging Face's format, or its name on the hub; None is the embedded model. On
+            every backend a causal language model; in PyTorch also an encoder-decoder or an image-text model.
+        data: the training data: a JSON Lines file, a folder with one, or a source; None is the embedded task.
+        test: the test items, in the same forms. Without them exact match is not measured.
+        backend: the framework: "torch", "jax" or "mlx".
+        dtype: the dtype of the base weights: "float32", "bfloat16" or "float16".
+        device: where the framework should put the model, for instance "cuda"; None is the framework's default.
+        steps: the number of training steps.
+        epochs: the number of passes over the data, instead of `steps`.
+        batch_size: the number of sequences in a micro-batch.
+        accumulation: the number of micro-batches in a step.
+        learning_rate: the largest learning rate.
+        weight_decay: AdamW's weight decay.
+        schedule: "linear" or "cosine": how the learning rate falls to zero after the warm-up.
+        warmup: the number of steps in which the learning rate rises.
+        warmup_ratio: the share of all steps in which it rises, instead of `warmup`.
+        max_length: the number of tokens that a training or validation sequence is cut to. In an encoder-decoder, prompt
+            and completion are cut separately. A picture counts as one token.
+        precondition: see `lora_one.optimizer`.
+        reg: see `lora_one.optimizer`.
+        damping: see `lora_one.optimizer`.
+        init_batches: the number of micro-batches of the training data that the initialisation reads.
+        plain: start LoRA in the usual way instead, for comparison.
+        seed: the seed of the order of the data and of the sketch.
+        out: the folder for the adapter and for `evaluation.json`.
+        metrics: the metrics of the test items: "exact_match", "matthews".
+        tasks: tasks of lm-evaluation-harness to run after the training: names, or mappings that override settings of a
+            task.
+        num_fewshot: the number of examples in the prompts of those `tasks` that do not set it themselves.
+        visual: benchmarks of `lora_one.finetune.evaluation.visual` to run after the training.
         evaluate: False leaves out `tasks` and `visual`.
-        limit: at most so many items of each of them.
-        allow_code_execution: lets tasks run the code that the model writes, in this process's rights.
-        save_every: steps from one checkpoint of the training to the next, in `out/checkpoints`; None makes none.
-        resume: go on from the newest checkpoint in `out`, where there is one.
+        limit: the largest number of items of each benchmark; None is all.
+        allow_code_execution: let tasks run the code that the model writes, with the rights of this process.
+        save_every: the number of training steps between two checkpoints in `out/checkpoints`; None writes none.
+        resume: continue from the newest checkpoint in `out`, if there is one.
         config: the initialisation.
     """
 
@@ -81,13 +94,13 @@ class Recipe:
     max_length: int | None = None
     precondition: bool = False
     reg: float = 1e-6
-    damping: str = "absolute"
+    damping: Damping = "absolute"
     init_batches: int = 8
     plain: bool = False
     seed: int = 0
     out: str = "runs/adapter"
     metrics: tuple[str, ...] = ("exact_match",)
-    tasks: tuple[str | Mapping[str, Any], ...] = ()
+    tasks: tuple[Task, ...] = ()
     num_fewshot: int | None = None
     visual: tuple[str, ...] = ()
     evaluate: bool = True
@@ -98,7 +111,7 @@ class Recipe:
     config: Config = field(default_factory=Config)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", _tasks(self.tasks))
+        object.__setattr__(self, "tasks", _check_tasks(self.tasks))
         for name in ("metrics", "visual"):
             object.__setattr__(self, name, check_texts(name, getattr(self, name)))
         for name in ("data", "test"):
@@ -106,14 +119,14 @@ class Recipe:
                 object.__setattr__(self, name, make_source(getattr(self, name), name))
         self._check_texts()
         self._check_numbers()
-        unknown = sorted(set(self.metrics) - {"exact_match", "matthews"})
+        unknown = sorted(set(self.metrics) - METRICS.keys())
         if unknown or not self.metrics:
-            raise ConfigError(f"metrics must be exact_match or matthews, got {', '.join(unknown) or 'none'}")
+            raise ConfigError(f"metrics must be {' or '.join(METRICS)}, got {', '.join(unknown) or 'none'}")
         if (self.model is None) != (self.data is None):
             given, missing = ("model", "data") if self.data is None else ("data", "model")
             raise ConfigError(f"{given} is given without {missing}: give both, or neither for the embedded ones")
-        for name, usual in TORCH_ONLY.items():
-            if self.backend != "torch" and getattr(self, name) != usual:
+        for name, default in TORCH_ONLY.items():
+            if self.backend != "torch" and getattr(self, name) != default:
                 raise ConfigError(f"{name} needs the backend torch so far, got {self.backend!r}: leave it out")
 
     def _check_texts(self) -> None:
@@ -125,7 +138,7 @@ class Recipe:
                 check_text(name, value)
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         check_choice("schedule", self.schedule, ("linear", "cosine"))
-        check_choice("damping", self.damping, ("absolute", "relative"))
+        check_choice("damping", self.damping, get_args(Damping))
         for name in ("precondition", "plain", "evaluate", "allow_code_execution", "resume"):
             check_flag(name, getattr(self, name))
 
@@ -148,7 +161,7 @@ class Recipe:
             check_range("warmup_ratio", self.warmup_ratio, 0.0, 1.0)
 
     def for_examples(self, count: int) -> "Recipe":
-        """This recipe with `steps` and `warmup` as numbers, for `count` training sequences."""
+        """Return this recipe with `epochs` and `warmup_ratio` turned into steps, for `count` training sequences."""
         steps, warmup = self.steps, self.warmup
         if self.epochs is not None:
             steps = math.ceil(self.epochs * math.ceil(math.ceil(count / self.batch_size) / self.accumulation))
@@ -158,28 +171,28 @@ class Recipe:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The settings in a file, flat: names of `Recipe` and of `Config` beside each other; `notes` is passed over.
+    """Return the settings in a file, by name. The settings of `Recipe` and of `Config` stand side by side in it.
 
     Args:
-        path: .toml, .yaml or .yml.
+        path: a .toml, .yaml or .yml file. Its section `notes` is ignored.
 
     Raises:
-        ConfigError: a file that cannot be read, or a setting that does not exist. Values are checked by `make_recipe`.
+        ConfigError: the file cannot be read, or a setting does not exist. `make_recipe` checks the values.
     """
     values = read_settings(Path(path))
     values.pop(NOTES, None)
-    known = _names(Recipe) | _names(Config)
-    unknown = sorted(map(str, set(values) - known))
+    names = _names(Recipe) | _names(Config)
+    unknown = sorted(map(str, set(values) - names))
     if unknown:
-        raise ConfigError(f"{path}: unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        raise ConfigError(f"{path}: unknown settings {', '.join(unknown)}; known are {', '.join(sorted(names))}")
     return values
 
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
-    """A `Recipe` from flat settings; `seed` goes to both the data and the sketch.
+    """Return the `Recipe` that settings of `Recipe` and `Config` describe; `seed` sets both seeds.
 
     Raises:
-        ConfigError: a value that cannot be, with the setting's name.
+        ConfigError: a value is invalid; the message names the setting.
     """
     recipe = {name: value for name, value in values.items() if name in _names(Recipe)}
     config = {name: value for name, value in values.items() if name in _names(Config)}
@@ -190,11 +203,11 @@ def _names(cls: type) -> set[str]:
     return {field.name for field in dataclasses.fields(cls)} - {"config"}
 
 
-def _tasks(tasks: Any) -> tuple[str | Mapping[str, Any], ...]:
-    if isinstance(tasks, (str, Mapping)) or not hasattr(tasks, "__iter__"):
+def _check_tasks(tasks: object) -> tuple[Task, ...]:
+    if isinstance(tasks, (str, Mapping)) or not isinstance(tasks, Iterable):
         raise ConfigError(f"tasks must be a list, got {shown(tasks)}")
-    found = tuple(tasks)
-    for task in found:
+    checked = tuple(tasks)
+    for task in checked:
         if not isinstance(task.get("task") if isinstance(task, Mapping) else task, str):
             raise ConfigError(f'tasks must be names, or settings with the name as "task", got {shown(task)}')
-    return found
+    return checked

@@ -11,7 +11,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import lora_one
 from lora_one import demo
-from lora_one.finetune.data import encode, read_examples
+from lora_one.finetune.data import read_examples
+from lora_one.finetune.encoding import encode
 from lora_one.finetune.recipe import make_recipe
 from lora_one.finetune.tuners.loading import load_tuner
 from tests.frameworks import MODELS, logits, opened_by_lora_one, opened_by_peft

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_one import demo
 from lora_one.demo import tasks
-from lora_one.finetune.data import encode_prompt, read_examples
+from lora_one.finetune.data import read_examples
+from lora_one.finetune.encoding import encode_prompt
 from lora_one.finetune.tuners.torch.opening import open_tuner
 
 

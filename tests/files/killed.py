@@ -21,7 +21,7 @@ _CONTEXT.set_forkserver_preload(
         "transformers.trainer",
         "transformers.models.llama.modeling_llama",
         "peft.tuners.lora",
-        *(f"lora_one.backends.{backend}.tuner" for backend in ("torch", "jax", "mlx")),
+        *(f"lora_one.finetune.tuners.{backend}" for backend in ("torch", "jax", "mlx")),
     ]
 )
 

@@ -7,8 +7,9 @@ from transformers import AutoTokenizer
 
 from lora_one import demo
 from lora_one.errors import DataError
-from lora_one.finetune.data import Example, encode, encode_prompt, read_examples
-from lora_one.finetune.evaluation.benchmarks import reference
+from lora_one.finetune.data import Example, read_examples
+from lora_one.finetune.encoding import encode, encode_prompt
+from lora_one.finetune.evaluation.held_out import reference
 
 GOOD = {"prompt": "a", "completion": "b"}
 

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from lora_one.errors import BackendError, ConfigError, DataError
-from lora_one.finetune.data import TokenSequence
-from lora_one.finetune.datasets import Rows, Source, make_source, require
+from lora_one.finetune.datasets import Rows, require
+from lora_one.finetune.encoding import TokenSequence
+from lora_one.finetune.source import Source, make_source
 
 ROWS = [
     {"kind": "math", "question": "1+1", "hint": "", "answer": "It is 2.\nEnd", "label": 0},

@@ -10,8 +10,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lora_one import api
 from lora_one.errors import ConfigError, DataError, ModelError
-from lora_one.finetune import job as finetune
-from lora_one.finetune.job import initialize_only
+from lora_one.finetune import preparation
+from lora_one.finetune.encoding import encode
+from lora_one.finetune.evaluation.held_out import open_held_out
+from lora_one.finetune.job import finetune, initialize_only
+from lora_one.finetune.preparation import open_examples, prepare
 from lora_one.finetune.recipe import make_recipe
 from lora_one.finetune.tuners.loading import load_tuner
 from tests.finetune.tuners.test_all import BACKENDS, Diary
@@ -82,7 +85,7 @@ def refused(monkeypatch, *of, error=DataError):
 
     monkeypatch.setattr(api, "init", unreachable)
     with pytest.raises(error) as caught:
-        finetune.finetune(recipe(*of), Diary())
+        finetune(recipe(*of), Diary())
     return str(caught.value)
 
 
@@ -108,10 +111,10 @@ def test_so_are_test_and_validation_items(backend, folders, tmp_path, monkeypatc
     test = write(tmp_path / "test.jsonl", row(5), row(5, first=40))
     monkeypatch.setattr(api, "init", None)
     with pytest.raises(DataError, match=r"test.jsonl, line 2: token 47"):
-        finetune.finetune(recipe(backend, folders["small"], str(data), test=test), Diary())
+        finetune(recipe(backend, folders["small"], str(data), test=test), Diary())
     write(data / "valid.jsonl", row(5, first=40))
     with pytest.raises(DataError, match=r"valid.jsonl, line 1: token 47"):
-        finetune.finetune(recipe(backend, folders["small"], str(data)), Diary())
+        finetune(recipe(backend, folders["small"], str(data)), Diary())
 
 
 @pytest.mark.parametrize(("backend", "name"), [("torch", "short"), ("mlx", "short, mlx")])
@@ -132,11 +135,11 @@ def test_a_question_whose_answer_has_no_place(backend, name, folders, tmp_path, 
     long = {"prompt": "w1", "completion": " ".join(["w2"] * 5)}
     monkeypatch.setattr(api, "init", None)
     with pytest.raises(DataError, match=r"t.jsonl, line 1: the prompt and the longest answer must have .* 16 .*17"):
-        finetune.finetune(recipe(backend, folders[name], data, test=write(test, row(11), long)), Diary())
+        finetune(recipe(backend, folders[name], data, test=write(test, row(11), long)), Diary())
     tuner = load_tuner(backend).open_tuner(folders[name], "float32", None)
     write(test, row(10), long)  # fits
     asked = recipe(backend, folders[name], data, test=str(test))
-    questions = finetune._questions(tuner, list(finetune._open(str(test))), asked)
+    questions = open_held_out(asked, tuner, list(open_examples(str(test)))).questions
     answers = tuner.generate([q.tokens[: q.prompt_length] for q in questions], max_new_tokens=7)
     assert all(len(answer) <= 7 for answer in answers)
 
@@ -145,7 +148,7 @@ def test_a_question_whose_answer_has_no_place(backend, name, folders, tmp_path, 
 def test_longer_than_it_was_trained_on_is_a_remark_where_positions_rotate(backend, folders, tmp_path):
     data = write(tmp_path / "d.jsonl", row(5), row(14), row(20))
     diary = Diary()
-    finetune._prepare(recipe(backend, folders["good"], data), diary)
+    prepare(recipe(backend, folders["good"], data), diary)
     (text,) = [text for text in diary.warnings if "longer" in text]
     assert text == (
         "2 of 3 sequences are longer than the 16 tokens that the model was made for; the longest is d.jsonl, line 3 "
@@ -167,21 +170,21 @@ def test_a_padding_token_without_a_row_is_not_needed(backend, folders, tmp_path)
     sequences = {}
     for name in ("good", "padded"):
         tuner = load_tuner(backend).open_tuner(folders[name], "float32", None)
-        (batch,) = tuner.batches([finetune.encode(tuner.tokenizer, x) for x in examples(tmp_path)], 2)
+        (batch,) = tuner.batches([encode(tuner.tokenizer, x) for x in examples(tmp_path)], 2)
         sequences[name] = batch["input_ids"].tolist()
         assert max(map(max, sequences[name])) < 59
     assert sequences["good"] == sequences["padded"]
 
 
 def examples(tmp_path):
-    return list(finetune._open(write(tmp_path / "p.jsonl", row(3), row(6))))
+    return list(open_examples(write(tmp_path / "p.jsonl", row(3), row(6))))
 
 
-@pytest.mark.parametrize("job", [initialize_only, finetune.finetune])
+@pytest.mark.parametrize("job", [initialize_only, finetune])
 @pytest.mark.parametrize("out", ["file", "file/below", "nul\0l", "x" * 300])
 def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(job, out, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("here")
-    monkeypatch.setattr(finetune, "load_tuner", None)
+    monkeypatch.setattr(preparation, "load_tuner", None)
     with pytest.raises(ConfigError, match="out must be a folder that can be written, got "):
         job(recipe("torch", "m", "d.jsonl", out=str(tmp_path / out)), Diary())
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -2,8 +2,8 @@ import pytest
 
 from lora_one.config import Config
 from lora_one.errors import ConfigError
-from lora_one.finetune.datasets import Source
 from lora_one.finetune.recipe import Recipe, make_recipe, read_recipe
+from lora_one.finetune.source import Source
 
 
 @pytest.mark.parametrize(

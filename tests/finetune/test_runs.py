@@ -8,9 +8,10 @@ import pytest
 
 from lora_one.config import Config
 from lora_one.errors import CheckpointError, ConfigError
-from lora_one.finetune.data import TokenSequence
+from lora_one.finetune.checkpoints import Checkpoints, latest
+from lora_one.finetune.encoding import TokenSequence
 from lora_one.finetune.recipe import Recipe
-from lora_one.finetune.runs import Checkpoints, Run, latest
+from lora_one.finetune.runs import Run
 from tests.files.kills import killed_before_each_change
 
 RECIPE = Recipe(backend="mlx", learning_rate=0.01, config=Config(rank=4, targets=("a", "b")))

@@ -1,1 +1,1 @@
-"""Answers of a fine-tuned model, scored: exact match, lm-eval's benchmarks, and visual ones."""
+"""Scores of a fine-tuned model: its answers to test items, lm-eval's benchmarks, and visual ones."""

@@ -1,4 +1,4 @@
-"""Benchmarks of lm-evaluation-harness (`lm_eval`), run on a PyTorch model as it is in memory."""
+"""Benchmarks of lm-evaluation-harness (`lm_eval`), run on a PyTorch model in memory."""
 
 import contextlib
 import functools
@@ -6,16 +6,15 @@ import io
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_one.errors import BackendError, ConfigError, DataError
 from lora_one.finetune.datasets import require
-from lora_one.finetune.recipe import Recipe
+from lora_one.finetune.recipe import Recipe, Task
 from lora_one.finetune.tuners.interface import Tuner
 
-EVALUATED_AT_ONCE = 8
+BATCH_SIZE = 8
 FEWSHOT_SEED = 1234  # lm_eval's own
 
 Loaded = dict[str, Any]  # lm_eval.tasks.TaskDict: "tasks", "groups", "group_map"
@@ -23,19 +22,19 @@ Loaded = dict[str, Any]  # lm_eval.tasks.TaskDict: "tasks", "groups", "group_map
 
 @functools.cache
 def task_manager() -> Any:
-    """All tasks that lm_eval knows. It reads thousands of files: half a minute, once."""
+    """Return the index of all tasks of lm_eval. It reads thousands of files, which takes half a minute, once."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     require("lm_eval")
     return require("lm_eval.tasks").TaskManager()
 
 
 def open_tasks(recipe: Recipe) -> Loaded:
-    """The recipe's tasks with their data.
+    """Load the recipe's tasks with their data.
 
     Raises:
         BackendError: lm_eval, or a package that a task needs, is not installed.
-        ConfigError: no such task, or one that runs the model's code while `allow_code_execution` is off.
-        DataError: a task's data cannot be read.
+        ConfigError: there is no such task, or it runs the model's code and `allow_code_execution` is off.
+        DataError: the data of a task cannot be read.
     """
     manager = task_manager()
     with tempfile.TemporaryDirectory() as folder:
@@ -46,21 +45,21 @@ def open_tasks(recipe: Recipe) -> Loaded:
             raise BackendError(f"a task of {_names(recipe)} needs a package that is not installed: {error}") from error
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"the tasks {_names(recipe)} cannot be loaded: {error}") from error
-    own = {_name(task) for task in recipe.tasks if not isinstance(task, str) and "num_fewshot" in task}
+    with_own_number = {_name(task) for task in recipe.tasks if not isinstance(task, str) and "num_fewshot" in task}
     for name, task in loaded["tasks"].items():
-        if name not in own and (recipe.num_fewshot is not None or task.get_config("num_fewshot") is None):
+        if name not in with_own_number and (recipe.num_fewshot is not None or task.get_config("num_fewshot") is None):
             task.set_config(key="num_fewshot", value=recipe.num_fewshot or 0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return loaded
 
 
 def run_tasks(tuner: Tuner, loaded: Loaded, recipe: Recipe) -> dict[str, dict[str, float]]:
-    """Run them on the tuner's model. Returns task -> metric -> value; of a group only the group's own."""
+    """Run the tasks on the tuner's model. Return task -> metric -> value, and for a group only the group's values."""
     model = require("lm_eval.models.huggingface").HFLM(
-        pretrained=tuner.model, tokenizer=tuner.tokenizer, batch_size=EVALUATED_AT_ONCE
+        pretrained=tuner.model, tokenizer=tuner.tokenizer, batch_size=BATCH_SIZE
     )
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars would tear ours
-        found = require("lm_eval.evaluator").evaluate(
+    with contextlib.redirect_stderr(io.StringIO()):  # lm_eval's progress bars would break ours
+        evaluation = require("lm_eval.evaluator").evaluate(
             model,
             loaded,
             limit=recipe.limit,
@@ -71,12 +70,12 @@ def run_tasks(tuner: Tuner, loaded: Loaded, recipe: Recipe) -> dict[str, dict[st
     members = {child for children in loaded["group_map"].values() for child in children}
     return {
         task: {_metric(name): float(value) for name, value in values.items() if _is_metric(name, value)}
-        for task, values in {**found["results"], **found.get("groups", {})}.items()
+        for task, values in {**evaluation["results"], **evaluation.get("groups", {})}.items()
         if task not in members
     }
 
 
-def _name(task: str | Mapping[str, Any]) -> str:
+def _name(task: Task) -> str:
     return task if isinstance(task, str) else str(task.get("task"))
 
 
@@ -84,8 +83,12 @@ def _names(recipe: Recipe) -> str:
     return ", ".join(map(_name, recipe.tasks))
 
 
-def _spec(manager: Any, task: str | Mapping[str, Any], recipe: Recipe, file: Path) -> str:
-    """A name as it is; a mapping as a file that includes the task it is named after, with its own settings over it."""
+def _spec(manager: Any, task: Task, recipe: Recipe, file: Path) -> str:
+    """Return what lm_eval loads for a task of the recipe.
+
+    A name stays as it is. For a mapping, `file` is written: it includes the task of that name and overrides its
+    settings.
+    """
     entry = manager.task_index.get(_name(task))
     if entry is None:
         raise ConfigError(f"tasks must be names that lm_eval {_version()} knows, got {_name(task)!r}")
@@ -95,7 +98,7 @@ def _spec(manager: Any, task: str | Mapping[str, Any], recipe: Recipe, file: Pat
                 f"task {_name(task)!r} runs the code that the model writes: allow_code_execution (on the command line "
                 "--allow-code-execution) lets it, in this process's rights; --no-evaluate leaves it out"
             )
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric itself asks for
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # required by the metric itself
     if isinstance(task, str):
         return task
     if entry.yaml_path is None or "group" in (entry.cfg or {}):
@@ -114,5 +117,5 @@ def _metric(name: str) -> str:
     return name.removesuffix(",none")
 
 
-def _is_metric(name: str, value: Any) -> bool:
+def _is_metric(name: str, value: object) -> bool:
     return "," in name and "_stderr" not in name and isinstance(value, (int, float))

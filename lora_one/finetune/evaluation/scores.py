@@ -1,4 +1,4 @@
-"""How right a list of answers is: pairs of what was given and what was expected."""
+"""Metrics of a list of answers, computed from pairs of the given and the expected text."""
 
 import math
 from collections import Counter
@@ -8,14 +8,15 @@ Pairs = Sequence[tuple[str, str]]  # (given, expected)
 
 
 def exact_match(pairs: Pairs) -> float:
-    """The share of answers that are what was expected: the accuracy, of labels."""
+    """Return the share of answers that equal the expected ones; for labels, this is the accuracy."""
     return sum(given == expected for given, expected in pairs) / len(pairs)
 
 
 def matthews(pairs: Pairs) -> float:
-    """Matthews' correlation of given and expected labels, in [-1, 1]; 0 where one of them never changes.
+    """Return Matthews' correlation of given and expected labels, in [-1, 1].
 
-    Of more than two labels it is Gorodkin's R_K (2004). An answer that is no label counts as a label of its own.
+    It is 0 if all given, or all expected, labels are the same. For more than two labels it is Gorodkin's R_K (2004). An
+    answer that is not among the expected labels counts as a label of its own.
     """
     total, right = len(pairs), sum(given == expected for given, expected in pairs)
     given, expected = (Counter(column) for column in zip(*pairs, strict=True))

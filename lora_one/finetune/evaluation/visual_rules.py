@@ -1,32 +1,33 @@
-"""How image-text benchmarks count: the rules of lmms-eval's tasks, on rows and the answers given to them."""
+"""How image-text benchmarks are scored: the rules of lmms-eval's tasks, applied to rows and answers."""
 
 import string
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-Graded = Sequence[tuple[dict[str, Any], str]]  # rows with the answers that were given
+Row = dict[str, Any]
+Graded = Sequence[tuple[Row, str]]  # (row, answer given to it)
 
 COGNITION = {"commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"}
 
 
 def pope(graded: Graded) -> dict[str, float]:
-    """Accuracy, and F1 of "yes" (Li et al. 2023)."""
+    """Return the accuracy, and the F1 score of "yes" (Li et al. 2023)."""
     pairs = [(given.lower().strip(), row["answer"].lower().strip()) for row, given in graded]
-    both = sum(given == expected == "yes" for given, expected in pairs)
-    said = sum(given == "yes" for given, _ in pairs)
-    # An answer that is neither yes nor no is wrong, but does not lower the recall: lmms-eval counts so.
-    missed = sum(given == "no" and expected == "yes" for given, expected in pairs)
+    true_yes = sum(given == expected == "yes" for given, expected in pairs)
+    given_yes = sum(given == "yes" for given, _ in pairs)
+    # An answer that is neither yes nor no is wrong, but does not lower the recall: lmms-eval counts this way.
+    missed_yes = sum(given == "no" and expected == "yes" for given, expected in pairs)
     return {
         "accuracy": _share(given == expected for given, expected in pairs),
-        "f1": 2 * both / (said + both + missed) if said + missed else 0.0,
+        "f1": 2 * true_yes / (given_yes + true_yes + missed_yes) if given_yes + missed_yes else 0.0,
     }
 
 
 def mme(graded: Graded) -> dict[str, float]:
-    """Perception and cognition: the sum over categories of accuracy and accuracy+, in % (Fu et al. 2023).
+    """Return perception and cognition: sums over categories of accuracy and accuracy+, in % (Fu et al. 2023).
 
-    Accuracy+ counts the pictures on which both questions are answered rightly.
+    Accuracy+ is the share of pictures for which both questions are answered correctly.
     """
     right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for row, given in graded:
@@ -40,26 +41,26 @@ def mme(graded: Graded) -> dict[str, float]:
 
 
 def gqa(graded: Graded) -> dict[str, float]:
-    """Exact match, without case and punctuation (Hudson and Manning 2019)."""
+    """Return the share of exact matches, ignoring case and punctuation (Hudson and Manning 2019)."""
     return {"exact_match": _share(_plain(given) == _plain(row["answer"]) for row, given in graded)}
 
 
 def scienceqa(graded: Graded) -> dict[str, float]:
-    """The share of right letters, alone or as in "A. ..." (Lu et al. 2022)."""
-    return {"exact_match": _share(_names(given, letter(row)) for row, given in graded)}
+    """Return the share of correct letters, given as "A" or as "A. ..." (Lu et al. 2022)."""
+    return {"exact_match": _share(_names_letter(given, letter(row)) for row, given in graded)}
 
 
-def letter(row: dict[str, Any]) -> str:
-    """The letter of a multiple-choice row's answer."""
+def letter(row: Row) -> str:
+    """Return the letter of the correct choice of a multiple-choice row."""
     return string.ascii_uppercase[row["answer"]]
 
 
 def options(choices: Iterable[str]) -> str:
-    """Choices under their letters, a line each."""
+    """Return the choices with their letters, one per line."""
     return "\n".join(f"{name}. {choice}" for name, choice in zip(string.ascii_uppercase, choices, strict=False))
 
 
-def _names(given: str, expected: str) -> bool:
+def _names_letter(given: str, expected: str) -> bool:
     return given == expected or given[:2] == f"{expected}."
 
 

@@ -1,4 +1,4 @@
-"""What the command needs of a framework: a language model that it can fine-tune, one module per framework."""
+"""What the command needs of a framework, a language model that it can fine-tune: one module per framework."""
 
 from .loading import load_tuner
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from lora_one import demo
-from lora_one.finetune.data import encode, read_examples
+from lora_one.finetune.data import read_examples
+from lora_one.finetune.encoding import encode
 from lora_one.finetune.job import finetune
 from lora_one.finetune.recipe import make_recipe
 from lora_one.finetune.tuners.loading import load_tuner
@@ -14,7 +15,7 @@ BACKENDS = ["torch", "jax", "mlx"]
 
 
 class Diary:
-    """A `lora_one.finetune.job.Progress` that remembers."""
+    """A `lora_one.finetune.Progress` that remembers."""
 
     def __init__(self):
         self.losses, self.validations, self.scores, self.warnings, self.benchmarks = [], {}, {}, [], {}

@@ -10,7 +10,8 @@ from lora_one.backends.torch.passes.batches import default_loss
 from lora_one.cli.commands import app
 from lora_one.config import Config
 from lora_one.errors import ConfigError, ModelError
-from lora_one.finetune.data import encode, encode_prompt, read_examples
+from lora_one.finetune.data import read_examples
+from lora_one.finetune.encoding import encode, encode_prompt
 from lora_one.finetune.tuners.loading import load_tuner
 
 

@@ -9,7 +9,8 @@ from mlx_lm.generate import generate
 
 import lora_one
 from lora_one import demo
-from lora_one.finetune.data import TokenSequence, encode, encode_prompt, read_examples
+from lora_one.finetune.data import read_examples
+from lora_one.finetune.encoding import TokenSequence, encode, encode_prompt
 from lora_one.finetune.job import finetune
 from lora_one.finetune.recipe import Recipe
 from lora_one.finetune.tuners.loading import load_tuner

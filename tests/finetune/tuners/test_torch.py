@@ -17,9 +17,11 @@ from transformers import (
 import lora_one
 from lora_one.backends.torch import attach_plain
 from lora_one.errors import CheckpointError, DataError, ModelError
-from lora_one.finetune.data import Example, TokenSequence, encode
+from lora_one.finetune.checkpoints import NEVER, Checkpoints, latest
+from lora_one.finetune.data import Example
+from lora_one.finetune.encoding import TokenSequence, encode
 from lora_one.finetune.recipe import Recipe
-from lora_one.finetune.runs import NOWHERE, Checkpoints, Run, latest
+from lora_one.finetune.runs import Run
 from lora_one.finetune.tuners.loading import load_tuner
 from tests.finetune.recipes.standins import make_llava, make_t5
 
@@ -169,7 +171,7 @@ class Stopped(Exception):
     """A run's end before its time."""
 
 
-def resumable(folder, out, sequences, checkpoints=NOWHERE, run=None, last=None):
+def resumable(folder, out, sequences, checkpoints=NEVER, run=None, last=None):
     """Train all five steps, or up to one that ends in an exception, with dropout."""
     tuner = open_tuner(folder)
     config = lora_one.Config(rank=2, targets=["q", "v"] if tuner.separate else ["q_proj"], dropout=0.3)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from lora_one.backends.interface import IGNORED
+
 from .config import LlamaConfig
 
 
@@ -140,7 +142,7 @@ def causal_lm_loss(model: Any, batch: dict[str, Array]) -> Array:
     logits = model(batch["input_ids"], batch.get("attention_mask"))[:, :-1]
     logits = logits.astype(_wide(logits.dtype))
     labels = batch["labels"][:, 1:]
-    counted = labels != -100
+    counted = labels != IGNORED
     chosen = jnp.take_along_axis(logits, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
     losses = jax.nn.logsumexp(logits, axis=-1) - chosen
     return jnp.sum(jnp.where(counted, losses, 0.0)) / jnp.maximum(jnp.sum(counted), 1)

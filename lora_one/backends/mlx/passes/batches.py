@@ -9,11 +9,10 @@ import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.tuner.trainer import default_loss as mlx_lm_loss
 
+from lora_one.backends.interface import IGNORED
 from lora_one.errors import BatchError
 
 LossFn = Callable[[nn.Module, Any], mx.array]
-
-IGNORED = -100  # Hugging Face's label for a position that does not count
 
 
 def default_loss(model: nn.Module, batch: Any) -> mx.array:

@@ -1,12 +1,11 @@
-"""Fine-tuning a causal language model from a local folder, by mlx-lm's own training loop."""
+"""Fine-tuning a causal language model from a local folder with mlx-lm's own training loop."""
 
 import io
 import itertools
-import random
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -21,26 +20,30 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs, train
 
 from lora_one.backends.mlx.attach import random_key, set_random_key
-from lora_one.backends.mlx.optimizer import LearningRate, optimizer
+from lora_one.backends.mlx.optimizer import LearningRate, LoraOneAdamW, optimizer
 from lora_one.backends.mlx.passes.batches import default_loss
 from lora_one.backends.mlx.pretrained import load_pretrained
 from lora_one.errors import ModelError
-from lora_one.finetune.data import TokenSequence
+from lora_one.finetune.checkpoints import NEVER, Checkpoints
+from lora_one.finetune.encoding import Tokenizer, TokenSequence
 from lora_one.finetune.fit import check_tokenizer
 from lora_one.finetune.recipe import Recipe
-from lora_one.finetune.runs import NOWHERE, Checkpoints
+from lora_one.finetune.tuners.interface import OnStep
+from lora_one.finetune.tuners.shared import STATE, chunks, draw_batches, rounded_up, until_end
 
 from .limits import limits_of
 
-Batch = tuple[mx.array, mx.array]  # tokens (sequences, width), and where each one's loss begins and ends
+Batch = tuple[mx.array, mx.array]  # tokens (sequences, width); first and last token of the loss (sequences, 2)
 
-STATE = "state.safetensors"  # of a checkpoint
-WIDTHS = 8  # widths are multiples of it: each width is compiled once
+WIDTH_MULTIPLE = 8  # widths are multiples of it, since each width is compiled once
 GENERATED_AT_ONCE = 128
 
 
 def open_tuner(folder: Path, dtype: str, device: str | None) -> "MlxTuner":
-    """See `lora_one.finetune.tuners.interface.Tuner`. On Apple silicon the devices are "gpu", the default, and "cpu".
+    """Open a model that mlx-lm can load: see `lora_one.finetune.tuners.interface.TunerModule`.
+
+    Args:
+        device: "gpu", the default on Apple silicon, or "cpu".
 
     Raises:
         ModelError: the folder holds no model that mlx-lm can load, or no tokenizer; or there is no such device.
@@ -51,7 +54,7 @@ def open_tuner(folder: Path, dtype: str, device: str | None) -> "MlxTuner":
         mx.set_default_device(mx.Device(mx.cpu if device == "cpu" else mx.gpu))
     try:
         model, tokenizer = load_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # mlx-lm's settings are dataclasses: TypeError
+    except (OSError, ValueError, KeyError, TypeError) as error:  # a wrong setting of mlx-lm's dataclasses: TypeError
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{folder} must hold a causal language model that mlx-lm knows: {error}") from error
@@ -63,22 +66,20 @@ def open_tuner(folder: Path, dtype: str, device: str | None) -> "MlxTuner":
 
 
 class MlxTuner:
-    """See `lora_one.finetune.tuners.interface.Tuner`."""
+    """A language model of mlx-lm: see `lora_one.finetune.tuners.interface.Tuner`."""
 
     separate = False
+    loss_fn = staticmethod(default_loss)
 
-    def __init__(self, model: nn.Module, tokenizer: Any):
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer):
         self.model = model
         self.tokenizer = tokenizer
         self.limits = limits_of(model)
 
     def batches(self, sequences: Sequence[TokenSequence], batch_size: int) -> list[Batch]:
-        return [_collate(sequences[i : i + batch_size]) for i in range(0, len(sequences), batch_size)]
+        return [_collate(group) for group in chunks(sequences, batch_size)]
 
-    def loss_fn(self, model: nn.Module, batch: Batch) -> mx.array:
-        return default_loss(model, batch)
-
-    def mean_loss(self, batches: list[Batch]) -> float:
+    def mean_loss(self, batches: Sequence[Batch]) -> float:
         self.model.eval()
         return float(np.mean([np.array(self.loss_fn(self.model, batch)) for batch in batches]))
 
@@ -86,8 +87,8 @@ class MlxTuner:
         self,
         sequences: Sequence[TokenSequence],
         recipe: Recipe,
-        on_step: Callable[[int, float], None],
-        checkpoints: Checkpoints = NOWHERE,
+        on_step: OnStep,
+        checkpoints: Checkpoints = NEVER,
     ) -> None:
         mx.random.seed(recipe.seed)
         adamw = optimizer(
@@ -96,28 +97,27 @@ class MlxTuner:
             weight_decay=recipe.weight_decay,
             precondition=recipe.precondition,
             reg=recipe.reg,
-            damping=recipe.damping,  # type: ignore[arg-type]
+            damping=recipe.damping,
         )
-
         done = checkpoints.done
         if checkpoints.start:
             _restore(checkpoints.start.path, self.model, adamw)
 
-        def iterate(dataset: Sequence[TokenSequence], batch_size: int, **_: Any) -> Iterator[Batch]:
-            return map(_collate, itertools.islice(_draws(dataset, batch_size, recipe.seed), done, None))
+        def iterate(dataset: Sequence[TokenSequence], batch_size: int, **_: object) -> Iterator[Batch]:
+            return map(_collate, itertools.islice(draw_batches(dataset, batch_size, recipe.seed), done, None))
 
         def after_step(step: int, loss: float) -> None:
             on_step(done + step, loss)
             if checkpoints.due(done + step):
                 checkpoints.write(done + step, lambda folder: _store(folder, self.model, adamw))
 
-        with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):  # mlx-lm prints a picture too
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):  # mlx-lm prints its progress
             arguments = TrainingArgs(
                 batch_size=recipe.batch_size,
                 iters=recipe.steps - done,
                 steps_per_report=1,
                 steps_per_save=recipe.steps + 1,
-                adapter_file=str(Path(folder) / "adapters.safetensors"),  # saving is the caller's
+                adapter_file=str(Path(folder) / "adapters.safetensors"),  # not kept: the caller saves
             )
             train(
                 self.model,
@@ -131,21 +131,19 @@ class MlxTuner:
 
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         self.model.eval()
-        by_length: dict[int, list[int]] = defaultdict(list)  # equal lengths need no padding
+        by_length: dict[int, list[int]] = defaultdict(list)  # prompts of equal length need no padding
         for index, prompt in enumerate(prompts):
             by_length[len(prompt)].append(index)
-        found: list[list[int]] = [[] for _ in prompts]
+        answers: list[list[int]] = [[] for _ in prompts]
         for indices in by_length.values():
-            for start in range(0, len(indices), GENERATED_AT_ONCE):
-                part = indices[start : start + GENERATED_AT_ONCE]
-                rows = self._continue([prompts[index] for index in part], max_new_tokens)
-                for index, row in zip(part, rows, strict=True):
-                    end = self.tokenizer.eos_token_id
-                    found[index] = row[: row.index(end)] if end in row else row
-        return found
+            for group in chunks(indices, GENERATED_AT_ONCE):
+                rows = self._continue([prompts[index] for index in group], max_new_tokens)
+                for index, row in zip(group, rows, strict=True):
+                    answers[index] = until_end(row, self.tokenizer.eos_token_id)
+        return answers
 
     def _continue(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuations of prompts of one length, all of `max_new_tokens`, or until each has ended."""
+        """Return greedy continuations of prompts of equal length, of `max_new_tokens` or until all have ended."""
         model: Any = self.model
         cache = make_prompt_cache(model)
         tokens, columns = mx.array(prompts), []
@@ -160,14 +158,14 @@ class MlxTuner:
         return rows
 
 
-def _store(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    """Write the factors, the optimizer's state and the random stream, each array under its path."""
+def _store(folder: Path, model: nn.Module, optimizer: LoraOneAdamW) -> None:
+    """Write the factors, the optimizer's state and the state of the random stream, each array under its path."""
     state = {"model": model.trainable_parameters(), "optimizer": optimizer.state, "random": random_key()}
     mx.save_safetensors(str(folder / STATE), dict(tree_flatten(state)))
 
 
-def _restore(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    """Bring back what `_store` wrote."""
+def _restore(folder: Path, model: nn.Module, optimizer: LoraOneAdamW) -> None:
+    """Read what `_store` wrote."""
     arrays: Any = mx.load(str(folder / STATE))
     state: Any = tree_unflatten(list(arrays.items()))
     model.update(state["model"])
@@ -176,29 +174,17 @@ def _restore(folder: Path, model: nn.Module, optimizer: Any) -> None:
 
 
 def _collate(sequences: Sequence[TokenSequence]) -> Batch:
-    longest = max(len(sequence.tokens) for sequence in sequences)
-    width = -(-longest // WIDTHS) * WIDTHS
-    tokens = np.zeros((len(sequences), width), dtype=np.int32)  # what pads on the right is never looked at
+    width = rounded_up(max(len(sequence.tokens) for sequence in sequences), WIDTH_MULTIPLE)
+    tokens = np.zeros((len(sequences), width), dtype=np.int32)  # padding on the right is never read
     for row, sequence in zip(tokens, sequences, strict=True):
         row[: len(sequence.tokens)] = sequence.tokens
-    # mlx-lm's loss counts the tokens begin <= i <= end: with len(tokens) as the end it would count one of the padding.
+    # mlx-lm's loss counts the tokens begin <= i <= end, so the last one is len(tokens) - 1.
     ends = [(sequence.prompt_length, len(sequence.tokens) - 1) for sequence in sequences]
     return mx.array(tokens), mx.array(ends)
 
 
-def _draws(sequences: Sequence[TokenSequence], batch_size: int, seed: int) -> Iterator[list[TokenSequence]]:
-    """Batches of a seeded permutation, epoch after epoch, without end."""
-    generator = random.Random(seed)
-    order: list[TokenSequence] = []
-    while True:
-        while len(order) < batch_size:
-            order += generator.sample(list(sequences), len(sequences))
-        yield order[:batch_size]
-        order = order[batch_size:]
-
-
 def _schedule(recipe: Recipe) -> LearningRate:
-    """Linear, up for `warmup` steps and down to zero, as transformers' default has it."""
+    """Return transformers' default schedule: linear, up for `warmup` steps and then down to zero."""
     steps = recipe.steps
     warmup = min(recipe.warmup, steps)
     down: Any = optimizers.linear_schedule(recipe.learning_rate, 0.0, max(1, steps - warmup))
@@ -209,7 +195,7 @@ def _schedule(recipe: Recipe) -> LearningRate:
 
 
 class _OnStep(TrainingCallback):
-    def __init__(self, on_step: Callable[[int, float], None]):
+    def __init__(self, on_step: OnStep):
         self._on_step = on_step
         self._stdout = sys.stdout
 

@@ -1,47 +1,48 @@
-"""Fine-tuning a causal language model by transformers' own Trainer."""
+"""Fine-tuning a causal language model with transformers' own Trainer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lora_one.backends.interface import IGNORED
 from lora_one.backends.torch.optimizer import optimizer
 from lora_one.backends.torch.passes.batches import default_loss
-from lora_one.finetune.data import TokenSequence
+from lora_one.finetune.checkpoints import NEVER, Checkpoints
+from lora_one.finetune.encoding import Tokenizer, TokenSequence
 from lora_one.finetune.fit import pad_token
 from lora_one.finetune.recipe import Recipe
-from lora_one.finetune.runs import NOWHERE, Checkpoints
+from lora_one.finetune.tuners.interface import OnStep
+from lora_one.finetune.tuners.shared import chunks, until_end
 
 from .checkpoints import train_with_checkpoints
 from .limits import limits_of
 
-IGNORED = -100  # transformers' label of a token that is not part of the loss
+Batch = dict[str, Tensor]
 
 
 class TorchTuner:
-    """See `lora_one.finetune.tuners.interface.Tuner`."""
+    """A causal language model of transformers: see `lora_one.finetune.tuners.interface.Tuner`."""
 
     separate = False
     generated_at_once = 128
+    loss_fn = staticmethod(default_loss)
 
-    def __init__(self, model: nn.Module, tokenizer: Any):
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer):
         self.model: Any = model
         self.tokenizer = tokenizer
         self.limits = limits_of(self.model)
         self._pad = pad_token(tokenizer, self.limits.rows)
 
-    def batches(self, sequences: Sequence[TokenSequence], batch_size: int) -> list[dict[str, Tensor]]:
-        return [self._collate(sequences[i : i + batch_size]) for i in range(0, len(sequences), batch_size)]
-
-    def loss_fn(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return default_loss(model, batch)
+    def batches(self, sequences: Sequence[TokenSequence], batch_size: int) -> list[Batch]:
+        return [self._collate(group) for group in chunks(sequences, batch_size)]
 
     @torch.no_grad()
-    def mean_loss(self, batches: list[dict[str, Tensor]]) -> float:
+    def mean_loss(self, batches: Sequence[Batch]) -> float:
         self.model.eval()
         losses = [self.loss_fn(self.model, send_to_device(batch, self.model.device)) for batch in batches]
         return float(torch.stack(losses).mean())
@@ -50,8 +51,8 @@ class TorchTuner:
         self,
         sequences: Sequence[TokenSequence],
         recipe: Recipe,
-        on_step: Callable[[int, float], None],
-        checkpoints: Checkpoints = NOWHERE,
+        on_step: OnStep,
+        checkpoints: Checkpoints = NEVER,
     ) -> None:
         arguments = TrainingArguments(
             output_dir=str(Path(recipe.out)),
@@ -61,7 +62,7 @@ class TorchTuner:
             lr_scheduler_type=recipe.schedule,
             warmup_steps=recipe.warmup,
             logging_steps=1,
-            save_strategy="no",  # but for what `checkpoints` asks for
+            save_strategy="no",  # `checkpoints` decides
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
@@ -75,7 +76,7 @@ class TorchTuner:
             weight_decay=recipe.weight_decay,
             precondition=recipe.precondition,
             reg=recipe.reg,
-            damping=recipe.damping,  # type: ignore[arg-type]
+            damping=recipe.damping,
         )
         trainer = Trainer(
             self.model,
@@ -86,7 +87,8 @@ class TorchTuner:
             callbacks=[_OnStep(on_step)],
         )
         if self.separate:
-            # T5 and its like take the number of tokens in a step and pass over it: their losses would be summed up.
+            # T5 and similar models accept the number of tokens in a step but ignore it, and so the losses of the
+            # micro-batches would be added up instead of averaged.
             trainer.model_accepts_loss_kwargs = False
         trainer.remove_callback(PrinterCallback)
         train_with_checkpoints(trainer, checkpoints)
@@ -94,23 +96,25 @@ class TorchTuner:
     @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         self.model.eval()
-        found: list[list[int]] = []
-        for start in range(0, len(prompts), self.generated_at_once):
-            part = prompts[start : start + self.generated_at_once]
-            # Padded on the left, so that all prompts end where their continuations begin.
-            found += self._continue(self._pad_prompts(part, left=True), max_new_tokens)
-        return found
+        answers: list[list[int]] = []
+        for group in chunks(prompts, self.generated_at_once):
+            answers += self._continue(self._prompt_batch(group), max_new_tokens)
+        return answers
 
-    def _pad_prompts(self, prompts: Sequence[list[int]], left: bool) -> dict[str, Tensor]:
+    def _prompt_batch(self, prompts: Sequence[list[int]]) -> Batch:
+        """Return a batch padded on the left, so that all prompts end where their continuations begin."""
+        return self._pad_prompts(prompts, left=True)
+
+    def _pad_prompts(self, prompts: Sequence[list[int]], left: bool) -> Batch:
         width = max(map(len, prompts))
-        blank = [[self._pad] * (width - len(prompt)) for prompt in prompts]
-        tokens = [b + p if left else p + b for b, p in zip(blank, prompts, strict=True)]
-        mask = [[0] * len(b) + [1] * len(p) for b, p in zip(blank, prompts, strict=True)]
+        padding = [[self._pad] * (width - len(prompt)) for prompt in prompts]
+        tokens = [pad + prompt if left else prompt + pad for pad, prompt in zip(padding, prompts, strict=True)]
+        mask = [[0] * len(pad) + [1] * len(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
         mask = mask if left else [row[::-1] for row in mask]
         return {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(mask)}
 
-    def _continue(self, batch: dict[str, Tensor], max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuations of a padded batch, up to and without the end-of-sequence token."""
+    def _continue(self, batch: Batch, max_new_tokens: int) -> list[list[int]]:
+        """Return greedy continuations of a padded batch, up to and without the end-of-sequence token."""
         end = self.tokenizer.eos_token_id
         output = self.model.generate(
             **send_to_device(batch, self.model.device),
@@ -119,14 +123,13 @@ class TorchTuner:
             pad_token_id=self._pad,
             eos_token_id=end,
         )
-        rows = output[:, self._given(batch) :].tolist()
-        return [row[: row.index(end)] if end in row else row for row in rows]
+        return [until_end(row, end) for row in output[:, self._given(batch) :].tolist()]
 
-    def _given(self, batch: dict[str, Tensor]) -> int:
-        """How many tokens of what `generate` returns are not the model's own."""
+    def _given(self, batch: Batch) -> int:
+        """Return how many leading tokens of `generate`'s result are not the model's own."""
         return batch["input_ids"].shape[1]
 
-    def _collate(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
+    def _collate(self, sequences: Sequence[TokenSequence]) -> Batch:
         width = max(len(sequence.tokens) for sequence in sequences)
         tokens = torch.full((len(sequences), width), self._pad)
         labels = torch.full_like(tokens, IGNORED)
@@ -140,9 +143,16 @@ class TorchTuner:
 
 
 class _OnStep(TrainerCallback):
-    def __init__(self, on_step: Callable[[int, float], None]):
+    def __init__(self, on_step: OnStep):
         self._on_step = on_step
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         if logs and "loss" in logs:
             self._on_step(state.global_step, float(logs["loss"]))

@@ -1,26 +1,25 @@
-"""transformers' Trainer with our checkpoints: it writes and reads their files, we see to it that they are whole."""
+"""Training with transformers' Trainer, which writes and reads its own files, and with checkpoints made of them."""
 
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_one.backends.torch.files.folder import load
 from lora_one.errors import CheckpointError
 from lora_one.files.staging import staging
-from lora_one.finetune.runs import Checkpoints
+from lora_one.finetune.checkpoints import Checkpoints
 
 
 def train_with_checkpoints(trainer: Trainer, checkpoints: Checkpoints) -> None:
-    """Train from the checkpoint to go on from, or from the beginning, and write those that are due.
+    """Train from the checkpoint to continue from, or from the beginning, and write the checkpoints that are due.
 
     Raises:
-        CheckpointError: one cannot be written.
+        CheckpointError: a checkpoint cannot be written.
     """
     start = checkpoints.start
     if start is not None and start.step >= trainer.args.max_steps:
-        load(trainer.model, start.path, trainable=True)  # with no step left to do, a Trainer makes one more
+        load(trainer.model, start.path, trainable=True)  # with no step left, a Trainer would make one more
         return
     source = None if start is None else str(start.path)
     if checkpoints.every is None:
@@ -33,8 +32,8 @@ def train_with_checkpoints(trainer: Trainer, checkpoints: Checkpoints) -> None:
         with staging(checkpoints.folder) as scratch:
             trainer.args.output_dir = str(scratch)
             trainer.train(resume_from_checkpoint=source)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a RuntimeError is what torch.save has for a full disk
-        if not saving.now:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises a RuntimeError on a full disk
+        if not saving.in_progress:
             raise
         raise CheckpointError(
             f"a checkpoint in {checkpoints.folder} cannot be written: {error}; those before it are as they were. Make "
@@ -43,17 +42,19 @@ def train_with_checkpoints(trainer: Trainer, checkpoints: Checkpoints) -> None:
 
 
 class _Saving(TrainerCallback):
-    """Asks the Trainer for its files where a checkpoint is due, and makes one of them."""
+    """A callback that asks the Trainer for its files when a checkpoint is due, and makes a checkpoint of them."""
 
     def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints
-        self.now = False  # whether the Trainer is writing
+        self.in_progress = False  # the Trainer is writing its files
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_save = self.now = self._checkpoints.due(state.global_step)
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        control.should_save = self.in_progress = self._checkpoints.due(state.global_step)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.now = False
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        self.in_progress = False
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
         def fill(folder: Path) -> None:

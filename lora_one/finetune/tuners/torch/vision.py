@@ -1,27 +1,33 @@
-"""Fine-tuning an image-text model: pictures are processed when their batch is made, so that they fill no memory."""
+"""Fine-tuning an image-text model. Pictures are processed when their batch is made, so that few are in memory."""
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import ProcessorMixin
 
 from lora_one.errors import DataError
-from lora_one.finetune.data import Pictures, TokenSequence
+from lora_one.finetune.data import Pictures
+from lora_one.finetune.encoding import TokenSequence
+from lora_one.finetune.tuners.shared import chunks
 
-from .causal import TorchTuner
+from .causal import Batch, TorchTuner
 
-TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}  # of a processor's result
+# The entries of a processor's result that describe the text, and not the pictures.
+TEXT_ENTRIES = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 
 
 class VisionTuner(TorchTuner):
-    """See `lora_one.finetune.tuners.interface.Tuner`; prompts have one image token for each picture."""
+    """An image-text model of transformers: see `lora_one.finetune.tuners.interface.Tuner`.
+
+    Prompts have one image token for each picture.
+    """
 
     generated_at_once = 16
 
-    def __init__(self, model: nn.Module, processor: Any):
+    def __init__(self, model: nn.Module, processor: ProcessorMixin):
         super().__init__(model, processor.tokenizer)
         self._processor = processor
         self._image_token = processor.image_token_id
@@ -31,28 +37,29 @@ class VisionTuner(TorchTuner):
         self, prompts: Sequence[list[int]], max_new_tokens: int, pictures: Sequence[Pictures | None] | None = None
     ) -> list[list[int]]:
         self.model.eval()
-        found: list[list[int]] = []
-        asked = [
-            TokenSequence(prompt, len(prompt), seen)
-            for prompt, seen in zip(prompts, pictures or [None] * len(prompts), strict=True)
+        questions = [
+            TokenSequence(prompt, len(prompt), pictures_of_prompt)
+            for prompt, pictures_of_prompt in zip(prompts, pictures or [None] * len(prompts), strict=True)
         ]
-        for start in range(0, len(asked), self.generated_at_once):
-            part, features = self._see(asked[start : start + self.generated_at_once])
-            batch = self._pad_prompts([sequence.tokens for sequence in part], left=True)
-            found += self._continue({**batch, **features}, max_new_tokens)
-        return found
+        answers: list[list[int]] = []
+        for group in chunks(questions, self.generated_at_once):
+            widened, features = self._process(group)
+            batch = self._prompt_batch([sequence.tokens for sequence in widened])
+            answers += self._continue({**batch, **features}, max_new_tokens)
+        return answers
 
-    def _collate(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
-        whole, features = self._see(sequences)
-        return {**super()._collate(whole), **features}
+    def _collate(self, sequences: Sequence[TokenSequence]) -> Batch:
+        widened, features = self._process(sequences)
+        return {**super()._collate(widened), **features}
 
-    def _see(self, sequences: Sequence[TokenSequence]) -> tuple[list[TokenSequence], dict[str, Tensor]]:
-        """The sequences with as many image tokens as each picture has features, and the pictures' tensors."""
+    def _process(self, sequences: Sequence[TokenSequence]) -> tuple[list[TokenSequence], Batch]:
+        """Return the sequences with one image token per feature of each picture, and the tensors of the pictures."""
         features: dict[str, list[Tensor]] = defaultdict(list)
-        whole = []
+        widened = []
         for sequence in sequences:
             marked = sequence.tokens.count(self._image_token)
-            pictures = [] if sequence.pictures is None else sequence.pictures()[:marked]  # later turns may have more
+            # Pictures beyond the image tokens belong to later turns of the conversation.
+            pictures = [] if sequence.pictures is None else sequence.pictures()[:marked]
             if marked > len(pictures):
                 text = self.tokenizer.decode(sequence.tokens)
                 raise DataError(
@@ -60,18 +67,18 @@ class VisionTuner(TorchTuner):
                 )
             lengths = []
             for picture in pictures:
-                seen = self._processor(text=self._processor.image_token, images=picture, return_tensors="pt")
-                lengths.append(int((seen["input_ids"] == self._image_token).sum()))
-                for name in seen.keys() - TEXT:
-                    features[name].append(seen[name])
-            whole.append(_widened(sequence, self._image_token, lengths))
+                result = self._processor(text=self._processor.image_token, images=picture, return_tensors="pt")
+                lengths.append(int((result["input_ids"] == self._image_token).sum()))
+                for name in result.keys() - TEXT_ENTRIES:
+                    features[name].append(result[name])
+            widened.append(_widened(sequence, self._image_token, lengths))
         dtype = self.model.dtype
         joined = {name: torch.cat(parts) for name, parts in features.items()}
-        return whole, {name: x.to(dtype) if x.is_floating_point() else x for name, x in joined.items()}
+        return widened, {name: x.to(dtype) if x.is_floating_point() else x for name, x in joined.items()}
 
 
 def _widened(sequence: TokenSequence, image_token: int, lengths: Sequence[int]) -> TokenSequence:
-    """Each image token repeated as often as `lengths` say; they are all in the prompt."""
+    """Return the sequence with its image tokens, which are all in the prompt, repeated as `lengths` say."""
     remaining = iter(lengths)
     tokens: list[int] = []
     for token in sequence.tokens:
