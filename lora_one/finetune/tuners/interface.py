@@ -40,11 +40,7 @@ class Tuner(Protocol):
         ...
 
     def train(
-        self,
-        sequences: Sequence[TokenSequence],
-        recipe: Recipe,
-        on_step: OnStep,
-        checkpoints: Checkpoints = NEVER,
+        self, sequences: Sequence[TokenSequence], recipe: Recipe, on_step: OnStep, checkpoints: Checkpoints = NEVER
     ) -> None:
         """Train the LoRA factors of the model up to step `recipe.steps`.
 

@@ -76,11 +76,7 @@ class JaxTuner:
         return float(np.mean([np.asarray(loss(self.model, batch)) for batch in batches]))
 
     def train(
-        self,
-        sequences: Sequence[TokenSequence],
-        recipe: Recipe,
-        on_step: OnStep,
-        checkpoints: Checkpoints = NEVER,
+        self, sequences: Sequence[TokenSequence], recipe: Recipe, on_step: OnStep, checkpoints: Checkpoints = NEVER
     ) -> None:
         # Like transformers' Trainer: linear warm-up and decay, gradients clipped at norm 1.
         rate = optax.join_schedules(

@@ -84,11 +84,7 @@ class MlxTuner:
         return float(np.mean([np.array(self.loss_fn(self.model, batch)) for batch in batches]))
 
     def train(
-        self,
-        sequences: Sequence[TokenSequence],
-        recipe: Recipe,
-        on_step: OnStep,
-        checkpoints: Checkpoints = NEVER,
+        self, sequences: Sequence[TokenSequence], recipe: Recipe, on_step: OnStep, checkpoints: Checkpoints = NEVER
     ) -> None:
         mx.random.seed(recipe.seed)
         adamw = optimizer(

@@ -48,11 +48,7 @@ class TorchTuner:
         return float(torch.stack(losses).mean())
 
     def train(
-        self,
-        sequences: Sequence[TokenSequence],
-        recipe: Recipe,
-        on_step: OnStep,
-        checkpoints: Checkpoints = NEVER,
+        self, sequences: Sequence[TokenSequence], recipe: Recipe, on_step: OnStep, checkpoints: Checkpoints = NEVER
     ) -> None:
         arguments = TrainingArguments(
             output_dir=str(Path(recipe.out)),
