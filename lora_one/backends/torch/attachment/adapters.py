@@ -86,8 +86,11 @@ def is_leftover(model: nn.Module, adapted: peft.PeftModel | None) -> bool:
     return adapted is not None and adapted is not model and all(hasattr(c, _OURS) for c in adapted.peft_config.values())
 
 
-def take_out_leftover(model: nn.Module) -> None:
+def take_out_leftover(model: nn.Module, stacklevel: int) -> None:
     """Remove the adapter of an earlier call from its base model. A `Snapshot` can put it back.
+
+    Args:
+        stacklevel: frames from here to the user's call, for the warning.
 
     Raises:
         ModelError: the adapter is not ours, or it changed the base weights.
@@ -118,7 +121,7 @@ def take_out_leftover(model: nn.Module) -> None:
         "the model still has the adapter that an earlier call of init, load or attach_plain put into it, in place: it "
         "is taken out, and the model that this call returned loses it. To keep both, give each a base model of its own",
         AdapterWarning,
-        stacklevel=6,
+        stacklevel=stacklevel,
     )
 
 

@@ -33,8 +33,12 @@ class RefusedByPeft(ModelError):
         self.name = name  # the last part of its path
 
 
-def on_all_linear(model: nn.Module, attach: Attach) -> peft.PeftModel:
-    """Put LoRA on every linear layer except the output layer, new heads, gates of one output, and what PEFT refuses."""
+def on_all_linear(model: nn.Module, attach: Attach, stacklevel: int) -> peft.PeftModel:
+    """Put LoRA on every linear layer except the output layer, new heads, gates of one output, and what PEFT refuses.
+
+    Args:
+        stacklevel: frames from here to the user's call, for the warning.
+    """
     before = Snapshot(model)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR)}
     excluded = [name for name, x in linear.items() if isinstance(x, nn.Linear) and 1 in (x.in_features, x.out_features)]
@@ -54,7 +58,7 @@ def on_all_linear(model: nn.Module, attach: Attach) -> peft.PeftModel:
             f"PEFT takes for these, and layers of state-space models that their kernels do not call; it is on "
             f"{len(started)} linear layers. To have it elsewhere, name the targets",
             TargetsWarning,
-            stacklevel=6,
+            stacklevel=stacklevel,
         )
     return attached
 

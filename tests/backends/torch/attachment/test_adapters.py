@@ -55,6 +55,24 @@ def test_a_second_call_that_fails_leaves_the_first_adapter(ours, other):
     assert torch.equal(logits(first), before)
 
 
+CALLS = {
+    "init": lambda model, folder: lora_one.init(model, llama().batches, config=CONFIG),
+    "load": lambda model, folder: lora_one.load(model, folder),
+    "attach_plain": lambda model, folder: attach_plain(model, CONFIG),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_warning_points_at_the_users_line(call, tmp_path):
+    base = llama().model
+    lora_one.save(attach_plain(base, CONFIG), tmp_path)
+    with pytest.warns(AdapterWarning) as records:
+        CALLS[call](base, tmp_path)
+    assert [(record.filename, record.lineno) for record in records if record.category is AdapterWarning] == [
+        (__file__, CALLS[call].__code__.co_firstlineno)
+    ]
+
+
 def test_a_second_call_is_as_on_a_plain_model():
     """This is a notebook's cell that runs twice, with another rank."""
     base = llama().model
