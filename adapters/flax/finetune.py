@@ -1,4 +1,4 @@
-"""LoRA-One with Flax NNX and optax: the whole plug is the three lines marked below.
+"""Fine-tune a model with Flax NNX, optax and LoRA-One. The lines that LoRA-One adds are marked.
 
 python adapters/flax/finetune.py                                  # the embedded model and task
 python adapters/flax/finetune.py --model DIR --data FILE.jsonl    # a Llama, Mistral, Qwen2 or Qwen3 folder
@@ -20,7 +20,7 @@ from lora_one.finetune.encoding import TokenSequence, encode
 
 
 def collate(sequences: list[TokenSequence], width: int) -> dict[str, np.ndarray]:
-    """Padded on the right; the loss is on what comes after the prompt."""
+    """Return a batch, padded on the right. The loss counts only the tokens after the prompt."""
     tokens = np.zeros((len(sequences), width), np.int32)
     labels = np.full_like(tokens, -100)
     for row, sequence in enumerate(sequences):
@@ -49,15 +49,15 @@ def main() -> None:
         collate(sequences[i : i + size], width) for i in range(0, min(len(sequences) - size, 8 * size) + 1, size)
     ]
 
-    model, report = lora_one.init(model, batches, causal_lm_loss)  # LoRA-One
+    model, report = lora_one.init(model, batches, causal_lm_loss)  # LoRA-One: attach LoRA and start it
     print(report.summary())
     schedule = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, 10, options.steps)
-    tx = lora_one.optimizer(model, learning_rate=schedule)  # an optax.GradientTransformation
+    tx = lora_one.optimizer(model, learning_rate=schedule)  # LoRA-One: an optax.GradientTransformation
     optimizer = nnx.Optimizer(model, optax.chain(optax.clip_by_global_norm(1.0), tx), wrt=nnx.LoRAParam)
 
     @nnx.jit
     def step(model, optimizer, batch):
-        lora = nnx.DiffState(0, nnx.LoRAParam)  # gradients of the factors alone
+        lora = nnx.DiffState(0, nnx.LoRAParam)  # only the factors get gradients
         loss, gradients = nnx.value_and_grad(causal_lm_loss, argnums=lora)(model, batch)
         optimizer.update(model, gradients)
         return loss
@@ -68,7 +68,7 @@ def main() -> None:
         loss = step(model, optimizer, collate([sequences[i] for i in chosen], width))
         if number % max(1, options.steps // 10) == 0:
             print(f"step {number}: loss {float(loss):.4f}")
-    lora_one.save(model, options.out, report)  # a folder that PEFT opens
+    lora_one.save(model, options.out, report)  # LoRA-One: a folder that PEFT opens
     print(f"adapter: {options.out}")
 
 

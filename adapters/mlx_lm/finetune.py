@@ -1,7 +1,7 @@
-"""LoRA-One in mlx-lm's training loop: the whole plug is the three lines marked below.
+"""Fine-tune a model in mlx-lm's training loop with LoRA-One. The lines that LoRA-One adds are marked.
 
 python adapters/mlx_lm/finetune.py                          # the embedded model and task
-python adapters/mlx_lm/finetune.py --model DIR --data DIR   # DIR/train.jsonl, DIR/valid.jsonl, as mlx_lm.lora has them
+python adapters/mlx_lm/finetune.py --model DIR --data DIR   # DIR/train.jsonl and DIR/valid.jsonl, as in mlx_lm.lora
 """
 
 import argparse
@@ -22,8 +22,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=demo.MODEL)
     parser.add_argument("--data", default=demo.TRAIN.parent)
-    parser.add_argument("--dtype", help="of the weights, if not the checkpoint's; float32 is the fastest on a CPU")
-    parser.add_argument("--mask-prompt", action="store_true", help="count the completion's tokens only")
+    parser.add_argument("--dtype", help="dtype of the weights; default: the checkpoint's; float32 is fastest on a CPU")
+    parser.add_argument("--mask-prompt", action="store_true", help="count only the completion's tokens in the loss")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/mlx_lm"))
     options = parser.parse_args()
 
-    model, tokenizer = load_pretrained(options.model)  # mlx_lm.load, with the rotary base that transformers 5 writes
+    model, tokenizer = load_pretrained(options.model)  # mlx_lm.load, and it reads the rotary base of transformers 5
     if options.dtype:
         model.set_dtype(getattr(mx, options.dtype))
     settings = SimpleNamespace(mask_prompt=options.mask_prompt)
@@ -41,7 +41,7 @@ def main() -> None:
 
     model, report = lora_one.init(model, batches)  # LoRA-One, instead of freeze and linear_to_lora_layers
     print(report.summary())
-    optimizer = lora_one.optimizer(model, learning_rate=options.learning_rate)  # handed to train
+    optimizer = lora_one.optimizer(model, learning_rate=options.learning_rate)  # LoRA-One: goes to train
 
     options.out.mkdir(parents=True, exist_ok=True)
     arguments = TrainingArgs(
@@ -53,7 +53,7 @@ def main() -> None:
         adapter_file=str(options.out / "adapters.safetensors"),
     )
     train(model, optimizer, data, valid if len(valid) >= options.batch_size else None, arguments)
-    lora_one.save(model, options.out, report)  # the folder that mlx-lm and PEFT open
+    lora_one.save(model, options.out, report)  # LoRA-One: a folder that mlx-lm and PEFT open
     print(f"adapter: {options.out}")
 
 

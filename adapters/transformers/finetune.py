@@ -1,4 +1,4 @@
-"""LoRA-One in the transformers Trainer: the whole plug is the two lines marked below.
+"""Fine-tune a model in the transformers Trainer with LoRA-One. The lines that LoRA-One adds are marked.
 
 python adapters/transformers/finetune.py                          # the embedded model and task
 python adapters/transformers/finetune.py --model DIR --data FILE.jsonl
@@ -33,7 +33,7 @@ def main() -> None:
 
     model, report = lora_one.init(model, batches)  # LoRA-One, instead of peft.get_peft_model
     print(report.summary())
-    optimizer = lora_one.optimizer(model, learning_rate=options.learning_rate)  # handed to the Trainer
+    optimizer = lora_one.optimizer(model, learning_rate=options.learning_rate)  # LoRA-One: goes to the Trainer
 
     trainer = Trainer(
         model,
@@ -51,7 +51,7 @@ def main() -> None:
         optimizers=(optimizer, None),
     )
     trainer.train()
-    lora_one.save(model, options.out, report)
+    lora_one.save(model, options.out, report)  # LoRA-One: a folder that PEFT opens
     print(f"adapter: {options.out}")
 
 

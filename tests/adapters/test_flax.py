@@ -1,4 +1,4 @@
-"""The plug for Flax: the script runs, learns, and its adapter opens in PEFT."""
+"""The script for Flax runs, lowers the loss, and saves an adapter that PEFT opens."""
 
 import runpy
 import sys

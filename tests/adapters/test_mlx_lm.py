@@ -1,4 +1,4 @@
-"""The plug for mlx-lm, and mlx-lm's own commands on the folders that lora-one writes."""
+"""The script for mlx-lm, and mlx-lm's own commands on the folders that lora-one writes."""
 
 import json
 import runpy

@@ -1,4 +1,4 @@
-"""The plug for the Trainer, and what the Trainer asks of an optimizer."""
+"""The script for the Trainer, and what the Trainer asks of an optimizer."""
 
 import runpy
 import sys
