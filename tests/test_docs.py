@@ -68,6 +68,12 @@ def test_files_on_a_page_exist(page):
     assert not {path for path in bare if not any(str(file).endswith(f"/{path}") for file in SOURCES)}
 
 
+def test_every_file_of_the_algorithm_is_on_the_page_that_explains_it():
+    helpers = {"__init__.py", "arrays.py", "stacking.py"}
+    for file in (ROOT / "lora_one" / "core").glob("*.py"):
+        assert file.name in helpers or f"`lora_one/core/{file.name}`" in TEXTS["docs/how-it-works.md"], file.name
+
+
 @pytest.mark.parametrize("page", TEXTS)
 def test_links_on_a_page_lead_somewhere(page):
     links = {link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]) if "://" not in link}
