@@ -11,6 +11,9 @@ from safetensors import SafetensorError, deserialize, safe_open
 
 from lora_one.errors import CheckpointError
 
+# dtype in NumPy, JAX and MLX -> in safetensors
+STORED_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+
 
 class Tensor(NamedTuple):
     """An array, and the dtype that it has in the file."""

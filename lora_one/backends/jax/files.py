@@ -11,6 +11,7 @@ from flax import nnx
 from lora_one.checkpoint.adapter import Adapter, LoraLayer
 from lora_one.checkpoint.peft import AdapterFolder, check_folder, read_adapter, read_folder, write_peft
 from lora_one.checkpoint.plain_lora import setting_problems
+from lora_one.checkpoint.tensors import STORED_NAMES
 from lora_one.config import Config
 from lora_one.core.factors import Factors
 from lora_one.errors import CheckpointError, ModelError
@@ -24,8 +25,6 @@ from .sites import Leaves, Site, check_concrete
 from .trees.binding import Linear, find_layers, tree_sites
 from .trees.linen_files import fresh_layers, note_of
 from .trees.models import LinenModel, PytreeModel, merged
-
-_STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}  # safetensors' names
 
 
 class _Held(NamedTuple):
@@ -57,7 +56,7 @@ def save(model: Any, path: Path) -> None:
         )
     check_concrete("save", [leaves for _, leaves in held])
     layers = {
-        layer.name: LoraLayer([_to_numpy(pair)], layer.scaling, _STORED[leaves.a.dtype.name])
+        layer.name: LoraLayer([_to_numpy(pair)], layer.scaling, STORED_NAMES[leaves.a.dtype.name])
         for site, leaves in held
         for layer, pair in zip(site.layers(), site.spec_pairs(leaves), strict=True)
     }

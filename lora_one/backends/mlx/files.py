@@ -13,6 +13,7 @@ from lora_one.checkpoint.mlx_lm import Shapes, is_mlx_lm, read_mlx_lm, write_mlx
 from lora_one.checkpoint.peft import check_folder, read_folder
 from lora_one.checkpoint.peft import read_adapter as read_peft
 from lora_one.checkpoint.plain_lora import setting_problems
+from lora_one.checkpoint.tensors import STORED_NAMES
 from lora_one.checks import shown_names
 from lora_one.core.factors import Factors
 from lora_one.errors import CheckpointError
@@ -22,8 +23,6 @@ from .layout import dropout_of, is_switch, read_pairs, set_dropout, write_pairs
 from .merge import require_sites
 from .targets import columns, is_linear
 from .tree import Snapshot, flat, places
-
-_STORED = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.float64: "F64"}  # safetensors' names
 
 
 class UnsavedWarning(UserWarning):
@@ -98,7 +97,7 @@ def to_numpy(pairs: list[Factors], scale: float, is_switch: bool) -> LoraLayer:
     dtype = pairs[0].lora_A.dtype
     wide = mx.float64 if dtype == mx.float64 else mx.float32  # NumPy has no bfloat16
     arrays = [Factors(*(np.array(factor.astype(wide)) for factor in pair)) for pair in pairs]
-    return LoraLayer(arrays, scale, _STORED[dtype], is_switch)
+    return LoraLayer(arrays, scale, STORED_NAMES[str(dtype).removeprefix("mlx.core.")], is_switch)
 
 
 def to_mlx(layer: LoraLayer) -> list[Factors]:
@@ -115,7 +114,7 @@ def _attach(model: nn.Module, adapter: Adapter) -> list[Site]:
 
 
 def _fill(site: Site, layer: LoraLayer, dropout: float) -> None:
-    stored = next(dtype for dtype, name in _STORED.items() if name == layer.dtype)
+    stored: mx.Dtype = next(getattr(mx, dtype) for dtype, name in STORED_NAMES.items() if name == layer.dtype)
     write_pairs(site.module, to_mlx(layer), stored)
     site.module.scale = layer.scaling
     set_dropout(site.module, dropout)

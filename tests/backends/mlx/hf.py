@@ -1,4 +1,4 @@
-"""The same tiny Llama in transformers and in mlx-lm, by way of a folder that transformers 5 wrote."""
+"""The same tiny Llama in transformers and in mlx-lm, through a folder that transformers 5 wrote."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.backends.mlx.models import VOCABULARY
 
 
 def write_llama(path: Path, seed: int = 0, rope_theta: float = 10000.0, **rope: object) -> LlamaForCausalLM:
-    """A random Llama, saved. Its rotary base goes into rope_parameters, as transformers 5 has it."""
+    """Save a random Llama. Its rotary base is in rope_parameters, as transformers 5 writes it."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=64,

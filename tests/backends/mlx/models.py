@@ -24,7 +24,7 @@ QUANTIZED = [("affine", 32, 4), ("affine", 64, 4), ("affine", 64, 8), ("mxfp4", 
 
 
 def tiny_llama(seed: int = 0, layers: int = 2, **changes: Any) -> nn.Module:
-    """A Llama of mlx-lm with 64 features a token."""
+    """A Llama of mlx-lm with 64 features per token."""
     mx.random.seed(seed)
     sizes = {
         "hidden_size": 64,
@@ -43,7 +43,7 @@ def tiny_llama(seed: int = 0, layers: int = 2, **changes: Any) -> nn.Module:
 
 
 def tiny_mixtral(seed: int = 0, experts: int = 4) -> nn.Module:
-    """A mixture of experts: a layer of each kind of SwitchLinear, two experts a token."""
+    """A mixture of experts: a layer of each kind of SwitchLinear, two experts per token."""
     mx.random.seed(seed)
     args = mixtral.ModelArgs(
         model_type="mixtral",
@@ -70,7 +70,7 @@ def quantize(model: nn.Module, mode: str, group_size: int, bits: int) -> nn.Modu
 
 
 def dequantized(model: nn.Module, make: Any = tiny_llama) -> nn.Module:
-    """A float32 model of the same function."""
+    """A float32 model that computes the same function."""
     weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     for place in places(model):
         module: Any = place.module
@@ -129,7 +129,7 @@ def product(module: nn.Module, expert: int | None = None) -> np.ndarray:
 def assert_lora_one_start(
     model: nn.Module, report: Report, gradients: dict[str, np.ndarray], tolerance: float = 1e-5
 ) -> None:
-    """Each layer's s B A against LAPACK's in float64, in the spectral norm.
+    """Compare each layer's s B A with LAPACK's in float64, in the spectral norm.
 
     Truncating at rank r amplifies rounding errors of G by s_1 / (s_r - s_r+1) (Wedin 1972): where that gap is below a
     tenth, as it often is in random models, the tolerance grows with it.

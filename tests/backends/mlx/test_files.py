@@ -150,7 +150,7 @@ def test_bfloat16_factors_stay_what_they_are(tmp_path):
 
 
 def test_an_adapter_that_mlx_lm_trained_on_is_read_from_mlx_lms_file(tmp_path):
-    """mlx-lm saves into the folder it resumed from, and knows nothing of PEFT's file beside its own."""
+    """mlx-lm saves into the folder that it resumed from, and does not know PEFT's file beside its own."""
     model, _ = adapted(tiny_llama())
     lora_one.save(model, tmp_path)
     later = {name: 2 * x for name, x in tree_flatten(model.trainable_parameters())}

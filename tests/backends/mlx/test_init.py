@@ -190,7 +190,7 @@ def test_a_gate_of_one_output_is_no_target_of_all_linear():
 
 
 def test_any_mlx_module_will_do():
-    """No mlx-lm model, no `layers`: a two-layer network of one's own, in float64 arithmetic's reach."""
+    """A user's own two-layer network, not of mlx-lm and without `layers`, whose gradients are computed by hand."""
     mx.random.seed(0)
     model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 5))
     rng = np.random.default_rng(0)

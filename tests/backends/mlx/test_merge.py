@@ -1,4 +1,4 @@
-"""Merging: what the merged weights hold against W + s B A in float64, and that what they lose is said."""
+"""Merged weights against W + s B A in float64, and the warning of what they lose."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,7 +17,7 @@ MODES = [("affine", 32, 4), ("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8)
 
 
 def dequantised(module):
-    """The weight in float64, expert by expert, in MLX's own words."""
+    """The weight in float64, by MLX's own functions, expert by expert."""
     if "scales" not in module:
         return np.array(module.weight.astype(mx.float32)).astype(np.float64)
     one = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode, "dtype": mx.float32}

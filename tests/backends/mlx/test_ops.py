@@ -1,4 +1,4 @@
-"""What MLX's arrays need beyond the tests of `core`, which run on them too."""
+"""Tests of MLX's operations beyond those of `core`, which run on MLX too."""
 
 import mlx.core as mx
 import numpy as np
@@ -21,7 +21,7 @@ def test_svd_is_thin_and_descending(shape):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("r", [1, 8, 64])
 def test_cholesky_solve_tells_definite_from_indefinite(dtype, r):
-    """Half of the batch has one negative eigenvalue, of many sizes; ill-conditioned definite ones are solved."""
+    """Half of the batch has one negative eigenvalue, of many sizes. Ill-conditioned definite matrices are solved."""
     rng = np.random.default_rng(r)
     eps = np.finfo(dtype).eps
     for smallest in (0.1, 1e-3, 50 * r * eps):

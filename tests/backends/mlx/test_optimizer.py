@@ -31,7 +31,7 @@ def in_float64(tree) -> dict[str, np.ndarray]:
 
 
 def pairs_of(model, arrays) -> dict[tuple[str, int | None], Factors]:
-    """Every pair in PEFT's layout, from arrays by mlx-lm's names."""
+    """Every pair in PEFT's layout, from arrays under mlx-lm's names."""
     pairs = {}
     for path, module in modules_of(model).items():
         a, b = arrays.get(f"{path}.lora_a"), arrays.get(f"{path}.lora_b")
@@ -110,7 +110,7 @@ def test_one_batched_solve_a_step(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_bias_corrections_are_computed_once_a_step(dtype, monkeypatch):
-    """Not once a parameter: mx.compile would put them into each one's loop."""
+    """Once per step and not per parameter: mx.compile would put them into the loop of each parameter."""
     calls = []
     corrections = LoraOneAdamW._bias_corrections
     monkeypatch.setattr(
@@ -125,7 +125,7 @@ def test_bias_corrections_are_computed_once_a_step(dtype, monkeypatch):
 
 
 def by_hand(model, optimizer, batches, accumulate=1):
-    """What mlx-lm's train does, without compilation."""
+    """A training step of mlx-lm's train, without compilation."""
     loss_and_gradient = nn.value_and_grad(model, lambda model, batch: default_loss(model, *batch)[0])
     model.train()
     for first in range(0, len(batches), accumulate):

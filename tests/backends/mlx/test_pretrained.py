@@ -56,7 +56,7 @@ def test_rotary_parameters_that_cannot_be_passed_on_are_an_error(tmp_path):
 
 @pytest.mark.parametrize("gradient", ["sketch", "exact"])
 def test_the_start_is_the_one_of_the_torch_backend(gradient, tmp_path):
-    """Same weights, same batches, same seed: the same sketch, though no step of it runs in the same library."""
+    """The same weights, batches and seed give the same sketch, though no step of it runs in the same library."""
     reference = write_llama(tmp_path, rope_theta=500.0)
     model, _ = load_pretrained(tmp_path)
     labels = np.where(np.random.default_rng(1).random(IDS.shape) < 0.3, -100, IDS)

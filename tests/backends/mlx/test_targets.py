@@ -1,4 +1,4 @@
-"""Which layers get LoRA, what is said of the others, and the mode that the passes run in."""
+"""The layers that get LoRA, the warning of the others, and the mode that the passes run in."""
 
 import warnings
 
@@ -37,7 +37,7 @@ def tiny_afm():
 
 
 def tiny_deepseek():
-    """Multi-head latent attention: two stacks of matrices a layer that are no linear layers; a router of its own."""
+    """Multi-head latent attention, with two stacks of matrices per layer that are no linear layers, and a router."""
     mx.random.seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16}
@@ -62,7 +62,7 @@ def tiny_qwen3_next():
 
 
 def init_warned(model, **arguments):
-    """What init returns, and what its TargetsWarnings say."""
+    """The result of init, and the messages of its TargetsWarnings."""
     with warned(TargetsWarning) as messages:
         model, report = lora_one.init(model, **{"batches": token_batches(count=1), "config": SKETCH, **arguments})
     return model, report, messages
@@ -92,7 +92,7 @@ def test_all_linear_names_what_is_no_linear_layer():
 
 
 class Own(nn.Module):
-    """Bare parameters, a convolution, packed weights, and linear layers in a model of one's own."""
+    """A user's own model with bare parameters, a convolution, packed weights, and linear layers."""
 
     def __init__(self):
         super().__init__()
@@ -159,7 +159,7 @@ def test_a_model_without_linear_layers_is_told_what_it_has():
 
 
 class Cast(nn.Linear):
-    """A linear layer all the same."""
+    """A subclass that is still a linear layer."""
 
     def __call__(self, x):
         return super().__call__(x.astype(mx.float32))

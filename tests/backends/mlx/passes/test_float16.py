@@ -36,7 +36,7 @@ def float16(quantised=False):
 
 
 def times(factor):
-    """The loss of a mean over `1 / factor` times as many tokens."""
+    """A loss that is as small as a mean over `1 / factor` times as many tokens."""
     return lambda model, batch: default_loss(model, *batch)[0] * factor
 
 
@@ -80,7 +80,7 @@ class Branches(nn.Module):
 
 @pytest.mark.parametrize(("exponent", "said"), [(-34, True), (-12, False)])
 def test_gradients_that_no_scale_brings_into_range_are_named(exponent, said):
-    """Two branches of one loss: where one's gradient just fits into float16, the other's has lost its digits."""
+    """Two branches of one loss: when the gradient of one just fits into float16, the other's has no digits left."""
     mx.random.seed(0)
     model, x = Branches(), mx.random.normal((64, 16))
     model.set_dtype(mx.float16)
@@ -100,7 +100,7 @@ def test_gradients_that_no_scale_brings_into_range_are_named(exponent, said):
 
 
 def simulated(gradients):
-    """Summaries as float16 would have them."""
+    """Summaries of gradients that are rounded to float16."""
 
     def at(scale):
         with np.errstate(over="ignore"):
