@@ -35,7 +35,7 @@ class ScaleSearch(NamedTuple):
 
     @property
     def can_fall(self) -> bool:
-        """Whether a lower scale may be tried after an overflow."""
+        """Return whether a lower scale may be tried after an overflow."""
         return self.value > self.limits.least
 
     def after_overflow(self) -> "ScaleSearch":

@@ -55,10 +55,6 @@ def _nearly_orthogonal(x):
     return q * np.float32(1 + 1e-5), r / np.float32(1 + 1e-5)
 
 
-def _complete(x):
-    return np.linalg.qr(x, mode="complete")
-
-
 def _gram_schmidt_that_normalises_zero(x):
     q, r = RIGHT.qr(x)
     return np.where(np.abs(np.diagonal(r))[None, :] > 1e-6, q, 0.0).astype(x.dtype), r
@@ -79,7 +75,7 @@ WRONG_PRIMITIVES: list[tuple[str, str, Callable[..., Any]]] = [
     ("qr", "qr", lambda x: tuple(a.swapaxes(-1, -2) for a in RIGHT.qr(x))),
     ("qr", "qr", lambda x: (RIGHT.qr(x)[0], -RIGHT.qr(x)[1])),
     ("qr", "qr", _nearly_orthogonal),
-    ("qr", "qr", _complete),
+    ("qr", "qr", lambda x: np.linalg.qr(x, mode="complete")),
     ("qr", "qr", _gram_schmidt_that_normalises_zero),
     ("svd", "svd", lambda x: (RIGHT.svd(x)[0], RIGHT.svd(x)[1], RIGHT.svd(x)[2].swapaxes(-1, -2))),
     ("svd", "svd", _descending_rows),

@@ -5,12 +5,7 @@ import scipy.linalg
 from lora_one.core.alignment import captured_energy, principal_cosines, principal_sines
 from lora_one.core.exact import exact_spectrum
 from lora_one.core.factors import normalized_factors
-from tests.arrays import ARRAYS, Arrays, spectrum_matrix
-
-
-@pytest.fixture(params=ARRAYS)
-def arrays(request):
-    return Arrays(*request.param)
+from tests.arrays import Arrays, spectrum_matrix
 
 
 @pytest.mark.parametrize(("p", "q"), [(3, 3), (5, 2), (2, 5), (1, 1)])

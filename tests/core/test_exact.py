@@ -11,7 +11,6 @@ from lora_one.core.gradient import times
 from lora_one.core.krylov import leading_triplets
 from lora_one.core.omega import draw_omega
 from tests.arrays import (
-    ARRAYS,
     SHAPES,
     Arrays,
     assert_same_spectrum,
@@ -20,11 +19,6 @@ from tests.arrays import (
     spectrum_matrix,
     unlike_gradients,
 )
-
-
-@pytest.fixture(params=ARRAYS)
-def arrays(request):
-    return Arrays(*request.param)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -6,13 +6,7 @@ import pytest
 from lora_one.core.exact import exact_spectrum
 from lora_one.core.factors import gradient_factors, normalized_factors, plain_factors
 from lora_one.core.omega import draw_omega
-from tests.arrays import ARRAYS, Arrays, best_rank, spectrum_matrix
-
-
-@pytest.fixture(params=ARRAYS)
-def arrays(request):
-    return Arrays(*request.param)
-
+from tests.arrays import best_rank, spectrum_matrix
 
 G = spectrum_matrix(30, 20, 3.0 / np.arange(1, 21))
 

@@ -15,12 +15,7 @@ from lora_one.core.gradient import (
 )
 from lora_one.core.krylov import leading_triplets
 from lora_one.core.omega import draw_omega
-from tests.arrays import ARRAYS, Arrays, best_rank
-
-
-@pytest.fixture(params=ARRAYS)
-def arrays(request):
-    return Arrays(*request.param)
+from tests.arrays import best_rank
 
 
 def rows(tokens: int, out: int, inputs: int, decay: float = 0.8) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,6 @@ from lora_one.core.omega import draw_omega
 from lora_one.core.sketch import SketchState, advance, advance_on, finish, probe, start
 from lora_one.core.stacking import unstacked
 from tests.arrays import (
-    ARRAYS,
     SHAPES,
     Arrays,
     assert_same_spectrum,
@@ -21,11 +20,6 @@ from tests.arrays import (
 )
 
 PASSES = [2, 3, 4, 5, 6, 7]
-
-
-@pytest.fixture(params=ARRAYS)
-def arrays(request):
-    return Arrays(*request.param)
 
 
 def run_passes(arrays: Arrays, g: np.ndarray, width: int, passes: int, seed: int = 0) -> SketchState:

@@ -5,12 +5,7 @@ import torch
 from lora_one.core import step
 from lora_one.core.factors import Factors
 from lora_one.core.precondition import apply_inverses, damped_inverse, grams, precondition
-from tests.arrays import ARRAYS, Arrays, spectrum_matrix
-
-
-@pytest.fixture(params=ARRAYS)
-def arrays(request):
-    return Arrays(*request.param)
+from tests.arrays import Arrays, spectrum_matrix
 
 
 def pair(seed: int, r: int = 4, out: int = 12, in_: int = 9) -> Factors:
