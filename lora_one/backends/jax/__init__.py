@@ -2,8 +2,8 @@
 
 from .files import load, merge, save, unload
 from .llama.files import load_llama
+from .nnx.binding import attach_plain
 from .nnx.layers import register_layer
-from .nnx.plain import attach_plain
 from .ops import JaxOps
 from .optimizer import lora_adamw, optimizer, scale_by_lora_preconditioner
 from .session import JaxSession, open_session

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lora_one.backends.interface import Layer
 from lora_one.checkpoint.adapter import Adapter, LoraLayer
 from lora_one.checkpoint.peft import AdapterFolder, check_folder, read_adapter, read_folder, write_peft
 from lora_one.checkpoint.plain_lora import setting_problems
@@ -18,16 +19,17 @@ from lora_one.errors import CheckpointError, ModelError
 
 from .llama.model import LlamaForCausalLM
 from .nnx.adopt import find_adapters
-from .nnx.binding import inject, linear_layers, take_out
+from .nnx.inject import inject, linear_layers, take_out
 from .nnx.layers import adapted_kind, kind_of
 from .nnx.removal import remove
 from .sites import Leaves, Site, check_concrete
-from .trees.binding import Linear, find_layers, tree_sites
+from .trees.binding import adapted_weights, tree_sites
+from .trees.linear import Linear, find_layers
 from .trees.linen_files import fresh_layers, note_of
 from .trees.models import LinenModel, PytreeModel, merged
 
 
-class _Held(NamedTuple):
+class _SiteFactors(NamedTuple):
     """LoRA that is in a model."""
 
     site: Site
@@ -43,21 +45,44 @@ def merge(model: Any) -> Any:
 
 
 def unload(model: Any) -> Any:
-    """Take LoRA out and leave the base as it is. An NNX model is changed in place."""
+    """Take LoRA out of a model and leave the base weights as they are.
+
+    Use it to get the base model back, for instance after saving the adapter; `lora_one.merge` adds the adapter to the
+    weights instead. An NNX model is changed in place, with the paths and classes that it had before `init` or `load`.
+    A `LinenModel` or `PytreeModel` is returned anew.
+
+    Args:
+        model: a JAX model with LoRA: of `init` or `load`, or with nnx.LoRALinear or qwix layers.
+
+    Returns:
+        The model without LoRA.
+
+    Raises:
+        ModelError: an NNX model without LoRA, or with LoRA that wraps something other than a linear layer.
+
+    Example:
+        >>> from flax import nnx
+        >>> import lora_one
+        >>> from lora_one.backends.jax import attach_plain, unload
+        >>> model = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+        >>> adapted = attach_plain(model, lora_one.Config(rank=2))
+        >>> type(unload(adapted).layers[0]).__name__
+        'Linear'
+    """
     return remove(model, merge=False) if isinstance(model, nnx.Module) else model.replace(lora={}, layouts=())
 
 
 def save(model: Any, path: Path) -> None:
     """See `lora_one.save`. Llama-family models have PEFT's names; a scanned stack is written layer by layer."""
-    held = _held(model)
-    if not held:
+    lora = _find_lora(model)
+    if not lora:
         raise ModelError(
             f"save needs a model with LoRA layers, as lora_one.init returns it, got {type(model).__name__}"
         )
-    check_concrete("save", [leaves for _, leaves in held])
+    check_concrete("save", [leaves for _, leaves in lora])
     layers = {
         layer.name: LoraLayer([_to_numpy(pair)], layer.scaling, STORED_NAMES[leaves.a.dtype.name])
-        for site, leaves in held
+        for site, leaves in lora
         for layer, pair in zip(site.layers(), site.spec_pairs(leaves), strict=True)
     }
     task = "CAUSAL_LM" if isinstance(model, LlamaForCausalLM) else None
@@ -67,60 +92,46 @@ def save(model: Any, path: Path) -> None:
 def load(model: Any, path: Path, trainable: bool) -> Any:
     """See `lora_one.load`. An NNX model gets its layers in place; `wrt=nnx.LoRAParam` says what trains."""
     folder = read_folder(path)
-    held = {site.name: site for site, _ in _held(model)}
-    layers_of, unknown = ({}, []) if isinstance(model, nnx.Module) else _tree_layers(model, folder)
-    if unknown:
-        raise CheckpointError(f"the adapter in {path} does not fit the model", unknown)
-    stacks = {name: site.layers() for name, site in (held or _plain_sites(model, layers_of)).items()}
-    linear = {layer.name: (layer.out_features, layer.in_features) for layers in stacks.values() for layer in layers}
-    problems = setting_problems(folder.config) + check_folder(folder, linear) or _stack_problems(folder, stacks)
-    if held and not problems:
-        problems = [
-            f"{layer.name}: the model has rank {layer.rank}, the file "
-            f"{folder.lora_A[layer.name][0] if layer.name in folder.lora_A else 'none'}"
-            for layers in stacks.values()
-            for layer in layers
-            if folder.lora_A.get(layer.name, (None,))[0] != layer.rank
-        ]
+    own_sites = {site.name: site for site, _ in _find_lora(model)}
+    linear, problems = ({}, []) if isinstance(model, nnx.Module) else _tree_layers(model, folder)
+    if not problems:
+        sites = own_sites or _possible_sites(model, linear)
+        problems = _fit_problems(folder, sites, has_lora=bool(own_sites))
     if problems:
         raise CheckpointError(f"the adapter in {path} does not fit the model", problems)
     factors = {name: layer.pairs[0] for name, layer in read_adapter(folder).layers.items()}
-    chosen = [name for name, layers in stacks.items() if layers[0].name in factors]
-    plan = {
-        name: (folder.lora_A[first][0], folder.scalings[first]) for name in chosen for first in [stacks[name][0].name]
-    }
-    if isinstance(model, nnx.Module):
-        return _load_nnx(model, folder, factors, plan, bool(held))
-    sites = held or tree_sites(layers_of, plan)
-    # One scale for all: what differs from it goes into lora_b.
-    scaling = model.scaling if held else next(iter(plan.values()))[1]
-    sites = {name: replace(site, scaling=scaling, native=scaling) for name, site in sites.items()}
-    params = {name: param for name, (param, _, _) in layers_of.items()}
-    lora = {}
+    plan = {}
     for name, site in sites.items():
-        leaves = site.trained(_pairs(site, folder, factors))
-        lora[name] = {f"{params[name]}_lora_a": leaves.a, f"{params[name]}_lora_b": leaves.b}
-    layouts = tuple((name, params[name], site.layout) for name, site in sites.items())
-    return model.replace(lora=lora, scaling=scaling, layouts=layouts)
+        first = site.layers()[0].name
+        if first in factors:
+            plan[name] = folder.lora_A[first][0], folder.scalings[first]
+    if isinstance(model, nnx.Module):
+        return _load_nnx(model, folder, factors, {} if own_sites else plan)
+    sites = own_sites or tree_sites(linear, plan)
+    # One scale for all layers: the ratio of a layer's own scale to it goes into lora_b.
+    scaling = model.scaling if own_sites else next(iter(plan.values()))[1]
+    sites = {name: replace(site, scaling=scaling, native=scaling) for name, site in sites.items()}
+    weights = adapted_weights(sites, linear)
+    lora = {
+        weight.layer: weight.to_lora(site.trained(_pairs(site, folder, factors)))
+        for weight, site in zip(weights, sites.values(), strict=True)
+    }
+    return model.replace(lora=lora, scaling=scaling, layouts=weights)
 
 
 def _load_nnx(
-    model: nnx.Module,
-    folder: AdapterFolder,
-    factors: dict[str, Factors],
-    plan: dict[str, tuple[int, float]],
-    has_lora: bool,
+    model: nnx.Module, folder: AdapterFolder, factors: dict[str, Factors], plan: dict[str, tuple[int, float]]
 ) -> nnx.Module:
-    injected = [] if has_lora else inject(model, plan)
+    """Inject LoRA as planned, and put the folder's factors into all LoRA of the model."""
+    injected = inject(model, plan)
     try:
-        found = find_adapters(model, Config())
-        values = [(f, f.site.trained(_pairs(f.site, folder, factors))) for f in found]
+        layers = find_adapters(model, Config())
+        leaves = [layer.site.trained(_pairs(layer.site, folder, factors)) for layer in layers]
     except BaseException:
         take_out(injected)
         raise
-    for f, leaves in values:
-        f.a.set_raw_value(leaves.a)
-        f.b.set_raw_value(leaves.b)
+    for layer, values in zip(layers, leaves, strict=True):
+        layer.write(*values)
     return model
 
 
@@ -130,7 +141,7 @@ def _to_numpy(pair: Factors) -> Factors:
 
 
 def _pairs(site: Site, folder: AdapterFolder, factors: dict[str, Factors]) -> list[Factors]:
-    """The folder's pairs of a site, with the difference between its scale and the site's in lora_B."""
+    """Return the folder's pairs of a site, with the ratio of the folder's scale to the site's in lora_B."""
     pairs = []
     for layer in site.layers():
         a, b = factors[layer.name]
@@ -139,10 +150,31 @@ def _pairs(site: Site, folder: AdapterFolder, factors: dict[str, Factors]) -> li
     return pairs
 
 
-def _stack_problems(folder: AdapterFolder, stacks: dict[str, list[Any]]) -> list[str]:
+def _fit_problems(folder: AdapterFolder, sites: dict[str, Site], has_lora: bool) -> list[str]:
+    """Return everything that keeps the folder's factors from going to these sites.
+
+    Args:
+        folder: the adapter.
+        sites: the sites of the model.
+        has_lora: whether the sites have LoRA already, whose rank must be the folder's.
+    """
+    stacks = {name: site.layers() for name, site in sites.items()}
+    layers = [layer for stack in stacks.values() for layer in stack]
+    shapes = {layer.name: (layer.out_features, layer.in_features) for layer in layers}
+    problems = setting_problems(folder.config) + check_folder(folder, shapes) or _stack_problems(folder, stacks)
+    if has_lora and not problems:
+        problems = [
+            f"{layer.name}: the model has rank {layer.rank}, the file {_rank(folder, layer) or 'none'}"
+            for layer in layers
+            if _rank(folder, layer) != layer.rank
+        ]
+    return problems
+
+
+def _stack_problems(folder: AdapterFolder, stacks: dict[str, list[Layer]]) -> list[str]:
     problems = []
     for name, layers in stacks.items():
-        ranks = {folder.lora_A[layer.name][0] if layer.name in folder.lora_A else None for layer in layers}
+        ranks = {_rank(folder, layer) for layer in layers}
         if len(ranks) > 1:
             problems.append(
                 f"{name}: its {len(layers)} stacked layers must have one rank, got {sorted(map(str, ranks))}"
@@ -150,35 +182,39 @@ def _stack_problems(folder: AdapterFolder, stacks: dict[str, list[Any]]) -> list
     return problems
 
 
-def _held(model: Any) -> list[_Held]:
+def _rank(folder: AdapterFolder, layer: Layer) -> int | None:
+    """Return the rank of a layer's factors in the folder; None if it has none."""
+    return folder.lora_A[layer.name][0] if layer.name in folder.lora_A else None
+
+
+def _find_lora(model: Any) -> list[_SiteFactors]:
     if isinstance(model, nnx.Module):
-        found = find_adapters(model, Config())
-        return [_Held(f.site, Leaves(f.a.get_raw_value(), f.b.get_raw_value())) for f in found]
+        return [_SiteFactors(layer.site, layer.leaves) for layer in find_adapters(model, Config())]
     if not isinstance(model, (LinenModel, PytreeModel)):
         raise ModelError(f"the model must be a flax.nnx.Module, LinenModel or PytreeModel, got {type(model).__name__}")
-    params = {name: param for name, param, _ in model.layouts}
-    leaves = {name: Leaves(f[f"{params[name]}_lora_a"], f[f"{params[name]}_lora_b"]) for name, f in model.lora.items()}
-    linear = find_layers(model, (), None) if leaves else {}
+    weights = {weight.layer: weight for weight in model.layouts}
+    leaves = {name: weights[name].leaves(model.lora) for name in model.lora}
+    linear = find_layers(model) if leaves else {}
     sites = tree_sites(linear, {name: (x.a.shape[-1], model.scaling) for name, x in leaves.items()})
-    return [_Held(site, leaves[name]) for name, site in sites.items()]
+    return [_SiteFactors(site, leaves[name]) for name, site in sites.items()]
 
 
 def _tree_layers(model: LinenModel | PytreeModel, folder: AdapterFolder) -> tuple[Linear, list[str]]:
-    """The linear layers of a model that is a value, and problems with those that the folder names."""
+    """Return the linear layers of a model that is a value, and problems with those that the folder names."""
     if isinstance(model, LinenModel) and not model.layouts:
         return fresh_layers(model, folder)
-    return find_layers(model, (), None), []
+    return find_layers(model), []
 
 
-def _plain_sites(model: Any, layers_of: Linear) -> dict[str, Site]:
-    """A site, of rank 1, for each layer that LoRA could go to: for its names and shapes."""
+def _possible_sites(model: Any, linear: Linear) -> dict[str, Site]:
+    """Return a site of rank 1 for each layer that LoRA could go to: for its names and shapes."""
     if not isinstance(model, nnx.Module):
-        return tree_sites(layers_of, dict.fromkeys(layers_of, (1, 1.0)))
+        return tree_sites(linear, dict.fromkeys(linear, (1, 1.0)))
     sites = {}
     for name, layer in linear_layers(model).items():
         try:
-            known = adapted_kind(layer)
-            kind = kind_of(layer) if known is None else known[1]
+            adapted = adapted_kind(layer)
+            kind = kind_of(layer) if adapted is None else adapted[1]
             if kind is not None:
                 sites[name] = Site(name, kind.layout(layer), 1, 1.0, 1.0, None, jnp.float32, None)
         except ValueError:  # a layer that cannot be adapted: the folder must not name it

@@ -1,14 +1,14 @@
-"""A kernel of many axes as a stack of matrices, and its LoRA factors likewise.
+"""The axes of a kernel: a stack of matrices with input and output axes, and its LoRA factors in the same form.
 
 Flax kernels are (in..., out...): a fused attention projection is (embed, heads, head_dim), and layers stacked by
 `nnx.vmap` or `nnx.scan` carry their index in front. Their factors are lora_a (stack..., in..., r) and lora_b (stack...,
-r, out...), the convention of qwix and tunix; each matrix of the stack is one LoRA pair of the spec.
+r, out...), the convention of qwix and tunix. Each matrix of the stack is one LoRA pair of the spec.
 """
 
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,15 @@ from lora_one.core.sketch import Side
 
 @dataclass(frozen=True)
 class Layout:
-    """What each axis of a kernel is, by its index; every axis is in exactly one group.
+    """The meaning of each axis of a kernel, by its index; every axis is in exactly one group.
 
     Attributes:
-        shape: of the kernel.
+        shape: shape of the kernel.
         stack: axes that count independent matrices.
         ins: axes that are contracted with the input.
         outs: axes that the output gets.
-        lifts: where `nn.scan` and `nn.vmap` cut the kernel of a Linen layer, outermost first; empty elsewhere. They
-            cut its factors at the same places: see `lifting`.
+        lifts: the axes along which `nn.scan` and `nn.vmap` cut the kernel of a Linen layer, outermost first; empty
+            elsewhere. They cut its factors along the same axes: see `lifting`.
     """
 
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class Layout:
 
     @property
     def count(self) -> int:
-        """Matrices in the stack; 1 where there is none."""
+        """The number of matrices in the stack; 1 without a stack."""
         return math.prod(self._sizes(self.stack))
 
     @property
@@ -57,22 +57,22 @@ class Layout:
         return (*self._sizes(self.stack), rank, *self._sizes(self.outs))
 
     def a_spec(self, spec: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The kernel's sharding, an entry an axis, as that of lora_a: the input side's, and the rank's whole."""
+        """Return lora_a's partition spec from the kernel's, one entry per axis: that of the input axes, r whole."""
         return (*(spec[axis] for axis in self.stack + self.ins), None)
 
     def b_spec(self, spec: tuple[Any, ...]) -> tuple[Any, ...]:
-        """As `a_spec`, for lora_b: the output side's."""
+        """Return lora_b's partition spec from the kernel's, one entry per axis: r whole, that of the output axes."""
         return (*(spec[axis] for axis in self.stack), None, *(spec[axis] for axis in self.outs))
 
-    @partial(jax.jit, static_argnums=0)  # operation by operation, each would be compiled on its own
+    @partial(jax.jit, static_argnums=0)  # without jit, each operation would be compiled separately
     def leaves(self, pairs: list[Factors]) -> tuple[Array, Array]:
-        """(lora_a, lora_b) from one pair of the spec a matrix: lora_A (r, in), lora_B (out, r)."""
+        """Return (lora_a, lora_b) from the spec's pairs, lora_A (r, in) and lora_B (out, r), one per matrix."""
         a = jnp.stack([pair.lora_A.T for pair in pairs])  # (n, in, r)
         b = jnp.stack([pair.lora_B.T for pair in pairs])  # (n, r, out)
         return a.reshape(self.a_shape(a.shape[-1])), b.reshape(self.b_shape(b.shape[1]))
 
     def probed(self, side: Side, factors: list[Array]) -> tuple[Array, Array]:
-        """(lora_a, lora_b) from one probe per matrix, all on one side: the other side is zero."""
+        """Return (lora_a, lora_b) from one probe per matrix, all on one side: the other side is zero."""
         if side == "A":
             pairs = [Factors(a, jnp.zeros((self.out_features, a.shape[0]), a.dtype)) for a in factors]
         else:
@@ -82,19 +82,19 @@ class Layout:
 
     @partial(jax.jit, static_argnums=0)
     def pairs(self, a: Array, b: Array) -> list[Factors]:
-        """The inverse of `leaves`."""
+        """Return the spec's pairs from the leaves: the inverse of `leaves`."""
         return [Factors(*pair) for pair in zip(self.lora_As(a), self.lora_Bs(b), strict=True)]
 
     def lora_As(self, a: Array) -> list[Array]:
-        """The spec's lora_A, (r, in), of each matrix, from the leaf."""
-        return [one.T for one in a.reshape(self.count, self.in_features, a.shape[-1])]
+        """Return the spec's lora_A, (r, in), of each matrix."""
+        return [matrix.T for matrix in a.reshape(self.count, self.in_features, a.shape[-1])]
 
     def lora_Bs(self, b: Array) -> list[Array]:
-        """The spec's lora_B, (out, r), of each matrix, from the leaf."""
-        return [one.T for one in b.reshape(self.count, -1, self.out_features)]
+        """Return the spec's lora_B, (out, r), of each matrix."""
+        return [matrix.T for matrix in b.reshape(self.count, -1, self.out_features)]
 
     def product(self, a: Array, b: Array) -> Array:
-        """What B A adds to the kernel, in its shape and order of axes, in float32 or wider."""
+        """Return a b in the kernel's shape and order of axes, in float32 or wider."""
         wide = jnp.promote_types(a.dtype, jnp.float32)
         rank = a.shape[-1]
         a = a.reshape(self.count, self.in_features, rank).astype(wide)
@@ -104,8 +104,13 @@ class Layout:
         delta = delta.reshape([self.shape[axis] for axis in order])
         return jnp.transpose(delta, [order.index(axis) for axis in range(len(order))])
 
+    def added(self, kernel: Array, a: Array, b: Array, scale: float) -> Array:
+        """Return kernel + scale * a b, rounded once to the kernel's dtype."""
+        delta = scale * self.product(a, b)
+        return (kernel.astype(delta.dtype) + delta).astype(kernel.dtype)
+
     def cuttable(self, leaf: Array) -> Array:
-        """A factor with its stacked axes where `lifts` says, in the place of the front."""
+        """Return a factor with its stacked axes moved from the front to the places that `lifts` says."""
         for depth in reversed(range(len(self.lifts))):  # the innermost first, behind those that are still in front
             axis = self.lifts[depth]
             leaf = jnp.moveaxis(leaf, depth, axis + (depth if axis >= 0 else leaf.ndim))
@@ -116,18 +121,26 @@ class Layout:
 
 
 def plain_layout(shape: tuple[int, ...], ins: int, outs: int) -> Layout:
-    """The layout (stack..., in..., out...) with so many axes of the latter two each; the rest, in front, is stack."""
-    rank = len(shape)
+    """Return the layout (stack..., in..., out...) with `ins` input and `outs` output axes; the first axes are stack."""
+    ndim = len(shape)
     return Layout(
         shape,
-        stack=tuple(range(rank - ins - outs)),
-        ins=tuple(range(rank - ins - outs, rank - outs)),
-        outs=tuple(range(rank - outs, rank)),
+        stack=tuple(range(ndim - ins - outs)),
+        ins=tuple(range(ndim - ins - outs, ndim - outs)),
+        outs=tuple(range(ndim - outs, ndim)),
     )
 
 
-def einsum_groups(equation: str) -> tuple[str, str, str]:
-    """The kernel's letters in "x,kernel->y": (shared by all three, contracted, new in y), each in the kernel's order.
+class EinsumAxes(NamedTuple):
+    """The letters of the kernel in "x,kernel->y", each group in the kernel's order."""
+
+    shared: str  # in x, in the kernel and in y
+    contracted: str  # in x and not in y
+    new: str  # in y and not in x
+
+
+def einsum_axes(equation: str) -> EinsumAxes:
+    """Return the groups of the kernel's letters in "x,kernel->y".
 
     Raises:
         ValueError: a letter of the kernel that is in neither x nor y.
@@ -139,4 +152,17 @@ def einsum_groups(equation: str) -> tuple[str, str, str]:
     new = "".join(c for c in kernel if c not in x and c in result)
     if len(shared) + len(contracted) + len(new) != len(kernel) or "..." in kernel:
         raise ValueError(f"{equation!r} is not a linear map of x: every axis of the kernel must be in x or in y")
-    return shared, contracted, new
+    return EinsumAxes(shared, contracted, new)
+
+
+def einsum_layout(shape: tuple[int, ...], equation: str) -> Layout:
+    """Return the layout of the kernel in "x,kernel->y"; axes in front of the equation's letters are stack.
+
+    Raises:
+        ValueError: the equation is not a linear map of x.
+    """
+    kernel = equation.replace(" ", "").split("->")[0].split(",")[1]
+    stacked = len(shape) - len(kernel)
+    groups = [tuple(stacked + kernel.index(letter) for letter in group) for group in einsum_axes(equation)]
+    shared, contracted, new = groups
+    return Layout(shape, (*range(stacked), *shared), contracted, new)

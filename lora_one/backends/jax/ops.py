@@ -1,4 +1,4 @@
-"""`Ops` on JAX arrays, on whatever device or mesh they are, traced or not."""
+"""`Ops` on JAX arrays on any device or mesh, traced or not."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -13,9 +13,26 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_one.core.ops import Ops
 
+from .placement import full_spec, replicated
+
+_NARROW = ("bfloat16", "float16")  # NumPy lacks the first, and computes slowly in the second
+
 
 class JaxOps(Ops):
-    """See `lora_one.core.ops.Ops`."""
+    """The operations of `lora_one.core.ops.Ops` on `jax.Array`.
+
+    Use it to run the algorithm of `lora_one.core` on JAX arrays of your own; `lora_one.backends.jax.ops` is one such
+    object. Results lie where the arguments lie, sharded arrays included, and products run at the highest precision of
+    the dtype, whatever JAX's flags say. All methods work inside `jax.jit` except `to_numpy`, which copies to the host.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lora_one.backends.jax import JaxOps
+        >>> ops = JaxOps()
+        >>> u, s, vt = ops.svd(jnp.diag(jnp.array([3.0, 2.0, 1.0])))
+        >>> [round(float(value), 3) for value in s]
+        [3.0, 2.0, 1.0]
+    """
 
     name = "jax"
 
@@ -23,12 +40,12 @@ class JaxOps(Ops):
         return _compiled(function, static)
 
     def asarray(self, x: np.ndarray, like: Array) -> Array:
-        # NumPy narrows first: under x64 a float64 array would promote what it meets, without it warn.
+        # NumPy narrows first: a float64 array would promote others under x64, and JAX would warn without x64.
         narrow = np.asarray(x).astype(like.dtype)
-        # A tracer has no place of its own, and what lies on the default device by default should go on doing so.
+        # A tracer has no device, and an array beside one on JAX's default device should not be bound to that device.
         if isinstance(like, jax.core.Tracer) or not like.committed:
             return jnp.asarray(narrow)
-        return jax.device_put(narrow, _placement(like))
+        return jax.device_put(narrow, replicated(like.sharding))
 
     def to_numpy(self, x: Array) -> np.ndarray:
         host = np.array(x)
@@ -44,7 +61,7 @@ class JaxOps(Ops):
         return float(jnp.finfo(x.dtype).eps)
 
     def matmul(self, a: Array, b: Array) -> Array:
-        if 0 < a.shape[-1] <= _FEW and jnp.result_type(a, b).itemsize >= 4:
+        if 0 < a.shape[-1] <= _MAX_SPELT_OUT and jnp.result_type(a, b).itemsize >= 4:
             return _outer_products(a, b)
         return jnp.matmul(a, b, precision=lax.Precision.HIGHEST, out_sharding=_product_sharding(a, b))
 
@@ -68,9 +85,9 @@ class JaxOps(Ops):
 
     def cholesky_solve(self, gram: Array, rhs: Array) -> Array:
         rhs = jnp.broadcast_to(rhs, (*gram.shape[:-2], *rhs.shape[-2:]))
-        if gram.ndim == 2 or gram.shape[-1] <= _QUICK:
+        if gram.ndim == 2 or gram.shape[-1] <= _MAX_BATCHED_ROWS:
             return _cholesky_solve(gram, rhs)
-        if gram.shape[:-2] == (2,):  # the two Grams of a pair: compiled in less time than a loop is
+        if gram.shape[:-2] == (2,):  # the two Grams of a pair: this compiles faster than a loop
             return jnp.stack([_cholesky_solve(gram[i], rhs[i]) for i in range(2)])
         return lax.platform_dependent(gram, rhs, cpu=_cholesky_solve_in_turn, default=_cholesky_solve)
 
@@ -106,62 +123,54 @@ def _compiled(function: Callable[..., Any], static: tuple[str, ...]) -> Callable
 
 
 def _svd_algorithm() -> lax.linalg.SvdAlgorithm:
-    """On a GPU XLA takes Jacobi's for small matrices, which leaves vectors less orthonormal than LAPACK does."""
+    """Return QR on a GPU: for small matrices XLA uses Jacobi's there, whose vectors are less orthonormal."""
     algorithms = lax.linalg.SvdAlgorithm
     return algorithms.QR if jax.default_backend() == "gpu" else algorithms.DEFAULT
 
 
-# Rows up to which batches of decompositions were never seen to wait for each other.
-_QUICK = 16
+# Batches of larger matrices may wait for each other for ever on a CPU: see `_cholesky_solve_in_turn`.
+_MAX_BATCHED_ROWS = 16
 
 
 def _cholesky_solve(gram: Array, rhs: Array) -> Array:
     with jax.default_matmul_precision("highest"):
-        lower = jnp.linalg.cholesky(gram)  # a factor that does not exist is NaN, and so is all that is solved with it
+        lower = jnp.linalg.cholesky(gram)  # NaN if there is no such factor, and then X is NaN too
         half = lax.linalg.triangular_solve(lower, rhs, left_side=True, lower=True)
         return lax.linalg.triangular_solve(lower, half, left_side=True, lower=True, transpose_a=True)
 
 
 def _cholesky_solve_in_turn(gram: Array, rhs: Array) -> Array:
-    """One matrix of a batch after the other: on a CPU with two threads batches of r = 32 or more, of several layers,
-    wait for each other in XLA's pool for ever (jax 0.10.2; with 0.11.2 they do not)."""
-    matrices = gram.reshape(-1, *gram.shape[-2:]), rhs.reshape(-1, *rhs.shape[-2:])
-    return lax.map(lambda its: _cholesky_solve(*its), matrices).reshape(rhs.shape)
+    """Solve for one matrix of a batch after the other.
+
+    On a CPU with two threads, batches of several layers with r >= 32 wait for each other in XLA's thread pool for ever
+    (jax 0.10.2; not with 0.11.2).
+    """
+    systems = gram.reshape(-1, *gram.shape[-2:]), rhs.reshape(-1, *rhs.shape[-2:])
+    return lax.map(lambda system: _cholesky_solve(*system), systems).reshape(rhs.shape)
 
 
-# Terms up to which a product is spelt out. Each is an operation to compile; beyond, arithmetic is what counts.
-_FEW = 8
+# The most outer products that a product is written as. Each one must be compiled; with more, a dot is faster.
+_MAX_SPELT_OUT = 8
 
 
 @jax.jit
 def _outer_products(a: Array, b: Array) -> Array:
-    """a @ b as the sum of k outer products, (..., m, k) and (..., k, n).
+    """Return a @ b, (..., m, k) and (..., k, n), as the sum of k outer products.
 
-    XLA computes it inside whatever elementwise operation comes next (Adam's moments), where a dot's result would be
-    written to memory and read again.
+    XLA computes it inside the next elementwise operation (Adam's moments). The result of a dot would be written to
+    memory and read again.
     """
     terms = [a[..., :, k, None] * b[..., k, None, :] for k in range(a.shape[-1])]
     return reduce(operator.add, terms)
 
 
-def _product_sharding(a: Array, b: Array) -> Any:
-    """On a mesh with Explicit axes a product must say where it goes if it sums over a sharded axis; None elsewhere."""
+def _product_sharding(a: Array, b: Array) -> NamedSharding | None:
+    """Return where a @ b goes on a mesh with Explicit axes, which must be said for sharded sums; None elsewhere."""
     shardings: list[Any] = [getattr(jax.typeof(x), "sharding", None) for x in (a, b)]
     mesh = next((s.mesh for s in shardings if s is not None and AxisType.Explicit in (s.mesh.axis_types or ())), None)
     if mesh is None:
         return None
-    left, right = ((*s.spec, *[None] * (x.ndim - len(s.spec))) for s, x in zip(shardings, (a, b), strict=True))
+    left, right = (full_spec(sharding.spec, x.ndim) for sharding, x in zip(shardings, (a, b), strict=True))
     batch = max(left[:-2], right[:-2], key=len)
     column = right[-1] if right[-1] != left[-2] else None
     return NamedSharding(mesh, PartitionSpec(*batch, left[-2], column))
-
-
-_NARROW = ("bfloat16", "float16")
-
-
-def _placement(like: Array) -> Any:
-    """Where an array of another shape goes to be with `like`: its device, or its whole mesh, replicated."""
-    sharding = like.sharding
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec())
-    return sharding

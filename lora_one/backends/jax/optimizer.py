@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,50 +14,53 @@ from lora_one.core.factors import Factors
 from lora_one.core.precondition import Damping, precondition
 from lora_one.errors import ConfigError, ModelError
 
-from .layout import Layout, plain_layout
+from .layout import Layout
 from .ops import JaxOps
-from .session import stacks_of
+from .pairs import Path, find_pairs, pair_layouts, stacks_of
 from .sites import Leaves
 
 _OPS = JaxOps()
-Path = tuple[str, ...]
-
-
-class LoraPaths(NamedTuple):
-    """Where the two leaves of a pair are in a list of a tree's leaves."""
-
-    a: int
-    b: int
 
 
 def scale_by_lora_preconditioner(
     reg: float | Array = 1e-6, damping: Damping = "absolute", stack_axes: Mapping[Path, int] | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Precondition the gradients of LoRA pairs (arXiv 2502.01235, Algorithm 1); other leaves pass as they are.
+    """Precondition the gradients of LoRA pairs, in an `optax.chain` of your own; other leaves pass unchanged.
 
-    gA <- (B^T B + reg I)^-1 gA and gB <- gB (A A^T + reg I)^-1, from the current A and B, in float32 or wider: see
-    `lora_one.core.precondition`. A pair is two leaves that differ in `..._lora_a` and `..._lora_b` somewhere on their
-    path, of shapes (stack..., in..., r) and (stack..., r, out...). Only r x r matrices are inverted, so the factors
-    keep their sharding.
+    gA <- (B^T B + reg I)^-1 gA and gB <- gB (A A^T + reg I)^-1, from the current A and B, in float32 or wider. A pair
+    is two leaves that differ in `..._lora_a` and `..._lora_b` somewhere on their path, of shapes (stack..., in..., r)
+    and (stack..., r, out...). Only r x r matrices are inverted, so sharded factors stay sharded.
 
     Args:
-        reg: added to the diagonal of the Gram matrices, >= 0.
-        damping: whether `reg` is "absolute" or "relative" to the mean eigenvalue.
-        stack_axes: path of a pair -> axes in front that count matrices; needed only where the shapes leave it open, as
-            (8, 16, 8) and (8, 8, 16) do. `lora_one.optimizer` reads it off the model.
+        reg: a number >= 0 that is added to the diagonal of the Gram matrices, 1e-6 by default; may be traced.
+        damping: "absolute" (default) adds `reg` itself, "relative" adds `reg` times the mean eigenvalue.
+        stack_axes: path of a pair -> number of axes in front that count matrices. Needed only where the shapes leave it
+            open, as (8, 16, 8) and (8, 8, 16) do; `lora_one.optimizer` reads it from the model.
 
     Returns:
         A transformation without state. Its updates are float32 or wider, also for narrower factors.
 
     Raises:
-        ConfigError: a setting that cannot be; `update` without params.
+        ConfigError: an invalid setting; `update` without params.
         ModelError: in `init` and `update`: a factor without its other, or whose shape does not fit it.
+
+    Source: arXiv 2502.01235, Algorithm 1; `lora_one.core.precondition`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from lora_one.backends.jax import scale_by_lora_preconditioner
+        >>> params = {"kernel_lora_a": jnp.ones((4, 1)), "kernel_lora_b": jnp.ones((1, 3))}
+        >>> tx = optax.chain(scale_by_lora_preconditioner(reg=0.0), optax.sgd(1.0))
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> [round(float(updates[name][0, 0]), 4) for name in ("kernel_lora_a", "kernel_lora_b")]
+        [-0.3333, -0.25]
     """
     check_optimizer_settings(reg, damping)
-    added: Any = reg  # a traced array under optax.inject_hyperparams
+    diagonal: Any = reg  # a traced array under optax.inject_hyperparams
 
     def init(params: Any) -> optax.EmptyState:
-        _pairs(params, stack_axes)
+        pair_layouts(params, stack_axes)
         return optax.EmptyState()
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -67,9 +70,9 @@ def scale_by_lora_preconditioner(
         values = jax.tree.leaves(params)
         if len(values) != len(gradients):
             raise ModelError(f"updates and params must be the same tree, got {len(gradients)} and {len(values)} leaves")
-        for paths, layout in _pairs(params, stack_axes):
-            pair, gradient = (Leaves(x[paths.a], x[paths.b]) for x in (values, gradients))
-            gradients[paths.a], gradients[paths.b] = _direction(layout, pair, gradient, added, damping)
+        for places, layout in pair_layouts(params, stack_axes):
+            pair, gradient = (Leaves(x[places.a], x[places.b]) for x in (values, gradients))
+            gradients[places.a], gradients[places.b] = _direction(layout, pair, gradient, diagonal, damping)
         return jax.tree.unflatten(structure, gradients), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -86,17 +89,39 @@ def lora_adamw(
     loraplus_lr_ratio: float = 1.0,
     stack_axes: Mapping[Path, int] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW on preconditioned gradients: the step of `lora_one.core.step.adamw`, which is torch.optim.AdamW's.
+    """Return AdamW on preconditioned gradients of LoRA factors, as one optax transformation.
+
+    Use it where you have a tree of factors and no model; for a model, `lora_one.optimizer` also reads the stacked axes
+    from it. The step is that of `lora_one.core.step.adamw`, which equals `torch.optim.AdamW` without preconditioner.
 
     Args:
-        learning_rate: a number or an optax schedule.
-        b1, b2, eps, weight_decay: Adam's; the decay is decoupled.
-        reg: of the preconditioner; None leaves it out.
-        damping, stack_axes: see `scale_by_lora_preconditioner`.
-        loraplus_lr_ratio: lora_B's learning rate over lora_A's (LoRA+, arXiv 2402.12354).
+        learning_rate: a number, 2e-4 by default, or an optax schedule.
+        b1: decay of Adam's first moment, 0.9 by default.
+        b2: decay of Adam's second moment, 0.999 by default.
+        eps: added to the root of the second moment, 1e-8 by default.
+        weight_decay: decoupled weight decay, 0 by default.
+        reg: the preconditioner's `reg`, 1e-6 by default; None leaves the preconditioner out.
+        damping: see `scale_by_lora_preconditioner`.
+        loraplus_lr_ratio: learning rate of lora_B divided by that of lora_A, 1 by default (LoRA+, arXiv 2402.12354).
+        stack_axes: see `scale_by_lora_preconditioner`.
 
     Returns:
         A transformation whose moments are float32 or wider, also for narrower factors.
+
+    Raises:
+        ConfigError: an invalid setting.
+
+    Source: arXiv 2502.01235, Algorithm 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from lora_one.backends.jax import lora_adamw
+        >>> params = {"kernel_lora_a": jnp.ones((4, 1)), "kernel_lora_b": jnp.ones((1, 3))}
+        >>> tx = lora_adamw(learning_rate=0.1)
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> round(float(optax.apply_updates(params, updates)["kernel_lora_a"][0, 0]), 4)
+        0.9
     """
     inner = optax.chain(
         optax.identity() if reg is None else scale_by_lora_preconditioner(reg, damping, stack_axes),
@@ -126,20 +151,33 @@ def optimizer(
     eps: float = 1e-8,
     loraplus_lr_ratio: float = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW for the LoRA factors of a model: `nnx.Optimizer(model, optimizer, wrt=nnx.LoRAParam)`.
+    """Return AdamW for the LoRA factors of a JAX model, as an optax transformation: see `lora_one.optimizer`.
 
-    Args:
-        model: what `init` or `load` returned, or any model with LoRA of a kind that `init` adopts.
-        learning_rate: a number or an optax schedule.
-        precondition: whether LoRA pairs are preconditioned.
-        weight_decay, reg, damping, betas, eps, loraplus_lr_ratio: see `lora_adamw`.
+    Use it with `nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)` for an NNX model, and with `tx.init(model.lora)` for a
+    `LinenModel` or `PytreeModel`. Settings mean what they mean in `lora_one.optimizer`; here `learning_rate` may also
+    be an optax schedule.
 
     Raises:
-        ConfigError: a setting that cannot be.
+        ConfigError: an invalid setting.
         ModelError: no LoRA in the model.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import lora_one
+        >>> model = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+        >>> def loss_fn(model, x):
+        ...     return jnp.mean((model(x) - 1) ** 2)
+        >>> x = jnp.ones((2, 4))
+        >>> model, report = lora_one.init(model, [x], loss_fn, lora_one.Config(rank=1))
+        >>> tx = lora_one.optimizer(model, learning_rate=1e-2, precondition=True)
+        >>> trainer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+        >>> before = loss_fn(model, x)
+        >>> _ = trainer.update(model, nnx.grad(loss_fn, argnums=nnx.DiffState(0, nnx.LoRAParam))(model, x))
+        >>> bool(loss_fn(model, x) < before)
+        True
     """
     check_optimizer_settings(reg, damping, loraplus_lr_ratio)
-    stack_axes = stacks_of(model)
     return lora_adamw(
         learning_rate,
         b1=betas[0],
@@ -149,66 +187,21 @@ def optimizer(
         reg=reg if precondition else None,
         damping=damping,
         loraplus_lr_ratio=loraplus_lr_ratio,
-        stack_axes=stack_axes,
+        stack_axes=stacks_of(model),
     )
 
 
-def _paths(tree: Any) -> dict[Path, LoraPaths]:
-    """The LoRA pairs of a tree, in its order, by their path up to `..._lora`."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    sides: dict[str, dict[Path, int]] = {"a": {}, "b": {}}
-    for index, (keys, _) in enumerate(leaves):
-        names = tuple(_name(key) for key in keys)
-        for at in range(len(names) - 1, -1, -1):
-            if names[at].endswith(("lora_a", "lora_b")):
-                side, stem = names[at][-1], names[at][:-2]
-                sides[side][(*names[:at], stem)] = index
-                break
-    lonely = sorted(sides["a"].keys() ^ sides["b"].keys())
-    if lonely:
-        shown = "; ".join(f"{'.'.join(path)}_{'b' if path in sides['a'] else 'a'}" for path in lonely)
-        raise ModelError(
-            f"each lora_a needs its lora_b in the same tree, got none for: {shown}; is one of them masked or frozen?"
-        )
-    return {path: LoraPaths(index, sides["b"][path]) for path, index in sides["a"].items()}
-
-
-def _pairs(tree: Any, stack_axes: Mapping[Path, int] | None) -> list[tuple[LoraPaths, Layout]]:
-    """The LoRA pairs of a tree, each with the layout that its shapes give."""
-    leaves = jax.tree.leaves(tree)
-    known = stack_axes or {}
-    return [
-        (pair, _layout_of(path, leaves[pair.a].shape, leaves[pair.b].shape, known.get(path)))
-        for path, pair in _paths(tree).items()
-    ]
-
-
-def _layout_of(path: Path, a: tuple[int, ...], b: tuple[int, ...], stack: int | None) -> Layout:
-    most = min(len(a), len(b)) - 2
-    fits = [n for n in range(most + 1) if a[:n] == b[:n] and a[-1] == b[n]]
-    if stack is not None:
-        fits = [n for n in fits if n == stack]
-    if len(fits) != 1:
-        what = "do not fit each other" if not fits else f"fit with {' or '.join(map(str, fits))} stacked axes"
-        raise ModelError(
-            f"{'.'.join(path)}_a and _b must be (stack..., in..., r) and (stack..., r, out...), got {a} and {b}, which "
-            f"{what}" + ("" if not fits else f": say which with stack_axes={{{path!r}: ...}}")
-        )
-    n = fits[0]
-    return plain_layout((*a[:-1], *b[n + 1 :]), len(a) - 1 - n, len(b) - 1 - n)
-
-
-# One trace serves all pairs of a shape; in a step that is compiled as a whole, nothing else of it is left.
+# All pairs of one shape share one trace; in a step that is compiled as a whole this jit leaves nothing else behind.
 @partial(jax.jit, static_argnames=("layout", "damping"))
 def _direction(layout: Layout, pair: Leaves, gradient: Leaves, reg: Any, damping: Damping) -> Leaves:
-    found = precondition(_OPS, _mirrored(layout, pair), _mirrored(layout, gradient), reg, damping)
-    return Leaves(found.lora_B.reshape(pair.a.shape), found.lora_A.reshape(pair.b.shape))
+    direction = precondition(_OPS, _mirrored(layout, pair), _mirrored(layout, gradient), reg, damping)
+    return Leaves(direction.lora_B.reshape(pair.a.shape), direction.lora_A.reshape(pair.b.shape))
 
 
 def _mirrored(layout: Layout, leaves: Leaves) -> Factors:
-    """A pair of leaves as the spec's pair of the transposed layer: (n, r, out) and (n, in, r); n only for a stack.
+    """Return the spec's pair of the transposed layer, (n, r, out) and (n, in, r); n only for a stack.
 
-    The preconditioner treats the sides alike, so these are the same numbers, and no array is transposed.
+    The preconditioner treats both sides alike, so the numbers are the same, and no array is transposed.
     """
     rank, stack = leaves.a.shape[-1], [layout.shape[axis] for axis in layout.stack]
     return Factors(
@@ -223,8 +216,8 @@ def _scale_b(ratio: float) -> optax.GradientTransformation:
 
     def scale(updates: Any, params: Any = None) -> Any:
         leaves, structure = jax.tree.flatten(updates)
-        for paths in _paths(updates).values():
-            leaves[paths.b] = leaves[paths.b] * ratio
+        for places in find_pairs(updates).values():
+            leaves[places.b] = leaves[places.b] * ratio
         return jax.tree.unflatten(structure, leaves)
 
     return optax.stateless(scale)
@@ -232,10 +225,3 @@ def _scale_b(ratio: float) -> optax.GradientTransformation:
 
 def _wide(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
-
-
-def _name(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)

@@ -1,4 +1,4 @@
-"""A Llama-family model's `config.json`, as far as a decoder needs it."""
+"""The part of a Llama-family model's `config.json` that a decoder needs."""
 
 import json
 import math
@@ -13,14 +13,16 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a decoder. Names are transformers'; where families differ, by what they do.
+    """The shape of a decoder. Names are those of transformers; settings that differ by family say what they do.
 
     Attributes:
-        qkv_bias, output_bias: whether the attention's projections have a bias.
-        qk_norm: whether queries and keys are normalised by head (Qwen3).
-        max_position_embeddings: the longest sequence that it was trained on.
-        windows: per layer, how many tokens back it sees; None is all.
-        rope: `rope_parameters`: rope_theta, rope_type, and what the type needs.
+        qkv_bias: whether the projections of queries, keys and values have a bias.
+        output_bias: whether the attention's output projection has a bias.
+        mlp_bias: whether the projections of the MLP have a bias.
+        qk_norm: whether queries and keys are normalised per head (Qwen3).
+        windows: the number of tokens that each layer looks back; None for all.
+        rope: `rope_parameters`: rope_theta, rope_type, and the settings that the type needs.
+        max_position_embeddings: the longest sequence that the model was trained on.
     """
 
     vocab_size: int
@@ -41,7 +43,7 @@ class LlamaConfig:
     max_position_embeddings: int | None = None
 
     def frequencies(self) -> list[float]:
-        """Of the rotary embedding, (head_dim / 2,): default, linear, or llama3's piecewise scaling."""
+        """Return the frequencies of the rotary embedding, (head_dim / 2,), for the types default, linear and llama3."""
         rope = dict(self.rope)
         base = [rope["rope_theta"] ** (-2.0 * i / self.head_dim) for i in range(self.head_dim // 2)]
         if rope["rope_type"] == "default":
@@ -53,7 +55,7 @@ class LlamaConfig:
         old = rope["original_max_position_embeddings"]
         scaled = []
         for frequency in base:
-            turns = old * frequency / (2 * math.pi)  # within the context it was pretrained on
+            turns = old * frequency / (2 * math.pi)  # within the context of pretraining
             keep = min(1.0, max(0.0, (turns - low) / (high - low)))
             scaled.append((1 - keep) * frequency / factor + keep * frequency)
         return scaled
@@ -63,7 +65,7 @@ def read_llama_config(folder: Path) -> LlamaConfig:
     """Read `config.json`.
 
     Raises:
-        ModelError: not there, another family, or a setting that the decoder does not have.
+        ModelError: no such file, another family, or a setting that the decoder does not have.
     """
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
@@ -107,7 +109,7 @@ def _windows(family: str, values: dict[str, Any], layers: int) -> tuple[int | No
 
 
 def _rope(folder: Path, values: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """transformers 5 writes `rope_parameters`; before, there were `rope_theta` and `rope_scaling`."""
+    """Read `rope_parameters`, which transformers 5 writes, or `rope_theta` and `rope_scaling` of earlier versions."""
     rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
     rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
     rope.setdefault("rope_type", rope.pop("type", "default"))

@@ -1,7 +1,7 @@
 """Decoders of the Llama family in Flax NNX: Llama, Mistral, Qwen2 and Qwen3, with the module paths of transformers.
 
-Compact on purpose: a whole sequence at a time, no key-value cache. Norms, rotations, softmax and loss run in float32,
-as in transformers, or in float64 where the weights are.
+The decoder is compact on purpose: it computes whole sequences and has no key-value cache. Norms, rotations, softmax
+and loss run in float32, as in transformers, or in float64 if the weights are float64.
 """
 
 import math
@@ -18,7 +18,7 @@ from .config import LlamaConfig
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    """The normalisation x / rms(x) * weight over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467)."""
 
     def __init__(self, features: int, eps: float, dtype: Any):
         self.weight = nnx.Param(jnp.ones(features, dtype))
@@ -31,7 +31,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; Qwen3 normalises queries and keys by head."""
+    """Grouped-query attention with rotary positions; Qwen3 normalises queries and keys per head."""
 
     def __init__(self, config: LlamaConfig, index: int, rngs: nnx.Rngs, dtype: Any):
         heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -59,15 +59,15 @@ class Attention(nnx.Module):
         q = q.reshape(rows, length, groups, heads // groups, size)
         scores = jnp.einsum("bqghd,bkgd->bghqk", q, k).astype(_wide(x.dtype)) / math.sqrt(size)
         distance = jnp.arange(length)[:, None] - jnp.arange(length)  # (query, key)
-        seen = (distance >= 0) if self.window is None else (distance >= 0) & (distance < self.window)
-        seen = seen if mask is None else seen & mask[:, None, None, None, :].astype(bool)
-        weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(scores.dtype).min), axis=-1).astype(x.dtype)
+        visible = (distance >= 0) if self.window is None else (distance >= 0) & (distance < self.window)
+        visible = visible if mask is None else visible & mask[:, None, None, None, :].astype(bool)
+        weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(scores.dtype).min), axis=-1).astype(x.dtype)
         mixed = jnp.einsum("bghqk,bkgd->bqghd", weights, v)
         return self.o_proj(mixed.reshape(rows, length, heads * size))
 
 
 class Mlp(nnx.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+    """The gated MLP: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, dtype: Any):
         options = {"use_bias": config.mlp_bias, "param_dtype": dtype, "rngs": rngs}
@@ -94,7 +94,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Tokens to hidden states."""
+    """The embedding and the layers: tokens to hidden states."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, dtype: Any):
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=dtype, dtype=dtype, rngs=rngs)
@@ -122,22 +122,26 @@ class LlamaForCausalLM(nnx.Module):
         self.config = config
 
     def __call__(self, input_ids: Array, attention_mask: Array | None = None) -> Array:
-        """Logits, (rows, length, vocabulary), of tokens, (rows, length).
+        """Return the logits, (rows, length, vocabulary), of tokens, (rows, length).
 
         Args:
-            attention_mask: (rows, length), 0 where a token is padding. Padding on the right needs none: later tokens
-                are not seen anyway.
+            input_ids: the tokens.
+            attention_mask: (rows, length), 0 where a token is padding. Padding on the right needs no mask, since a
+                token does not look at later ones.
         """
         x = self.model(input_ids, attention_mask)
         return self.model.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
 
 
 def causal_lm_loss(model: Any, batch: dict[str, Array]) -> Array:
-    """Mean cross-entropy of the next token, in float32 or wider, over the labels that are not -100: transformers' loss.
+    """Return the mean cross-entropy of the next token over the labels that are not -100: the loss of transformers.
 
     Args:
         model: (input_ids, attention_mask) -> logits.
-        batch: "input_ids" and "labels", (rows, length), and perhaps "attention_mask".
+        batch: "input_ids" and "labels", (rows, length), and optionally "attention_mask".
+
+    Returns:
+        A scalar in float32 or wider.
     """
     logits = model(batch["input_ids"], batch.get("attention_mask"))[:, :-1]
     logits = logits.astype(_wide(logits.dtype))
@@ -149,7 +153,7 @@ def causal_lm_loss(model: Any, batch: dict[str, Array]) -> Array:
 
 
 def _rotation(config: LlamaConfig, length: int, dtype: Any) -> tuple[Array, Array]:
-    """(cos, sin) of each position and frequency, (length, head_dim)."""
+    """Return (cos, sin) of each position and frequency, (length, head_dim)."""
     frequencies = jnp.asarray(config.frequencies(), _wide(dtype))  # (head_dim / 2,)
     angles = jnp.arange(length, dtype=_wide(dtype))[:, None] * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)

@@ -1,1 +1,1 @@
-"""LoRA on Flax NNX modules."""
+"""LoRA in Flax NNX modules."""

@@ -1,67 +1,77 @@
-"""LoRA that is in an NNX model: ours, nnx.LoRA, nnx.LoRALinear, and what qwix.apply_lora_to_model makes."""
+"""Find LoRA that is in an NNX model: ours, nnx.LoRA, nnx.LoRALinear, and that of qwix.apply_lora_to_model."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from lora_one.backends.jax.layout import Layout, plain_layout
-from lora_one.backends.jax.sites import Site, kernel_sharding
+from lora_one.backends.jax.placement import kernel_sharding
+from lora_one.backends.jax.sites import Leaves, Site, dotted
 from lora_one.config import Config
 from lora_one.errors import ModelError
 
-from .layers import adapted_kind
+from .layers import AdapterKind, adapted_kind
 from .qwix import QWIX_PATH, qwix_scale
+
+Path = tuple[Any, ...]  # attributes and indices
 
 
 @dataclass(frozen=True)
-class Found:
-    """A LoRA pair in a model, and how to get at it."""
+class AdaptedLayer:
+    """A layer that has a LoRA pair, and the variables that hold it."""
 
     site: Site
     a: nnx.Variable
     b: nnx.Variable
-    a_path: tuple[Any, ...]
-    b_path: tuple[Any, ...]
+    a_path: Path
+    b_path: Path
+
+    @property
+    def leaves(self) -> Leaves:
+        return Leaves(self.a.get_raw_value(), self.b.get_raw_value())
+
+    def write(self, a: Array, b: Array) -> None:
+        self.a.set_raw_value(a)
+        self.b.set_raw_value(b)
 
 
-def find_adapters(model: nnx.Module, config: Config) -> list[Found]:
-    """All LoRA pairs of a model, in its own order; empty if it has none.
+def find_adapters(model: nnx.Module, config: Config) -> list[AdaptedLayer]:
+    """Return all layers with LoRA, in the model's own order; an empty list if there are none.
 
     Raises:
         ModelError: LoRA of a kind that cannot be started, with the reason.
     """
-    found, problems = [], []
+    layers, problems = [], []
     for path, module in nnx.iter_graph(model):
         try:
+            known = adapted_kind(module)
             if isinstance(module, nnx.LoRA):
-                found.append(_of_flax(path, module, config))
-            elif adapted_kind(module) is not None:
-                found.append(_of_ours(path, module))
+                layers.append(_by_flax(path, module, config))
+            elif known is not None:
+                layers.append(_by_us(path, module, known[1]))
             elif isinstance(module, nnx.Module):
                 names = [name for name, value in vars(module).items() if isinstance(value, nnx.LoRAParam)]
                 for name in names:
                     if name.endswith("_lora_a"):
-                        found.append(_of_qwix(model, path, module, name.removesuffix("_lora_a")))
+                        layers.append(_by_qwix(model, path, module, name.removesuffix("_lora_a")))
                     elif not name.endswith("_lora_b"):
                         raise ValueError(f"nnx.LoRAParam {name!r} belongs to no layer that is known")
         except ValueError as error:
-            problems.append(f"{_dotted(path)}: {error}")
+            problems.append(f"{dotted(path)}: {error}")
     if problems:
         raise ModelError("the model has LoRA that cannot be started:\n  " + "\n  ".join(problems))
-    return found
+    return layers
 
 
-def _of_ours(path: tuple[Any, ...], layer: Any) -> Found:
-    known = adapted_kind(layer)
-    assert known is not None
-    kind = known[1]
+def _by_us(path: Path, layer: Any, kind: AdapterKind) -> AdaptedLayer:
     a, b = (getattr(layer, f"{kind.param}_lora_{side}") for side in "ab")
     scale = getattr(layer, f"{kind.param}_lora_scale")
     kernel = getattr(layer, kind.param)
     site = Site(
-        name=_dotted(path),
+        name=dotted(path),
         layout=kind.layout(layer),
         rank=a.shape[-1],
         scaling=scale,
@@ -70,32 +80,30 @@ def _of_ours(path: tuple[Any, ...], layer: Any) -> Found:
         dtype=a.dtype,
         sharding=kernel_sharding(kernel.get_raw_value()),
     )
-    return Found(site, a, b, (*path, f"{kind.param}_lora_a"), (*path, f"{kind.param}_lora_b"))
+    return AdaptedLayer(site, a, b, (*path, f"{kind.param}_lora_a"), (*path, f"{kind.param}_lora_b"))
 
 
-def _of_flax(path: tuple[Any, ...], module: nnx.LoRA, config: Config) -> Found:
-    """nnx.LoRA multiplies by 1: the scale of the spec is folded into lora_b."""
+def _by_flax(path: Path, module: nnx.LoRA, config: Config) -> AdaptedLayer:
+    """Return the layer of an nnx.LoRA, which multiplies by 1: the scale of the spec is folded into lora_b."""
     *stack, in_features, rank = module.lora_a.shape
     out_features = module.lora_b.shape[-1]
     name = path[:-1] if path and path[-1] == "lora" and module.base_module is None else path
-    scaling = config.alpha / (rank**0.5 if config.use_rslora else rank)
-    layout = plain_layout((*stack, in_features, out_features), 1, 1)
     kernel = getattr(module.base_module, "kernel", None)
     site = Site(
-        name=_dotted(name),
-        layout=layout,
+        name=dotted(name),
+        layout=plain_layout((*stack, in_features, out_features), 1, 1),
         rank=rank,
-        scaling=scaling,
+        scaling=config.alpha / (rank**0.5 if config.use_rslora else rank),
         native=1.0,
         width=None,
         dtype=module.lora_a.dtype,
         sharding=None if kernel is None else kernel_sharding(kernel.get_raw_value()),
     )
-    return Found(site, module.lora_a, module.lora_b, (*path, "lora_a"), (*path, "lora_b"))
+    return AdaptedLayer(site, module.lora_a, module.lora_b, (*path, "lora_a"), (*path, "lora_b"))
 
 
-def _of_qwix(model: nnx.Module, path: tuple[Any, ...], layer: Any, param: str) -> Found:
-    """qwix fixes the rank by its rule, and folds the axes of the input, or of the output, or neither."""
+def _by_qwix(model: nnx.Module, path: Path, layer: Any, param: str) -> AdaptedLayer:
+    """Return a layer of qwix, which fixes the rank by its rule and may fold the axes of the input or the output."""
     a, b = getattr(layer, f"{param}_lora_a"), getattr(layer, f"{param}_lora_b", None)
     if b is None:
         raise ValueError(f"{param}_lora_a is there without {param}_lora_b")
@@ -107,7 +115,7 @@ def _of_qwix(model: nnx.Module, path: tuple[Any, ...], layer: Any, param: str) -
     ins, outs = a.shape[:-1], b.shape[1:]
     scale = qwix_scale(model, path, rank)
     site = Site(
-        name=_dotted(path),
+        name=dotted(path),
         layout=Layout((*ins, *outs), (), tuple(range(len(ins))), tuple(range(len(ins), len(ins) + len(outs)))),
         rank=rank,
         scaling=scale,
@@ -116,8 +124,4 @@ def _of_qwix(model: nnx.Module, path: tuple[Any, ...], layer: Any, param: str) -
         dtype=jnp.dtype(a.dtype),
         sharding=None,
     )
-    return Found(site, a, b, (*path, f"{param}_lora_a"), (*path, f"{param}_lora_b"))
-
-
-def _dotted(path: tuple[Any, ...]) -> str:
-    return ".".join(map(str, path))
+    return AdaptedLayer(site, a, b, (*path, f"{param}_lora_a"), (*path, f"{param}_lora_b"))

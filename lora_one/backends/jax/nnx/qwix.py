@@ -1,24 +1,24 @@
-"""What qwix knows of a LoRA layer and does not write on it: the scale, alpha / rank of its rule."""
+"""Read what qwix knows of a LoRA layer but does not write on it: the scale, alpha / rank of its rule."""
 
 import re
 from typing import Any
 
 # The attribute by which qwix marks each module of a model that it has adapted.
 QWIX_PATH = "qwix_path"
-QWIX_ATTRIBUTES = (QWIX_PATH, "qwix_rngs", "disable_quant_stats_update")  # all that it leaves on a module
+QWIX_ATTRIBUTES = (QWIX_PATH, "qwix_rngs", "disable_quant_stats_update")  # everything that it leaves on a module
 
 
 def qwix_scale(model: Any, path: tuple[Any, ...], rank: int) -> float:
-    """alpha / rank of the rule that made the factors of a layer.
+    """Return alpha / rank of the rule that made a layer's factors.
 
-    qwix keeps its rules in the closure of the adapted model's `__call__`, and nowhere else.
+    qwix keeps its rules only in the closure of the adapted model's `__call__`.
 
     Raises:
-        ValueError: no rule is found there.
+        ValueError: the closure holds no such rule.
     """
-    dotted = "/".join(map(str, path))
+    joined = "/".join(map(str, path))
     for rule in _rules(vars(type(model)).get("__call__"), depth=4):
-        if getattr(rule, "rank", None) == rank and re.fullmatch(rule.module_path, dotted):
+        if getattr(rule, "rank", None) == rank and re.fullmatch(rule.module_path, joined):
             return rule.alpha / rank
     raise ValueError(
         "the qwix rule that made it is not found on the model, so its scale is unknown: hand in the model that "
@@ -27,11 +27,12 @@ def qwix_scale(model: Any, path: tuple[Any, ...], rank: int) -> float:
 
 
 def plain_class(model: Any) -> type | None:
-    """The class that a model had before qwix gave it one of its own; None for any other model."""
+    """Return the class that a model had before qwix replaced it; None for any other model."""
     return vars(type(model)).get("_unquantized_type")
 
 
 def _rules(function: Any, depth: int) -> list[Any]:
+    """Return the rules in the closure of a function, or in the closures of functions there."""
     if depth == 0 or function is None:
         return []
     for cell in getattr(function, "__closure__", None) or ():

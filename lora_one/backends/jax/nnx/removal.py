@@ -1,80 +1,87 @@
-"""LoRA out of an NNX model, in place: ours, flax's own and qwix's, with the factors in the kernels or without."""
+"""Take LoRA out of an NNX model, in place: ours, flax's own and qwix's, after adding it to the kernels or without."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from lora_one.backends.jax.layout import Layout
 from lora_one.backends.jax.sites import check_concrete
 from lora_one.config import Config
 from lora_one.errors import ModelError
 
-from .adopt import Found, find_adapters
-from .binding import Injected, take_out
+from .adopt import AdaptedLayer, Path, find_adapters
+from .inject import Injected, take_out
 from .layers import adapted_kind, kind_of
 from .qwix import QWIX_ATTRIBUTES, plain_class
 
 
 class _Removal(NamedTuple):
-    """How one layer gets rid of its LoRA."""
+    """The steps that free one layer from its LoRA."""
 
-    layer: Any  # that holds the kernel
+    layer: Any  # holds the kernel
     param: str
-    delta: Callable[[], Array]  # what the factors add to the kernel
+    added: Callable[[Array], Array]  # the kernel -> the kernel with the factors' product
     clean: Callable[[], None]  # takes the factors out
 
 
 def remove(model: nnx.Module, merge: bool) -> nnx.Module:
-    """Plain layers again. A kernel that another layer has too is untied: only the layer with LoRA changes.
+    """Make all layers plain again. A kernel that two layers share is untied: only the layer with LoRA changes.
 
     Raises:
-        ModelError: no LoRA, or LoRA that cannot be merged; the model is as it was.
+        ModelError: no LoRA, or LoRA that cannot be taken out or merged; then the model is unchanged.
     """
-    found = find_adapters(model, Config())
-    if not found:
+    layers = find_adapters(model, Config())
+    if not layers:
         raise ModelError(
             f"there is no LoRA in this {type(model).__name__}: expected a model that init or load returned"
         )
     removals, problems = [], []
-    for one in found:
+    for layer in layers:
         try:
-            removals.append(_removal(model, one))
+            removals.append(_removal(model, layer))
         except ValueError as error:
-            problems.append(f"{one.site.name}: {error}")
+            problems.append(f"{layer.site.name}: {error}")
     if problems and merge:
         raise ModelError("LoRA of these layers cannot be merged:\n  " + "\n  ".join(problems))
     if problems:
         raise ModelError("LoRA of these layers cannot be taken out:\n  " + "\n  ".join(problems))
     if merge:
-        owners = _owners(model)
-        kernels = [getattr(r.layer, r.param) for r in removals]
-        check_concrete("merge", [kernel.get_raw_value() for kernel in kernels], traced=True)
-        sums = [_sum(kernel.get_raw_value(), r.delta()) for kernel, r in zip(kernels, removals, strict=True)]
-        for removal, kernel, value in zip(removals, kernels, sums, strict=True):
-            if owners[id(kernel)] > 1:
-                setattr(removal.layer, removal.param, kernel.replace(value))
-            else:
-                kernel.set_raw_value(value)
+        _merge(model, removals)
     for removal in removals:
         removal.clean()
     return _without_qwix(model)
 
 
-def _removal(model: nnx.Module, found: Found) -> _Removal:
-    """Raises ValueError where the layer under the factors is not known."""
-    layer = _at(model, found.a_path[:-1])
-    a, b, scale = found.a, found.b, found.site.native
+def _merge(model: nnx.Module, removals: list[_Removal]) -> None:
+    owners = _owners(model)
+    kernels = [getattr(removal.layer, removal.param) for removal in removals]
+    check_concrete("merge", [kernel.get_raw_value() for kernel in kernels], traced=True)
+    sums = [removal.added(kernel.get_raw_value()) for removal, kernel in zip(removals, kernels, strict=True)]
+    for removal, kernel, value in zip(removals, kernels, sums, strict=True):
+        if owners[id(kernel)] > 1:
+            setattr(removal.layer, removal.param, kernel.replace(value))
+        else:
+            kernel.set_raw_value(value)
+
+
+def _removal(model: nnx.Module, adapted: AdaptedLayer) -> _Removal:
+    """Return the steps for one layer; raise ValueError where the layer under the factors is unknown."""
+    layer = _at(model, adapted.a_path[:-1])
     known = adapted_kind(layer)
     if known is not None:
         plain, kind = known
         names = [f"{kind.param}_lora_{part}" for part in ("a", "b", "scale")]
-        delta = _product(layer, kind.layout, a, b, scale)
-        return _Removal(layer, kind.param, delta, lambda: take_out([Injected(layer, plain, names)]))
+        return _Removal(
+            layer,
+            kind.param,
+            _added(adapted, lambda: adapted.site.layout),
+            lambda: take_out([Injected(layer, plain, names)]),
+        )
     if isinstance(layer, nnx.LoRA):
-        return _of_flax(model, found, layer)
-    param = found.a_path[-1].removesuffix("_lora_a")
+        return _flax_removal(model, adapted, layer)
+    param = adapted.a_path[-1].removesuffix("_lora_a")
     kernel = getattr(layer, param)
     under = kind_of(layer)
     if not isinstance(kernel, nnx.Variable) or under is None or under.param != param:
@@ -86,12 +93,15 @@ def _removal(model: nnx.Module, found: Found) -> _Removal:
         for name in names:
             delattr(layer, name)
 
-    return _Removal(layer, param, _product(layer, under.layout, a, b, scale), clean)
+    # qwix may fold axes of the factors, so the layer's own layout is used. Only a merge asks for it: it may raise.
+    return _Removal(layer, param, _added(adapted, lambda: under.layout(layer)), clean)
 
 
-def _of_flax(model: nnx.Module, found: Found, lora: nnx.LoRA) -> _Removal:
+def _flax_removal(model: nnx.Module, adapted: AdaptedLayer, lora: nnx.LoRA) -> _Removal:
+    """Return the steps for an nnx.LoRALinear, or for an nnx.LoRA around an nnx.Linear."""
+    added = _added(adapted, lambda: adapted.site.layout)
     if lora.base_module is None:
-        holder = _at(model, found.a_path[:-2]) if len(found.a_path) > 1 else None
+        holder = _at(model, adapted.a_path[:-2]) if len(adapted.a_path) > 1 else None
         if type(holder) is not nnx.LoRALinear:
             raise ValueError("it wraps no layer, so there is no kernel to add it to: keep it")
 
@@ -99,40 +109,32 @@ def _of_flax(model: nnx.Module, found: Found, lora: nnx.LoRA) -> _Removal:
             delattr(holder, "lora")
             object.__setattr__(holder, "__class__", nnx.Linear)
 
-        return _Removal(holder, "kernel", lambda: _wide(found.a) @ _wide(found.b), clean)
+        return _Removal(holder, "kernel", added, clean)
     base = lora.base_module
     if type(base) is not nnx.Linear:
         raise ValueError(f"it wraps a {type(base).__name__}, expected an nnx.Linear: keep it")
 
-    def become_base() -> None:  # whoever holds the wrapper now holds the layer
+    def become_base() -> None:  # every attribute that holds the wrapper then holds the layer
         state = vars(lora)["_pytree__state"]
         vars(lora).clear()
         vars(lora).update({**vars(base), "_pytree__state": state})
         object.__setattr__(lora, "__class__", type(base))
 
-    return _Removal(base, "kernel", lambda: _wide(found.a) @ _wide(found.b), become_base)
+    return _Removal(base, "kernel", added, become_base)
 
 
-def _product(layer: Any, layout: Callable[[Any], Any], a: Any, b: Any, scale: float) -> Callable[[], Array]:
-    return lambda: scale * layout(layer).product(a[...], b[...])
+def _added(adapted: AdaptedLayer, layout: Callable[[], Layout]) -> Callable[[Array], Array]:
+    return lambda kernel: layout().added(kernel, adapted.a[...], adapted.b[...], adapted.site.native)
 
 
-def _wide(factor: Any) -> Array:
-    return factor[...].astype(jnp.promote_types(factor.dtype, jnp.float32))
-
-
-def _sum(kernel: Array, delta: Array) -> Array:
-    return (kernel.astype(delta.dtype) + delta).astype(kernel.dtype)
-
-
-def _at(model: Any, path: tuple[Any, ...]) -> Any:
+def _at(model: Any, path: Path) -> Any:
     for key in path:
         model = model[key] if isinstance(key, int) else getattr(model, key)
     return model
 
 
 def _owners(model: nnx.Module) -> dict[int, int]:
-    """In how many modules each variable is."""
+    """Return the number of modules that hold each variable, by its id."""
     counts: dict[int, int] = {}
     for _, module in nnx.iter_modules(model):
         for value in vars(module).values():
@@ -142,7 +144,7 @@ def _owners(model: nnx.Module) -> dict[int, int]:
 
 
 def _without_qwix(model: nnx.Module) -> nnx.Module:
-    """The model under its own class: qwix's would make new factors at the next call."""
+    """Return the model under its own class: qwix's class would make new factors at the next call."""
     plain = plain_class(model)
     if plain is not None:
         object.__setattr__(model, "__class__", plain)

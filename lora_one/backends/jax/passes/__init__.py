@@ -1,1 +1,1 @@
-"""What a pass over a JAX model takes."""
+"""The passes of a JAX model over its batches."""

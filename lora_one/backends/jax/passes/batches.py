@@ -1,4 +1,4 @@
-"""Batches in, losses out, and everything that can be wrong with either."""
+"""Check batches and losses, and separate a batch's arrays from the rest of it."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from lora_one.errors import BatchError
 
 
 def check_loss(loss: Any, index: int) -> Array:
-    """A user's loss, traced, as a scalar.
+    """Return a user's traced loss as a scalar.
 
     Raises:
         BatchError: anything else: a loss with auxiliary output, a vector, an integer.
@@ -30,26 +30,29 @@ def check_loss(loss: Any, index: int) -> Array:
 
 
 def arrays_and_rest(batch: Any) -> tuple[list[Any], Any]:
-    """A batch as the arrays in it, which change from batch to batch, and a hashable rest, which picks the compilation.
+    """Separate the arrays of a batch from everything else in it.
+
+    Returns:
+        The arrays, which change from batch to batch; and the rest, hashable, for which a function is compiled.
 
     Raises:
         BatchError: a leaf that is neither an array nor hashable.
     """
     leaves, structure = jax.tree.flatten(batch)
     arrays = tuple(is_array(leaf) for leaf in leaves)
-    rest = tuple(None if array else leaf for leaf, array in zip(leaves, arrays, strict=True))
+    others = tuple(None if array else leaf for leaf, array in zip(leaves, arrays, strict=True))
     try:
-        hash(rest)
+        hash(others)
     except TypeError as error:
         kinds = sorted({type(leaf).__name__ for leaf, array in zip(leaves, arrays, strict=True) if not array})
         raise BatchError(
             f"a batch must be a pytree of JAX or NumPy arrays, got leaves of type {', '.join(kinds)}: convert them"
         ) from error
-    return [leaf for leaf, array in zip(leaves, arrays, strict=True) if array], (structure, arrays, rest)
+    return [leaf for leaf, array in zip(leaves, arrays, strict=True) if array], (structure, arrays, others)
 
 
 def rejoin(arrays: list[Any], rest: Any) -> Any:
-    """The inverse of `arrays_and_rest`."""
+    """Return the batch that `arrays_and_rest` separated."""
     structure, are_arrays, others = rest
     remaining = iter(arrays)
     leaves = [next(remaining) if array else other for array, other in zip(are_arrays, others, strict=True)]
@@ -57,5 +60,5 @@ def rejoin(arrays: list[Any], rest: Any) -> Any:
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf of a batch or of a model is data, and no setting."""
+    """Return whether a leaf of a batch or of a model is data, not a setting."""
     return isinstance(leaf, (Array, np.ndarray, np.generic))

@@ -1,4 +1,4 @@
-"""The gradient oracle: one jitted function from factors and a batch to the loss and the factors' gradients."""
+"""The loss of a model and its gradients by the factors, as compiled functions of factors and a batch."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_one.backends.checks import check_finite_loss, with_last
+from lora_one.backends.interface import LossFn
 from lora_one.backends.jax.sites import Binding, Leaves
 
 from .batches import arrays_and_rest, check_loss, rejoin
 from .loss_scale import STEP, LossScale, all_finite, computes_in_float16
 from .uses import Uses, uses_of
 
-Gradients = dict[str, Leaves]
+Gradients = dict[str, Leaves]  # site -> its factors, or their gradients
 
 
 class Scale(NamedTuple):
@@ -24,27 +25,31 @@ class Scale(NamedTuple):
     is_last: Any  # (), bool
 
 
-class Oracle:
-    """Losses of a model over batches, with or without gradients.
+class GradientFunction:
+    """The loss of a model over batches, with or without gradients.
 
-    The frozen weights are arguments of the jitted functions: closed over, they would be constants, which XLA spends
-    minutes folding. The gradients of both factors are taken in each pass, though one of them is zero: so one
-    compilation serves all passes, and the sum over the batches is updated where it lies.
+    The frozen weights are arguments of the compiled functions: XLA would spend minutes on folding constants. Each pass
+    takes the gradients of both factors, although one of them is zero: so one compilation serves all passes, and the sum
+    over the batches is updated where it lies.
+
+    Attributes:
+        step: the compiled function of one batch with gradients: (sums, factors, frozen, scale, arrays, rest) -> (loss,
+            new sums, whether all gradients are finite).
+        uses: what the loss does with the frozen arrays; filled by the first pass.
     """
 
-    def __init__(self, binding: Binding, loss_fn: Callable[[Any, Any], Any]):
+    def __init__(self, binding: Binding, loss_fn: LossFn):
         self._binding = binding
-        self.traces = 0  # of the function with gradients: one for each shape of batch
-        self._batch = 0  # the number of the batch at hand, for errors raised while tracing
+        self._batch = 0  # the number of the current batch, for errors raised while tracing
+        self._scale: LossScale | None = None  # set by the first pass
+        self.uses = Uses(set(), set())
 
-        def loss(factors: dict[str, Leaves], frozen: Any, arrays: list[Any], rest: Any) -> jax.Array:
-            # Whatever the user's precision flags say: TF32 and bf16 passes would be most of a small singular value.
+        def loss(factors: Gradients, frozen: Any, arrays: list[Any], rest: Any) -> jax.Array:
+            # Overrides the user's precision flags: the error of TF32 and bf16 exceeds a small singular value.
             with jax.default_matmul_precision("highest"):
                 return check_loss(binding.loss(loss_fn, frozen, factors, rejoin(arrays, rest)), self._batch)
 
         def step(total: Gradients, factors: Gradients, frozen: Any, scale: Scale, arrays: list[Any], rest: Any) -> Any:
-            self.traces += 1
-
             def wide_loss(factors: Gradients) -> jax.Array:
                 value = loss(factors, frozen, arrays, rest)
                 return value.astype(jnp.promote_types(value.dtype, jnp.float32))
@@ -60,50 +65,41 @@ class Oracle:
             return value, added, finite
 
         self._loss: Any = jax.jit(loss, static_argnums=3)
-        # The sums stay where they are, or the next batch would find other shardings and compile again.
-        where = {name: site.shardings() for name, site in binding.sites.items()}
-        self._step: Any = jax.jit(step, static_argnums=5, donate_argnums=0, out_shardings=(None, where, None))
-        self._scale: LossScale | None = None  # known, as what follows is, once the step was traced
-        self.uses = Uses(set(), set())  # of the frozen arrays
+        # The sums keep their sharding, or the next batch would find another one and compile again.
+        shardings = {name: site.shardings() for name, site in binding.sites.items()}
+        self.step: Any = jax.jit(step, static_argnums=5, donate_argnums=0, out_shardings=(None, shardings, None))
 
-    def compilations(self) -> int:
-        """Programs that XLA has made of the function with gradients."""
-        return self._step._cache_size()
+    def gradients(self, batches: Iterable[Any], factors: Gradients) -> tuple[float, int, Gradients]:
+        """Run all batches backward.
 
-    def program(self, batch: Any, factors: dict[str, Leaves]) -> str:
-        """The compiled function with gradients as text: what each device does, collectives included."""
-        arrays, rest = arrays_and_rest(batch)
-        total = jax.tree.map(_zeros, factors)
-        scale = _as_arrays(LossScale(False))
-        return self._step.lower(total, factors, self._binding.frozen, scale, arrays, rest).compile().as_text()
-
-    def gradients(self, batches: Iterable[Any], factors: dict[str, Leaves]) -> tuple[float, int, Gradients]:
-        """(mean loss, batches, mean gradients of the factors).
+        Returns:
+            The mean loss, the number of batches, and the mean gradients of the factors.
 
         Raises:
-            BatchError, GradientError: no batches, or a loss that no gradient can be had from.
+            BatchError: no batches, or a loss that has no gradient.
+            GradientError: a loss that is not finite.
         """
         total = jax.tree.map(_zeros, factors)
 
         def run(arrays: list[Any], rest: Any) -> Any:
             nonlocal total
             frozen = self._binding.frozen
-            if self._scale is None:  # the call below finds the trace made here
-                traced = self._step.trace(total, factors, frozen, _as_arrays(LossScale(False)), arrays, rest)
-                program = getattr(traced.jaxpr, "jaxpr", traced.jaxpr)  # closed or not, as JAX's version has it
+            if self._scale is None:  # the call below reuses the trace made here
+                traced = self.step.trace(total, factors, frozen, _as_arrays(LossScale(False)), arrays, rest)
+                program = getattr(traced.jaxpr, "jaxpr", traced.jaxpr)  # closed or not, depending on JAX's version
                 self._scale = LossScale(computes_in_float16(program))
                 before = len(jax.tree.leaves((total, factors)))
                 self.uses = uses_of(program, range(before, before + len(jax.tree.leaves(frozen))))
             while True:
-                value, total, finite = self._step(total, factors, frozen, _as_arrays(self._scale), arrays, rest)
+                value, total, finite = self.step(total, factors, frozen, _as_arrays(self._scale), arrays, rest)
                 if self._scale.is_last or not jnp.isfinite(value):
                     return value
                 if finite:
                     break
                 self._scale.lower()
-            if not self._scale.checked:  # the sum is of this one batch yet
+            if not self._scale.checked:  # this is the first batch: the sum holds its gradients only
                 lower = Scale(np.float32(self._scale.value * STEP), np.bool_(True))
-                again = self._step(jax.tree.map(_zeros, factors), factors, frozen, lower, arrays, rest)[1]
+                again = self.step(jax.tree.map(_zeros, factors), factors, frozen, lower, arrays, rest)[1]
                 self._scale.check(_relative_changes(again, total))
             return value
 
@@ -112,11 +108,11 @@ class Oracle:
 
     @property
     def rounded_away(self) -> dict[str, float]:
-        """Site -> the share of its gradient's norm that float16 lost in the first batch."""
+        """The share of each site's gradient norm that float16 lost in the first batch, by the site's name."""
         return {} if self._scale is None else self._scale.rounded_away
 
     def mean_loss(self, batches: Iterable[Any]) -> tuple[float, int]:
-        """(mean loss, batches) with the factors that are in the model."""
+        """Return the mean loss with the factors that are in the model, and the number of batches."""
         factors = self._binding.factors()
         return self._over(batches, lambda arrays, rest: self._loss(factors, self._binding.frozen, arrays, rest))
 
@@ -135,18 +131,20 @@ def _mean(total: Gradients, count: int) -> Gradients:
 
 
 @jax.jit
-def _relative_changes(those: Gradients, these: Gradients) -> dict[str, jax.Array]:
-    def norm(leaves: Leaves) -> jax.Array:
-        return jnp.sqrt(sum(jnp.sum(jnp.square(x / largest)) for x in leaves))
+def _relative_changes(others: Gradients, gradients: Gradients) -> dict[str, jax.Array]:
+    """Return |other - gradient| / |gradient| of each site, 0 for a gradient that is zero."""
 
-    found = {}
-    for name, leaves in these.items():
-        largest = jnp.maximum(jnp.max(jnp.abs(leaves.a)), jnp.max(jnp.abs(leaves.b)))
-        largest = jnp.where(largest > 0, largest, 1.0)  # a unit: squares of small numbers would be zero
+    def norm(leaves: Leaves) -> jax.Array:
+        return jnp.sqrt(sum(jnp.sum(jnp.square(x / unit)) for x in leaves))
+
+    changes = {}
+    for name, leaves in gradients.items():
+        unit = jnp.maximum(jnp.max(jnp.abs(leaves.a)), jnp.max(jnp.abs(leaves.b)))
+        unit = jnp.where(unit > 0, unit, 1.0)  # the squares of small numbers would be zero without a unit
         size = norm(leaves)
-        off = norm(Leaves(those[name].a - leaves.a, those[name].b - leaves.b))
-        found[name] = jnp.where(size > 0, off / jnp.where(size > 0, size, 1.0), 0.0)
-    return found
+        change = norm(Leaves(others[name].a - leaves.a, others[name].b - leaves.b))
+        changes[name] = jnp.where(size > 0, change / jnp.where(size > 0, size, 1.0), 0.0)
+    return changes
 
 
 def _as_arrays(scale: LossScale) -> Scale:

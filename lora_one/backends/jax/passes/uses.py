@@ -1,7 +1,7 @@
-"""Which frozen arrays a program multiplies with activations: the weights of linear maps, whatever layer they are in.
+"""Find the frozen arrays that a program multiplies with activations: the weights of linear maps in any layer.
 
-Found by following each array through reshapes, casts and whatever else depends on frozen arrays alone, into products.
-So a scale of a norm, a table of positions that is added, or a rotation is none; an embedding is looked up.
+Each array is followed through reshapes, casts and whatever else depends on frozen arrays only, into products. So a
+norm's scale, a table of positions that is added, and a rotation do not count; an embedding is looked up.
 """
 
 import re
@@ -20,36 +20,38 @@ Origins = frozenset[int] | None  # the frozen arrays that a value is made of; No
 
 
 class Uses(NamedTuple):
-    """Frozen arrays, by their place in the list."""
+    """The uses of frozen arrays, which are named by their place in the list."""
 
     multiplied: set[int]
     looked_up: set[int]  # read at indices that depend on the batch
 
 
 def uses_of(program: Any, frozen: range) -> Uses:
-    """What a jaxpr does with its frozen inputs.
+    """Return what a jaxpr does with its frozen inputs.
 
     Args:
-        frozen: their places among its inputs.
+        program: the jaxpr.
+        frozen: places of the frozen arrays among its inputs.
     """
     uses = Uses(set(), set())
-    of_inputs: list[Origins] = [None] * len(program.invars)
+    inputs: list[Origins] = [None] * len(program.invars)
     for index, place in enumerate(frozen):
-        of_inputs[place] = frozenset({index})
-    _walk(program, of_inputs, uses)
+        inputs[place] = frozenset({index})
+    _walk(program, inputs, uses)
     return uses
 
 
 def warn_of_left_out(names: Sequence[str | None], adapted: Iterable[str], uses: Uses) -> None:
-    """Name the weights that "all-linear" left out.
+    """Warn of the weights that "all-linear" left out.
 
     Args:
-        names: of the frozen arrays, in the order of `uses`; None for one that is no weight matrix.
+        names: names of the frozen arrays, in the order of `uses`; None for one that is no weight matrix.
         adapted: the weights that have LoRA.
+        uses: what the loss does with the frozen arrays.
     """
     adapted = set(adapted)
-    found = {names[i] for i in uses.multiplied - uses.looked_up}
-    left = {name for name in found - adapted if name is not None and not is_output_layer(name.rpartition(".")[0])}
+    weights = {names[i] for i in uses.multiplied - uses.looked_up}
+    left = {name for name in weights - adapted if name is not None and not is_output_layer(name.rpartition(".")[0])}
     if left:
         patterns = sorted({re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name) for name in left})
         warnings.warn(
@@ -61,52 +63,53 @@ def warn_of_left_out(names: Sequence[str | None], adapted: Iterable[str], uses: 
         )
 
 
-def _walk(program: Any, of_inputs: Sequence[Origins], uses: Uses) -> list[Origins]:
-    """The origins of the outputs, from those of the inputs."""
-    known: dict[Any, Origins] = dict(zip(program.invars, of_inputs, strict=True))
+def _walk(program: Any, inputs: Sequence[Origins], uses: Uses) -> list[Origins]:
+    """Return the origins of a program's outputs from those of its inputs, and add its uses."""
+    by_variable: dict[Any, Origins] = dict(zip(program.invars, inputs, strict=True))
 
-    def origins(variable: Any) -> Origins:  # of a literal or a constant: nothing
-        return _NOTHING if hasattr(variable, "val") else known.get(variable, _NOTHING)
+    def origins(variable: Any) -> Origins:  # a literal or a constant has none
+        return _NOTHING if hasattr(variable, "val") else by_variable.get(variable, _NOTHING)
 
     for equation in program.eqns:
-        given = [origins(variable) for variable in equation.invars]
-        known.update(zip(equation.outvars, _outputs(equation, given, uses), strict=True))
+        operands = [origins(variable) for variable in equation.invars]
+        by_variable.update(zip(equation.outvars, _outputs(equation, operands, uses), strict=True))
     return [origins(variable) for variable in program.outvars]
 
 
-def _outputs(equation: Any, given: list[Origins], uses: Uses) -> list[Origins]:
+def _outputs(equation: Any, operands: list[Origins], uses: Uses) -> list[Origins]:
     name, params, count = equation.primitive.name, equation.params, len(equation.outvars)
     if name == "scan":
         carried = range(params["num_consts"], params["num_consts"] + params["num_carry"])
-        inner = [None if i in carried else one for i, one in enumerate(given)]
-        found = _walk(inner_programs(equation)[0], inner, uses)
-        return [None if i < len(carried) else one for i, one in enumerate(found)]
+        inputs = [None if i in carried else origins for i, origins in enumerate(operands)]
+        outputs = _walk(inner_programs(equation)[0], inputs, uses)
+        return [None if i < len(carried) else origins for i, origins in enumerate(outputs)]
     if name == "while":
-        constants = given[params["cond_nconsts"] :][: params["body_nconsts"]]
+        constants = operands[params["cond_nconsts"] :][: params["body_nconsts"]]
         body = getattr(params["body_jaxpr"], "jaxpr", params["body_jaxpr"])
         _walk(body, [*constants, *[None] * (len(body.invars) - len(constants))], uses)
         return [None] * count
     if name == "cond":
-        branches = [_walk(branch, given[1:], uses) for branch in inner_programs(equation)]
-        return [_joined([given[0], *of_branches]) for of_branches in zip(*branches, strict=True)]
-    inside = [inner for inner in inner_programs(equation) if len(inner.invars) == len(given)]
+        branches = [_walk(branch, operands[1:], uses) for branch in inner_programs(equation)]
+        return [_union([operands[0], *outputs]) for outputs in zip(*branches, strict=True)]
+    inside = [inner for inner in inner_programs(equation) if len(inner.invars) == len(operands)]
     if inside and name != "pallas_call":
-        found = _walk(inside[0], given, uses)
-        return found if len(found) == count else [_joined(given)] * count
-    together = _joined(given)
+        outputs = _walk(inside[0], operands, uses)
+        return outputs if len(outputs) == count else [_union(operands)] * count
+    together = _union(operands)
     if together is None:
-        frozen = frozenset().union(*(one for one in given if one is not None))
-        if name in _PRODUCTS or name.endswith("_call"):  # of kernels: pallas_call, ffi_call
+        frozen = frozenset().union(*(origins for origins in operands if origins is not None))
+        if name in _PRODUCTS or name.endswith("_call"):  # kernels: pallas_call, ffi_call
             uses.multiplied.update(frozen)
-        elif name == "gather" and given[0] is not None:
-            uses.looked_up.update(given[0])
+        elif name == "gather" and operands[0] is not None:
+            uses.looked_up.update(operands[0])
     return [together] * count
 
 
-def _joined(given: Iterable[Origins]) -> Origins:
-    found: frozenset[int] = _NOTHING
-    for one in given:
-        if one is None:
+def _union(operands: Iterable[Origins]) -> Origins:
+    """Return the origins of a value that depends on all operands."""
+    union: frozenset[int] = _NOTHING
+    for origins in operands:
+        if origins is None:
             return None
-        found |= one
-    return found
+        union |= origins
+    return union

@@ -1,6 +1,6 @@
-"""Which axes of a Linen kernel `nn.scan` and `nn.vmap` take away before its layer sees it.
+"""Find the axes of a Linen kernel that `nn.scan` and `nn.vmap` take away before its layer sees it.
 
-They are asked, by the metadata interface that flax has for it: sizes alone do not tell where several axes agree.
+flax's metadata interface tells them: where several axes have one size, the sizes do not.
 """
 
 from typing import Any
@@ -16,8 +16,9 @@ class Tracked(struct.PyTreeNode, meta.AxisMetadata[Any]):
     """A kernel on the way to its layer.
 
     Attributes:
-        lifts: the axes taken from it so far, outermost first, each as the transformation was told it (perhaps < 0), of
-            the axes that were left.
+        value: the kernel.
+        lifts: the axes taken from it so far, outermost first. Each is an index, perhaps negative, into the axes that
+            were left, as the transformation was told it.
     """
 
     value: Any
@@ -37,18 +38,18 @@ class Tracked(struct.PyTreeNode, meta.AxisMetadata[Any]):
 
 
 def tracked(params: Any, last: str) -> Any:
-    """A tree of parameters with all those called `last` tracked."""
+    """Return a tree of parameters in which every leaf called `last` is tracked."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: Tracked(leaf) if getattr(path[-1], "key", None) == last else leaf, params
     )
 
 
 def lifted(inner: Layout, shape: tuple[int, ...], lifts: tuple[int, ...]) -> Layout:
-    """The layout of a kernel as it is stored.
+    """Return the layout of a kernel as it is stored.
 
     Args:
-        inner: of the kernel as its layer sees it.
-        shape: that it is stored in.
+        inner: layout of the kernel as its layer sees it.
+        shape: shape in which it is stored.
         lifts: see `Tracked`.
 
     Raises:

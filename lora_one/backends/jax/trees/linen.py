@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import linen
 
-from lora_one.backends.jax.layout import Layout, einsum_groups, plain_layout
+from lora_one.backends.jax.layout import Layout, einsum_layout, plain_layout
 from lora_one.backends.jax.product import add_einsum, add_general
 
 from .lifting import lifted
@@ -15,7 +15,7 @@ KINDS = (linen.Dense, linen.DenseGeneral, linen.Einsum)
 
 
 def intercepted(scaling: float) -> Callable[..., Any]:
-    """An interceptor for `linen.intercept_methods`: layers with factors add scaling * x a b to their output."""
+    """Return an interceptor for `linen.intercept_methods` that adds scaling * x a b where a layer has factors."""
 
     def interceptor(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         y = call(*args, **kwargs)
@@ -32,12 +32,16 @@ def intercepted(scaling: float) -> Callable[..., Any]:
     return interceptor
 
 
-def recording(layouts: dict[str, Layout], problems: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> Any:
-    """An interceptor that notes, for each linear layer that is called, what the axes of its kernel are.
+def recording(
+    layouts: dict[str, Layout], problems: dict[str, str], shapes: dict[str, tuple[int, ...]]
+) -> Callable[..., Any]:
+    """Return an interceptor that notes the axes of the kernel of each linear layer that is called.
 
     Args:
-        shapes: of the kernels as they are stored, by layer; with more axes than the layer sees where nn.scan stacks it.
-            The kernels themselves must be `tracked`.
+        layouts: gets an entry per layer.
+        problems: gets the reason per layer that cannot have LoRA.
+        shapes: shapes of the kernels as they are stored, by layer; where nn.scan stacks a layer, they have more axes
+            than the layer sees. The kernels themselves must be `tracked`.
     """
 
     def interceptor(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -60,7 +64,7 @@ def recording(layouts: dict[str, Layout], problems: dict[str, str], shapes: dict
 
 
 def with_factors(params: Any, lora: dict[str, dict[str, Any]], layouts: dict[str, Layout]) -> Any:
-    """The tree of parameters with each layer's factors beside its kernel, stacked along the axes that it is."""
+    """Return the parameters with each layer's factors beside its kernel, stacked along the same axes as the kernel."""
     params = dict(params)
     for name, factors in lora.items():
         node = params
@@ -73,15 +77,14 @@ def with_factors(params: Any, lora: dict[str, dict[str, Any]], layouts: dict[str
 
 def _layout(layer: Any, ndim: int, args: Any, kwargs: Any, shape: tuple[int, ...]) -> Layout:
     if isinstance(layer, linen.Einsum):
-        equation = _equation(layer, args, kwargs)
-        kernel = equation.split("->")[0].split(",")[1]
-        return Layout(shape, *(tuple(kernel.index(c) for c in group) for group in einsum_groups(equation)))
+        return einsum_layout(shape, _equation(layer, args, kwargs))
     axis, _ = _axes(layer, ndim)
     features = (layer.features,) if isinstance(layer.features, int) else tuple(layer.features)
     return plain_layout(shape, len(axis), len(features))
 
 
 def _axes(layer: Any, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the axes of an input with `ndim` axes that a layer contracts, and those that its kernel has too."""
     if isinstance(layer, linen.Dense):
         return (ndim - 1,), ()
     axis = (layer.axis,) if isinstance(layer.axis, int) else tuple(layer.axis)

@@ -1,7 +1,7 @@
-"""What the axes of a Linen model's kernels are, for a model whose layers nobody has called yet.
+"""Write and read the axes of a Linen model's kernels, for a model whose layers nobody has called yet.
 
-A Linen layer shows it only when it is called. So `save` notes it in the header of the file of factors, and `load` reads
-it there; of a folder without the note it takes what the shapes leave no doubt of.
+A Linen layer shows them only when it is called. So `save` notes them in the header of the file of factors, and `load`
+reads them there. Without the note, `load` accepts only shapes that leave no doubt.
 """
 
 import json
@@ -14,7 +14,7 @@ from lora_one.checkpoint.folder import WEIGHTS
 from lora_one.checkpoint.peft import AdapterFolder
 from lora_one.errors import CheckpointError
 
-from .binding import Linear, kernels_of
+from .linear import Linear, Weight, kernels_of
 from .linen import PARAM
 from .models import LinenModel
 
@@ -23,31 +23,31 @@ _GROUPS = ("shape", "stack", "ins", "outs", "lifts")
 
 
 def note_of(model: LinenModel) -> dict[str, str]:
-    """The note on a model's layers, as an entry of the header."""
-    axes = {name: {group: getattr(layout, group) for group in _GROUPS} for name, _, layout in model.layouts}
+    """Return the note on a model's layers, as an entry of the header."""
+    axes = {weight.layer: {group: getattr(weight.layout, group) for group in _GROUPS} for weight in model.layouts}
     return {NOTE: json.dumps(axes)}
 
 
 def fresh_layers(model: LinenModel, folder: AdapterFolder) -> tuple[Linear, list[str]]:
-    """The layers that the folder has factors for and the model a kernel, and what keeps others from being found."""
-    noted = _read_note(folder)
-    found: Linear = {}
+    """Return the layers for which the folder has factors and the model a kernel, and the problems with them."""
+    notes = _read_note(folder)
+    linear: Linear = {}
     problems = []
     for name, kernel in kernels_of(model).items():
         count = _count(folder, name)
         if count is None:
             continue
         shape = tuple(kernel.shape)
-        if name in noted:
-            layout: Layout | str = noted[name]
-            if noted[name].shape != shape:
-                layout = f"its {PARAM} must be {noted[name].shape}, got {shape}"
+        if name in notes:
+            layout: Layout | str = notes[name]
+            if notes[name].shape != shape:
+                layout = f"its {PARAM} must be {notes[name].shape}, got {shape}"
         else:
             layout = _by_shape(folder, name, shape, count)
-        found[name] = PARAM, kernel, layout
+        linear[name] = Weight(PARAM, kernel, layout)
         if isinstance(layout, str):
             problems.append(f"{name}: {layout}")
-    return found, problems
+    return linear, problems
 
 
 def _read_note(folder: AdapterFolder) -> dict[str, Layout]:
@@ -75,7 +75,7 @@ def _layout(axes: dict[str, Any]) -> Layout:
 
 
 def _count(folder: AdapterFolder, name: str) -> int | None:
-    """How many stacked matrices of a layer are in the folder; 0 for one that is no stack; None if there is none."""
+    """Return how many stacked matrices of a layer the folder has: 0 for a layer without a stack, None for no layer."""
     if name in folder.lora_A or name in folder.lora_B:
         return 0
     count = 0
@@ -85,7 +85,10 @@ def _count(folder: AdapterFolder, name: str) -> int | None:
 
 
 def _by_shape(folder: AdapterFolder, name: str, shape: tuple[int, ...], count: int) -> Layout | str:
-    """The only (stack..., in..., out...) of these sizes, or why there is none. Two axes are taken as (in, out)."""
+    """Return the only layout (stack..., in..., out...) of these sizes, or the reason why there is none.
+
+    A kernel of two axes is taken as (in, out).
+    """
     first = f"{name}.0" if count else name
     sizes = max(1, count), folder.lora_A.get(first, (0, 0))[-1], folder.lora_B.get(first, (0, 0))[0]
     if len(shape) == 2 and not count:
@@ -97,7 +100,7 @@ def _by_shape(folder: AdapterFolder, name: str, shape: tuple[int, ...], count: i
             if (layout.count, layout.in_features, layout.out_features) == sizes:
                 fits.append(layout)
     if count and sum(size == count for size in shape) > 1:
-        fits = []  # the stack may be any of these axes
+        fits = []  # any of these axes may be the stack
     if len(fits) == 1:
         return fits[0]
     return (

@@ -1,21 +1,19 @@
 """Models that are not NNX modules: Linen modules with their variables, and parameters in any pytree.
 
-Both are values: `lora_one.init` returns a new one, whose `lora` is a pytree of its own that optax trains, and leaves
+Both are values: `lora_one.init` returns a new one, whose `lora` is a separate pytree that optax trains, and leaves
 the caller's arrays as they are.
 """
 
-import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import linen, struct
 from jax import Array
 
 from lora_one.backends.jax.layout import Layout
-from lora_one.errors import ConfigError, ModelError
+from lora_one.backends.jax.sites import Leaves, dotted
+from lora_one.errors import ModelError
 
 from .lifting import tracked
 from .linen import PARAM, intercepted, with_factors
@@ -23,35 +21,75 @@ from .linen import PARAM, intercepted, with_factors
 Lora = dict[str, dict[str, Array]]  # layer -> {"<param>_lora_a": ..., "<param>_lora_b": ...}
 
 
+class AdaptedWeight(NamedTuple):
+    """A weight that has LoRA factors."""
+
+    layer: str  # dotted path; of a `PytreeModel`, that of the weight itself
+    param: str  # the weight's last name
+    layout: Layout
+
+    @property
+    def path(self) -> str:
+        """The dotted path of the weight in a Linen model's parameters."""
+        return f"{self.layer}.{self.param}"
+
+    def to_lora(self, leaves: Leaves) -> dict[str, Any]:
+        """Return the factors as an entry of a model's `lora`."""
+        return {f"{self.param}_lora_a": leaves.a, f"{self.param}_lora_b": leaves.b}
+
+    def leaves(self, lora: Lora) -> Leaves:
+        """Return this weight's factors from a model's `lora`."""
+        factors = lora[self.layer]
+        return Leaves(factors[f"{self.param}_lora_a"], factors[f"{self.param}_lora_b"])
+
+
 class LinenModel(struct.PyTreeNode):
-    """A Linen module with its variables, called as one function; LoRA beside its Dense, DenseGeneral and Einsum layers.
+    """A Linen module with its variables, for `lora_one.init` and the other functions of `lora_one`.
 
-    Its `loss_fn(model, batch)` calls `model(...)`, with the arguments of `module.apply` after the variables. To train:
-    `jax.grad(lambda lora: loss_fn(model.replace(lora=lora), batch))(model.lora)`.
+    Use it where a model is a `flax.linen.Module`. LoRA goes beside its Dense, DenseGeneral and Einsum layers, those
+    under `nn.scan` and `nn.vmap` included. The `loss_fn(model, batch)` given to `init` calls `model(...)`, with the
+    arguments of `module.apply` after the variables. The model is a value: `init` returns a new one.
 
-    Attributes:
-        module: the flax.linen.Module.
-        variables: as `module.init` returns them: {"params": ...} and other collections.
-        lora: the factors, by layer; filled by `lora_one.init`.
-        scaling: s in W x + s B A x.
+    Args:
+        module: the `flax.linen.Module`.
+        variables: what `module.init` returns: {"params": ...} and other collections.
+        lora: the factors by layer, which you train; filled by `lora_one.init`, empty by default.
+        scaling: s in W x + s B A x, a number; set by `lora_one.init`.
+        layouts: the weights that have factors; set by `lora_one.init`.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from flax import linen
+        >>> import lora_one
+        >>> from lora_one.backends.jax import LinenModel
+        >>> module, x = linen.Dense(3), jnp.ones((2, 4))
+        >>> net = linen.Sequential([module])
+        >>> def loss_fn(model, batch):
+        ...     return jnp.mean(model(batch) ** 2)
+        >>> model = LinenModel(net, net.init(jax.random.key(0), x))
+        >>> model, report = lora_one.init(model, [x], loss_fn, lora_one.Config(rank=1))
+        >>> gradients = jax.grad(lambda lora: loss_fn(model.replace(lora=lora), x))(model.lora)
+        >>> {name: factor.shape for name, factor in gradients["layers_0"].items()}
+        {'kernel_lora_a': (4, 1), 'kernel_lora_b': (1, 3)}
     """
 
     module: linen.Module = struct.field(pytree_node=False)
     variables: Any
     lora: Lora = struct.field(default_factory=dict)
     scaling: float = struct.field(pytree_node=False, default=1.0)
-    layouts: tuple[tuple[str, str, Layout], ...] = struct.field(pytree_node=False, default=())
+    layouts: tuple[AdaptedWeight, ...] = struct.field(pytree_node=False, default=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """`module.apply(variables, ...)` with LoRA."""
-        layouts = {name: layout for name, _, layout in self.layouts}
+        """Return `module.apply(variables, ...)` with LoRA."""
+        layouts = {weight.layer: weight.layout for weight in self.layouts}
         variables = {**self.variables, "params": with_factors(self.variables["params"], self.lora, layouts)}
         with linen.intercept_methods(intercepted(self.scaling)):
             return self.module.apply(variables, *args, **kwargs)
 
 
 class TrackedLinenModel(LinenModel):
-    """A `LinenModel` without LoRA while its layers are looked at: see `lora_one.backends.jax.trees.linen.recording`."""
+    """A `LinenModel` without LoRA whose kernels are tracked on the way to their layers: see `linen.recording`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         variables = {**self.variables, "params": tracked(self.variables["params"], PARAM)}
@@ -59,81 +97,68 @@ class TrackedLinenModel(LinenModel):
 
 
 class PytreeModel(struct.PyTreeNode):
-    """Parameters in any pytree, an Equinox module included; LoRA by substitution: W becomes W + s B A.
+    """Parameters in any pytree, an Equinox module included, for the functions of `lora_one`.
 
-    Its `loss_fn(params, batch)` gets the parameters, as `effective()` returns them. To train:
-    `jax.grad(lambda lora: loss_fn(model.replace(lora=lora).effective(), batch))(model.lora)`. Substitution forms the
-    gradient of each W on the way to its factors', so it takes the memory that full training takes.
+    Use it where a model is a pure function of its parameters. LoRA works by substitution: W becomes W + s B A. The
+    `loss_fn(params, batch)` given to `init` gets the parameters, as `effective()` returns them. This takes as much
+    memory as full training, since the gradient of each W comes before its factors'. The model is a value: `init`
+    returns a new one.
 
-    Attributes:
+    Args:
         params: the parameters.
-        axes: what the axes of a weight are, by a regular expression that its whole path must match: a letter an axis,
-            "i" for input, "o" for output, "s" for a stack of matrices. By default a leaf of two axes called "weight" is
-            "oi" (Equinox), and one called "kernel" is "io" (Flax).
-        lora: the factors, by path of the weight; filled by `lora_one.init`.
-        scaling: s in W + s B A.
+        axes: the meaning of a weight's axes, by a regular expression that its whole path must match. One letter per
+            axis: "i" for input, "o" for output, "s" for a stack of matrices. By default a leaf with two axes called
+            "weight" is "oi" (Equinox), and one called "kernel" is "io" (Flax).
+        lora: the factors by path of the weight, which you train; filled by `lora_one.init`, empty by default.
+        scaling: s in W + s B A, a number; set by `lora_one.init`.
+        layouts: the weights that have factors; set by `lora_one.init`.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import lora_one
+        >>> from lora_one.backends.jax import PytreeModel
+        >>> def loss_fn(params, batch):
+        ...     return jnp.mean((batch @ params["head"]["kernel"]) ** 2)
+        >>> x = jnp.ones((2, 4))
+        >>> model = PytreeModel({"head": {"kernel": jnp.eye(4, 3)}})
+        >>> model, report = lora_one.init(model, [x], loss_fn, lora_one.Config(rank=1))
+        >>> gradients = jax.grad(lambda lora: loss_fn(model.replace(lora=lora).effective(), x))(model.lora)
+        >>> {name: factor.shape for name, factor in gradients["head.kernel"].items()}
+        {'kernel_lora_a': (4, 1), 'kernel_lora_b': (1, 3)}
     """
 
     params: Any
     axes: Mapping[str, str] = struct.field(pytree_node=False, default_factory=dict)
     lora: Lora = struct.field(default_factory=dict)
     scaling: float = struct.field(pytree_node=False, default=1.0)
-    layouts: tuple[tuple[str, str, Layout], ...] = struct.field(pytree_node=False, default=())
+    layouts: tuple[AdaptedWeight, ...] = struct.field(pytree_node=False, default=())
 
     def effective(self) -> Any:
-        """`params` with W + s B A in the place of each W that has factors."""
-        layouts = {name: (param, layout) for name, param, layout in self.layouts}
-
-        def substituted(path: Any, leaf: Any) -> Any:
-            name = dotted(path)
-            if name not in self.lora:
-                return leaf
-            param, layout = layouts[name]
-            delta = layout.product(self.lora[name][f"{param}_lora_a"], self.lora[name][f"{param}_lora_b"])
-            return (leaf.astype(delta.dtype) + self.scaling * delta).astype(leaf.dtype)
-
-        return jax.tree_util.tree_map_with_path(substituted, self.params)
+        """Return `params` with W + s B A instead of each W that has factors."""
+        weights = {weight.layer: weight for weight in self.layouts}
+        return with_added(self.params, self.lora, {name: weights[name] for name in self.lora}, self.scaling)
 
 
-def find_weights(model: PytreeModel) -> dict[str, tuple[str, Any, Layout]]:
-    """The weights that LoRA can go to: path -> (last name, array, layout).
+def with_added(params: Any, lora: Lora, weights: Mapping[str, AdaptedWeight], scaling: float) -> Any:
+    """Return a tree of parameters with s B A added to each weight that has factors.
 
-    Raises:
-        ModelError: an entry of `axes` that does not fit.
-        ConfigError: float64 arrays while JAX has x64 off, which would make them float32.
+    Args:
+        params: the tree.
+        lora: the factors.
+        weights: dotted path in the tree -> the weight there that has factors.
+        scaling: s.
     """
-    found, problems = {}, []
-    tables = [dotted(path) for path, node in jax.tree_util.tree_leaves_with_path(model.params, is_leaf=_is_embedding)
-              if _is_embedding(node)]  # fmt: skip
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
-        if not isinstance(leaf, (Array, np.ndarray)):
-            continue
-        name = dotted(path)
-        if leaf.dtype == np.float64 and not jax.config.read("jax_enable_x64"):
-            raise ConfigError(
-                f"{name} is float64 but JAX's x64 is off, so that it would become float32: convert it, or "
-                "jax.config.update('jax_enable_x64', True)"
-            )
-        last = name.rsplit(".", 1)[-1]
-        axes = next((axes for pattern, axes in model.axes.items() if re.fullmatch(pattern, name)), None)
-        if axes is None:
-            if leaf.ndim != 2 or last not in ("kernel", "weight") or any(name.startswith(f"{t}.") for t in tables):
-                continue
-            axes = "io" if last == "kernel" else "oi"
-        if len(axes) != leaf.ndim or set(axes) - set("ios") or not {"i", "o"} <= set(axes):
-            problems.append(f"{name}: axes must be one of i, o, s for each of {leaf.shape}, got {axes!r}")
-        elif not jnp.issubdtype(leaf.dtype, jnp.floating):
-            problems.append(f"{name}: must be floating, got {leaf.dtype}")
-        else:
-            groups = [tuple(i for i, letter in enumerate(axes) if letter == group) for group in "sio"]
-            found[name] = last, leaf, Layout(leaf.shape, *groups)
-    if problems:
-        raise ModelError("LoRA cannot be attached to these weights:\n  " + "\n  ".join(problems))
-    return found
+
+    def added(path: Any, leaf: Any) -> Any:
+        weight = weights.get(dotted(path))
+        return leaf if weight is None else weight.layout.added(leaf, *weight.leaves(lora), scaling)
+
+    return jax.tree_util.tree_map_with_path(added, params)
 
 
-def merged(model: Any) -> Any:
-    """The model with its factors in the weights, and no LoRA.
+def merged(model: LinenModel | PytreeModel) -> LinenModel | PytreeModel:
+    """Return the model with its factors added to the weights, and without LoRA.
 
     Raises:
         ModelError: no LoRA in it.
@@ -144,31 +169,6 @@ def merged(model: Any) -> Any:
         )
     if isinstance(model, PytreeModel):
         return model.replace(params=model.effective(), lora={}, layouts=())
-    layouts = {name: (param, layout) for name, param, layout in model.layouts}
-
-    def summed(path: Any, leaf: Any) -> Any:
-        name, _, last = dotted(path).rpartition(".")
-        if name not in model.lora or last != layouts[name][0]:
-            return leaf
-        param, layout = layouts[name]
-        delta = layout.product(model.lora[name][f"{param}_lora_a"], model.lora[name][f"{param}_lora_b"])
-        return (leaf.astype(delta.dtype) + model.scaling * delta).astype(leaf.dtype)
-
-    params = jax.tree_util.tree_map_with_path(summed, model.variables["params"])
+    weights = {weight.path: weight for weight in model.layouts if weight.layer in model.lora}
+    params = with_added(model.variables["params"], model.lora, weights, model.scaling)
     return model.replace(variables={**model.variables, "params": params}, lora={}, layouts=())
-
-
-def dotted(path: Any) -> str:
-    """A key path of jax.tree_util as one name."""
-    parts = []
-    for key in path:
-        for attribute in ("key", "name", "idx"):
-            if hasattr(key, attribute):
-                parts.append(str(getattr(key, attribute)))
-                break
-    return ".".join(parts)
-
-
-def _is_embedding(node: Any) -> bool:
-    """Equinox's table of embeddings has two axes and is called "weight", and is no linear layer."""
-    return type(node).__name__ == "Embedding" and type(node).__module__.split(".")[0] == "equinox"

@@ -13,6 +13,7 @@ from lora_one.backends.jax import open_session, register_layer, unload
 from lora_one.backends.jax.layout import plain_layout
 from lora_one.backends.jax.nnx.layers import factors_of
 from lora_one.backends.jax.product import add_general
+from lora_one.core.sketch import Probe
 from lora_one.errors import BatchError, ConfigError, GradientError, ModelError
 from lora_one.initialization import initialize
 from tests.backends.jax.models import (
@@ -141,11 +142,14 @@ def test_only_the_factors_train_with_nnx_optimizer():
 
 
 def test_one_compilation_serves_all_passes_and_batches():
-    with open_session(
-        mlp(), BATCHES, squared_error, lora_one.Config(rank=2, passes=5, targets=["up", "down"])
-    ) as session:
+    traces = []
+
+    def loss_fn(model, batch):
+        traces.append(batch)
+        return squared_error(model, batch)
+
+    with open_session(mlp(), BATCHES, loss_fn, lora_one.Config(rank=2, passes=5, targets=["up", "down"])) as session:
         names = [layer.name for layer in session.layers]
-        from lora_one.core.sketch import Probe
 
         def probe(name, side):
             shape = {"up": {"A": (3, 8), "B": (12, 3)}, "down": {"A": (3, 9), "B": (7, 3)}}[name][side]
@@ -153,12 +157,20 @@ def test_one_compilation_serves_all_passes_and_batches():
             return Probe(side, x)
 
         session.sketch_pass({name: probe(name, "A") for name in names})
-        session.sketch_pass({name: probe(name, "B") for name in names})  # what surrounds the oracle compiles now
-        with counted_compilations() as found:
+        session.sketch_pass(
+            {name: probe(name, "B") for name in names}
+        )  # what surrounds the gradient function compiles now
+        with counted_compilations() as compilations:
             for side in "ABABA":
                 session.sketch_pass({name: probe(name, side) for name in names})
-        assert found == []
-        assert session.oracle.traces == session.oracle.compilations() == 1
+        assert compilations == []
+        assert len(traces) == session.attached.gradient_function.step._cache_size() == 1
+
+
+def test_a_session_that_is_not_open_says_so():
+    session = open_session(mlp(), BATCHES, squared_error, CONFIG)
+    with pytest.raises(RuntimeError, match="must be open: with open_session"):
+        session.mean_loss()
 
 
 def test_an_error_anywhere_leaves_the_model_as_it_was():

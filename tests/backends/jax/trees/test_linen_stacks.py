@@ -9,6 +9,7 @@ from flax import linen
 import lora_one
 from lora_one.backends.jax import LinenModel
 from lora_one.backends.jax.layout import plain_layout
+from lora_one.backends.jax.trees.models import AdaptedWeight
 from lora_one.errors import CheckpointError, ModelError
 from tests.backends.jax.models import regression, squared_error, step_of
 
@@ -182,7 +183,7 @@ def test_a_note_that_is_none_is_an_error(note, tmp_path, monkeypatch):
     monkeypatch.setattr("lora_one.backends.jax.files.note_of", lambda model: {"lora_one.linen_kernels": note})
     net = linen.Dense(4, name="d")
     model = LinenModel(net, {"params": {"d": {"kernel": np.ones((4, 4), "f"), "bias": np.ones(4, "f")}}})
-    layouts = (("d", "kernel", plain_layout((4, 4), 1, 1)),)
+    layouts = (AdaptedWeight("d", "kernel", plain_layout((4, 4), 1, 1)),)
     factors = {"kernel_lora_a": np.ones((4, 1), "f"), "kernel_lora_b": np.ones((1, 4), "f")}
     lora_one.save(model.replace(layouts=layouts, lora={"d": factors}), tmp_path)
     with pytest.raises(CheckpointError, match=r"its note lora_one\.linen_kernels cannot be read"):

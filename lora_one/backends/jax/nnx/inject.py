@@ -1,0 +1,114 @@
+"""Put LoRA into the linear layers of an NNX model, in place, and take it out again."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from lora_one.backends.jax.layout import Layout
+from lora_one.backends.jax.placement import full_spec, kernel_sharding
+from lora_one.backends.jax.sites import dotted, factor_dtype
+from lora_one.errors import ModelError
+
+from .layers import AdapterKind, is_linear, kind_of
+
+
+class Injected(NamedTuple):
+    """A layer that LoRA was put into."""
+
+    layer: nnx.Module
+    plain: type  # the layer's class before
+    names: list[str]  # the attributes that were added
+
+
+def linear_layers(model: nnx.Module) -> dict[str, nnx.Module]:
+    """Return the layers that LoRA may go to, adapted or not, by path."""
+    return {dotted(path): layer for path, layer in nnx.iter_graph(model) if is_linear(layer)}
+
+
+def inject(model: nnx.Module, plan: dict[str, tuple[int, float]]) -> list[Injected]:
+    """Give layers their LoRA class and zero factors.
+
+    Args:
+        model: changed in place.
+        plan: name -> (rank, scaling).
+
+    Returns:
+        What `take_out` needs to restore the model.
+
+    Raises:
+        ModelError: names every layer that cannot be adapted, with the reason; then no layer has been changed.
+    """
+    layers = linear_layers(model)
+    problems, ready = [], []
+    for name in plan:
+        try:
+            ready.append((name, layers[name], *_checked(layers[name])))
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise ModelError("LoRA cannot be attached to these layers:\n  " + "\n  ".join(problems))
+    return [_inject(layer, kind, layout, *plan[name]) for name, layer, kind, layout in ready]
+
+
+def take_out(injected: list[Injected]) -> None:
+    """Make adapted layers plain again, without their factors."""
+    for layer, plain, names in injected:
+        object.__setattr__(layer, "__class__", plain)
+        for name in names:
+            if hasattr(layer, name):
+                delattr(layer, name)
+
+
+def _checked(layer: nnx.Module) -> tuple[AdapterKind, Layout]:
+    """Return how a layer is adapted; raise ValueError with the reason if it cannot be."""
+    kind = kind_of(layer)
+    if kind is None:
+        raise ValueError(f"it is a {type(layer).__name__}")
+    kernel = getattr(layer, kind.param)
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise ValueError(f"its {kind.param} must be floating, got {kernel.dtype}")
+    _check_divides(kernel)
+    return kind, kind.layout(layer)
+
+
+def _inject(layer: nnx.Module, kind: AdapterKind, layout: Layout, rank: int, scaling: float) -> Injected:
+    kernel = getattr(layer, kind.param)
+    dtype, spec = factor_dtype(kernel), _metadata_spec(kernel)
+    a, b, scale = (f"{kind.param}_lora_{part}" for part in ("a", "b", "scale"))
+    injected = Injected(layer, type(layer), [a, b, scale])
+    for name, shape, factor_spec in (
+        (a, layout.a_shape(rank), layout.a_spec),
+        (b, layout.b_shape(rank), layout.b_spec),
+    ):
+        metadata = {} if spec is None else {"out_sharding": factor_spec(spec), **_mesh_metadata(kernel)}
+        setattr(layer, name, nnx.LoRAParam(jnp.zeros(shape, dtype), eager_sharding=False, **metadata))
+    setattr(layer, scale, scaling)
+    object.__setattr__(layer, "__class__", kind.adapted)
+    return injected
+
+
+def _metadata_spec(kernel: nnx.Variable) -> tuple[Any, ...] | None:
+    spec = kernel.get_metadata().get("out_sharding")
+    return None if spec is None else full_spec(getattr(spec, "spec", spec), kernel.ndim)
+
+
+def _check_divides(kernel: nnx.Variable) -> None:
+    """Raise ValueError where the metadata shards an axis that the mesh does not divide."""
+    sharding, spec = kernel_sharding(kernel.get_raw_value()), _metadata_spec(kernel)
+    if not isinstance(sharding, NamedSharding) or spec is None:
+        return
+    for size, entry in zip(kernel.shape, spec, strict=True):
+        names = entry if isinstance(entry, tuple) else (entry,)
+        parts = math.prod(sharding.mesh.shape.get(name, 1) for name in names if isinstance(name, str))
+        if size % parts:
+            raise ValueError(
+                f"its kernel {kernel.shape} has out_sharding {spec}, but mesh axis {entry!r} has {parts} devices, "
+                f"which do not divide {size}: choose a mesh that does, or leave the axis whole"
+            )
+
+
+def _mesh_metadata(kernel: nnx.Variable) -> dict[str, Any]:
+    return {name: kernel.get_metadata()[name] for name in ("sharding_rules", "mesh") if name in kernel.get_metadata()}

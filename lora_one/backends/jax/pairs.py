@@ -1,0 +1,101 @@
+"""The LoRA pairs in a tree of parameters: where they are, and what their axes mean."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from lora_one.config import Config
+from lora_one.errors import ModelError
+
+from .layout import Layout, plain_layout
+from .nnx.adopt import find_adapters
+from .sites import key_names
+from .trees.models import LinenModel, PytreeModel
+
+Path = tuple[str, ...]
+
+
+class PairPlaces(NamedTuple):
+    """The places of a pair's two leaves in the list of a tree's leaves."""
+
+    a: int
+    b: int
+
+
+def find_pairs(tree: Any) -> dict[Path, PairPlaces]:
+    """Return the LoRA pairs of a tree, in its order, by their path up to `..._lora`.
+
+    Raises:
+        ModelError: a factor without its other.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    sides: dict[str, dict[Path, int]] = {"a": {}, "b": {}}
+    for place, (keys, _) in enumerate(leaves):
+        names = key_names(keys)
+        for depth in range(len(names) - 1, -1, -1):
+            if names[depth].endswith(("lora_a", "lora_b")):
+                side, stem = names[depth][-1], names[depth][:-2]
+                sides[side][(*names[:depth], stem)] = place
+                break
+    lonely = sorted(sides["a"].keys() ^ sides["b"].keys())
+    if lonely:
+        missing = "; ".join(f"{'.'.join(path)}_{'b' if path in sides['a'] else 'a'}" for path in lonely)
+        raise ModelError(
+            f"each lora_a needs its lora_b in the same tree, got none for: {missing}; is one of them masked or frozen?"
+        )
+    return {path: PairPlaces(place, sides["b"][path]) for path, place in sides["a"].items()}
+
+
+def pair_layouts(tree: Any, stack_axes: Mapping[Path, int] | None) -> list[tuple[PairPlaces, Layout]]:
+    """Return the LoRA pairs of a tree, each with the layout that its shapes give.
+
+    Args:
+        tree: parameters.
+        stack_axes: path of a pair -> number of axes in front that count matrices, where the shapes leave it open.
+
+    Raises:
+        ModelError: a factor without its other, or shapes that do not fit each other or leave the layout open.
+    """
+    leaves = jax.tree.leaves(tree)
+    stacked = stack_axes or {}
+    return [
+        (pair, _layout_of(path, leaves[pair.a].shape, leaves[pair.b].shape, stacked.get(path)))
+        for path, pair in find_pairs(tree).items()
+    ]
+
+
+def stacks_of(model: Any) -> dict[Path, int]:
+    """Return the number of axes that count matrices for each LoRA pair of a model.
+
+    Returns:
+        The pair's path, up to `..._lora`, in the tree of the model's factors -> axes in front.
+
+    Raises:
+        ModelError: no LoRA in the model.
+    """
+    if isinstance(model, nnx.Module):
+        layouts = {key_names(layer.a_path): layer.site.layout for layer in find_adapters(model, Config())}
+    elif isinstance(model, (LinenModel, PytreeModel)):
+        layouts = {(weight.layer, f"{weight.param}_lora_a"): weight.layout for weight in model.layouts}
+    else:
+        layouts = {}
+    if not layouts:
+        raise ModelError(f"the model must have LoRA layers, got none in {type(model).__name__}")
+    return {(*path[:-1], path[-1].removesuffix("_a")): len(layout.stack) for path, layout in layouts.items()}
+
+
+def _layout_of(path: Path, a: tuple[int, ...], b: tuple[int, ...], stack: int | None) -> Layout:
+    most = min(len(a), len(b)) - 2
+    fits = [n for n in range(most + 1) if a[:n] == b[:n] and a[-1] == b[n]]
+    if stack is not None:
+        fits = [n for n in fits if n == stack]
+    if len(fits) != 1:
+        what = "do not fit each other" if not fits else f"fit with {' or '.join(map(str, fits))} stacked axes"
+        raise ModelError(
+            f"{'.'.join(path)}_a and _b must be (stack..., in..., r) and (stack..., r, out...), got {a} and {b}, which "
+            f"{what}" + ("" if not fits else f": say which with stack_axes={{{path!r}: ...}}")
+        )
+    n = fits[0]
+    return plain_layout((*a[:-1], *b[n + 1 :]), len(a) - 1 - n, len(b) - 1 - n)

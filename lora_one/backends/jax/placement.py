@@ -1,0 +1,43 @@
+"""The places of arrays: on JAX's default device, on a named device, or sharded over a mesh."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+
+def full_spec(spec: Iterable[Any], ndim: int) -> tuple[Any, ...]:
+    """Return a partition spec with one entry per axis: JAX leaves out the last entries where they are None."""
+    entries = tuple(spec)
+    return (*entries, *[None] * (ndim - len(entries)))
+
+
+def kernel_sharding(kernel: Any) -> Sharding | None:
+    """Return the sharding of an array, on a mesh with one entry per axis; None for JAX's default device.
+
+    None is not the same as that device by name: the two compile differently.
+    """
+    if isinstance(kernel, jax.core.Tracer) or not _is_placed(kernel):
+        return None
+    if not isinstance(kernel.sharding, NamedSharding):
+        return kernel.sharding
+    return NamedSharding(kernel.sharding.mesh, PartitionSpec(*full_spec(kernel.sharding.spec, kernel.ndim)))
+
+
+def replicated(sharding: Sharding | None) -> Sharding | None:
+    """Return the sharding that puts a whole copy on each device of the given one."""
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
+
+
+def put(x: Array, sharding: Sharding | None) -> Array:
+    """Return `x` with the given sharding; None leaves it where it is."""
+    return x if sharding is None else jax.device_put(x, sharding)
+
+
+def _is_placed(kernel: Any) -> bool:
+    """Return whether an array was put somewhere, or an abstract array says where it will be."""
+    return (
+        kernel.sharding is not None if isinstance(kernel, jax.ShapeDtypeStruct) else getattr(kernel, "committed", False)
+    )
