@@ -4,6 +4,10 @@ Each message names the layer or batch, what was given, what was expected, and wh
 own, from `loss_fn` or the batches, passes through unchanged.
 """
 
+import sys
+import warnings
+from types import FrameType
+
 
 class LoraOneError(Exception):
     """The base class of everything that lora-one raises on purpose."""
@@ -75,3 +79,14 @@ class ChangingBatchesWarning(InitWarning):
 
 class UnderflowWarning(InitWarning):
     """Some gradients are too small for float16 at any scale of the loss."""
+
+
+def warn_user(message: str, category: type[Warning]) -> None:
+    """Warn, and name the user's line: the one that called into lora_one, however deep the warning arises."""
+    frame: FrameType | None = sys._getframe()
+    level = ours = 1
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+            ours = level  # the outermost frame of lora_one so far
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=ours + 1)

@@ -1,7 +1,6 @@
 """`init`, once LoRA is attached: passes -> spectra -> factors -> report. It is the same for every framework."""
 
 import time
-import warnings
 
 from .backends.interface import Layer, Session
 from .config import Config
@@ -9,7 +8,7 @@ from .core.factors import gradient_factors, normalized_factors, plain_factors
 from .core.omega import draw_omega
 from .core.ops import as_one_program
 from .core.spectrum import Spectrum
-from .errors import BatchError, GammaWarning, ModelError, UnderflowWarning, ZeroGradientWarning
+from .errors import BatchError, GammaWarning, ModelError, UnderflowWarning, ZeroGradientWarning, warn_user
 from .passes import Spectra, exact_gradients, sketch_gradients
 from .report import GammaTrial, LayerReport, Report, layer_report
 
@@ -141,11 +140,10 @@ def _assign_spectral(
         if trials[-1].loss <= base_loss:
             return gamma, trials
         if len(trials) == GAMMA_TRIALS:
-            warnings.warn(
+            warn_user(
                 f'gamma="auto": the loss on the init batches stays above the base model\'s {base_loss:.6g}, at '
                 f"{trials[-1].loss:.6g} for gamma {gamma:g}, the largest tried; is it the same at each call?",
                 GammaWarning,
-                stacklevel=4,
             )
             return gamma, trials
         gamma *= GAMMA_GROWTH
@@ -153,21 +151,19 @@ def _assign_spectral(
 
 def _warn_of_plain_layers(report: Report) -> None:
     if report.plain_layers:
-        warnings.warn(
+        warn_user(
             f"{len(report.plain_layers)} of {len(report.layers)} layers have no gradient on the init batches and keep "
             f"plain LoRA's start: {', '.join(report.plain_layers)}{_on_never_called(report.layers)}",
             ZeroGradientWarning,
-            stacklevel=4,
         )
 
 
 def _warn_of_underflow(report: Report) -> None:
     lost = {layer.name: layer.rounded_away for layer in report.layers if layer.rounded_away > ROUNDED_AWAY}
     if lost and report.backend == "torch":  # the other backends have warned during the pass
-        warnings.warn(
+        warn_user(
             f"float16 is too short of range for the gradients of {len(lost)} of {len(report.layers)} layers, at any "
             f"scale of the loss that the others allow: it may have lost up to {max(lost.values()):.2g} of their norm "
             f"in {', '.join(lost)}; load the model in bfloat16 or float32",
             UnderflowWarning,
-            stacklevel=4,
         )

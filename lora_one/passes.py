@@ -3,7 +3,6 @@
 Layers of equal shape and dtype go through the algorithm together, as one stack, if the session asks for it.
 """
 
-import warnings
 from collections import defaultdict
 from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from .core.ops import Array, Ops
 from .core.sketch import Probe, SketchState, advance, finish, probe, start
 from .core.spectrum import Spectrum
 from .core.stacking import one_of, stack_of, stacked, unstacked
-from .errors import ChangingBatchesWarning, GradientError
+from .errors import ChangingBatchesWarning, GradientError, warn_user
 from .report import share_of_best
 
 ENOUGH = 0.99  # share of the energy of the best rank-r gradient at which passes="auto" stops
@@ -125,11 +124,10 @@ def _or_zeros(ops: Ops, gradient: Array | None, probe: Probe, layer: Layer) -> A
 def _warn_if_batches_changed(results: list[PassResult], number: int) -> None:
     first, last = results[0].loss, results[-1].loss
     if abs(last - first) > SAME_LOSS * (1.0 + abs(first)):
-        warnings.warn(
+        warn_user(
             f"the loss on the init batches was {first:.6g} in pass 1 and {last:.6g} in pass {number}, "
             "expected the same: do the batches change from one reading to the next, is loss_fn random?",
             ChangingBatchesWarning,
-            stacklevel=5,
         )
 
 

@@ -1,12 +1,11 @@
 """Checks of batches, losses and optimizer settings, the same for every framework."""
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lora_one.config import Config
-from lora_one.errors import BatchError, ConfigError, GradientError, UnderflowWarning
+from lora_one.errors import BatchError, ConfigError, GradientError, UnderflowWarning, warn_user
 
 TOLERATED_UNDERFLOW = 0.01  # share of a layer's gradient norm that float16 may lose without a warning
 
@@ -71,7 +70,7 @@ def with_last(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
     yield current, True
 
 
-def warn_of_underflow(rounded_away: Mapping[str, float], is_lost: str, remedy: str, stacklevel: int) -> None:
+def warn_of_underflow(rounded_away: Mapping[str, float], is_lost: str, remedy: str) -> None:
     """Warn of layers whose gradients no loss scale brings into float16's range.
 
     Args:
@@ -82,9 +81,8 @@ def warn_of_underflow(rounded_away: Mapping[str, float], is_lost: str, remedy: s
     lost = {layer: share for layer, share in rounded_away.items() if share > TOLERATED_UNDERFLOW}
     if lost:
         worst = max(lost, key=lambda layer: lost[layer])
-        warnings.warn(
+        warn_user(
             f"float16 cannot hold the gradients of {len(lost)} layers beside the others', at any loss scale; of that "
             f"of {worst} about {min(lost[worst], 1.0):.0%} {is_lost}, see `rounded_away` in the report: {remedy}",
             UnderflowWarning,
-            stacklevel=stacklevel + 1,
         )

@@ -73,23 +73,20 @@ def attach_plain(model: nn.Module, config: Config) -> nn.Module:
     """
     with random_stream_kept():
         mx.random.seed(config.seed)
-        adapted = attach_lora(model, config, stacklevel=3)
+        adapted = attach_lora(model, config)
         mx.eval(adapted.trainable_parameters())
     return adapted
 
 
-def attach_lora(model: nn.Module, config: Config, stacklevel: int) -> nn.Module:
+def attach_lora(model: nn.Module, config: Config) -> nn.Module:
     """Freeze a plain model and put LoRA on its targets, in place, with its usual start. `Snapshot` can undo it.
-
-    Args:
-        stacklevel: frames from here to the user's call, for the warning.
 
     Warns:
         TargetsWarning: "all-linear" leaves weights out.
     """
     targets = find_targets(model, config.targets)
     if config.targets == "all-linear":
-        warn_of_left_out(model, targets, stacklevel + 1)
+        warn_of_left_out(model, targets)
     model.freeze()
     for place in targets:
         attach_layer(place, config.rank, config.scaling, config.dropout)

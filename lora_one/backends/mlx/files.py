@@ -1,6 +1,5 @@
 """Adapters of MLX models on disk: save them, and load them after checks. What is on disk is NumPy's until here."""
 
-import warnings
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,7 +15,7 @@ from lora_one.checkpoint.plain_lora import setting_problems
 from lora_one.checkpoint.tensors import STORED_NAMES
 from lora_one.checks import shown_names
 from lora_one.core.factors import Factors
-from lora_one.errors import CheckpointError
+from lora_one.errors import CheckpointError, warn_user
 
 from .attach import Site, attach_layer, find_sites, random_stream_kept
 from .layout import dropout_of, is_switch, read_pairs, set_dropout, write_pairs
@@ -35,11 +34,10 @@ def save(model: nn.Module, path: Path) -> None:
     lora = {f"{site.path}.{name}" for site in sites for name in ("lora_a", "lora_b")}
     others = [name for name in flat(model.trainable_parameters()) if name not in lora]
     if others:
-        warnings.warn(
+        warn_user(
             f"{len(others)} trainable parameters are no LoRA factors and are not saved with the adapter: "
             f"{shown_names(others, 4)}; freeze what is not trained, or save it with model.save_weights",
             UnsavedWarning,
-            stacklevel=3,
         )
     layers = {
         site.path: to_numpy(read_pairs(site.module), float(site.module.scale), is_switch(site.module)) for site in sites

@@ -4,7 +4,6 @@ The sum is in at least float32. mlx-lm's own `fuse` adds in the weight's dtype, 
 bfloat16 in any model, and it does not know the scales that nvfp4 gives each expert.
 """
 
-import warnings
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from lora_one.errors import ModelError
+from lora_one.errors import ModelError, warn_user
 
 from .attach import Site, find_sites, random_stream_kept
 from .layout import LoraModule, read_pairs
@@ -75,19 +74,17 @@ def _warn_of_losses(sites: list[Site], merged: list[Merged]) -> None:
     worst = max(rounding, key=lambda path: rounding[path])
     most = f"part of it is lost, the rounding is {rounding[worst]:.0%} of it in {worst}"
     if requantised:
-        warnings.warn(
+        warn_user(
             f"the adapter was merged into {requantised} quantised layers, and rounded to their grid: {most}; "
             "merge(model, dequantize=True) makes float layers that hold more of it; or keep the adapter by itself",
             RequantizeWarning,
-            stacklevel=4,
         )
     elif rounded:
         dtypes = " and ".join(sorted({str(layer.layer.weight.dtype).removeprefix("mlx.core.") for layer in merged}))
-        warnings.warn(
+        warn_user(
             f"the adapter was merged into {len(rounded)} layers of {dtypes}, and rounded to it: {most}; "
             "model.set_dtype(mx.float32) before merging keeps all of it; or keep the adapter by itself",
             RequantizeWarning,
-            stacklevel=4,
         )
 
 

@@ -134,7 +134,7 @@ class MlxSession:
             check_adapter_fits(sites, self._config)
         else:
             with random_stream_kept():
-                attach_lora(self.model, self._config, stacklevel=5)
+                attach_lora(self.model, self._config)
             sites = find_sites(self.model)
         self.layers = [layer for site in sites for layer in site.layers]
         entered = _Entered(

@@ -1,7 +1,6 @@
 """The layers of an MLX model that get LoRA, and the weights that "all-linear" leaves out."""
 
 import re
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from lora_one.backends.targets import Targets, matches, no_match
 from lora_one.checks import shown_names
-from lora_one.errors import ModelError, TargetsWarning
+from lora_one.errors import ModelError, TargetsWarning, warn_user
 
 from .tree import Place, places
 
@@ -107,7 +106,7 @@ def last_layers(model: nn.Module, num_layers: int, targets: str | tuple[str, ...
     return paths
 
 
-def warn_of_left_out(model: nn.Module, targets: list[Place], stacklevel: int) -> None:
+def warn_of_left_out(model: nn.Module, targets: list[Place]) -> None:
     """Warn of the weights that multiply activations and get no LoRA.
 
     Embeddings and the output layer are left out on purpose. Gates with one output and depthwise convolutions have no
@@ -125,12 +124,11 @@ def warn_of_left_out(model: nn.Module, targets: list[Place], stacklevel: int) ->
         f"{paths[0]} ({kind}{f'; {len(paths) - 1} more like it' if len(paths) > 1 else ''})"
         for (_, kind), paths in alike.items()
     ]
-    warnings.warn(
+    warn_user(
         f'"all-linear" leaves {sum(map(len, alike.values()))} weights without LoRA, and they stay frozen: '
         f"{shown_names(names)}; linear layers among them can be named in targets, mlx-lm has no LoRA layer for the "
         "others",
         TargetsWarning,
-        stacklevel=stacklevel,
     )
 
 

@@ -78,7 +78,7 @@ class TorchSession:
         with ExitStack() as stack:
             attachment = ReversibleAttachment(self._given, self._config)
             stack.push(attachment.close)
-            attachment.attach()  # not by enter_context: warnings count the frames up to the user's call
+            attachment.attach()
             self.model, self._had_adapter = attachment.model, attachment.had_adapter
             self.layers = [site.layer for site in attachment.sites.values()]
             stack.enter_context(settings_for_passes(self.model))

@@ -22,11 +22,12 @@ CONFIG = lora_one.Config(rank=2, gradient="exact")
 
 
 def said(model, batches, loss, config=CONFIG):
-    """The text of the TargetsWarning; empty if there is none."""
+    """The text of the TargetsWarning, which names the line of the call; empty if there is none."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         lora_one.init(model, batches, loss, config)
     found = [str(w.message) for w in seen if issubclass(w.category, TargetsWarning)]
+    assert {w.filename for w in seen if issubclass(w.category, TargetsWarning)} <= {__file__}
     assert len(found) <= 1
     return found[0] if found else ""
 

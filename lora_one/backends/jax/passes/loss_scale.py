@@ -51,7 +51,7 @@ class LossScale:
         """
         self.rounded_away = {site: error_above(float(change), 1.0 / STEP) for site, change in changes.items()}
         self._search = self._search.after_finite(max(self.rounded_away.values(), default=0.0), room=1.0)
-        warn_of_underflow(self.rounded_away, "or more is lost", "a model in bfloat16 or float32 keeps them", 6)
+        warn_of_underflow(self.rounded_away, "or more is lost", "a model in bfloat16 or float32 keeps them")
 
 
 def all_finite(tree: Any) -> jax.Array:

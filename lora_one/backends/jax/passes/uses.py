@@ -5,12 +5,11 @@ norm's scale, a table of positions that is added, and a rotation do not count; a
 """
 
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from lora_one.backends.targets import is_output_layer
-from lora_one.errors import TargetsWarning
+from lora_one.errors import TargetsWarning, warn_user
 
 from .loss_scale import inner_programs
 
@@ -54,12 +53,11 @@ def warn_of_left_out(names: Sequence[str | None], adapted: Iterable[str], uses: 
     left = {name for name in weights - adapted if name is not None and not is_output_layer(name.rpartition(".")[0])}
     if left:
         patterns = sorted({re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name) for name in left})
-        warnings.warn(
+        warn_user(
             f"no LoRA on {', '.join(patterns)}: the loss multiplies by these weights, but they are in no layer that is "
             f"known to be linear; it is on {len(adapted)} weights. To have it there: register_layer for an NNX layer "
             "of your own, axes={...} for a PytreeModel; to leave them out knowingly, name the targets",
             TargetsWarning,
-            stacklevel=5,
         )
 
 

@@ -78,7 +78,7 @@ class LossScale:
         """End the fitting, and warn of gradients that no scale brings into float16's range."""
         self.is_fitted = True
         remedy = "model.set_dtype(mx.bfloat16), or mx.float32, before init keeps them"
-        warn_of_underflow(self.rounded_away, "is lost", remedy, stacklevel=7)
+        warn_of_underflow(self.rounded_away, "is lost", remedy)
 
 
 def summary(gradient: mx.array) -> mx.array:

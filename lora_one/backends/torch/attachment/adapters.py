@@ -1,6 +1,5 @@
 """The adapter that a model has already: as a PeftModel, injected into its layers, or left by an earlier call."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from lora_one.errors import AdapterWarning, ModelError
+from lora_one.errors import AdapterWarning, ModelError, warn_user
 
 from .refusals import kind_of
 from .starts import check_base_is_whole
@@ -86,11 +85,8 @@ def is_leftover(model: nn.Module, adapted: peft.PeftModel | None) -> bool:
     return adapted is not None and adapted is not model and all(hasattr(c, _OURS) for c in adapted.peft_config.values())
 
 
-def take_out_leftover(model: nn.Module, stacklevel: int) -> None:
+def take_out_leftover(model: nn.Module) -> None:
     """Remove the adapter of an earlier call from its base model. A `Snapshot` can put it back.
-
-    Args:
-        stacklevel: frames from here to the user's call, for the warning.
 
     Raises:
         ModelError: the adapter is not ours, or it changed the base weights.
@@ -117,11 +113,10 @@ def take_out_leftover(model: nn.Module, stacklevel: int) -> None:
             elif isinstance(child, BaseTunerLayer):
                 module._modules[name] = child.get_base_layer()
     del model.peft_config
-    warnings.warn(
+    warn_user(
         "the model still has the adapter that an earlier call of init, load or attach_plain put into it, in place: it "
         "is taken out, and the model that this call returned loses it. To keep both, give each a base model of its own",
         AdapterWarning,
-        stacklevel=stacklevel,
     )
 
 

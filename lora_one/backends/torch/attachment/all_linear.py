@@ -1,7 +1,6 @@
 """The layers that "all-linear" puts LoRA on, and a warning that names the layers it leaves out."""
 
 import re
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_one.errors import ModelError, TargetsWarning
+from lora_one.errors import ModelError, TargetsWarning, warn_user
 
 from .snapshot import Snapshot
 from .tasks import heads
@@ -33,12 +32,8 @@ class RefusedByPeft(ModelError):
         self.name = name  # the last part of its path
 
 
-def on_all_linear(model: nn.Module, attach: Attach, stacklevel: int) -> peft.PeftModel:
-    """Put LoRA on every linear layer except the output layer, new heads, gates of one output, and what PEFT refuses.
-
-    Args:
-        stacklevel: frames from here to the user's call, for the warning.
-    """
+def on_all_linear(model: nn.Module, attach: Attach) -> peft.PeftModel:
+    """Put LoRA on every linear layer except the output layer, new heads, gates of one output, and what PEFT refuses."""
     before = Snapshot(model)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR)}
     excluded = [name for name, x in linear.items() if isinstance(x, nn.Linear) and 1 in (x.in_features, x.out_features)]
@@ -53,12 +48,11 @@ def on_all_linear(model: nn.Module, attach: Attach, stacklevel: int) -> peft.Pef
     trained = set(_config_of(attached).modules_to_save or ())
     left_out = {*wrapped, *linear} - {*started, *_output_layer(model)}
     if patterns := sorted({re.sub(r"\.\d+\.", ".*.", x) for x in left_out if trained.isdisjoint(x.split("."))}):
-        warnings.warn(
+        warn_user(
             f"no LoRA on {', '.join(patterns)}: gates of one output, routers, experts that are one parameter, what "
             f"PEFT takes for these, and layers of state-space models that their kernels do not call; it is on "
             f"{len(started)} linear layers. To have it elsewhere, name the targets",
             TargetsWarning,
-            stacklevel=stacklevel,
         )
     return attached
 

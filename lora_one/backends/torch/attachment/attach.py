@@ -86,22 +86,18 @@ def attach_plain(model: nn.Module, config: Config) -> peft.PeftModel:
         torch.default_generator.manual_seed(config.seed)
         before = Snapshot(model)
         try:
-            return attach_lora(model, config, stacklevel=3)
+            return attach_lora(model, config)
         except BaseException:
             before.restore()
             raise
 
 
-def attach_lora(model: nn.Module, config: Config, stacklevel: int) -> peft.PeftModel:
-    """Return a new PeftModel around a plain model, whose modules stay the same objects. A `Snapshot` undoes it.
-
-    Args:
-        stacklevel: frames from here to the user's call, for warnings.
-    """
-    take_out_leftover(model, stacklevel + 1)
+def attach_lora(model: nn.Module, config: Config) -> peft.PeftModel:
+    """Return a new PeftModel around a plain model, whose modules stay the same objects. A `Snapshot` undoes it."""
+    take_out_leftover(model)
     _check_modules_to_save(model, config.modules_to_save)
     attach = partial(_attached, model, config)
-    attached = on_all_linear(model, attach, stacklevel + 1) if config.targets == ALL_LINEAR else attach(config.targets)
+    attached = on_all_linear(model, attach) if config.targets == ALL_LINEAR else attach(config.targets)
     mark_as_ours(attached)
     return attached
 

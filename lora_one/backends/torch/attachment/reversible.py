@@ -39,7 +39,7 @@ class ReversibleAttachment:
         """Attach LoRA, or check and unfreeze the adapter that is there."""
         adapted = adapter_of(self.model)
         if adapted is None or is_leftover(self.model, adapted):
-            self.model = adapted = attach_lora(self.model, self._config, stacklevel=5)
+            self.model = adapted = attach_lora(self.model, self._config)
         else:
             self.had_adapter = True
             check_adapter_fits(adapted, self._config)

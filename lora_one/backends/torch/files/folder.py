@@ -111,7 +111,7 @@ def _refuse(folder: AdapterFolder, problems: list[str]) -> None:
 
 
 def _attach(model: nn.Module, config: peft.LoraConfig, folder: AdapterFolder) -> peft.PeftModel:
-    take_out_leftover(model, stacklevel=6)
+    take_out_leftover(model)
     name, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT warns if it changes this
     with quiet_peft():
         try:
