@@ -140,6 +140,7 @@ def test_gradients_that_no_scale_keeps_are_warned_of(dtype, share, warns):
         _, report = lora_one.init(Uneven(dtype, share), BATCHES, squared_error, CONFIG)
     found = [str(w.message) for w in seen if issubclass(w.category, UnderflowWarning)]
     assert len(found) == warns
+    assert {w.filename for w in seen if issubclass(w.category, UnderflowWarning)} <= {__file__}
     assert all("of that of small" in text for text in found)
     assert [layer.rounded_away > 0.01 for layer in report.layers] == [False, warns]
 

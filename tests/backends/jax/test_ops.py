@@ -21,9 +21,8 @@ def sketch(g, omega, passes=4, rank=3):
     """The state machine of `core`, with a matrix in the place of a model."""
     state = start(ops, omega, g.shape[0])
     for _ in range(passes):
-        lora_A, lora_B = probe(ops, state)
-        wanted = ops.matmul(g, lora_A.T) if lora_A is not None else ops.matmul(lora_B.T, g)
-        state = advance(ops, state, wanted)
+        side, factor = probe(ops, state)
+        state = advance(ops, state, ops.matmul(g, factor.T) if side == "A" else ops.matmul(factor.T, g))
     return normalized_factors(ops, finish(ops, state, rank), 128.0)
 
 
