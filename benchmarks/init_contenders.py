@@ -5,7 +5,6 @@ slowest peers run once.
 """
 
 import gc
-import importlib
 import statistics
 import tempfile
 import time
@@ -26,9 +25,9 @@ import lora_one
 from benchmarks.harness import MIB, peak_memory, synchronize
 from benchmarks.init_models import RANK, TARGETS, cases, random_llama, worst_energies
 from lora_one import passes as spectra
-from lora_one.backends import load_backend
 from lora_one.backends.torch.linalg import onednn as onednn_products
 from lora_one.backends.torch.passes.over_batches import Passes
+from lora_one.finetune.tuners import load_tuner
 from lora_one.finetune.tuners.torch.causal import TorchTuner
 
 Numbers = dict[str, float]
@@ -254,7 +253,7 @@ def _lora_config(**settings: Any) -> peft.LoraConfig:
 
 def _opener(backend: str) -> Callable[..., TorchTuner]:
     """The backend's own `open_tuner`."""
-    return importlib.import_module(f"{load_backend(backend).__name__}.tuner").open_tuner
+    return load_tuner(backend).open_tuner
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Fixtures that many tests share."""
 
 import os
+import sys
 
 import pytest
 
@@ -9,6 +10,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # matrices of tests are small: threads only wait for each other
 # On JAX tests compile hundreds of small programs and run each of them once: optimising them takes longer than they run.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """The same random tensors in each run, whichever tests ran before in the process."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

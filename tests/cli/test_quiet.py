@@ -112,7 +112,8 @@ def test_an_interrupted_command_ends_with_130(monkeypatch, capsys):
 
 def test_so_it_does_where_the_signal_is_a_real_one(tmp_path):
     code = (
-        "import lora_one.finetune.job, time\n"
+        "import lora_one.finetune.job, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background processes inherit that it is ignored
         "def wait(*a):\n"
         f"    open({str(tmp_path / 'begun')!r}, 'w').close()\n"
         "    time.sleep(60)\n"
