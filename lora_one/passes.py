@@ -109,7 +109,7 @@ def _advance_all(
         _check_finite(ops, layers, gradient, f"in pass {number}")
         states[layers] = advance(ops, state, gradient)
         # A lazy framework computes the state here, and frees the gradient.
-        ops.to_numpy(ops.sum(states[layers].coordinates[-1]))
+        ops.to_numpy(ops.sum(states[layers].bases.coordinates[-1]))
 
 
 def _or_zeros(ops: Ops, gradient: Array | None, probe: Probe, layer: Layer) -> Array:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_one.core import alignment, exact, factors, omega, precondition, sketch, step
+from lora_one.core import alignment, exact, factors, fold, omega, precondition, sketch, step
 from lora_one.core.factors import Factors
+from lora_one.core.gradient import Gradient, RowProduct, times, transposed_times
 from lora_one.core.ops import Array, Ops
 from lora_one.core.spectrum import Spectrum
 
@@ -123,6 +124,41 @@ def _sketch(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array
         if passes >= 2:
             spectra.extend(sketch.finish(ops, state, params["rank"]))
     return spectra
+
+
+def _fold(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
+    """The spectra after each batch, after a pass that reads both sides, and of two processes that merge.
+
+    Inputs are omega, the test matrix, and the gradients of the batches: G, or a pair of rows where `rows` says so.
+    """
+    start, test, *arrays = inputs
+    gradients: list[Gradient] = []
+    for is_rows in params["rows"]:
+        gradients.append(RowProduct(arrays.pop(0), arrays.pop(0)) if is_rows else arrays.pop(0))
+    shape, rank = gradients[0].shape, params["rank"]
+    state = first = fold.start_fold(ops, start, shape[0], test)
+    spectra: list[Array] = []
+    states = []
+    for gradient in gradients:
+        state = fold.fold(ops, state, gradient)
+        states.append(fold.fold(ops, first, gradient))
+        spectra.extend(fold.finish_fold(ops, state, rank))
+    g_v = sum(times(ops, gradient, state.v) for gradient in gradients)
+    g_u = sum(transposed_times(ops, gradient, state.u) for gradient in gradients)
+    spectra.extend(fold.finish_fold(ops, fold.read_both_sides(ops, state, g_v, g_u), rank))
+    spectra.extend(fold.finish_fold(ops, fold.merge_folds(ops, *states[:2]), rank))
+    return spectra
+
+
+def _fold_view(arrays: Host, inputs: Host, params: Params) -> View:
+    view: View = {}
+    size = len(Spectrum._fields)
+    batches = len(params["rows"])
+    names = [*(f"{index + 1} batches" for index in range(batches)), "both sides", "merged"]
+    for index, name in enumerate(names):
+        part = _spectrum_view(arrays[index * size : (index + 1) * size], inputs[2:], params)
+        view.update({f"{name}: {key}": value for key, value in part.items()})
+    return view
 
 
 def _sketch_view(arrays: Host, inputs: Host, params: Params) -> View:
@@ -265,6 +301,7 @@ COMPUTATIONS: dict[str, Computation] = {
     "omega": Computation(_omega, _unchanged),
     "exact spectrum": Computation(_exact, _spectrum_view, compiled=True),
     "sketch, after each pass": Computation(_sketch, _sketch_view, compiled=True),
+    "fold, after each batch": Computation(_fold, _fold_view, compiled=True),
     "factors, normalized": Computation(_factors("normalized"), _product_view, compiled=True),
     "factors, gradient": Computation(_factors("gradient"), _product_view),
     "factors, plain": Computation(_plain, _unchanged),

@@ -1,4 +1,10 @@
-"""Orthonormal bases that grow block by block, as tuples of blocks (rows, d)."""
+"""Orthonormal bases that grow block by block, as tuples of blocks (rows, d), and the bases of a block Krylov space.
+
+Products with G and with G^T alternate. Each yields a block of new directions, and the coordinates of G in the bases so
+far: block Golub-Kahan bidiagonalisation with full reorthogonalisation.
+"""
+
+from typing import NamedTuple
 
 from .arrays import split_by_projection
 from .ops import Array, Ops, as_one_program
@@ -50,3 +56,71 @@ def new_directions(ops: Ops, remainder: Array, basis: tuple[Array, ...], k: int)
         for _ in range(2 if crowded else 1):
             q, _ = ops.qr(project_out(ops, q, basis)[0])
     return q if d == k else ops.concat([q, ops.zeros((*remainder.shape[:-1], k - d), like=remainder)], axis=-1)
+
+
+class KrylovBases(NamedTuple):
+    """Two orthonormal bases, and the coordinates of G in them.
+
+    The blocks of each basis are (., d), d <= k, and orthonormal together. The product with G lies in the span of the
+    blocks known by then and of the block that it adds, so only its coordinates are kept. The shapes below are for one
+    layer; for a stack of layers, all arrays have a leading axis.
+    """
+
+    next_probe: Array  # (in, k) before odd products, (out, k) before even ones
+    right: tuple[Array, ...] = ()  # blocks V_j, (in, d)
+    left: tuple[Array, ...] = ()  # blocks Q_j, (out, d)
+    # Of product 1, 3, ...: [Q_1 ... Q_j]^T G V_j, (j k, d); of product 2, 4, ...: [V_1 ... V_{j+1}]^T G^T Q_j,
+    # (j k + k, d).
+    coordinates: tuple[Array, ...] = ()
+
+    @property
+    def products(self) -> int:
+        """The number of products that the bases were made from."""
+        return len(self.coordinates)
+
+
+def extend(ops: Ops, bases: KrylovBases, product: Array) -> KrylovBases:
+    """Return the bases after one product more.
+
+    Args:
+        product: of G with `next_probe`, (out, k), before odd products; of G^T with it, (in, k), before even ones.
+    """
+    k = bases.next_probe.shape[-1]
+    if bases.products % 2 == 0:
+        probed = fit_block(bases.next_probe, bases.right)
+        basis = bases.left
+        bases = bases._replace(right=(*bases.right, probed))
+    else:
+        probed = fit_block(bases.next_probe, bases.left)
+        basis = bases.right
+        bases = bases._replace(left=(*bases.left, probed))
+    x = product[..., : probed.shape[-1]]
+    remainder, coordinates = project_out(ops, x, basis)  # (., d), each (d, d)
+    block = new_directions(ops, remainder, basis, k)
+    coordinates.append(ops.matmul(ops.matrix_transpose(fit_block(block, basis)), x))
+    return bases._replace(next_probe=block, coordinates=(*bases.coordinates, ops.concat(coordinates, axis=-2)))
+
+
+def completed(bases: KrylovBases) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """The left and the right basis with the block that the last product added: G is known in these."""
+    left, right = bases.left, bases.right
+    if bases.products % 2 == 0:
+        return left, (*right, fit_block(bases.next_probe, right))
+    return (*left, fit_block(bases.next_probe, left)), right
+
+
+def projected(ops: Ops, coordinates: tuple[Array, ...]) -> Array:
+    """G in the completed bases, (K, K'): rows of the left basis, columns of the right one."""
+    # Take the products on the same side as the last one. Their blocks follow one another, and each product knows only
+    # the blocks up to its own: zeros fill up its coordinates.
+    products = len(coordinates)
+    same_side = coordinates[(products - 1) % 2 :: 2]
+    filled = [_with_rows(ops, x, same_side[-1].shape[-2]) for x in same_side]
+    matrix = ops.concat(filled, axis=-1)
+    return matrix if products % 2 else ops.matrix_transpose(matrix)
+
+
+def _with_rows(ops: Ops, x: Array, rows: int) -> Array:
+    """Append zero rows to x until it has the given number of rows."""
+    missing = rows - x.shape[-2]
+    return ops.concat([x, ops.zeros((*x.shape[:-2], missing, x.shape[-1]), like=x)], axis=-2) if missing else x

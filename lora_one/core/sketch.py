@@ -28,7 +28,7 @@ a GPU otherwise waits for.
 from typing import Literal, NamedTuple
 
 from .arrays import thin_svd
-from .bases import columns, fit_block, new_directions, project_out
+from .bases import KrylovBases, columns, completed, extend, projected
 from .estimates import ResidualEstimate, estimate_norms, estimate_residual
 from .ops import Array, Ops, as_one_program
 from .spectrum import Spectrum, fully_seen, of_descent
@@ -47,19 +47,10 @@ class Probe(NamedTuple):
 
 
 class SketchState(NamedTuple):
-    """All that the passes so far have learnt about G: two orthonormal bases, and the coordinates of G in them.
+    """All that the passes so far have learnt about G. For a stack of layers, all arrays have a leading axis."""
 
-    The blocks of each basis are (., d), d <= k, and orthonormal together. The product that a pass yields lies in the
-    span of the blocks known by then and of the block that it adds, so only its coordinates are kept. The shapes below
-    are for one layer; for a stack of layers, all arrays have a leading axis.
-    """
-
-    next_probe: Array  # (in, k) before odd passes, (out, k) before even ones
-    right: tuple[Array, ...]  # blocks V_j, (in, d)
-    left: tuple[Array, ...]  # blocks Q_j, (out, d)
-    # Of pass 1, 3, ...: [Q_1 ... Q_j]^T G V_j, (j k, d); of pass 2, 4, ...: [V_1 ... V_{j+1}]^T G^T Q_j, (j k + k, d).
-    coordinates: tuple[Array, ...]
-    mixing: Array  # (k, k): omega = right[0] @ mixing
+    bases: KrylovBases
+    mixing: Array  # (k, k): omega = bases.right[0] @ mixing
     scale: Array  # (), this and the next two: see `ResidualEstimate`
     residual: Array  # ()
     residual_variance: Array  # ()
@@ -67,7 +58,7 @@ class SketchState(NamedTuple):
     @property
     def passes(self) -> int:
         """The number of gradients that the state has taken in."""
-        return len(self.coordinates)
+        return self.bases.products
 
 
 def start(ops: Ops, omega: Array, out_features: int) -> SketchState:
@@ -84,14 +75,14 @@ def start(ops: Ops, omega: Array, out_features: int) -> SketchState:
     # are when the passes stop after an odd one.
     v, mixing = ops.qr(omega)  # (in, k), (k, k)
     zero = ops.zeros(omega.shape[:-2], like=omega)
-    return SketchState(v, (), (), (), mixing, zero, zero, zero)
+    return SketchState(KrylovBases(v), mixing, zero, zero, zero)
 
 
 def probe(ops: Ops, state: SketchState) -> Probe:
     """Return the factor to install in the next pass."""
     if state.passes % 2 == 0:
-        return Probe("A", ops.matrix_transpose(state.next_probe))
-    return Probe("B", state.next_probe)
+        return Probe("A", ops.matrix_transpose(state.bases.next_probe))
+    return Probe("B", state.bases.next_probe)
 
 
 def advance(ops: Ops, state: SketchState, gradient: Array) -> SketchState:
@@ -101,21 +92,11 @@ def advance(ops: Ops, state: SketchState, gradient: Array) -> SketchState:
         gradient: the gradient of the factor that was zero: lora_B's, (out, k), after a pass with lora_A installed;
             lora_A's, (k, in), after one with lora_B. In the dtype of the state.
     """
-    if state.passes % 2 == 0:
-        if state.passes == 0:
-            estimate = as_one_program(ops, estimate_residual)(gradient, state.mixing)
-            state = state._replace(**estimate._asdict())
-        probed = fit_block(state.next_probe, state.right)
-        x, basis = gradient[..., : probed.shape[-1]], state.left  # (out, d) = G V
-        state = state._replace(right=(*state.right, probed))
-    else:
-        probed = fit_block(state.next_probe, state.left)
-        x, basis = ops.matrix_transpose(gradient[..., : probed.shape[-1], :]), state.right  # (in, d) = G^T Q
-        state = state._replace(left=(*state.left, probed))
-    remainder, coordinates = project_out(ops, x, basis)  # (., d), each (d, d)
-    block = new_directions(ops, remainder, basis, state.next_probe.shape[-1])
-    coordinates.append(ops.matmul(ops.matrix_transpose(fit_block(block, basis)), x))
-    return state._replace(next_probe=block, coordinates=(*state.coordinates, ops.concat(coordinates, axis=-2)))
+    if state.passes == 0:
+        estimate = as_one_program(ops, estimate_residual)(gradient, state.mixing)
+        state = state._replace(**estimate._asdict())
+    product = gradient if state.passes % 2 == 0 else ops.matrix_transpose(gradient)  # G V, (out, k), or G^T Q, (in, k)
+    return state._replace(bases=extend(ops, state.bases, product))
 
 
 def advance_on(ops: Ops, state: SketchState, gradient: Array) -> SketchState:
@@ -130,18 +111,15 @@ def finish(ops: Ops, state: SketchState, rank: int) -> Spectrum:
     """The leading triplets of -G projected on all directions probed so far (block Krylov), after >= 2 passes."""
     if state.passes < 2:
         raise ValueError(f"a sketch needs at least 2 passes, got {state.passes}")
-    left, right = state.left, state.right
-    if state.passes % 2 == 0:
-        right = (*right, fit_block(state.next_probe, right))
-    else:
-        left = (*left, fit_block(state.next_probe, left))
+    bases = state.bases
+    left, right = completed(bases)
     directions = min(columns(left), columns(right))
     if rank > directions:
         raise ValueError(f"rank must be <= {directions}, the directions probed, got {rank}")
-    whole = columns(state.left) == left[0].shape[-2] or columns(state.right) == right[0].shape[-2]
+    whole = columns(bases.left) == left[0].shape[-2] or columns(bases.right) == right[0].shape[-2]
     estimate = ResidualEstimate(state.scale, state.residual, state.residual_variance)
     in_bases = as_one_program(ops, _spectrum_in_bases, ("rank", "whole"))
-    inside = in_bases(state.coordinates, estimate, rank=rank, whole=whole)
+    inside = in_bases(bases.coordinates, estimate, rank=rank, whole=whole)
     return as_one_program(ops, _to_full_space)(inside, left, right)
 
 
@@ -151,17 +129,17 @@ def _spectrum_in_bases(
     """The spectrum of G in the coordinates of the bases: u is (K, r), vt is (r, K), and signs are not set.
 
     Args:
-        coordinates: those of the state.
+        coordinates: those of the bases.
         estimate: that of the state.
         rank: the number of triplets.
         whole: whether one of the bases spans its space, so that all of G was seen.
     """
     passes = len(coordinates)
-    u, s, vt = thin_svd(ops, _projected(ops, coordinates, passes))
+    u, s, vt = thin_svd(ops, projected(ops, coordinates))
     if whole:
         return fully_seen(ops, u, s, vt, rank)
     earlier = range(max(1, passes - 3), passes)
-    earlier_values = [ops.svdvals(_projected(ops, coordinates, number)) for number in earlier]
+    earlier_values = [ops.svdvals(projected(ops, coordinates[:number])) for number in earlier]
     norms = estimate_norms(ops, s, earlier_values, coordinates[1], estimate, rank)
     return Spectrum(u[..., :rank], s[..., :rank], vt[..., :rank, :], **norms)
 
@@ -171,19 +149,3 @@ def _to_full_space(ops: Ops, inside: Spectrum, left: tuple[Array, ...], right: t
     u = ops.matmul(ops.concat(left, axis=-1), inside.u)  # (out, r)
     vt = ops.matmul(inside.vt, ops.matrix_transpose(ops.concat(right, axis=-1)))  # (r, in)
     return of_descent(ops, inside._replace(u=u, vt=vt))
-
-
-def _projected(ops: Ops, coordinates: tuple[Array, ...], passes: int) -> Array:
-    """G in the bases after the given number of passes, (K, K'): rows of the left basis, columns of the right one."""
-    # Take the passes that probed the same side as the last one. Their blocks follow one another, and each pass knows
-    # only the blocks up to its own: zeros fill up its coordinates.
-    same_side = coordinates[(passes - 1) % 2 : passes : 2]
-    filled = [_with_rows(ops, x, same_side[-1].shape[-2]) for x in same_side]
-    projected = ops.concat(filled, axis=-1)
-    return projected if passes % 2 else ops.matrix_transpose(projected)
-
-
-def _with_rows(ops: Ops, x: Array, rows: int) -> Array:
-    """Append zero rows to x until it has the given number of rows."""
-    missing = rows - x.shape[-2]
-    return ops.concat([x, ops.zeros((*x.shape[:-2], missing, x.shape[-1]), like=x)], axis=-2) if missing else x

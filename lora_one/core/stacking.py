@@ -33,4 +33,7 @@ def one_of(stack: Arrays, index: int, count: int) -> Arrays:
 def _at(field: Any, index: int) -> Any:
     if field is None:
         return None
-    return tuple(_at(part, index) for part in field) if isinstance(field, tuple) else field[index]
+    if not isinstance(field, tuple):
+        return field[index]
+    parts = [_at(part, index) for part in field]
+    return type(field)(*parts) if hasattr(field, "_fields") else tuple(parts)

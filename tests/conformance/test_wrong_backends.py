@@ -9,8 +9,9 @@ import pytest
 from lora_one.backends.numpy.ops import NumpyOps
 from lora_one.conformance import Check, Target, checks, run
 from lora_one.conformance.computations import problems
-from lora_one.core import alignment, exact, factors, omega, precondition, sketch, step
+from lora_one.core import alignment, bases, exact, factors, fold, omega, precondition, sketch, step
 from lora_one.core.factors import Factors
+from lora_one.core.gradient import RowProduct
 
 
 def target(ops: Any = None, **fields: Any) -> Target:
@@ -143,6 +144,7 @@ TRUE = {
         omega: ("draw_omega",),
         exact: ("exact_spectrum",),
         sketch: ("start", "probe", "advance", "finish"),
+        fold: ("fold", "read_both_sides", "merge_folds", "finish_fold"),
         factors: ("normalized_factors", "gradient_factors", "plain_factors"),
         precondition: ("precondition", "damped_inverse"),
         step: ("gradient_descent", "adamw", "_adamw"),
@@ -163,11 +165,19 @@ def _power_scaled(ops, spectrum, gamma):
 
 def _probes_omega_again(ops, state, gradient):
     fresh = TRUE["advance"](ops, state, gradient)
-    return fresh._replace(next_probe=state.next_probe) if fresh.passes == 2 else fresh
+    return fresh._replace(bases=fresh.bases._replace(next_probe=state.bases.next_probe)) if fresh.passes == 2 else fresh
 
 
 def _without_reorthogonalization(ops, remainder, basis, k):
     return ops.qr(remainder[:, :k])[0]
+
+
+def _negated(gradient):
+    return RowProduct(-gradient.dy, gradient.x) if isinstance(gradient, RowProduct) else -gradient
+
+
+def _merged_but_for_the_test(ops, state, other):
+    return TRUE["merge_folds"](ops, state, other)._replace(tested=state.tested)
 
 
 def _sequential_descent(ops, pair, gradient, rate, reg, damping):
@@ -213,7 +223,15 @@ WRONG_STEPS: list[tuple[str, Any, str, Callable[..., Any]]] = [
     ("sketch, after each pass", sketch, "start", lambda ops, o, n: TRUE["start"](ops, o[::-1], n)),
     ("sketch, after each pass", sketch, "advance", lambda ops, s, g: TRUE["advance"](ops, s, -g)),
     ("sketch, after each pass", sketch, "advance", _probes_omega_again),
-    ("sketch, after each pass", sketch, "new_directions", _without_reorthogonalization),
+    ("sketch, after each pass", bases, "new_directions", _without_reorthogonalization),
+    ("fold, after each batch", fold, "fold", lambda ops, s, g: TRUE["fold"](ops, s, _negated(g))),
+    ("fold, after each batch", fold, "fold", lambda ops, s, g: TRUE["fold"](ops, s._replace(s=0 * s.s), g)),
+    ("fold, after each batch", fold, "PRODUCTS", 2),
+    ("fold, after each batch", fold, "finish_fold", lambda ops, s, r: TRUE["finish_fold"](ops, s, min(r + 1, 5))),
+    ("fold, after each batch", fold, "read_both_sides", lambda ops, s, *products: s),
+    ("fold, after each batch", fold, "read_both_sides", lambda o, s, v, u: TRUE["read_both_sides"](o, s, v, 0 * u)),
+    ("fold, after each batch", fold, "merge_folds", lambda ops, s, other: s),
+    ("fold, after each batch", fold, "merge_folds", _merged_but_for_the_test),
     ("factors, normalized", factors, "normalized_factors", _power_scaled),
     ("factors, normalized", factors, "normalized_factors", lambda o, s, g: TRUE["normalized_factors"](o, s, g**0.5)),
     ("factors, normalized", factors, "normalized_factors", lambda o, s, g: TRUE["gradient_factors"](o, s, 1 / g)),

@@ -124,15 +124,15 @@ def test_missing_energy_is_estimated_for_flat_spectra_too_after_even_and_after_o
 def test_a_state_is_its_bases_and_what_g_is_in_them(arrays):
     g = spectrum_matrix(60, 50, 1.0 / np.arange(1, 51))
     state = run_passes(arrays, g, 6, 5)
-    left = np.concatenate([arrays.numpy(q) for q in (*state.left, state.next_probe)], axis=1)  # (out, 18)
-    right = np.concatenate([arrays.numpy(v) for v in state.right], axis=1)  # (in, 18)
-    assert [x.shape for x in state.coordinates] == [(6, 6), (12, 6), (12, 6), (18, 6), (18, 6)]
+    left = np.concatenate([arrays.numpy(q) for q in (*state.bases.left, state.bases.next_probe)], axis=1)  # (out, 18)
+    right = np.concatenate([arrays.numpy(v) for v in state.bases.right], axis=1)  # (in, 18)
+    assert [x.shape for x in state.bases.coordinates] == [(6, 6), (12, 6), (12, 6), (18, 6), (18, 6)]
     inside = np.zeros((18, 18))
-    for j, x in enumerate(state.coordinates[::2]):
+    for j, x in enumerate(state.bases.coordinates[::2]):
         inside[: 6 * (j + 1), 6 * j : 6 * (j + 1)] = arrays.numpy(x)
     arrays.assert_close(inside, left.T @ g @ right)
     arrays.assert_close(left @ inside, g @ right)  # nothing of the products is lost
-    kept = sum(np.size(arrays.numpy(x)) for x in (*state.left, *state.right, state.next_probe))
+    kept = sum(np.size(arrays.numpy(x)) for x in (*state.bases.left, *state.bases.right, state.bases.next_probe))
     assert kept == 3 * 6 * (60 + 50)
 
 
@@ -151,7 +151,7 @@ def test_bases_of_all_passes_are_orthonormal_together_where_only_rounding_noise_
     """Rank 3 in a sketch of width 8: the second basis consists of noise, and must not repeat the first."""
     g = spectrum_matrix(9, 9, np.array([4.0, 2.0, 1.0]))
     state = run_passes(arrays, g, 8, 4, seed)
-    for blocks in (state.left, state.right):
+    for blocks in (state.bases.left, state.bases.right):
         basis = np.concatenate([arrays.numpy(block) for block in blocks], axis=1)
         arrays.assert_close(basis.T @ basis, np.eye(basis.shape[1]))
 
@@ -162,8 +162,8 @@ NOISY = {"low": np.ones(3), "steep": 0.5 ** np.arange(60), "tail": np.r_[np.ones
 @pytest.mark.parametrize("name", NOISY)
 def test_bases_are_orthonormal_where_two_projections_are_made_of_noise_in_a_wide_space(arrays, name):
     state = run_passes(arrays, spectrum_matrix(260, 200, NOISY[name]), 8, 8)
-    assert REORTHOGONALIZE_THRESHOLD * sum(block.shape[1] for block in state.right) < 200  # or it would be three
-    for blocks in (state.left, state.right):
+    assert REORTHOGONALIZE_THRESHOLD * sum(block.shape[1] for block in state.bases.right) < 200  # or it would be three
+    for blocks in (state.bases.left, state.bases.right):
         basis = np.concatenate([arrays.numpy(block) for block in blocks], axis=1)
         arrays.assert_close(basis.T @ basis, np.eye(basis.shape[1]))
 
@@ -208,7 +208,7 @@ def test_norm_and_unseen_are_estimated_a_little_large_and_within_their_error(pas
         norms.append(spectrum.norm)
         errors.append(spectrum.norm_error)
         unseen.append(spectrum.unseen)
-        everything = finish(arrays.ops, state, min(sum(q.shape[1] for q in state.left), 10 * (passes // 2)))
+        everything = finish(arrays.ops, state, min(sum(q.shape[1] for q in state.bases.left), 10 * (passes // 2)))
         missed.append(np.sqrt(max(0.0, truth**2 - np.sum(everything.s**2))))
     assert 1.0 < np.mean(norms) / truth < 1.04
     assert np.std(norms) == pytest.approx(np.mean(errors), rel=0.3)

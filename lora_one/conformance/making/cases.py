@@ -111,11 +111,27 @@ def _spectra() -> Iterator[Case]:
         yield Case("sketch, after each pass", name, [g, omega], {**params, "passes": 5})
         if compiled:
             yield Case("sketch, after each pass", "3 passes", [g, omega], {**params, "passes": 3}, compiled=True)
+        if name in _FOLDED:
+            yield _fold_case(name, g, omega, params)
         if not g.any():
             yield Case("factors, plain", name, [omega], {"rank": params["rank"], "out": g.shape[0]})
         elif params["gap"]:
             yield Case("factors, normalized", name, [g], {**params, "gamma": 128.0}, compiled=compiled)
             yield Case("factors, gradient", name, [g], {**params, "eta": 0.25})
+
+
+# Of these the singular values fall fast enough that cutting at k is well-posed.
+_FOLDED = ("tall", "wide", "zero", *SCALES)
+
+
+def _fold_case(name: str, g: np.ndarray, omega: np.ndarray, params: dict[str, Any]) -> Case:
+    """G as the gradient of the first batch, and the rows of a second one."""
+    rows, columns = g.shape
+    scale = SCALES.get(name, 1.0) if g.any() else 0.0
+    dy, x = _few_bits(_normal(120, 3, rows)), _few_bits(_normal(121, 3, columns)) * scale
+    test = draw_omega(0, "conformance, test", columns, 4).astype(np.float32).astype(np.float64)
+    settings = {**params, "rows": [False, True]}
+    return Case("fold, after each batch", name, [omega, test, g, dy, x], settings, compiled=name == "tall")
 
 
 def _pairs() -> Iterator[Case]:

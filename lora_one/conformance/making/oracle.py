@@ -121,6 +121,7 @@ _NAMED: dict[str, Callable[[Inputs, Params, float], View]] = {
     "omega": _omega,
     "exact spectrum": oracle_spectra.exact,
     "sketch, after each pass": oracle_spectra.sketch,
+    "fold, after each batch": oracle_spectra.fold,
     "factors, normalized": oracle_steps.normalized_factors,
     "factors, gradient": oracle_steps.gradient_factors,
     "factors, plain": oracle_steps.plain_factors,

@@ -1,6 +1,6 @@
 """The oracle of the spectra: LAPACK's other SVD, and for the sketch a projection in 60 digits.
 
-The projection is the orthogonal one on the block Krylov space that the passes span.
+The projection is the orthogonal one on the block Krylov space that the passes span, or the products of a fold.
 """
 
 import mpmath
@@ -45,6 +45,62 @@ def sketch(inputs: Inputs, params: Params, eps: float) -> View:
         after_pass = _spectrum(seen, params, norm, norm_error, unseen, best)
         view.update({f"{passes} passes: {name}": value for name, value in after_pass.items()})
     return view
+
+
+def fold(inputs: Inputs, params: Params, eps: float) -> View:
+    omega, test, *arrays = inputs
+    unit = np.max(np.abs(arrays[0])) or 1.0
+    gradients = []
+    for is_rows in params["rows"]:
+        gradients.append(arrays.pop(0).T @ arrays.pop(0) if is_rows else arrays.pop(0))
+    gradients = [gradient / unit for gradient in gradients]
+    k = omega.shape[1]
+
+    def renewed(before: np.ndarray, directions: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+        return _cut(_krylov_part(before + gradient, directions), k)
+
+    view: View = {}
+    running, v, total = np.zeros_like(gradients[0]), omega, np.zeros_like(gradients[0])
+    for number, gradient in enumerate(gradients, start=1):
+        running, total = renewed(running, v, gradient), total + gradient
+        v = gesvd(running)[2][:k].T
+        view |= _fold_view(f"{number} batches", running, total, test, params, k)
+    u, _, vt = gesvd(running)
+    u, v = u[:, :k], vt[:k].T
+    outside = (np.eye(len(u)) - u @ u.T) @ total @ (np.eye(len(v)) - v @ v.T)
+    view |= _fold_view("both sides", _cut(total - outside, k), total, test, params, k)
+    first, second = (renewed(np.zeros_like(total), omega, gradient) for gradient in gradients[:2])
+    view |= _fold_view("merged", _cut(first + second, k), total, test, params, k)
+    return view
+
+
+def _fold_view(name: str, running: np.ndarray, total: np.ndarray, test: np.ndarray, params: Params, k: int) -> View:
+    """The view of a running SVD, in units of the largest entry of the first gradient."""
+    r = params["rank"]
+    _, s, _ = gesvd(running)
+    distances = np.sum(((total - running) @ test) ** 2, axis=0)
+    unseen = float(np.mean(distances))
+    norm = float(np.sqrt(np.sum(s[:k] ** 2) + unseen))
+    variance = np.sum((distances - unseen) ** 2) / (len(distances) * (len(distances) - 1))
+    norm_error = np.sqrt(variance) / (2.0 * norm) if norm else 0.0
+    best = float(np.sqrt(np.sum(s[:r] ** 2) + min(unseen, r / 8 * s[k - 1] ** 2)))
+    view = _spectrum(running, params, norm, norm_error, unseen, best)
+    return {f"{name}: {key}": value for key, value in view.items()}
+
+
+def _krylov_part(h: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """H projected on range([H V, H H^T H V]), in many digits."""
+    mpmath.mp.dps = DIGITS
+    big = _long(h)
+    block = big @ _long(v)
+    q = _orthonormal(np.concatenate([block, big @ (big.T @ block)], axis=1))
+    return (q @ (q.T @ big)).astype(np.float64) if q.size else 0.0 * h
+
+
+def _cut(x: np.ndarray, k: int) -> np.ndarray:
+    """The best rank-k part."""
+    u, s, vt = gesvd(x)
+    return (u[:, :k] * s[:k]) @ vt[:k]
 
 
 def _spectrum(
