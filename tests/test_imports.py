@@ -111,6 +111,17 @@ def test_few_modules_lie_flat():
     assert len(list(ROOT.glob("*.py"))) <= 12
 
 
+def test_files_and_functions_are_short():
+    for module, file in FILES.items():
+        text = file.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 300, module
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = node.end_lineno - body[0].lineno + 1 if body else 0
+                assert lines <= 60, f"{module}.{node.name}"
+
+
 def test_core_imports_numpy_at_most():
     for module in FILES:
         if part(module) == "core":

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from lora_one.conformance.computations import COMPUTATIONS, View
+from lora_one.conformance.computations import COMPUTATIONS
 from lora_one.conformance.suite import relative_error
+from lora_one.conformance.types import View
 from lora_one.conformance.vectors import EPS, FILE, VERSION
 
 from .cases import Case, all_cases

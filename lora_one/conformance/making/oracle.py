@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_one.conformance.computations import View
+from lora_one.conformance.types import View
 
 from . import oracle_spectra, oracle_steps
 from .cases import Case

@@ -6,7 +6,7 @@ The projection is the orthogonal one on the block Krylov space that the passes s
 import mpmath
 import numpy as np
 
-from lora_one.conformance.computations import View
+from lora_one.conformance.types import View
 
 from .linalg import Inputs, Long, Params, gesvd, inverse
 

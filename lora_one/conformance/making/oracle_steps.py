@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.linalg
 
-from lora_one.conformance.computations import View
+from lora_one.conformance.types import View
 
 from .linalg import Inputs, Long, Params, gesvd, inverse
 
