@@ -5,8 +5,8 @@ own, from `loss_fn` or the batches, passes through unchanged.
 """
 
 import sys
+import types
 import warnings
-from types import FrameType
 
 
 class LoraOneError(Exception):
@@ -83,7 +83,7 @@ class UnderflowWarning(InitWarning):
 
 def warn_user(message: str, category: type[Warning]) -> None:
     """Warn, and name the user's line: the one that called into lora_one, however deep the warning arises."""
-    frame: FrameType | None = sys._getframe()
+    frame: types.FrameType | None = sys._getframe()
     level = ours = 1
     while frame is not None:
         if frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
