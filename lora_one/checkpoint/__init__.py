@@ -7,3 +7,7 @@ adapters.safetensors      mlx-lm: lora_a (in, r), lora_b (r, out), or (experts, 
                           another scale becomes a factor in lora_b
 lora_one.json             what made the adapter, and the report of its start
 """
+
+from .peft import check_folder, read_adapter, read_folder
+
+__all__ = ["check_folder", "read_adapter", "read_folder"]

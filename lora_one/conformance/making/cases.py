@@ -131,7 +131,7 @@ def _fold_case(name: str, g: np.ndarray, omega: np.ndarray, params: dict[str, An
     dy, x = _few_bits(_normal(120, 3, rows)), _few_bits(_normal(121, 3, columns)) * scale
     test = draw_omega(0, "conformance, test", columns, 4).astype(np.float32).astype(np.float64)
     settings = {**params, "rows": [False, True]}
-    return Case("fold, after each batch", name, [omega, test, g, dy, x], settings, compiled=name == "tall")
+    return Case("fold, after each batch", name, [omega, test, g, dy, x], settings)
 
 
 def _pairs() -> Iterator[Case]:
