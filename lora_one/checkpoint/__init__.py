@@ -8,6 +8,7 @@ adapters.safetensors      mlx-lm: lora_a (in, r), lora_b (r, out), or (experts, 
 lora_one.json             what made the adapter, and the report of its start
 """
 
+from .metadata import read_report
 from .peft import check_folder, read_adapter, read_folder
 
-__all__ = ["check_folder", "read_adapter", "read_folder"]
+__all__ = ["check_folder", "read_adapter", "read_folder", "read_report"]
