@@ -59,6 +59,13 @@ def smaller(ops: Ops, x: Array, y: Array) -> Array:
     return -ops.max(ops.stack([-x, -y]), axis=0)
 
 
+def mean_of_samples(ops: Ops, samples: Array) -> tuple[Array, Array]:
+    """The mean of independent samples, (..., p) -> (...), and the variance of that mean."""
+    p = samples.shape[-1]
+    mean = ops.sum(samples, axis=-1) / p
+    return mean, sum_of_squares(ops, samples - mean[..., None], axes=1) / (p * max(p - 1, 1))
+
+
 def split_by_projection(ops: Ops, x: Array, basis: Array) -> tuple[Array, Array]:
     """Split x, (n, k), by an orthonormal basis Q, (n, K): x - Q Q^T x, (n, k), and the coordinates Q^T x, (K, k)."""
     coordinates = ops.matmul(ops.matrix_transpose(basis), x)

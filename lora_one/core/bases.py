@@ -58,6 +58,19 @@ def new_directions(ops: Ops, remainder: Array, basis: tuple[Array, ...], k: int)
     return q if d == k else ops.concat([q, ops.zeros((*remainder.shape[:-1], k - d), like=remainder)], axis=-1)
 
 
+def grow(ops: Ops, basis: tuple[Array, ...], x: Array, k: int) -> tuple[Array, Array]:
+    """Find what x, (rows, d), adds to a basis.
+
+    Returns:
+        The new block, (rows, k), with zero columns where the space is exhausted; and the coordinates of x in the basis
+        and in the part of the block that fits.
+    """
+    remainder, coordinates = project_out(ops, x, basis)  # (rows, d), each (., d)
+    block = new_directions(ops, remainder, basis, k)
+    coordinates.append(ops.matmul(ops.matrix_transpose(fit_block(block, basis)), x))
+    return block, ops.concat(coordinates, axis=-2)
+
+
 class KrylovBases(NamedTuple):
     """Two orthonormal bases, and the coordinates of G in them.
 
@@ -94,11 +107,8 @@ def extend(ops: Ops, bases: KrylovBases, product: Array) -> KrylovBases:
         probed = fit_block(bases.next_probe, bases.left)
         basis = bases.right
         bases = bases._replace(left=(*bases.left, probed))
-    x = product[..., : probed.shape[-1]]
-    remainder, coordinates = project_out(ops, x, basis)  # (., d), each (d, d)
-    block = new_directions(ops, remainder, basis, k)
-    coordinates.append(ops.matmul(ops.matrix_transpose(fit_block(block, basis)), x))
-    return bases._replace(next_probe=block, coordinates=(*bases.coordinates, ops.concat(coordinates, axis=-2)))
+    block, coordinates = grow(ops, basis, product[..., : probed.shape[-1]], k)
+    return bases._replace(next_probe=block, coordinates=(*bases.coordinates, coordinates))
 
 
 def completed(bases: KrylovBases) -> tuple[tuple[Array, ...], tuple[Array, ...]]:

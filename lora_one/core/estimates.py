@@ -3,7 +3,7 @@
 import itertools
 from typing import NamedTuple
 
-from .arrays import at_least_zero, diagonal, largest_entry, nonzero, smaller, sum_of_squares
+from .arrays import at_least_zero, diagonal, largest_entry, mean_of_samples, nonzero, smaller, sum_of_squares
 from .ops import Array, Ops
 
 MIN_RELATIVE_GAIN = 1e-5  # of the energy: smaller differences between gains are not used as a divisor
@@ -38,9 +38,7 @@ def estimate_residual(ops: Ops, g_right: Array, mixing: Array) -> ResidualEstima
     floor = 4.0 * ops.eps(y) * trace + ops.eps(y)  # keeps the Gram positive definite, also for y = 0
     inverse = ops.cholesky_solve(gram + floor[..., None, None] * identity, identity)
     distance = 1.0 / diagonal(ops, inverse, identity)  # (k,), squared
-    mean = ops.sum(distance, axis=-1) / k
-    variance = sum_of_squares(ops, distance - mean[..., None], axes=1) / (k * max(k - 1, 1))
-    return ResidualEstimate(scale, mean, variance)
+    return ResidualEstimate(scale, *mean_of_samples(ops, distance))
 
 
 def estimate_norms(

@@ -24,8 +24,8 @@ Processes that saw different batches merge their states with `merge_folds`. `ini
 
 from typing import NamedTuple
 
-from .arrays import at_least_zero, nonzero, smaller, sum_of_squares, thin_svd
-from .bases import KrylovBases, completed, extend, fit_block, new_directions, project_out, projected
+from .arrays import mean_of_samples, nonzero, smaller, sum_of_squares, thin_svd
+from .bases import KrylovBases, completed, extend, fit_block, grow, projected
 from .gradient import Gradient, times, transposed_times
 from .ops import Array, Ops
 from .spectrum import Spectrum, of_descent
@@ -124,12 +124,10 @@ def finish_fold(ops: Ops, state: FoldState, rank: int) -> Spectrum:
     in_test = ops.matmul(ops.matrix_transpose(state.v), state.test) * s[..., None]  # (k, p)
     missed = state.tested / unit[..., None, None] - ops.matmul(state.u, in_test)  # (out, p)
     distances = ops.sum(missed * missed, axis=-2)  # (p,), each an unbiased estimate of the squared norm
-    p = distances.shape[-1]
-    unseen = ops.sum(distances, axis=-1) / p
-    spread = sum_of_squares(ops, distances - unseen[..., None], axes=1) / (p * max(p - 1, 1))
+    unseen, spread = mean_of_samples(ops, distances)
     norm = ops.sqrt(sum_of_squares(ops, s, axes=1) + unseen)
     held = sum_of_squares(ops, s[..., :rank], axes=1)
-    to_come = smaller(ops, at_least_zero(ops, unseen), rank / 8.0 * s[..., -1] * s[..., -1])
+    to_come = smaller(ops, unseen, rank / 8.0 * s[..., -1] * s[..., -1])
     return of_descent(
         ops,
         Spectrum(
@@ -146,10 +144,8 @@ def finish_fold(ops: Ops, state: FoldState, rank: int) -> Spectrum:
 
 def _grown(ops: Ops, basis: Array, x: Array) -> tuple[tuple[Array, ...], Array]:
     """A basis, (rows, k), with the directions that x, (rows, k), adds; and the coordinates of x in both, (k + d, k)."""
-    remainder, coordinates = project_out(ops, x, (basis,))
-    added = fit_block(new_directions(ops, remainder, (basis,), x.shape[-1]), (basis,))  # (rows, d)
-    coordinates.append(ops.matmul(ops.matrix_transpose(added), x))
-    return (basis, added), ops.concat(coordinates, axis=-2)
+    block, coordinates = grow(ops, (basis,), x, x.shape[-1])
+    return (basis, fit_block(block, (basis,))), coordinates
 
 
 def _truncated(ops: Ops, state: FoldState, left: tuple[Array, ...], core: Array, right: tuple[Array, ...]) -> FoldState:
