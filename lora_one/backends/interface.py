@@ -10,8 +10,10 @@ from typing import Any, NamedTuple, Protocol
 
 from lora_one.config import Config
 from lora_one.core.factors import Factors
+from lora_one.core.fold import FoldState
 from lora_one.core.gradient import Gradient
 from lora_one.core.ops import Array, Ops
+from lora_one.core.sides import Products, Sides
 from lora_one.core.sketch import Probe
 
 LossFn = Callable[[Any, Any], Any]  # (model, batch) -> mean loss, a scalar
@@ -45,6 +47,7 @@ class PassResult(NamedTuple):
     # layer -> the share of its gradient's norm that float16 may have lost, for layers that compute in float16
     rounded_away: Mapping[str, float] = MappingProxyType({})
     never_called: frozenset[str] = frozenset()  # layers that no forward pass called, and whose weights none read
+    not_folded: frozenset[str] = frozenset()  # after `fold_pass`: layers whose dy and x no code of the backend sees
 
 
 class Session(Protocol):
@@ -87,6 +90,42 @@ class Session(Protocol):
 
         The dtype is float32 or wider, whatever the dtype of the weights. Only device and dtype are used, so a scalar
         is enough.
+        """
+        ...
+
+    @property
+    def folds(self) -> bool:
+        """Whether `fold_pass` works for this model. If not, a start takes two passes instead of one."""
+        ...
+
+    def fold_pass(self, states: dict[str, FoldState]) -> tuple[PassResult, dict[str, FoldState | None]]:
+        """Run all batches backward, and renew each layer's state by what each batch adds to its gradient.
+
+        Call `lora_one.core.fold.fold` with the rows dy and x of the layer, or with their product. Rows of several small
+        batches may wait and be folded together. In a parallel run the processes merge their states by `merge_folds`,
+        so that all of them return the same.
+
+        Args:
+            states: one per layer, from `start_fold`; the dict may be emptied on the way, to free memory.
+
+        Returns:
+            The summary; and per layer the state of the mean over all batches, `of_mean`; None for a layer that no
+            gradient reached. Layers in `not_folded` have none either: they need `sides_pass`.
+        """
+        ...
+
+    def sides_pass(self, sides: Mapping[str, Sides]) -> tuple[PassResult, dict[str, Products | None]]:
+        """Run all batches backward, and read each layer's mean gradient G, (out, in), in the given directions.
+
+        The gradients of a LoRA pair give both products at once: see `lora_one.core.sides`. The scale is 1, and
+        afterwards the factors are what they were before.
+
+        Args:
+            sides: of all layers, or of some.
+
+        Returns:
+            The summary; and per layer G right and G^T left, in the dtype of `like`; None for a layer that no gradient
+            reached.
         """
         ...
 

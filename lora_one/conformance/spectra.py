@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_one.core import exact, fold, omega, sketch
+from lora_one.core import exact, fold, omega, sides, sketch
 from lora_one.core.gradient import Gradient, RowProduct, times, transposed_times
 from lora_one.core.ops import Array, Ops
 from lora_one.core.spectrum import Spectrum
@@ -52,7 +52,7 @@ def folded_spectra(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequenc
         spectra.extend(fold.finish_fold(ops, state, rank))
     g_v = sum(times(ops, gradient, state.v) for gradient in gradients)
     g_u = sum(transposed_times(ops, gradient, state.u) for gradient in gradients)
-    spectra.extend(fold.finish_fold(ops, fold.read_both_sides(ops, state, g_v, g_u), rank))
+    spectra.extend(fold.finish_fold(ops, fold.read_both_sides(ops, state, sides.Products(g_v, g_u)), rank))
     spectra.extend(fold.finish_fold(ops, fold.merge_folds(ops, *states[:2]), rank))
     return spectra
 

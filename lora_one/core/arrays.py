@@ -59,6 +59,11 @@ def smaller(ops: Ops, x: Array, y: Array) -> Array:
     return -ops.max(ops.stack([-x, -y]), axis=0)
 
 
+def larger(ops: Ops, x: Array, y: float) -> Array:
+    """The larger of x and a number, entry by entry."""
+    return y + at_least_zero(ops, x - y)
+
+
 def mean_of_samples(ops: Ops, samples: Array) -> tuple[Array, Array]:
     """The mean of independent samples, (..., p) -> (...), and the variance of that mean."""
     p = samples.shape[-1]

@@ -10,27 +10,30 @@ These are four products with H: a block Krylov method that starts from the V of 
 the rows dy and x that a backward pass has at hand; H is never formed. The state is k (m + n) numbers per layer, however
 many batches there are.
 
-A second pass reads both sides of the sum G at once. LoRA of rank 2k with A = [V^T; 0] and B = [0, U] has B A = 0, and
-its gradients are G V and U^T G:
-
     state = start_fold(ops, omega, out_features, test)
     for gradient in gradients:
         state = fold(ops, state, gradient)
-    state = read_both_sides(ops, state, g_v, g_u)  # optional
+    state = of_mean(ops, state, len(gradients))
     spectrum = finish_fold(ops, state, rank)
 
-Processes that saw different batches merge their states with `merge_folds`. `init` does not use this file yet.
+Another pass reads both sides of the whole G, `read_both_sides`, with the products that `core.sides` takes from LoRA's
+own gradients. Where no code sees dy and x, such passes are all there is: the first has random sides, and `aim` makes
+the bases of the second from what it read. Processes that saw different batches merge their states by `merge_folds`.
 """
 
 from typing import NamedTuple
 
-from .arrays import mean_of_samples, nonzero, smaller, sum_of_squares, thin_svd
+from .arrays import larger, mean_of_samples, nonzero, smaller, sum_of_squares, thin_svd
 from .bases import KrylovBases, completed, extend, fit_block, grow, projected
 from .gradient import Gradient, times, transposed_times
 from .ops import Array, Ops
-from .spectrum import Spectrum, of_descent
+from .sides import Products
+from .spectrum import Spectrum, fully_seen, of_descent
 
 PRODUCTS = 4  # with H, per batch; 2 lose a tenth of the energy, 6 gain nothing
+TEST_COLUMNS = 8  # Gaussian, to measure the norm of G
+TURN_OF_A_FOLD = 1.0 / 8.0  # measured on gradients of a pretrained encoder: an upper end, at ranks of 4 to 64
+LEAST_GAP = 1e-3  # 1 - (S_k / S_i)^2, below which it is no divisor
 
 
 class FoldState(NamedTuple):
@@ -39,6 +42,7 @@ class FoldState(NamedTuple):
     u: Array  # (out, k), orthonormal columns
     s: Array  # (k,), descending
     v: Array  # (in, k), orthonormal columns
+    turn: Array  # (k,), the share of each triplet by which its next renewal may turn it
     test: Array  # (in, p), Gaussian and not part of the SVD: its products say how large G is
     tested: Array  # (out, p), G test
 
@@ -57,7 +61,7 @@ def start_fold(ops: Ops, omega: Array, out_features: int, test: Array) -> FoldSt
     v, _ = ops.qr(omega)  # (in, k)
     batch = omega.shape[:-2]
     u, s = ops.zeros((*batch, out_features, k), like=omega), ops.zeros((*batch, k), like=omega)
-    return FoldState(u, s, v, test, ops.zeros((*batch, out_features, test.shape[-1]), like=omega))
+    return FoldState(u, s, v, s, test, ops.zeros((*batch, out_features, test.shape[-1]), like=omega))
 
 
 def fold(ops: Ops, state: FoldState, gradient: Gradient) -> FoldState:
@@ -76,22 +80,40 @@ def fold(ops: Ops, state: FoldState, gradient: Gradient) -> FoldState:
             product = transposed_times(ops, gradient, x) + ops.matmul(state.v, ops.matmul(ops.matrix_transpose(us), x))
         bases = extend(ops, bases, product)
     left, right = completed(bases)
-    state = _truncated(ops, state, left, projected(ops, bases.coordinates), right)
-    return state._replace(tested=state.tested + times(ops, gradient, state.test))
+    core = projected(ops, bases.coordinates)
+    return _truncated(ops, state, left, core, right)._replace(
+        turn=_turn_of_a_fold(ops, state), tested=state.tested + times(ops, gradient, state.test)
+    )
 
 
-def read_both_sides(ops: Ops, state: FoldState, g_v: Array, g_u: Array) -> FoldState:
-    """Return the state after a second pass over the same batches: all of G is known but the block outside U and V.
+def of_mean(ops: Ops, state: FoldState, count: int) -> FoldState:
+    """Return the state of a sum of `count` gradients, divided by that number."""
+    return state._replace(s=state.s / count, tested=state.tested / count)
+
+
+def aim(ops: Ops, state: FoldState, products: Products) -> FoldState:
+    """Return the state whose bases span what products with the bases so far gave. Of G it knows nothing in them yet.
 
     Args:
-        g_v: G V, (out, k).
-        g_u: G^T U, (in, k).
+        products: with right = [V | test], (in, k + p), and left = U.
     """
-    left, u_gv = _grown(ops, state.u, g_v)  # u_gv: [U Q]^T G V, (k + d, k)
-    right, v_gu = _grown(ops, state.v, g_u)  # v_gu: [V P]^T G^T U, (k + d', k)
+    k = state.s.shape[-1]
+    u, _ = ops.qr(products.g_right[..., :k])
+    v, _ = ops.qr(products.g_left)
+    return state._replace(u=u, s=ops.zeros(state.s.shape, like=u), v=v, tested=products.g_right[..., k:])
+
+
+def read_both_sides(ops: Ops, state: FoldState, products: Products) -> FoldState:
+    """Return the state after another pass over all batches: all of G is known but the block outside U and V.
+
+    Args:
+        products: with right = V and left = U.
+    """
+    left, u_gv = _grown(ops, state.u, products.g_right)  # u_gv: [U Q]^T G V, (k + d, k)
+    right, v_gu = _grown(ops, state.v, products.g_left)  # v_gu: [V P]^T G^T U, (k + d', k)
     k = state.s.shape[-1]
     upper = ops.matrix_transpose(v_gu)  # U^T G [V P], (k, k + d')
-    unknown = ops.zeros((*state.s.shape[:-1], u_gv.shape[-2] - k, v_gu.shape[-2] - k), like=g_v)
+    unknown = ops.zeros((*state.s.shape[:-1], u_gv.shape[-2] - k, v_gu.shape[-2] - k), like=u_gv)
     lower = ops.concat([u_gv[..., k:, :], unknown], axis=-1)  # (d, k + d')
     return _truncated(ops, state, left, ops.concat([upper, lower], axis=-2), right)
 
@@ -106,19 +128,21 @@ def merge_folds(ops: Ops, state: FoldState, other: FoldState) -> FoldState:
     padded = ops.concat([own, ops.zeros((*own.shape[:-1], core.shape[-1] - k), like=own)], axis=-1)
     below = ops.zeros((*own.shape[:-2], core.shape[-2] - k, core.shape[-1]), like=own)
     state = _truncated(ops, state, left, core + ops.concat([padded, below], axis=-2), right)
-    return state._replace(tested=state.tested + other.tested)
+    return state._replace(turn=_turn_of_a_fold(ops, state), tested=state.tested + other.tested)
 
 
 def finish_fold(ops: Ops, state: FoldState, rank: int) -> Spectrum:
     """Return the leading triplets of -G, and estimates of what they leave out.
 
-    The norm of what the SVD lacks comes from the products with `test`. `best_norm` is a cautious estimate: on real
-    gradients the energy that the r leading triplets lack was at most an eighth of r S_k^2, where S_k is the smallest
-    value that was kept. No single pass can know it; `read_both_sides` finds most of it.
+    The norm comes from the products with `test`, and is exact where k spans the smaller side of G. `best_norm` is an
+    estimate: triplet i gains about turn_i S_k^2 / (1 - (S_k / S_i)^2), where S_k, the smallest value that is kept,
+    stands for what lies outside, and the quotient sums what the passes after the next would gain.
     """
     k = state.s.shape[-1]
     if rank > k:
         raise ValueError(f"rank must be <= {k}, the width of the state, got {rank}")
+    if k == min(state.u.shape[-2], state.v.shape[-2]):
+        return of_descent(ops, fully_seen(ops, state.u, state.s, ops.matrix_transpose(state.v), rank))
     unit = nonzero(ops, state.s[..., 0])
     s = state.s / unit[..., None]  # squares must neither overflow nor underflow
     in_test = ops.matmul(ops.matrix_transpose(state.v), state.test) * s[..., None]  # (k, p)
@@ -127,7 +151,7 @@ def finish_fold(ops: Ops, state: FoldState, rank: int) -> Spectrum:
     unseen, spread = mean_of_samples(ops, distances)
     norm = ops.sqrt(sum_of_squares(ops, s, axes=1) + unseen)
     held = sum_of_squares(ops, s[..., :rank], axes=1)
-    to_come = smaller(ops, unseen, rank / 8.0 * s[..., -1] * s[..., -1])
+    to_come = smaller(ops, unseen, _energy_to_come(ops, s, state.turn, rank))
     return of_descent(
         ops,
         Spectrum(
@@ -142,6 +166,18 @@ def finish_fold(ops: Ops, state: FoldState, rank: int) -> Spectrum:
     )
 
 
+def _turn_of_a_fold(ops: Ops, state: FoldState) -> Array:
+    return ops.zeros(state.s.shape, like=state.s) + TURN_OF_A_FOLD
+
+
+def _energy_to_come(ops: Ops, s: Array, turn: Array, rank: int) -> Array:
+    """The energy that more passes would add to the r leading triplets, (), in the unit of s^2."""
+    squares = s * s
+    outside, leading = squares[..., -1:], squares[..., :rank]
+    gap = larger(ops, 1.0 - outside / nonzero(ops, leading), LEAST_GAP)  # (r,)
+    return ops.sum(turn[..., :rank] * outside / gap, axis=-1)
+
+
 def _grown(ops: Ops, basis: Array, x: Array) -> tuple[tuple[Array, ...], Array]:
     """A basis, (rows, k), with the directions that x, (rows, k), adds; and the coordinates of x in both, (k + d, k)."""
     block, coordinates = grow(ops, (basis,), x, x.shape[-1])
@@ -149,11 +185,13 @@ def _grown(ops: Ops, basis: Array, x: Array) -> tuple[tuple[Array, ...], Array]:
 
 
 def _truncated(ops: Ops, state: FoldState, left: tuple[Array, ...], core: Array, right: tuple[Array, ...]) -> FoldState:
-    """The best rank-k part of left core right^T: blocks (out, d) and (in, d), core (K, K')."""
+    """The best rank-k part of left core right^T: blocks (out, d) and (in, d), core (K, K'), K and K' >= k."""
     k = state.s.shape[-1]
     u, s, vt = thin_svd(ops, core)
+    new_left, new_right = u[..., k:, :k], ops.matrix_transpose(vt[..., :k, k:])  # in directions the state had not
     return state._replace(
         u=ops.matmul(ops.concat(left, axis=-1), u[..., :k]),
         s=s[..., :k],
         v=ops.matmul(ops.concat(right, axis=-1), ops.matrix_transpose(vt[..., :k, :])),
+        turn=ops.sum(new_left * new_left, axis=-2) + ops.sum(new_right * new_right, axis=-2),
     )

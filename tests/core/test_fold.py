@@ -6,6 +6,7 @@ import pytest
 from lora_one.core.fold import FoldState, finish_fold, fold, merge_folds, read_both_sides, start_fold
 from lora_one.core.gradient import RowProduct
 from lora_one.core.omega import draw_omega
+from lora_one.core.sides import Products
 from lora_one.core.stacking import stack_of, unstacked
 from tests.arrays import ARRAYS, Arrays, assert_same_spectrum, descent, spectrum_matrix, unlike_gradients
 
@@ -122,7 +123,7 @@ def test_both_sides_know_all_but_the_block_outside():
     """Against the definition: the best rank-k part of U U^T G + G V V^T - U U^T G V V^T."""
     batches = noisy_batches()
     g, state = sum(batches), folded(NUMPY, batches, 12)
-    after = read_both_sides(NUMPY.ops, state, g @ state.v, g.T @ state.u)
+    after = read_both_sides(NUMPY.ops, state, Products(g @ state.v, g.T @ state.u))
     left, right = state.u @ state.u.T, state.v @ state.v.T
     u, s, vt = np.linalg.svd(left @ g + g @ right - left @ g @ right)
     np.testing.assert_allclose((after.u * after.s) @ after.v.T, (u[:, :12] * s[:12]) @ vt[:12], atol=1e-12)
