@@ -10,6 +10,7 @@ from .checkpoint.folder import replacing_adapter
 from .checkpoint.metadata import write_metadata
 from .config import Config
 from .initialization import initialize
+from .progress import shown
 from .report import Report
 
 
@@ -19,6 +20,7 @@ def init(
     loss_fn: Callable[[Any, Any], Any] | None = None,
     config: Config | None = None,
     backend: str | None = None,
+    progress: bool | None = None,
 ) -> tuple[Any, Report]:
     """Attach LoRA to a model and start it by LoRA-One, leaving the base weights as they are.
 
@@ -43,6 +45,7 @@ def init(
         config: the settings. Default: `Config()`. For a model with an adapter, its own rank, alpha, use_rslora,
             targets, modules_to_save and dropout hold.
         backend: name of the framework the model must belong to: "torch", "jax" or "mlx". Default: any.
+        progress: whether a bar on stderr counts the batches. Default: only where stderr is a terminal.
 
     Returns:
         The model with its LoRA layers, ready to train, and the report of the start.
@@ -65,7 +68,7 @@ def init(
     began = time.perf_counter()
     config = Config() if config is None else config
     framework = backend_of(model, backend)
-    with framework.open_session(model, batches, loss_fn, config) as session:
+    with shown(batches, progress) as counted, framework.open_session(model, counted, loss_fn, config) as session:
         report = initialize(session, config, framework.ops.name, began)
     return session.model, report
 

@@ -30,7 +30,9 @@ def start(tuner: Tuner, sequences: list[TokenSequence], recipe: Recipe, progress
     batches = tuner.batches(sample, recipe.batch_size)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", InitWarning)
-        tuner.model, report = api.init(tuner.model, batches, tuner.loss_fn, recipe.config, recipe.backend)
+        tuner.model, report = api.init(
+            tuner.model, batches, tuner.loss_fn, recipe.config, recipe.backend, progress=False
+        )
     for warning in caught:
         if issubclass(warning.category, InitWarning):
             progress.warn(str(warning.message))
