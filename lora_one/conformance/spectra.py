@@ -1,10 +1,11 @@
-"""The computations of the suite that end in a spectrum: exact, by passes of the sketch, and by a fold."""
+"""The computations of the suite that end in a spectrum: exact, by passes of the sketch, and by a fold or its passes."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from lora_one.core import exact, fold, omega, sides, sketch
+from lora_one.core.factors import Factors
 from lora_one.core.gradient import Gradient, RowProduct, times, transposed_times
 from lora_one.core.ops import Array, Ops
 from lora_one.core.spectrum import Spectrum
@@ -33,48 +34,74 @@ def sketched_spectra(ops: Ops, inputs: Sequence[Array], params: Params) -> Seque
     return spectra
 
 
-def folded_spectra(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
-    """The spectra after each batch, after a pass that reads both sides, and of two processes that merge.
+FOLD_STAGES = (
+    "1 batch",
+    "2 batches",
+    "2 batches, both sides",
+    "2 batches, merged",
+    "2 passes from random sides",
+    "3 passes from random sides",
+)
 
-    Inputs are omega, the test matrix, and the gradients of the batches: G, or a pair of rows where `rows` says so.
+
+def folded_spectra(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
+    """The product of the factors that read random sides, and the spectra of `FOLD_STAGES`.
+
+    Inputs are the test matrices omega, of the norm, and of the left side; then the gradients of two batches: G, and a
+    pair of rows.
     """
-    start, test, *arrays = inputs
-    gradients: list[Gradient] = []
-    for is_rows in params["rows"]:
-        gradients.append(RowProduct(arrays.pop(0), arrays.pop(0)) if is_rows else arrays.pop(0))
-    shape, rank = gradients[0].shape, params["rank"]
-    state = first = fold.start_fold(ops, start, shape[0], test)
-    spectra: list[Array] = []
-    states = []
-    for gradient in gradients:
-        state = fold.fold(ops, state, gradient)
-        states.append(fold.fold(ops, first, gradient))
-        spectra.extend(fold.finish_fold(ops, state, rank))
-    g_v = sum(times(ops, gradient, state.v) for gradient in gradients)
-    g_u = sum(transposed_times(ops, gradient, state.u) for gradient in gradients)
-    spectra.extend(fold.finish_fold(ops, fold.read_both_sides(ops, state, sides.Products(g_v, g_u)), rank))
-    spectra.extend(fold.finish_fold(ops, fold.merge_folds(ops, *states[:2]), rank))
-    return spectra
+    start, test, left, gradient, dy, x = inputs
+    gradients = [gradient, RowProduct(dy, x)]
+    new = fold.start_fold(ops, start, gradient.shape[0], test)
+    first, second = (fold.fold(ops, new, gradient) for gradient in gradients)
+    both = fold.fold(ops, first, gradients[1])
+    probes = sides.Sides(ops.concat([new.v, test], axis=-1), left)
+    aimed = fold.aim(ops, new, _read(ops, gradients, probes))
+    two_passes = _both_sides_read(ops, gradients, aimed)
+    states = [
+        first,
+        both,
+        _both_sides_read(ops, gradients, both),
+        fold.merge_folds(ops, first, second),
+        two_passes,
+        _both_sides_read(ops, gradients, two_passes),
+    ]
+    spectra = [x for state in states for x in fold.finish_fold(ops, state, params["rank"])]
+    lora_A, lora_B = sides.sides_as_factors(ops, probes)
+    return [ops.matmul(lora_B, lora_A), *spectra]
+
+
+def _both_sides_read(ops: Ops, gradients: Sequence[Gradient], state: fold.FoldState) -> fold.FoldState:
+    products = _read(ops, gradients, sides.Sides(state.v, state.u))
+    return fold.read_both_sides(ops, state, products)
+
+
+def _read(ops: Ops, gradients: Sequence[Gradient], directions: sides.Sides) -> sides.Products:
+    """What a backward pass does: by the chain rule, the gradient of B is G A^T, and that of A is B^T G."""
+    lora_A, lora_B = sides.sides_as_factors(ops, directions)
+    gradient_b = sum(times(ops, gradient, ops.matrix_transpose(lora_A)) for gradient in gradients)
+    gradient_a = sum(transposed_times(ops, gradient, lora_B) for gradient in gradients)
+    gradient = Factors(ops.matrix_transpose(gradient_a), gradient_b)
+    return sides.products_of(ops, gradient, directions.right.shape[-1])
 
 
 def fold_view(arrays: Host, inputs: Host, params: Params) -> View:
-    view: View = {}
-    size = len(Spectrum._fields)
-    batches = len(params["rows"])
-    names = [*(f"{index + 1} batches" for index in range(batches)), "both sides", "merged"]
-    for index, name in enumerate(names):
-        part = spectrum_view(arrays[index * size : (index + 1) * size], inputs[2:], params)
-        view.update({f"{name}: {key}": value for key, value in part.items()})
-    return view
+    product, *spectra = arrays
+    return {"random sides: B A": product, **_views_by_name(FOLD_STAGES, spectra, inputs[3:], params)}
 
 
 def sketch_view(arrays: Host, inputs: Host, params: Params) -> View:
-    view: View = {}
+    return _views_by_name([f"{passes} passes" for passes in range(2, params["passes"] + 1)], arrays, inputs, params)
+
+
+def _views_by_name(names: Sequence[str], arrays: Host, inputs: Host, params: Params) -> View:
+    """The views of several spectra, one after the other in `arrays`."""
     size = len(Spectrum._fields)
-    for index in range(len(arrays) // size):
-        after_pass = spectrum_view(arrays[index * size : (index + 1) * size], inputs, params)
-        view.update({f"{index + 2} passes: {name}": value for name, value in after_pass.items()})
-    return view
+    return {
+        f"{name}: {key}": value
+        for index, name in enumerate(names)
+        for key, value in spectrum_view(arrays[index * size : (index + 1) * size], inputs, params).items()
+    }
 
 
 def spectrum_view(arrays: Host, inputs: Host, params: Params) -> View:

@@ -49,19 +49,15 @@ def nonzero(ops: Ops, x: Array) -> Array:
     return x + ops.astype(x == 0, x.dtype)
 
 
-def at_least_zero(ops: Ops, x: Array) -> Array:
-    """The larger of x and 0, entry by entry."""
-    return (x + abs(x)) / 2.0
+def at_least(ops: Ops, x: Array, floor: float) -> Array:
+    """The larger of x and a number, entry by entry."""
+    above = x - floor
+    return floor + (above + abs(above)) / 2.0
 
 
 def smaller(ops: Ops, x: Array, y: Array) -> Array:
     """The smaller of x and y, entry by entry."""
     return -ops.max(ops.stack([-x, -y]), axis=0)
-
-
-def larger(ops: Ops, x: Array, y: float) -> Array:
-    """The larger of x and a number, entry by entry."""
-    return y + at_least_zero(ops, x - y)
 
 
 def mean_of_samples(ops: Ops, samples: Array) -> tuple[Array, Array]:

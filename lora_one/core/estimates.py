@@ -3,7 +3,7 @@
 import itertools
 from typing import NamedTuple
 
-from .arrays import at_least_zero, diagonal, largest_entry, mean_of_samples, nonzero, smaller, sum_of_squares
+from .arrays import at_least, diagonal, largest_entry, mean_of_samples, nonzero, smaller, sum_of_squares
 from .ops import Array, Ops
 
 MIN_RELATIVE_GAIN = 1e-5  # of the energy: smaller differences between gains are not used as a divisor
@@ -59,7 +59,7 @@ def estimate_norms(
     scale = nonzero(ops, unit)
     seen = sum_of_squares(ops, s / scale[..., None], axes=1)
     first = sum_of_squares(ops, second / scale[..., None, None])
-    unseen = at_least_zero(ops, first + residual - seen)
+    unseen = at_least(ops, first + residual - seen, 0.0)
     norm = ops.sqrt(seen + unseen)
     error = ops.sqrt(variance) / (2.0 * nonzero(ops, norm))  # d sqrt(x) = dx / (2 sqrt(x))
     energies = [sum_of_squares(ops, x[..., :rank] / scale[..., None], axes=1) for x in (*earlier, s)]
@@ -79,7 +79,7 @@ def _energy_to_come(ops: Ops, energies: list[Array], unseen: Array) -> Array:
         energies: after the last four passes, the latest last; fewer if there were fewer.
     """
     none = [ops.zeros(unseen.shape, like=unseen)] * (4 - len(energies))  # the energy before the first pass
-    earlier, before, last = (at_least_zero(ops, y - x) for x, y in itertools.pairwise([*none, *energies]))
+    earlier, before, last = (at_least(ops, y - x, 0.0) for x, y in itertools.pairwise([*none, *energies]))
     # x / (x + last + before) = (x + last) / (x + last + before + earlier), solved for x
-    slower = at_least_zero(ops, earlier - last) + MIN_RELATIVE_GAIN * energies[-1]
+    slower = at_least(ops, earlier - last, 0.0) + MIN_RELATIVE_GAIN * energies[-1]
     return smaller(ops, last * (last + before) / nonzero(ops, slower), unseen)

@@ -23,7 +23,7 @@ the bases of the second from what it read. Processes that saw different batches 
 
 from typing import NamedTuple
 
-from .arrays import larger, mean_of_samples, nonzero, smaller, sum_of_squares, thin_svd
+from .arrays import at_least, mean_of_samples, nonzero, smaller, split_by_projection, sum_of_squares, thin_svd
 from .bases import KrylovBases, completed, extend, fit_block, grow, projected
 from .gradient import Gradient, times, transposed_times
 from .ops import Array, Ops
@@ -33,7 +33,7 @@ from .spectrum import Spectrum, fully_seen, of_descent
 PRODUCTS = 4  # with H, per batch; 2 lose a tenth of the energy, 6 gain nothing
 TEST_COLUMNS = 8  # Gaussian, to measure the norm of G
 TURN_OF_A_FOLD = 1.0 / 8.0  # measured on gradients of a pretrained encoder: an upper end, at ranks of 4 to 64
-LEAST_GAP = 1e-3  # 1 - (S_k / S_i)^2, below which it is no divisor
+MIN_RELATIVE_GAP = 1e-3  # of 1 - (S_k / S_i)^2: smaller ones are not used as a divisor
 
 
 class FoldState(NamedTuple):
@@ -42,7 +42,7 @@ class FoldState(NamedTuple):
     u: Array  # (out, k), orthonormal columns
     s: Array  # (k,), descending
     v: Array  # (in, k), orthonormal columns
-    turn: Array  # (k,), the share of each triplet by which its next renewal may turn it
+    turn: Array  # (k,), by how much the last renewal turned u_i and v_i: the sum of sin^2; for a fold, a constant
     test: Array  # (in, p), Gaussian and not part of the SVD: its products say how large G is
     tested: Array  # (out, p), G test
 
@@ -60,8 +60,9 @@ def start_fold(ops: Ops, omega: Array, out_features: int, test: Array) -> FoldSt
         raise ValueError(f"width must be <= min(out, in) = {min(in_features, out_features)}, got {k}")
     v, _ = ops.qr(omega)  # (in, k)
     batch = omega.shape[:-2]
-    u, s = ops.zeros((*batch, out_features, k), like=omega), ops.zeros((*batch, k), like=omega)
-    return FoldState(u, s, v, s, test, ops.zeros((*batch, out_features, test.shape[-1]), like=omega))
+    u, tested = (ops.zeros((*batch, out_features, n), like=omega) for n in (k, test.shape[-1]))
+    s, turn = (ops.zeros((*batch, k), like=omega) for _ in range(2))
+    return FoldState(u, s, v, turn, test, tested)
 
 
 def fold(ops: Ops, state: FoldState, gradient: Gradient) -> FoldState:
@@ -80,10 +81,8 @@ def fold(ops: Ops, state: FoldState, gradient: Gradient) -> FoldState:
             product = transposed_times(ops, gradient, x) + ops.matmul(state.v, ops.matmul(ops.matrix_transpose(us), x))
         bases = extend(ops, bases, product)
     left, right = completed(bases)
-    core = projected(ops, bases.coordinates)
-    return _truncated(ops, state, left, core, right)._replace(
-        turn=_turn_of_a_fold(ops, state), tested=state.tested + times(ops, gradient, state.test)
-    )
+    tested = state.tested + times(ops, gradient, state.test)
+    return _truncated(ops, state, left, projected(ops, bases.coordinates), right)._replace(tested=tested)
 
 
 def of_mean(ops: Ops, state: FoldState, count: int) -> FoldState:
@@ -115,7 +114,8 @@ def read_both_sides(ops: Ops, state: FoldState, products: Products) -> FoldState
     upper = ops.matrix_transpose(v_gu)  # U^T G [V P], (k, k + d')
     unknown = ops.zeros((*state.s.shape[:-1], u_gv.shape[-2] - k, v_gu.shape[-2] - k), like=u_gv)
     lower = ops.concat([u_gv[..., k:, :], unknown], axis=-1)  # (d, k + d')
-    return _truncated(ops, state, left, ops.concat([upper, lower], axis=-2), right)
+    after = _truncated(ops, state, left, ops.concat([upper, lower], axis=-2), right)
+    return after._replace(turn=_outside(ops, after.u, state.u) + _outside(ops, after.v, state.v))
 
 
 def merge_folds(ops: Ops, state: FoldState, other: FoldState) -> FoldState:
@@ -127,8 +127,8 @@ def merge_folds(ops: Ops, state: FoldState, other: FoldState) -> FoldState:
     own = ops.eye(k, like=state.s) * state.s[..., None, :]
     padded = ops.concat([own, ops.zeros((*own.shape[:-1], core.shape[-1] - k), like=own)], axis=-1)
     below = ops.zeros((*own.shape[:-2], core.shape[-2] - k, core.shape[-1]), like=own)
-    state = _truncated(ops, state, left, core + ops.concat([padded, below], axis=-2), right)
-    return state._replace(turn=_turn_of_a_fold(ops, state), tested=state.tested + other.tested)
+    tested = state.tested + other.tested
+    return _truncated(ops, state, left, core + ops.concat([padded, below], axis=-2), right)._replace(tested=tested)
 
 
 def finish_fold(ops: Ops, state: FoldState, rank: int) -> Spectrum:
@@ -166,15 +166,11 @@ def finish_fold(ops: Ops, state: FoldState, rank: int) -> Spectrum:
     )
 
 
-def _turn_of_a_fold(ops: Ops, state: FoldState) -> Array:
-    return ops.zeros(state.s.shape, like=state.s) + TURN_OF_A_FOLD
-
-
 def _energy_to_come(ops: Ops, s: Array, turn: Array, rank: int) -> Array:
     """The energy that more passes would add to the r leading triplets, (), in the unit of s^2."""
     squares = s * s
     outside, leading = squares[..., -1:], squares[..., :rank]
-    gap = larger(ops, 1.0 - outside / nonzero(ops, leading), LEAST_GAP)  # (r,)
+    gap = at_least(ops, 1.0 - outside / nonzero(ops, leading), MIN_RELATIVE_GAP)  # (r,)
     return ops.sum(turn[..., :rank] * outside / gap, axis=-1)
 
 
@@ -184,14 +180,19 @@ def _grown(ops: Ops, basis: Array, x: Array) -> tuple[tuple[Array, ...], Array]:
     return (basis, fit_block(block, (basis,))), coordinates
 
 
+def _outside(ops: Ops, x: Array, basis: Array) -> Array:
+    """The squared distance of each column of x, (rows, k), from the span of a basis, (rows, k): (k,)."""
+    remainder, _ = split_by_projection(ops, x, basis)
+    return ops.sum(remainder * remainder, axis=-2)
+
+
 def _truncated(ops: Ops, state: FoldState, left: tuple[Array, ...], core: Array, right: tuple[Array, ...]) -> FoldState:
     """The best rank-k part of left core right^T: blocks (out, d) and (in, d), core (K, K'), K and K' >= k."""
     k = state.s.shape[-1]
     u, s, vt = thin_svd(ops, core)
-    new_left, new_right = u[..., k:, :k], ops.matrix_transpose(vt[..., :k, k:])  # in directions the state had not
     return state._replace(
         u=ops.matmul(ops.concat(left, axis=-1), u[..., :k]),
         s=s[..., :k],
         v=ops.matmul(ops.concat(right, axis=-1), ops.matrix_transpose(vt[..., :k, :])),
-        turn=ops.sum(new_left * new_left, axis=-2) + ops.sum(new_right * new_right, axis=-2),
+        turn=ops.zeros(state.s.shape, like=s) + TURN_OF_A_FOLD,
     )

@@ -9,7 +9,7 @@ import pytest
 from lora_one.backends.numpy.ops import NumpyOps
 from lora_one.conformance import Check, Target, checks, run
 from lora_one.conformance.computations import problems
-from lora_one.core import alignment, bases, exact, factors, fold, omega, precondition, sketch, step
+from lora_one.core import alignment, bases, exact, factors, fold, omega, precondition, sides, sketch, step
 from lora_one.core.factors import Factors
 from lora_one.core.gradient import RowProduct
 
@@ -144,7 +144,8 @@ TRUE = {
         omega: ("draw_omega",),
         exact: ("exact_spectrum",),
         sketch: ("start", "probe", "advance", "finish"),
-        fold: ("fold", "read_both_sides", "merge_folds", "finish_fold"),
+        fold: ("fold", "aim", "read_both_sides", "merge_folds", "finish_fold"),
+        sides: ("sides_as_factors", "products_of"),
         factors: ("normalized_factors", "gradient_factors", "plain_factors"),
         precondition: ("precondition", "damped_inverse"),
         step: ("gradient_descent", "adamw", "_adamw"),
@@ -178,6 +179,25 @@ def _negated(gradient):
 
 def _merged_but_for_the_test(ops, state, other):
     return TRUE["merge_folds"](ops, state, other)._replace(tested=state.tested)
+
+
+def _one_side_read(ops, state, products):
+    return TRUE["read_both_sides"](ops, state, products._replace(g_left=0 * products.g_left))
+
+
+def _read_but_for_the_turn(ops, state, products):
+    return TRUE["read_both_sides"](ops, state, products)._replace(turn=state.turn)
+
+
+def _sides_in_one_half(ops, pair):
+    """A = [V^T; V^T]: the product is U V^T, and no longer zero."""
+    lora_A, lora_B = TRUE["sides_as_factors"](ops, pair)
+    return Factors(np.where(lora_A == 0, np.resize(pair.right.T, lora_A.shape), lora_A), lora_B)
+
+
+def _products_negated_on_the_left(ops, gradients, p):
+    products = TRUE["products_of"](ops, gradients, p)
+    return products._replace(g_left=-products.g_left)
 
 
 def _sequential_descent(ops, pair, gradient, rate, reg, damping):
@@ -228,8 +248,18 @@ WRONG_STEPS: list[tuple[str, Any, str, Callable[..., Any]]] = [
     ("fold, after each batch", fold, "fold", lambda ops, s, g: TRUE["fold"](ops, s._replace(s=0 * s.s), g)),
     ("fold, after each batch", fold, "PRODUCTS", 2),
     ("fold, after each batch", fold, "finish_fold", lambda ops, s, r: TRUE["finish_fold"](ops, s, min(r + 1, 5))),
-    ("fold, after each batch", fold, "read_both_sides", lambda ops, s, *products: s),
-    ("fold, after each batch", fold, "read_both_sides", lambda o, s, v, u: TRUE["read_both_sides"](o, s, v, 0 * u)),
+    ("fold, after each batch", fold, "TURN_OF_A_FOLD", 0.25),
+    ("fold, after each batch", fold, "MIN_RELATIVE_GAP", 1.0),
+    ("fold, after each batch", fold, "aim", lambda ops, s, p: s._replace(u=p.g_right[:, : s.s.size])),
+    ("fold, after each batch", fold, "aim", lambda ops, s, p: TRUE["aim"](ops, s, p)._replace(v=s.v)),
+    ("fold, after each batch", fold, "aim", lambda ops, s, p: TRUE["aim"](ops, s, p)._replace(tested=s.tested)),
+    ("fold, after each batch", fold, "read_both_sides", lambda ops, s, products: s),
+    ("fold, after each batch", fold, "read_both_sides", _one_side_read),
+    ("fold, after each batch", fold, "read_both_sides", _read_but_for_the_turn),
+    ("fold, after each batch", fold, "_outside", lambda ops, x, basis: 0 * x[0]),
+    ("fold, after each batch", sides, "sides_as_factors", _sides_in_one_half),
+    ("fold, after each batch", sides, "products_of", lambda ops, g, p: TRUE["products_of"](ops, g, p - 1)),
+    ("fold, after each batch", sides, "products_of", _products_negated_on_the_left),
     ("fold, after each batch", fold, "merge_folds", lambda ops, s, other: s),
     ("fold, after each batch", fold, "merge_folds", _merged_but_for_the_test),
     ("factors, normalized", factors, "normalized_factors", _power_scaled),

@@ -34,6 +34,7 @@ def all_cases() -> Iterator[Case]:
     """Yield every case of every computation."""
     yield from _primitives()
     yield from _spectra()
+    yield from _folds()
     yield from _pairs()
     yield from _alignment()
 
@@ -111,8 +112,6 @@ def _spectra() -> Iterator[Case]:
         yield Case("sketch, after each pass", name, [g, omega], {**params, "passes": 5})
         if compiled:
             yield Case("sketch, after each pass", "3 passes", [g, omega], {**params, "passes": 3}, compiled=True)
-        if name in _FOLDED:
-            yield _fold_case(name, g, omega, params)
         if not g.any():
             yield Case("factors, plain", name, [omega], {"rank": params["rank"], "out": g.shape[0]})
         elif params["gap"]:
@@ -120,18 +119,29 @@ def _spectra() -> Iterator[Case]:
             yield Case("factors, gradient", name, [g], {**params, "eta": 0.25})
 
 
-# Of these the singular values fall fast enough that cutting at k is well-posed.
-_FOLDED = ("tall", "wide", "zero", *SCALES)
+def _folds() -> Iterator[Case]:
+    """G as the gradient of the first batch, and the rows of a second one.
+
+    The singular values fall fast enough that cutting at k is well-posed, and the sides are long enough that products
+    with 2 k directions do not see all.
+    """
+    rank = 2
+    for name, (rows, columns) in _FOLDED.items():
+        scale = 0.0 if name == "zero" else SCALES.get(name, 1.0)
+        k = min(rank + 2, rows, columns)
+        omega, test, left = (
+            _float32(draw_omega(0, f"conformance{part}", length, width))
+            for part, length, width in (("", columns, k), (", test", columns, 4), (", left", rows, k))
+        )
+        g = _decaying(110, rows, columns) * scale
+        tokens = 5  # more than k: the directions of a renewal do not hold all of the sum
+        dy, x = _normal(120, tokens, rows) * 2.0 ** -np.arange(tokens)[:, None], _normal(121, tokens, columns) * scale
+        params = {"rank": rank, "gap": name != "zero", "signs": name != "zero"}
+        yield Case("fold, after each batch", name, [omega, test, left, g, dy, x], params)
 
 
-def _fold_case(name: str, g: np.ndarray, omega: np.ndarray, params: dict[str, Any]) -> Case:
-    """G as the gradient of the first batch, and the rows of a second one."""
-    rows, columns = g.shape
-    scale = SCALES.get(name, 1.0) if g.any() else 0.0
-    dy, x = _few_bits(_normal(120, 3, rows)), _few_bits(_normal(121, 3, columns)) * scale
-    test = draw_omega(0, "conformance, test", columns, 4).astype(np.float32).astype(np.float64)
-    settings = {**params, "rows": [False, True]}
-    return Case("fold, after each batch", name, [omega, test, g, dy, x], settings)
+_FOLDED = {"tall": (20, 12), "wide": (12, 20), "k = min(m, n)": (4, 9), "zero": (20, 12)}
+_FOLDED |= dict.fromkeys(SCALES, (16, 16))
 
 
 def _pairs() -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""The oracle of the spectra: LAPACK's other SVD, and for the sketch a projection in 60 digits.
+"""The oracle of the spectra: LAPACK's other SVD, and for the sketch and the fold a projection in 60 digits.
 
 The projection is the orthogonal one on the block Krylov space that the passes span, or the products of a fold.
 """
@@ -48,44 +48,64 @@ def sketch(inputs: Inputs, params: Params, eps: float) -> View:
 
 
 def fold(inputs: Inputs, params: Params, eps: float) -> View:
-    omega, test, *arrays = inputs
-    unit = np.max(np.abs(arrays[0])) or 1.0
-    gradients = []
-    for is_rows in params["rows"]:
-        gradients.append(arrays.pop(0).T @ arrays.pop(0) if is_rows else arrays.pop(0))
-    gradients = [gradient / unit for gradient in gradients]
-    k = omega.shape[1]
+    omega, test, random_left, gradient, dy, x = inputs
+    unit = np.max(np.abs(gradient)) or 1.0
+    gradients = [gradient / unit, dy.T @ x / unit]
+    total, k = gradients[0] + gradients[1], omega.shape[1]
+    nothing = np.zeros_like(total)
+    first, second = (_renewed(nothing, omega, g, k) for g in gradients)
+    both = _renewed(first, gesvd(first)[2][:k].T, gradients[1], k)
+    merged = _cut(first + second, k)
+    two_passes = _read(total, gesvd(total @ omega)[0], gesvd(total.T @ random_left)[0], k)
+    constant = np.full(k, 1 / 8)
+    stages = {
+        "1 batch": (gradients[0], first, constant),
+        "2 batches": (total, both, constant),
+        "2 batches, both sides": (total, *_read(total, *_sides(both, k), k)),
+        "2 batches, merged": (total, merged, constant),
+        "2 passes from random sides": (total, *two_passes),
+        "3 passes from random sides": (total, *_read(total, *_sides(two_passes[0], k), k)),
+    }
+    view = {
+        f"{name}: {key}": value
+        for name, (g, running, turn) in stages.items()
+        for key, value in _fold_view(g, running, turn, test, params).items()
+    }
+    return {"random sides: B A": nothing, **view}
 
-    def renewed(before: np.ndarray, directions: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-        return _cut(_krylov_part(before + gradient, directions), k)
 
-    view: View = {}
-    running, v, total = np.zeros_like(gradients[0]), omega, np.zeros_like(gradients[0])
-    for number, gradient in enumerate(gradients, start=1):
-        running, total = renewed(running, v, gradient), total + gradient
-        v = gesvd(running)[2][:k].T
-        view |= _fold_view(f"{number} batches", running, total, test, params, k)
+def _renewed(before: np.ndarray, directions: np.ndarray, gradient: np.ndarray, k: int) -> np.ndarray:
+    return _cut(_krylov_part(before + gradient, directions), k)
+
+
+def _sides(running: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     u, _, vt = gesvd(running)
-    u, v = u[:, :k], vt[:k].T
-    outside = (np.eye(len(u)) - u @ u.T) @ total @ (np.eye(len(v)) - v @ v.T)
-    view |= _fold_view("both sides", _cut(total - outside, k), total, test, params, k)
-    first, second = (renewed(np.zeros_like(total), omega, gradient) for gradient in gradients[:2])
-    view |= _fold_view("merged", _cut(first + second, k), total, test, params, k)
-    return view
+    return u[:, :k], vt[:k].T
 
 
-def _fold_view(name: str, running: np.ndarray, total: np.ndarray, test: np.ndarray, params: Params, k: int) -> View:
+def _read(g: np.ndarray, u: np.ndarray, v: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The best rank-k part of G without the block outside U and V; and how far its triplets lie outside, (k,)."""
+    beyond_u, beyond_v = np.eye(len(u)) - u @ u.T, np.eye(len(v)) - v @ v.T
+    running = _cut(g - beyond_u @ g @ beyond_v, k)
+    new_u, new_v = _sides(running, k)
+    return running, np.sum((beyond_u @ new_u) ** 2, axis=0) + np.sum((beyond_v @ new_v) ** 2, axis=0)
+
+
+def _fold_view(g: np.ndarray, running: np.ndarray, turn: np.ndarray, test: np.ndarray, params: Params) -> View:
     """The view of a running SVD, in units of the largest entry of the first gradient."""
-    r = params["rank"]
-    _, s, _ = gesvd(running)
-    distances = np.sum(((total - running) @ test) ** 2, axis=0)
+    r, k = params["rank"], len(turn)
+    s = gesvd(running)[1][:k]
+    if k == min(g.shape):
+        norms = float(np.linalg.norm(s)), 0.0, 0.0, float(np.linalg.norm(s[:r]))
+        return _spectrum(running, params, *norms)
+    distances = np.sum(((g - running) @ test) ** 2, axis=0)
     unseen = float(np.mean(distances))
-    norm = float(np.sqrt(np.sum(s[:k] ** 2) + unseen))
+    norm = float(np.sqrt(np.sum(s**2) + unseen))
     variance = np.sum((distances - unseen) ** 2) / (len(distances) * (len(distances) - 1))
     norm_error = np.sqrt(variance) / (2.0 * norm) if norm else 0.0
-    best = float(np.sqrt(np.sum(s[:r] ** 2) + min(unseen, r / 8 * s[k - 1] ** 2)))
-    view = _spectrum(running, params, norm, norm_error, unseen, best)
-    return {f"{name}: {key}": value for key, value in view.items()}
+    to_come = sum(turn[i] * s[-1] ** 2 / max(1 - (s[-1] / s[i]) ** 2, 1e-3) for i in range(r) if s[i])
+    best = float(np.sqrt(np.sum(s[:r] ** 2) + min(unseen, to_come)))
+    return _spectrum(running, params, norm, norm_error, unseen, best)
 
 
 def _krylov_part(h: np.ndarray, v: np.ndarray) -> np.ndarray:
