@@ -1,31 +1,32 @@
-"""An MLX model during `init`: probes in, LoRA's gradients out."""
+"""An MLX model during `init`: passes that read the rows dy and x of each layer."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
-from lora_one.backends.checks import check_finite_loss, check_no_torch_settings, check_reiterable, with_last
+from lora_one.backends.checks import check_no_torch_settings, check_reiterable
 from lora_one.backends.interface import Layer, PassResult
 from lora_one.config import Config
 from lora_one.core.factors import Factors
+from lora_one.core.fold import FoldState
+from lora_one.core.gradient import RowProduct, as_matrix, times, transposed_times
+from lora_one.core.sides import Products, Sides
 from lora_one.core.sketch import Probe
 
 from .attach import Site, attach_lora, check_adapter_fits, find_sites, random_stream_kept
-from .layout import read_factor, read_pairs, write_pairs
+from .layout import read_pairs, write_pairs
 from .ops import MlxOps
-from .passes.batches import LossFn, check_scalar, default_loss, to_mlx
-from .passes.distributed import all_agree, mean_over_processes, sum_over_processes
-from .passes.loss_scale import LossScale, Summaries, summary
-from .passes.standins import installed, tapped
+from .passes.batches import LossFn, default_loss
+from .passes.distributed import all_agree
+from .passes.folding import Folding
+from .passes.loss_scale import LossScale
+from .passes.over_batches import Passes
+from .passes.sums import Arrays, Sums
 from .tree import Snapshot, train_without_dropout
-
-Arrays = dict[str, mx.array]  # by site
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,10 @@ class _Entered:
     before: Snapshot  # the model as it was given
     attached: Snapshot  # the model with LoRA, before anything was frozen for the passes
     context: ExitStack
-    device: mx.Device  # the user's default, on which the model runs
+    passes: Passes
     sites: dict[str, Site]  # by path
     pairs: dict[str, list[Factors]]  # by path; `_write` puts them into the model
     position: dict[str, tuple[str, int]]  # layer -> path of its site, and index of its pair there
-    scale: LossScale
 
 
 class MlxSession:
@@ -137,20 +137,17 @@ class MlxSession:
                 attach_lora(self.model, self._config)
             sites = find_sites(self.model)
         self.layers = [layer for site in sites for layer in site.layers]
+        by_path = {site.path: site for site in sites}
         entered = _Entered(
             before=before,
             attached=Snapshot(self.model),
             context=context,
-            device=device,
-            sites={site.path: site for site in sites},
+            passes=Passes(self.model, by_path, self._batches, self._loss_fn, device, LossScale(self.model)),
+            sites=by_path,
             pairs={site.path: read_pairs(site.module) for site in sites},
             position={layer.name: (site.path, index) for site in sites for index, layer in enumerate(site.layers)},
-            scale=LossScale(self.model),
         )
-        # Checkpointing passes a block's trainable parameters as its inputs, so the probes must be trainable.
-        self.model.freeze()
-        for site in sites:
-            site.set_trainable(True)
+        self.model.freeze()  # checkpointing passes a block's trainable parameters as inputs: the taps' own suffice
         train_without_dropout(self.model)
         mx.reset_peak_memory()
         return entered
@@ -160,101 +157,60 @@ class MlxSession:
         module = self._entered.sites[path].module
         return mx.zeros((), dtype=self.ops.at_least_float32(module.lora_a).dtype)
 
+    @property
+    def folds(self) -> bool:
+        return True
+
+    def fold_pass(self, states: dict[str, FoldState]) -> tuple[PassResult, dict[str, FoldState | None]]:
+        folding = Folding(states)
+        result = self._entered.passes.backward(folding.add)
+        return result, {layer.name: folding.pop_mean(layer, result.batches) for layer in self.layers}
+
+    def sides_pass(self, sides: Mapping[str, Sides]) -> tuple[PassResult, dict[str, Products | None]]:
+        def products(layer: Layer, rows: RowProduct) -> Arrays:
+            right, left = sides[layer.name]
+            return times(self.ops, rows, right), transposed_times(self.ops, rows, left)
+
+        sums = Sums(products)
+        result = self._entered.passes.backward(
+            lambda layer, rows, is_last: sums.add(layer, rows, is_last) if layer.name in sides else None
+        )
+        means = {layer.name: self._mean(sums, layer, result) for layer in self.layers if layer.name in sides}
+        return result, {name: None if mean is None else Products(*mean) for name, mean in means.items()}
+
     def sketch_pass(self, probes: Mapping[str, Probe]) -> tuple[PassResult, dict[str, mx.array | None]]:
-        sites = self._entered.sites
-        with ExitStack() as stack:
-            for site in sites.values():
-                stack.enter_context(installed(site, [probes[layer.name] for layer in site.layers]))
-            name = "lora_b" if next(iter(probes.values())).side == "A" else "lora_a"
-            modules = {path: site.module for path, site in sites.items()}
-            result, sums = self._backward(modules, name, mx.eval)
-        gradients: dict[str, mx.array | None] = {}
-        for path, site in sites.items():
-            mean = sum_over_processes(sums.pop(path)) / result.batches
-            of_layers = read_factor(site.module, mean)
-            gradients.update({layer.name: gradient for layer, gradient in zip(site.layers, of_layers, strict=True)})
-        return result, gradients
+        def product(layer: Layer, rows: RowProduct) -> Arrays:
+            side, factor = probes[layer.name]
+            if side == "A":
+                return (times(self.ops, rows, factor.T),)
+            return (transposed_times(self.ops, rows, factor).T,)
+
+        sums = Sums(product)
+        result = self._entered.passes.backward(sums.add)
+        means = {layer.name: self._mean(sums, layer, result) for layer in self.layers}
+        return result, {name: None if mean is None else mean[0] for name, mean in means.items()}
 
     def exact_pass(self, consume: Callable[[str, mx.array], None]) -> PassResult:
-        sites = self._entered.sites
-        with ExitStack() as stack:
-            taps = {path: stack.enter_context(tapped(site)) for path, site in sites.items()}
-            # The last batch's gradients stay unevaluated. So the loop below computes, decomposes and frees one layer
-            # after the other, the last layer first, in the order of the backward pass.
-            result, sums = self._backward(taps, "gradient", lambda *lazy: mx.eval(lazy[0]))
-        for path in reversed(sites):
-            mean = sum_over_processes(sums.pop(path)) / result.batches
-            for index, layer in enumerate(sites[path].layers):
-                consume(layer.name, mean[index] if mean.ndim == 3 else mean)
+        def gradient(layer: Layer, rows: RowProduct) -> Arrays:
+            with mx.stream(self._entered.passes.device):
+                return (as_matrix(self.ops, rows),)
+
+        # The last batch's gradients stay unevaluated. So the loop below computes, decomposes and frees one layer after
+        # the other, the last layer first, in the order of the backward pass.
+        sums = Sums(gradient, is_last_lazy=True)
+        result = self._entered.passes.backward(sums.add)
+        for layer in reversed(self.layers):
+            mean = self._mean(sums, layer, result)
+            if mean is not None:
+                consume(layer.name, mean[0])
         return result
 
-    def _backward(
-        self, modules: Mapping[str, nn.Module], name: str, evaluate_last: Callable[..., None]
-    ) -> tuple[PassResult, Arrays]:
-        """Return the loss, and the sum over the batches of its gradient with respect to `modules[path][name]`.
-
-        Args:
-            evaluate_last: called with the last batch's loss and the sums, instead of mx.eval.
-        """
-        entered = self._entered
-        values = {path: module[name] for path, module in modules.items()}
-
-        def loss_of(values: Arrays, batch: Any, index: int, scale: float) -> tuple[mx.array, mx.array]:
-            for path, value in values.items():
-                modules[path][name] = value
-            loss = check_scalar(self._loss_fn(self.model, batch), index)
-            return (loss if scale == 1.0 else self.ops.at_least_float32(loss) * scale), loss
-
-        def backward(batch: Any, index: int, scale: float) -> tuple[mx.array, Arrays]:
-            with mx.stream(entered.device):
-                (_, loss), gradients = mx.value_and_grad(loss_of)(values, to_mlx(batch), index, scale)
-            return loss, gradients if scale == 1.0 else {path: x / scale for path, x in gradients.items()}
-
-        def summaries(batch: Any, index: int, scale: float) -> Summaries:
-            loss, gradients = backward(batch, index, scale)
-            lazy = {path: summary(gradients.pop(path)) for path in values}  # so that no gradient stays in memory
-            mx.eval(loss, lazy)
-            check_finite_loss(float(np.array(loss)), index)
-            return {path: np.array(x) for path, x in lazy.items()}
-
-        sums: Arrays = {}
-        total, count = 0.0, 0
-        try:
-            for batch, last in with_last(self._batches):
-                count += 1
-                if not entered.scale.is_fitted:
-                    entered.scale.fit(partial(summaries, batch, count))
-                loss, gradients = backward(batch, count, entered.scale.value)
-                sums = {path: sums[path] + gradients[path] for path in values} if sums else gradients
-                del gradients  # otherwise the sums could not reuse their memory
-                (evaluate_last if last else mx.eval)(loss, sums)
-                total += check_finite_loss(float(np.array(loss)), count)
-        finally:
-            for path, value in values.items():
-                modules[path][name] = value
-        if not entered.scale.is_fitted:
-            entered.scale.finish()
-        return self._result(total, count), sums
-
-    def _result(self, total: float, count: int) -> PassResult:
-        lost = self._entered.scale.rounded_away  # by path
-        rounded_away = {
-            layer.name: lost[path]
-            for path, site in self._entered.sites.items()
-            if path in lost
-            for layer in site.layers
-        }
-        return PassResult(*mean_over_processes(total, count), rounded_away)
+    def _mean(self, sums: Sums, layer: Layer, result: PassResult) -> Arrays | None:
+        return sums.pop_mean(layer, result.batches, self.like(layer.name))
 
     def mean_loss(self) -> PassResult:
         self._write()
-        total, count = 0.0, 0
-        for batch, _ in with_last(self._batches):
-            count += 1
-            with mx.stream(self._entered.device):
-                loss = check_scalar(self._loss_fn(self.model, to_mlx(batch)), count)
-            total += check_finite_loss(float(np.array(loss)), count)
-        return self._result(total, count)
+        return self._entered.passes.forward()
 
     def all_agree(self, decision: bool) -> bool:
         return all_agree(decision)

@@ -357,6 +357,8 @@ def test_a_session_works_inside_its_block_only():
     calls = (
         lambda session: session.mean_loss(),
         lambda session: session.like("model.layers.0.self_attn.q_proj"),
+        lambda session: session.fold_pass({}),
+        lambda session: session.sides_pass({}),
         lambda session: session.sketch_pass({}),
         lambda session: session.exact_pass(lambda *_: None),
         lambda session: session.assign("model.layers.0.self_attn.q_proj", None),

@@ -14,6 +14,11 @@ def sum_over_processes(x: mx.array) -> mx.array:
     return mx.distributed.all_sum(x, stream=mx.cpu) if is_parallel() else x
 
 
+def of_all_processes(x: mx.array) -> list[mx.array]:
+    """Return the x of each process; x itself if it is alone."""
+    return list(mx.distributed.all_gather(x[None], stream=mx.cpu)) if is_parallel() else [x]
+
+
 def all_agree(decision: bool) -> bool:
     """Return whether all processes decide yes."""
     return not np.array(sum_over_processes(mx.array(0.0 if decision else 1.0))).any()

@@ -11,7 +11,9 @@ import mlx.nn as nn
 import numpy as np
 
 from lora_one.backends.checks import warn_of_underflow
+from lora_one.backends.mlx.ops import MlxOps
 from lora_one.backends.mlx.tree import flat
+from lora_one.core.gradient import RowProduct, times
 from lora_one.core.loss_scale import UNSCALED, Limits, begin, error_above
 
 FIRST = 2.0**15  # the largest power of two in float16: a loss in float16 can have it as its gradient
@@ -19,7 +21,7 @@ STEP = 2.0**5
 # At most 9 raises, to 2^60; a relative change of 1e-3 is small enough.
 LIMITS = Limits(first=FIRST, least=1.0, down=1.0 / STEP, enough=1e-3, raises=9)
 
-Summaries = dict[str, np.ndarray]  # by site: a vector that is linear in the layer's gradient
+Summaries = dict[str, np.ndarray]  # by layer: a vector that is linear in the layer's gradient
 
 
 class LossScale:
@@ -28,7 +30,7 @@ class LossScale:
     Attributes:
         is_needed: whether the model has parameters in float16.
         is_fitted: whether the scale is final: from the end of the first pass on, or from the start if none is needed.
-        rounded_away: site -> the share of its gradient's norm that float16 loses at this scale, once it is fitted.
+        rounded_away: layer -> the share of its gradient's norm that float16 loses at this scale, once it is fitted.
     """
 
     def __init__(self, model: nn.Module):
@@ -51,7 +53,7 @@ class LossScale:
         while not _finite(current) and self._search.can_fall:
             self._search = self._search.after_overflow()
             current = summaries_at(self.value)
-            self.rounded_away = {site: error * STEP for site, error in self.rounded_away.items()}
+            self.rounded_away = {layer: error * STEP for layer, error in self.rounded_away.items()}
         if not self._search.is_settled:
             self._raise(current, summaries_at)
 
@@ -62,7 +64,7 @@ class LossScale:
             above = summaries_at(self.value * STEP)
             errors = _changes(current, above)
             room = STEP if _finite(above) else 1.0
-            self._search = self._search.after_finite(max(errors.values()), room)
+            self._search = self._search.after_finite(max(errors.values(), default=0.0), room)
             if self._search.is_settled:
                 break
             below, current = current, above
@@ -70,8 +72,8 @@ class LossScale:
         if room == 1.0:  # a layer that overflows above has no error yet: it comes from the scale below
             errors_below = _changes(summaries_at(self.value / STEP) if below is None else below, current)
             self.rounded_away = {
-                site: error if np.isfinite(error) else error_above(errors_below[site], STEP)
-                for site, error in errors.items()
+                layer: error if np.isfinite(error) else error_above(errors_below[layer], STEP)
+                for layer, error in errors.items()
             }
 
     def finish(self) -> None:
@@ -81,9 +83,10 @@ class LossScale:
         warn_of_underflow(self.rounded_away, "is lost", remedy)
 
 
-def summary(gradient: mx.array) -> mx.array:
-    """Return a random combination of the gradient's columns."""
-    return gradient @ mx.random.normal((gradient.shape[-1],), key=mx.random.key(0), dtype=gradient.dtype)
+def summary(rows: RowProduct) -> mx.array:
+    """Return a random combination of the columns of a gradient, (out, 1)."""
+    _, in_features = rows.shape
+    return times(MlxOps(), rows, mx.random.normal((in_features, 1), key=mx.random.key(0), dtype=rows.x.dtype))
 
 
 def _finite(summaries: Mapping[str, np.ndarray]) -> bool:
@@ -94,7 +97,7 @@ def _changes(lower: Summaries, upper: Summaries) -> dict[str, float]:
     """Return each layer's relative change from the lower scale to the upper; nan if the upper overflows."""
     changes = {}
     with np.errstate(invalid="ignore"):
-        for site, x in upper.items():
+        for layer, x in upper.items():
             size = float(np.linalg.norm(x))
-            changes[site] = float(np.linalg.norm(lower[site] - x)) / size if size else 0.0
+            changes[layer] = float(np.linalg.norm(lower[layer] - x)) / size if size else 0.0
     return changes

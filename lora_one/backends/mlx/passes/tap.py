@@ -1,92 +1,83 @@
-"""The gradient of a linear layer's weight, for weights that are frozen or quantised and have none of their own.
+"""The rows x and dy of a linear layer, whose product dy^T x is the gradient of its weight.
 
-A tap replaces a LoRA layer. It returns the base layer's output unchanged, and its backward pass gives
-G = sum over tokens of dL/dy x^T to a parameter that is never read: a single zero, broadcast to the shape of W.
+A tap replaces a LoRA layer. It returns the base layer's output unchanged, and its backward pass records x and dy, as
+arrays that are not evaluated yet. Weights may be frozen or quantised. A layer that is called several times in one
+forward pass has several records. Checkpointed blocks repeat the forward pass only, so nothing is recorded twice.
 """
 
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from lora_one.backends.mlx.layout import LoraModule, is_switch
+from lora_one.core.gradient import RowProduct
+
+
+class Call(NamedTuple):
+    """One call of a layer, as its backward pass saw it."""
+
+    dy: mx.array  # (..., out), dL/dy
+    x: mx.array  # (..., in)
+    experts: mx.array | None = None  # (...), the expert of each row, in a mixture of experts
 
 
 class Tap(nn.Module):
-    """A dense layer whose `gradient`, (out, in), has the layer's G as its gradient."""
+    """A base layer, dense or a mixture of experts, that hands each `Call` to `record` in the backward pass."""
 
-    def __init__(self, layer: LoraModule):
+    def __init__(self, linear: Any, record: Callable[[Call], None]):
         super().__init__()
-        self.linear: Any = layer.linear
-        self.gradient = _unread((layer.lora_b.shape[1], layer.lora_a.shape[0]), layer)
+        self.linear = linear
+        self.anchor = mx.zeros(())  # never read: the backward pass of its gradient passes through the tap
+        self._recorded = _recording(record)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        y: Any = _dense(self.linear(x), mx.stop_gradient(x), self.gradient)
+    def __call__(self, x: mx.array, experts: mx.array | None = None, sorted_indices: bool = False) -> mx.array:
+        if experts is None:
+            y: Any = self._recorded(self.linear(x), self.anchor, mx.stop_gradient(x))
+            return y
+        y = self.linear(x, experts, sorted_indices=sorted_indices)  # (..., rows, out)
+        x = mx.broadcast_to(mx.stop_gradient(x), (*y.shape[:-1], x.shape[-1]))
+        y = self._recorded(y, self.anchor, x, mx.broadcast_to(experts[..., None], y.shape[:-1]))
         return y
 
 
-class SwitchTap(nn.Module):
-    """A mixture-of-experts layer whose `gradient`, (experts, out, in), has every expert's G as its gradient."""
+def rows_of(calls: Sequence[Call], pairs: int, dtype: mx.Dtype, scale: float) -> Iterator[tuple[int, RowProduct]]:
+    """Yield the index of each pair that a token reached, and the rows of all calls together.
 
-    def __init__(self, layer: LoraModule):
-        super().__init__()
-        self.linear: Any = layer.linear
-        self.gradient = _unread((layer.num_experts, layer.lora_b.shape[1], layer.lora_a.shape[2]), layer)
-
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        y: Any = self.linear(x, indices, sorted_indices=sorted_indices)
-        y = _SWITCH[sorted_indices](y, mx.stop_gradient(x), indices, self.gradient)
-        return y
-
-
-def tap(layer: LoraModule) -> Tap | SwitchTap:
-    """Return a tap on the base layer of a LoRA layer, which can replace it."""
-    return SwitchTap(layer) if is_switch(layer) else Tap(layer)
-
-
-def zeros_without_memory(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """Return zeros that are a single one, broadcast."""
-    return mx.broadcast_to(mx.zeros((), dtype=dtype), shape)
+    Args:
+        calls: of one layer, at least one.
+        pairs: those of the layer, one or one per expert.
+        dtype: that of the rows.
+        scale: that of the loss, which is divided out of dy.
+    """
+    dy, x = _rows([call.dy for call in calls]), _rows([call.x for call in calls])
+    experts = [np.array(call.experts).reshape(-1) for call in calls if call.experts is not None]
+    if not experts:
+        yield 0, RowProduct(dy.astype(dtype) / scale, x.astype(dtype))
+        return
+    expert_of_row = np.concatenate(experts)
+    for pair in range(pairs):
+        chosen = np.flatnonzero(expert_of_row == pair)
+        if chosen.size:
+            index = mx.array(chosen)
+            yield pair, RowProduct(dy[index].astype(dtype) / scale, x[index].astype(dtype))
 
 
-def _unread(shape: tuple[int, ...], layer: LoraModule) -> mx.array:
-    """Return zeros for a parameter that is never read. Their dtype is that of G."""
-    return zeros_without_memory(shape, mx.float64 if layer.lora_a.dtype == mx.float64 else mx.float32)
+def _rows(arrays: list[mx.array]) -> mx.array:
+    return mx.concatenate([array.reshape(-1, array.shape[-1]) for array in arrays])
 
 
-@mx.custom_function
-def _dense(y: mx.array, x: mx.array, gradient: mx.array) -> mx.array:
-    return y
-
-
-@_dense.vjp
-def _dense_vjp(primals: Any, dy: mx.array, y: mx.array) -> Any:
-    _, x, gradient = primals
-    rows = dy.reshape(-1, dy.shape[-1]).astype(gradient.dtype)  # (tokens, out)
-    columns = x.reshape(-1, x.shape[-1]).astype(gradient.dtype)  # (tokens, in)
-    return dy, mx.zeros_like(x), rows.T @ columns  # (out, in)
-
-
-def _switch(sorted_indices: bool) -> Any:
-    """Return the function of a mixture-of-experts layer: y, and G of each expert in the backward pass."""
+def _recording(record: Callable[[Call], None]) -> Any:
+    """Return a function of a layer's output that returns it, and records its gradient in the backward pass."""
 
     @mx.custom_function
-    def tapped(y: mx.array, x: mx.array, indices: mx.array, gradient: mx.array) -> mx.array:
+    def recorded(y: mx.array, anchor: mx.array, *inputs: mx.array) -> mx.array:
         return y
 
-    @tapped.vjp
-    def tapped_vjp(primals: Any, dy: mx.array, y: mx.array) -> Any:
-        _, x, indices, gradient = primals
+    @recorded.vjp
+    def recorded_vjp(primals: Any, dy: mx.array, y: mx.array) -> Any:
+        record(Call(dy, *primals[2:]))
+        return dy, *map(mx.zeros_like, primals[1:])
 
-        def product(weight: mx.array) -> mx.array:  # (experts, out, in) -> the layer's output without its bias
-            return mx.gather_mm(
-                x.astype(weight.dtype), weight.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices
-            )
-
-        _, (expert_gradients,) = mx.vjp(product, [gradient], [dy.astype(gradient.dtype)])  # (experts, out, in)
-        return dy, mx.zeros_like(x), mx.zeros_like(indices), expert_gradients
-
-    return tapped
-
-
-_SWITCH = {sorted_indices: _switch(sorted_indices) for sorted_indices in (False, True)}
+    return recorded

@@ -9,12 +9,21 @@ import numpy as np
 import lora_one
 from lora_one.backends.mlx.passes.distributed import all_agree
 from tests.backends.mlx.models import flat_factors, tiny_mixtral, token_batches
+from tests.backends.mlx.passes.reading import fold_pass, sides_pass
 
 CONFIGS = {
     "sketch": lora_one.Config(rank=4, oversample=8, passes=4),
     "exact": lora_one.Config(rank=4, gradient="exact"),
     "auto": lora_one.Config(rank=4, oversample=8, passes=2, gamma="auto"),
 }
+
+
+def read(batches: list, out: Path) -> None:
+    """The states and the products of a fold pass and of a sides pass over these batches."""
+    for name, run in (("fold", fold_pass), ("sides", sides_pass)):
+        result, _, of_layers = run(tiny_mixtral(experts=8), batches)
+        arrays = {f"{layer}.{field}": x for layer, of in of_layers.items() if of for field, x in of._asdict().items()}
+        np.savez(out / f"{name}.npz", loss=result.loss, batches=result.batches, **arrays)
 
 
 def start(batches: list, out: Path) -> None:
@@ -34,4 +43,6 @@ if __name__ == "__main__":
     mine.mkdir()
     # Three batches for one process, one for the other: the mean is over all batches, not over processes.
     batches = token_batches(count=4)
-    start(batches[:3] if group.rank() == 0 else batches[3:], mine)
+    own = batches[:3] if group.rank() == 0 else batches[3:]
+    read(own, mine)
+    start(own, mine)

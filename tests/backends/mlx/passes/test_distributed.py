@@ -8,15 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.backends.mlx.models import token_batches
+from lora_one.core.fold import FoldState, merge_folds, of_mean
+from tests.backends.mlx.models import tiny_mixtral, token_batches
 from tests.backends.mlx.passes import distributed_worker
+from tests.backends.mlx.passes.reading import NUMPY, assert_same, fold_pass
 
 ROOT = Path(__file__).parents[4]
 
 
-def test_two_processes_start_alike_and_as_one_process_would(tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The results of two processes, in folders 0 and 1."""
+    path = tmp_path_factory.mktemp("processes")
     launch = Path(sys.executable).parent / "mlx.launch"
-    command = [launch, "-n", "2", "--backend", "ring", "--", sys.executable, distributed_worker.__file__, tmp_path]
+    command = [launch, "-n", "2", "--backend", "ring", "--", sys.executable, distributed_worker.__file__, path]
     done = subprocess.run(
         list(map(str, command)),
         cwd=ROOT,
@@ -26,20 +31,52 @@ def test_two_processes_start_alike_and_as_one_process_would(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    distributed_worker.start(token_batches(count=4), alone)
+    return path
+
+
+def files(folder, name):
+    """A file of both processes, which agree to the bit on what is in it, beside that of one process."""
+    one, first, second = (np.load(folder / who / f"{name}.npz") for who in ("alone", "0", "1"))
+    assert first["batches"] == second["batches"] == one["batches"] == 4
+    assert first["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    assert first.files == second.files
+    for key in first.files:
+        np.testing.assert_array_equal(first[key], second[key])
+    return one, first
+
+
+def test_two_processes_start_alike_and_as_one_process_would(folder):
+    (folder / "alone").mkdir(exist_ok=True)
+    distributed_worker.start(token_batches(count=4), folder / "alone")
     for name in distributed_worker.CONFIGS:
-        one, first, second = (np.load(tmp_path / who / f"{name}.npz") for who in ("alone", "0", "1"))
-        assert first["batches"] == second["batches"] == one["batches"] == 4
-        assert first["loss"] == pytest.approx(one["loss"], rel=1e-6)
-        assert first["gamma"] == second["gamma"] == one["gamma"]
-        for key in one.files:
-            np.testing.assert_array_equal(first[key], second[key])
+        one, both = files(folder, name)
+        assert both["gamma"] == one["gamma"] and both.files == one.files
         for path in {key.rpartition(".")[0] for key in one.files if "." in key}:
-            products = [_product(file, path) for file in (first, one)]
+            products = [_product(file, path) for file in (both, one)]
             error = np.linalg.norm(products[0] - products[1]) / np.linalg.norm(products[1])
             assert error < 1e-6, f"{name}, {path}: {error:.1e}"
+
+
+def test_two_processes_read_both_sides_as_one_process_would_and_merge_their_folds(folder):
+    (folder / "alone").mkdir(exist_ok=True)
+    batches = token_batches(count=4)
+    distributed_worker.read(batches, folder / "alone")
+    one, both = files(folder, "sides")
+    assert both.files == one.files
+    for key in one.files:
+        assert np.linalg.norm(both[key] - one[key]) <= 1e-5 * np.linalg.norm(one[key]), key
+    one, both = files(folder, "fold")
+    assert both.files == one.files
+    (_, layers, first), (_, _, second) = (
+        fold_pass(tiny_mixtral(experts=8), part) for part in (batches[:3], batches[3:])
+    )
+    alone = 0
+    for layer in layers:
+        states = [of_mean(NUMPY, x[layer.name], 1 / n) for x, n in ((first, 3), (second, 1)) if x[layer.name]]
+        alone += len(states) == 1
+        expected = states[0] if len(states) == 1 else merge_folds(NUMPY, *states)
+        assert_same(FoldState(*(both[f"{layer.name}.{x}"] for x in FoldState._fields)), of_mean(NUMPY, expected, 4))
+    assert alone > 0  # an expert that only one process has tokens for
 
 
 def _product(file, path):

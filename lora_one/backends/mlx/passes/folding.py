@@ -1,0 +1,55 @@
+"""The states of a fold pass: rows of layers in, and the states of all processes merged."""
+
+import mlx.core as mx
+import numpy as np
+
+from lora_one.backends.interface import Layer
+from lora_one.backends.mlx.ops import MlxOps
+from lora_one.core.fold import FoldState, fold, merge_folds, of_mean
+from lora_one.core.gradient import RowProduct, times
+from lora_one.errors import GradientError
+
+from .distributed import of_all_processes
+
+OPS = MlxOps()
+
+
+class Folding:
+    """The state per layer; `add` is for `Passes.backward`.
+
+    Args:
+        states: from `start_fold`.
+    """
+
+    def __init__(self, states: dict[str, FoldState]):
+        self._states = states
+
+    def add(self, layer: Layer, rows: RowProduct, is_last: bool) -> None:
+        """Fold the rows into the layer's state. Raise GradientError if their product is not finite."""
+        state = self._states[layer.name]
+        mx.eval(rows)
+        if not np.isfinite(np.array(times(OPS, rows, state.test))).all():  # LAPACK fails on it with a bare number
+            raise GradientError(
+                f"layer {layer.name!r}: its gradient is not finite; a float16 model overflows easily: use bfloat16 or "
+                "float32, or look at the batches"
+            )
+        self._states[layer.name] = state = fold(OPS, state, rows)
+        mx.eval(state)
+
+    def pop_mean(self, layer: Layer, batches: int) -> FoldState | None:
+        """Return the state of the mean over the batches of all processes; None if no gradient reached the layer.
+
+        All processes must call this in the same order.
+        """
+        gathered = [of_all_processes(x) for x in self._states.pop(layer.name)]
+        states = [FoldState(*arrays) for arrays in zip(*gathered, strict=True)]
+        reached = [state for state in states if np.array(state.s)[0] > 0]  # the others have no bases yet
+        return of_mean(OPS, _merged(reached), batches) if reached else None
+
+
+def _merged(states: list[FoldState]) -> FoldState:
+    """The states of all processes, merged by halves."""
+    if len(states) == 1:
+        return states[0]
+    middle = len(states) // 2
+    return merge_folds(OPS, _merged(states[:middle]), _merged(states[middle:]))
