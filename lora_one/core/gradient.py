@@ -10,7 +10,7 @@ ENTRIES_AT_ONCE = 2**21  # entries of G per copy, so that a copy does not fill t
 
 
 class RowProduct(NamedTuple):
-    """G = dy^T x, a sum over T tokens, kept as its two factors."""
+    """G = dy^T x, a sum over T tokens, kept as its two factors. For a stack of layers, with a leading axis."""
 
     dy: Array  # (T, out), dL/dy
     x: Array  # (T, in)
@@ -18,12 +18,12 @@ class RowProduct(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """The shape of G, (out, in)."""
-        return self.dy.shape[1], self.x.shape[1]
+        return self.dy.shape[-1], self.x.shape[-1]
 
     @property
     def is_smaller(self) -> bool:
         """See `rows_are_smaller`."""
-        return rows_are_smaller(self.dy.shape[0], *self.shape)
+        return rows_are_smaller(self.dy.shape[-2], *self.shape)
 
 
 def rows_are_smaller(tokens: int, out_features: int, in_features: int) -> bool:

@@ -11,6 +11,7 @@ from lora_one.core.ops import Ops
 from .linalg import decompositions
 from .linalg.narrow import narrow_matmul
 from .linalg.precision import full_precision, widened
+from .linalg.wide import times_few_columns
 
 
 class TorchOps(Ops):
@@ -47,6 +48,8 @@ class TorchOps(Ops):
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         with full_precision(a.device):
+            if a.dtype != b.dtype:  # rows in the model's dtype times directions in float32
+                return times_few_columns(a, b)
             return narrow_matmul(a, b)
 
     def matrix_transpose(self, x: Tensor) -> Tensor:

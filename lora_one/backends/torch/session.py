@@ -12,7 +12,9 @@ from lora_one.backends.checks import check_reiterable
 from lora_one.backends.interface import Layer, PassResult
 from lora_one.config import Config
 from lora_one.core.factors import Factors
+from lora_one.core.fold import FoldState
 from lora_one.core.gradient import Gradient, arrays_of
+from lora_one.core.sides import Products, Sides
 from lora_one.core.sketch import Probe
 from lora_one.environment import process_peak
 from lora_one.errors import BatchError
@@ -23,10 +25,10 @@ from .ops import TorchOps
 from .passes.batches import LossFn, default_loss, device_of
 from .passes.distributed import all_agree, is_parallel
 from .passes.over_batches import Passes
-from .passes.own_gradients import identity_probe
+from .passes.own_gradients import identity_sides
 from .passes.recompute import Recompute
 from .passes.settings import settings_for_passes
-from .passes.tap import ROWS, WHOLE, product_of
+from .passes.tap import ROWS, WHOLE, from_flat, product_of
 
 
 class TorchSession:
@@ -104,11 +106,32 @@ class TorchSession:
     def like(self, layer: str) -> Tensor:
         return self._passes.sites[layer].like()
 
+    @property
+    def folds(self) -> bool:
+        return True
+
+    def fold_pass(self, states: dict[str, FoldState]) -> tuple[PassResult, dict[str, FoldState | None]]:
+        return self._passes.folds(self.ops, states, self.stacks_layers)
+
+    def sides_pass(self, sides: Mapping[str, Sides]) -> tuple[PassResult, dict[str, Products | None]]:
+        products: dict[str, Products | None] = dict.fromkeys(sides)
+
+        def consume(name: str, total: Tensor) -> None:
+            products[name] = from_flat(total, sides[name])
+
+        forms = {name: product_of(directions) for name, directions in sides.items()}
+        result, _ = self._passes.sums(forms, sides, consume)
+        return result, products
+
     def sketch_pass(self, probes: Mapping[str, Probe]) -> tuple[PassResult, dict[str, Tensor | None]]:
-        gradients: dict[str, Tensor | None] = dict.fromkeys(probes)
-        products = {name: product_of(probe) for name, probe in probes.items()}
-        result, _ = self._passes.backward(products, probes, gradients.__setitem__)
-        return result, gradients
+        sides = {}
+        for layer in self.layers:
+            side, factor = probes[layer.name]
+            none = factor.new_zeros(layer.out_features if side == "A" else layer.in_features, 0)
+            sides[layer.name] = Sides(factor.mT, none) if side == "A" else Sides(none, factor)
+        result, products = self.sides_pass(sides)
+        of_side = {"A": lambda p: p.g_right, "B": lambda p: p.g_left.mT}
+        return result, {n: None if p is None else of_side[probes[n].side](p) for n, p in products.items()}
 
     def exact_pass(self, consume: Callable[[str, Gradient], None]) -> PassResult:
         """Run all batches backward, as `Session.exact_pass` says.
@@ -123,12 +146,12 @@ class TorchSession:
         passes = self._passes
         # Where layers are stacked, multiplying out costs next to nothing, and a launch for each product costs a lot.
         product = WHOLE if is_parallel() or self.stacks_layers else ROWS
-        no_probes: dict[str, Probe | None] = dict.fromkeys(passes.sites)
-        result, read = passes.backward(dict.fromkeys(passes.sites, product), no_probes, consume_precisely, early=True)
+        result, read = passes.sums(dict.fromkeys(passes.sites, product), {}, consume_precisely, early=True)
         if read:
             _check_second_pass(self._batches, read)
-            probes = {name: identity_probe(passes.sites[name]) for name in read}
-            passes.backward(dict.fromkeys(read, WHOLE), no_probes | probes, consume_precisely)
+            _, products = self.sides_pass({name: identity_sides(passes.sites[name]) for name in read})
+            for name, (g_right, g_left) in ((n, p) for n, p in products.items() if p is not None):
+                consume(name, g_right if g_right.numel() else g_left.mT)
         return result
 
     def mean_loss(self) -> PassResult:

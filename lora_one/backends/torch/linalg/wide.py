@@ -22,16 +22,12 @@ def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
 
 
 def times_few_columns(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b, (m, n), of a (m, k) in any dtype and a narrow b (k, n) in float32 or wider."""
+    """Return a @ b, (..., m, n), of a (..., m, k) in any dtype and a narrow b (..., k, n) in float32 or wider."""
     if _has_wide_sums(a) and a.dtype == torch.bfloat16 and b.dtype == torch.float32:
-        products = torch.mm(a, in_parts(b), out_dtype=torch.float32)  # (m, 3 n)
-        return products.unflatten(1, (BFLOAT16_PARTS, b.shape[1])).sum(1)
+        multiply = torch.mm if a.ndim == 2 else torch.bmm
+        products = multiply(a, in_parts(b), out_dtype=torch.float32)  # (..., m, 3 n)
+        return products.unflatten(-1, (BFLOAT16_PARTS, b.shape[-1])).sum(-2)
     return widened(a) @ b
-
-
-def few_rows_times(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b, (m, n), of a flat a (m, k) in float32 or wider and a b (k, n) in any dtype."""
-    return times_few_columns(b.mT, a.mT).mT if b.is_cuda else a @ widened(b)
 
 
 def in_parts(x: Tensor) -> Tensor:
@@ -40,7 +36,7 @@ def in_parts(x: Tensor) -> Tensor:
     for _ in range(BFLOAT16_PARTS):
         parts.append(x.to(torch.bfloat16))
         x = x - parts[-1]
-    return torch.cat(parts, dim=1)
+    return torch.cat(parts, dim=-1)
 
 
 def _has_wide_sums(x: Tensor) -> bool:

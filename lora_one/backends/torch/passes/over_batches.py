@@ -1,6 +1,6 @@
 """Passes over all batches: forward for the mean loss, backward for a product of each layer's gradient."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -10,15 +10,20 @@ from torch import nn
 
 from lora_one.backends.interface import PassResult
 from lora_one.backends.torch.attachment.attach import Site
-from lora_one.core.sketch import Probe
+from lora_one.core.fold import FoldState, of_mean
+from lora_one.core.ops import Ops
+from lora_one.core.sides import Sides
+from lora_one.core.stacking import stack_of, unstacked
 
+from .arrivals import Arrivals, Collector
 from .batches import Evaluate, LossFn, check_depends, device_of, losses
-from .distributed import is_parallel, mean_over_processes, sum_over_processes
+from .distributed import is_parallel, mean_over_processes, merge_over_processes, sum_over_processes
+from .folds import Folds, groups
 from .loss_scale import LossScale
 from .own_gradients import own_gradients
 from .recompute import Recompute
 from .sums import Sums
-from .tap import Product, tap
+from .tap import NARROW_ROWS, Product, tap
 
 
 class Passes:
@@ -28,6 +33,7 @@ class Passes:
         self, model: nn.Module, sites: dict[str, Site], batches: Iterable[Any], loss_fn: LossFn, recompute: Recompute
     ):
         self.sites = sites
+        self.read: frozenset[str] | None = None  # layers whose factors some code reads; None before the first pass
         self._model = model
         self._batches = batches
         self._loss_fn = loss_fn
@@ -40,10 +46,10 @@ class Passes:
         with torch.no_grad():
             return self._run(lambda evaluate, index, last: evaluate()[1])
 
-    def backward(
+    def sums(
         self,
         products: Mapping[str, Product],
-        probes: Mapping[str, Probe | None],
+        sides: Mapping[str, Sides],
         consume: Callable[[str, Any], None],
         early: bool = False,
     ) -> tuple[PassResult, list[str]]:
@@ -53,43 +59,71 @@ class Passes:
 
         Args:
             products: what to form of the layers that are called.
-            probes: for code that reads factors; they give the same products as those in `products`.
+            sides: for layers whose factors some code reads; they give the same products as those in `products`.
 
         Returns:
             The result, and the layers whose factors some code reads.
         """
-        self._scale.begin_pass()
-        sums = Sums(consume, early, self._scale)
-        with ExitStack() as stack:
-            for name, probe in probes.items():
-                sink = sums.add_read if name in products and probe is not None else sums.noticed
-                stack.enter_context(own_gradients(self.sites[name], probe, partial(sink, name)))
-            for name, product in products.items():
-                layer, on_call = self.sites[name].module, partial(sums.called, name)
-                if not isinstance(layer.get_base_layer(), nn.MultiheadAttention):  # PEFT merges there, and unmerges
-                    stack.enter_context(tap(layer, layer.get_base_layer(), product, partial(sums.add, name), on_call))
-            result = self._run(partial(self._backward_on_batch, sums))
+        sums = Sums(consume, early)
+        result, read = self._backward(sums, products, sides)
         for name, product in products.items():
-            if is_parallel() and name not in sums.pending:
+            if is_parallel():
                 site = self.sites[name]
-                sums.pending[name] = product.zero(site.layer.out_features, site.layer.in_features, site.like())
+                if name not in sums.pending:
+                    sums.pending[name] = product.zero(site.layer.out_features, site.layer.in_features, site.like())
+                sum_over_processes(sums.pending[name])
             if name in sums.pending:
-                total = sum_over_processes(sums.pending.pop(name))
-                consume(name, total if result.batches == 1 else total / result.batches)
-        seen, read = (self._in_any_process(names) for names in (sums.seen, sums.read))
+                sums.hand_on(name, result.batches)
+        return result, read
+
+    def folds(
+        self, ops: Ops, states: dict[str, FoldState], in_stacks: bool
+    ) -> tuple[PassResult, dict[str, FoldState | None]]:
+        """Run all batches backward and renew the states: see `Session.fold_pass`; `in_stacks` as for `Folds`."""
+        kinds = {name: _kind(state) if in_stacks else name for name, state in states.items()}
+        folds = Folds(ops, states, kinds, in_stacks)
+        result, read = self._backward(folds, dict.fromkeys(states, NARROW_ROWS), {})
+        reached = self._in_any_process(folds.reached)
+        means: dict[str, FoldState | None] = dict.fromkeys(states)
+        for names in groups(reached, kinds):
+            merged = merge_over_processes(ops, stack_of(ops, [states.pop(name) for name in names]))
+            means.update(zip(names, unstacked(of_mean(ops, merged, result.batches), len(names)), strict=True))
+        return result._replace(not_folded=frozenset(read)), means
+
+    def _backward(
+        self, collector: Collector, products: Mapping[str, Product], sides: Mapping[str, Sides]
+    ) -> tuple[PassResult, list[str]]:
+        self._scale.begin_pass()
+        arrivals = Arrivals(collector, self._scale)
+        with ExitStack() as stack:
+            for name, site in self.sites.items():
+                # Known from an earlier pass: where no code reads factors, zeros without memory will do.
+                given = sides.get(name) if self.read is None or name in self.read else None
+                sink = arrivals.add_read if given is not None else arrivals.noticed
+                stack.enter_context(own_gradients(site, given, partial(sink, name)))
+            for name, product in products.items():
+                layer, on_call = self.sites[name].module, partial(arrivals.called, name)
+                if not isinstance(layer.get_base_layer(), nn.MultiheadAttention):  # PEFT merges there, and unmerges
+                    stack.enter_context(
+                        tap(layer, layer.get_base_layer(), product, partial(arrivals.add, name), on_call)
+                    )
+            result = self._run(partial(self._backward_on_batch, arrivals))
+        seen, read = (self._in_any_process(names) for names in (arrivals.seen, arrivals.read))
+        self.read = frozenset(read) | (self.read or frozenset())
         never_called = frozenset(self.sites) - frozenset(seen)
         return result._replace(never_called=never_called, rounded_away=self._scale.rounded_away()), read
 
-    def _backward_on_batch(self, sums: Sums, evaluate: Evaluate, index: int, last: bool) -> float:
-        sums.next_batch(last)
+    def _backward_on_batch(self, arrivals: Arrivals, evaluate: Evaluate, index: int, last: bool) -> float:
+        arrivals.next_batch(last)
         done = False
         while not done:
-            sums.next_attempt()
+            arrivals.next_attempt()
             self._recompute.next_batch()
             loss, value = evaluate()
-            check_depends(loss, index, called=bool(sums.seen), layer=next(iter(self.sites)))
+            check_depends(loss, index, called=bool(arrivals.seen), layer=next(iter(self.sites)))
             done = self._scale.backward(loss)
             del loss  # frees its graph before the next one is built
+        arrivals.end_batch()
         return value
 
     def _run(self, on_batch: Callable[[Evaluate, int, bool], float]) -> PassResult:
@@ -106,3 +140,8 @@ class Passes:
             counts = sum_over_processes(mine).tolist()
             names = {name for name, count in zip(self.sites, counts, strict=True) if count}
         return [name for name in self.sites if name in names]
+
+
+def _kind(state: FoldState) -> Hashable:
+    """Return what the layers that are folded together have in common."""
+    return *(x.shape for x in state), state.v.dtype, state.v.device

@@ -1,58 +1,69 @@
 """LoRA's own gradients, for code that reads a layer's factors without calling the layer: no tap sees its input.
 
-Fused kernels do that (Liger, Unsloth, axolotl), and so does PEFT in nn.MultiheadAttention. One factor is replaced by a
-probe and the other by zeros. The model computes what it did before, and the gradient of the zeros is the product that a
-tap would form. Where no code reads the factors this costs nothing: the zeros are a single number in memory.
+Fused kernels do that (Liger, Unsloth, axolotl), and so does PEFT in nn.MultiheadAttention. The pair is replaced by one
+whose product is zero, see `lora_one.core.sides`. The model computes what it did before, and the gradients of the pair
+are the products that a tap would form.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lora_one.backends.torch.attachment.attach import Site
 from lora_one.backends.torch.linalg.precision import widened
-from lora_one.core.sketch import Probe
+from lora_one.backends.torch.ops import TorchOps
+from lora_one.core.factors import Factors
+from lora_one.core.sides import Sides, products_of, sides_as_factors
 
-from .tap import Sink
+from .tap import Sink, flat
+
+_OPS = TorchOps()
 
 
 @contextmanager
-def own_gradients(site: Site, probe: Probe | None, sink: Sink) -> Iterator[None]:
-    """Temporarily replace a layer's factors by a probe and zeros.
+def own_gradients(site: Site, sides: Sides | None, sink: Sink) -> Iterator[None]:
+    """Temporarily replace a layer's factors by those that read G in some directions.
 
     Args:
-        probe: None for zeros in both factors. Their gradients are zero, but still tell that the factors were read.
-        sink: gets the gradient of the zeros at scale 1, and as it is, once in each backward pass that reaches it.
+        sides: None for zeros in both factors, a single number in memory. Their gradients are zero, but still tell that
+            the factors were read.
+        sink: gets the products at scale 1, flat, and the gradient as it is. Each factor delivers its own part, and
+            zeros for the other's, once in each backward pass that reaches it.
     """
-    lora_A, lora_B = site.lora_A, site.lora_B
-    weight_A, weight_B = lora_A.weight, lora_B.weight
+    layers = site.lora_A, site.lora_B
+    before = Factors(*(layer.weight for layer in layers))
+    pair = _without_memory(before) if sides is None else sides_as_factors(_OPS, sides)
+    columns = 0 if sides is None else sides.right.shape[1]
 
-    def take(zeros: Tensor) -> None:
-        assert zeros.grad is not None
-        gradient, zeros.grad = zeros.grad, None
-        sink(widened(gradient) / site.module.scaling[site.adapter], gradient)
+    def take(factor: Tensor, field: str) -> None:
+        assert factor.grad is not None
+        gradient, factor.grad = factor.grad, None
+        at_scale_1 = widened(gradient) / site.module.scaling[site.adapter]
+        gradients = _without_memory(pair)._replace(**{field: at_scale_1})
+        sink(flat(products_of(_OPS, gradients, columns)), gradient)
 
-    def factor(given: Tensor | None, shape: tuple[int, int], like: Tensor) -> nn.Parameter:
-        if given is not None:
-            return nn.Parameter(given.to(like.dtype), requires_grad=False)
-        zeros = nn.Parameter(like.new_zeros(()).expand(shape))
-        zeros.register_post_accumulate_grad_hook(take)
-        return zeros
-
-    side, given = probe or (None, None)
-    k = site.layer.rank if given is None else given.shape[0 if side == "A" else 1]
-    lora_A.weight = factor(given if side == "A" else None, (k, site.layer.in_features), weight_A)
-    lora_B.weight = factor(given if side == "B" else None, (site.layer.out_features, k), weight_B)
+    for layer, field, given in zip(layers, Factors._fields, pair, strict=True):
+        layer.weight = nn.Parameter(given.to(layer.weight.dtype))
+        layer.weight.register_post_accumulate_grad_hook(partial(take, field=field))
     try:
         yield
     finally:
-        lora_A.weight, lora_B.weight = weight_A, weight_B
+        for layer, weight in zip(layers, before, strict=True):
+            layer.weight = weight
 
 
-def identity_probe(site: Site) -> Probe:
-    """Return the probe with which the other factor's gradient is G itself."""
+def _without_memory(pair: Factors) -> Factors:
+    """Return zeros in the shapes of a pair, float32 or wider."""
+    return Factors(*(widened(x.detach().new_zeros(())).expand(x.shape) for x in pair))
+
+
+def identity_sides(site: Site) -> Sides:
+    """Return the directions in which G is read whole."""
     layer, like = site.layer, site.like()
     eye = torch.eye(min(layer.out_features, layer.in_features), device=like.device, dtype=like.dtype)
-    return Probe("A" if layer.in_features <= layer.out_features else "B", eye)
+    if layer.in_features <= layer.out_features:
+        return Sides(eye, eye.new_zeros(layer.out_features, 0))
+    return Sides(eye.new_zeros(layer.in_features, 0), eye)

@@ -1,10 +1,10 @@
 """A tap forms a product of a linear layer's weight gradient G, even where the weight is frozen or quantised.
 
 A tap leaves the layer's output as it is. In the backward pass it sees dL/dy beside x. From these it forms
-G = sum over tokens of dL/dy x^T, or only a few products with G: G V = dL/dy^T (x V) and Q^T G = (dL/dy Q)^T x.
+G = sum over tokens of dL/dy x^T, or only a few products with G: G V = dL/dy^T (x V) and G^T U = x^T (dL/dy U).
 
 LoRA's own backward pass forms the same products if its factors multiply to zero. But it also computes an output and a
-share of dL/dx that are zero, and it keeps a float32 copy of a narrower x.
+share of dL/dx that are zero, and it keeps a float32 copy of a narrower x. Or it hands on dy and x themselves.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_one.backends.torch.linalg.precision import full_precision, widened
-from lora_one.backends.torch.linalg.wide import few_rows_times, product_over_rows, times_few_columns
+from lora_one.backends.torch.linalg.wide import product_over_rows, times_few_columns
 from lora_one.core.gradient import RowProduct
-from lora_one.core.sketch import Probe
+from lora_one.core.sides import Products, Sides
 
 Sink = Callable[[Any, Tensor], None]
 
@@ -39,6 +39,7 @@ class Product(NamedTuple):
 
 WHOLE = Product(None, product_over_rows)  # G, (out, in)
 ROWS = Product(None, lambda dy, x: RowProduct(widened(dy), widened(x)))  # G, not multiplied out
+NARROW_ROWS = Product(None, RowProduct)  # the same, in the model's own dtype
 
 
 def whole(product: RowProduct) -> Tensor:
@@ -47,13 +48,27 @@ def whole(product: RowProduct) -> Tensor:
     return g
 
 
-def product_of(probe: Probe) -> Product:
-    """Return the product that is the gradient of the factor that a probe leaves out."""
-    if probe.side == "A":
-        v = probe.factor.mT  # (in, k)
-        return Product(lambda x: times_few_columns(x, v), lambda dy, xv: times_few_columns(dy.mT, xv))  # G V, (out, k)
-    q = probe.factor  # (out, k)
-    return Product(None, lambda dy, x: few_rows_times(times_few_columns(dy, q).mT, x))  # Q^T G, (k, in)
+def product_of(sides: Sides) -> Product:
+    """Return the products with G in these directions, as one flat tensor: see `flat` and `from_flat`."""
+    right, left = sides
+
+    def form(dy: Tensor, x: Tensor) -> Tensor:
+        g_right = times_few_columns(dy.mT, times_few_columns(x, right))  # (out, p)
+        return flat(Products(g_right, times_few_columns(x.mT, times_few_columns(dy, left))))
+
+    return Product(None, form)
+
+
+def flat(products: Products) -> Tensor:
+    """Return both products in one tensor, so that sums need not know what it holds."""
+    return torch.cat([x.reshape(-1) for x in products])
+
+
+def from_flat(x: Tensor, sides: Sides) -> Products:
+    """Return the products that `flat` joined."""
+    (in_features, p), (out_features, q) = (directions.shape for directions in sides)
+    g_right, g_left = x.split([out_features * p, in_features * q])
+    return Products(g_right.view(out_features, p), g_left.view(in_features, q))
 
 
 class _Keep(torch.autograd.Function):
@@ -84,7 +99,7 @@ def tap(
         layer: the LoRA layer of PEFT.
         base: its base layer, which computes y (..., out) from its first argument x (..., in). Nothing in it has to
             require a gradient.
-        product: `WHOLE`, `ROWS`, or a result of `product_of`.
+        product: `WHOLE`, `ROWS`, `NARROW_ROWS`, or a result of `product_of`.
         sink: gets the product and dL/dy, (..., out), in the backward pass: once per call that the loss depends on.
         on_call: gets whether a graph is recorded, at each forward pass that is not a repetition by checkpointing.
     """

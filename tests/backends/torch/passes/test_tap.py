@@ -7,59 +7,57 @@ import lora_one
 from lora_one.backends.torch import TorchSession
 from lora_one.backends.torch.attachment.attach import find_sites
 from lora_one.backends.torch.passes.tap import WHOLE, product_of, tap
-from lora_one.core.sketch import Probe
+from lora_one.core.sides import Products, Sides
 from tests.backends.torch.models import CASES, llama
 
 CONFIG = lora_one.Config(rank=4)
 
 
-def probes(session: TorchSession, side: str, width: int) -> dict[str, Probe]:
+def random_sides(session: TorchSession) -> dict[str, Sides]:
     generator = torch.Generator().manual_seed(0)
-    given = {}
-    for layer in session.layers:
-        if side == "A":
-            given[layer.name] = Probe("A", torch.randn(width, layer.in_features, generator=generator))
-        else:
-            given[layer.name] = Probe("B", torch.randn(layer.out_features, width, generator=generator))
-    return given
+    return {
+        layer.name: Sides(
+            torch.randn(layer.in_features, 5, generator=generator),
+            torch.randn(layer.out_features, 3, generator=generator),
+        )
+        for layer in session.layers
+    }
 
 
-def lora_gradients(session: TorchSession, given: dict[str, Probe]) -> dict[str, torch.Tensor]:
-    """The mean gradients over the batches, by autograd through PEFT's layers with these factors, at scale 1."""
-    wanted = {}
+def lora_gradients(session: TorchSession, sides: dict[str, Sides]) -> dict[str, Products]:
+    """The same products by autograd through PEFT's layers with a pair whose product is zero, at scale 1."""
+    pairs = {}
     for site in find_sites(session.model):
-        side, factor = given[site.layer.name]
-        zero = (site.layer.out_features, len(factor)) if side == "A" else (factor.shape[1], site.layer.in_features)
-        wanted[site.layer.name] = torch.nn.Parameter(torch.zeros(zero))
+        right, left = sides[site.layer.name]
+        lora_A = torch.cat([right.mT, torch.zeros(3, len(right))]).requires_grad_(True)
+        lora_B = torch.cat([torch.zeros(len(left), 5), left], dim=1).requires_grad_(True)
         site.module.scaling[site.adapter] = 1.0
-        site.lora_A.weight = torch.nn.Parameter(factor) if side == "A" else wanted[site.layer.name]
-        site.lora_B.weight = torch.nn.Parameter(factor) if side == "B" else wanted[site.layer.name]
+        site.lora_A.weight, site.lora_B.weight = torch.nn.Parameter(lora_A), torch.nn.Parameter(lora_B)
+        pairs[site.layer.name] = site.lora_A.weight, site.lora_B.weight
     batches = session._batches
     for batch in batches:
         (session._loss_fn(session.model, batch) / len(batches)).backward()
-    return {name: factor.grad for name, factor in wanted.items()}
+    return {name: Products(b.grad[:, :5], a.grad[5:].mT) for name, (a, b) in pairs.items()}
 
 
-@pytest.mark.parametrize("side", ["A", "B"])
 @pytest.mark.parametrize("name", CASES)
-def test_products_are_the_gradients_of_lora_itself(name, side):
+def test_products_are_the_gradients_of_lora_itself(name):
     case = CASES[name]()
     with TorchSession(case.model, case.batches, case.loss_fn, CONFIG) as session:
-        given = probes(session, side, 5)
-        _, got = session.sketch_pass(given)
-        expected = lora_gradients(session, given)
-        for layer, gradient in expected.items():
-            torch.testing.assert_close(got[layer], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+        sides = random_sides(session)
+        _, got = session.sides_pass(sides)
+        for layer, expected in lora_gradients(session, sides).items():
+            for product, gradient in zip(got[layer], expected, strict=True):
+                torch.testing.assert_close(product, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
 
 
 @pytest.mark.parametrize(
     ("product", "kept"),
     [
         (WHOLE, (6, 30)),
-        (product_of(Probe("A", torch.ones(3, 30))), (6, 3)),
-        (product_of(Probe("B", torch.ones(20, 3))), (6, 30)),
+        (product_of(Sides(torch.ones(30, 3), torch.ones(20, 2))), (6, 30)),
     ],
-    ids=["whole", "given A", "given B"],
+    ids=["whole", "sides"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_the_backward_pass_keeps(product, kept, dtype):
