@@ -17,6 +17,8 @@ from jax import Array, lax
 from lora_one.core.factors import Factors
 from lora_one.core.sketch import Side
 
+from .tap import Tap
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -100,14 +102,18 @@ class Layout:
         a = a.reshape(self.count, self.in_features, rank).astype(wide)
         b = b.reshape(self.count, rank, self.out_features).astype(wide)
         delta = jnp.matmul(a, b, precision=lax.Precision.HIGHEST)  # (n, in, out)
-        order = self.stack + self.ins + self.outs
-        delta = delta.reshape([self.shape[axis] for axis in order])
-        return jnp.transpose(delta, [order.index(axis) for axis in range(len(order))])
+        return self._in_kernels_order(delta, self.stack + self.ins + self.outs)
 
     def added(self, kernel: Array, a: Array, b: Array, scale: float) -> Array:
         """Return kernel + scale * a b, rounded once to the kernel's dtype."""
         delta = scale * self.product(a, b)
         return (kernel.astype(delta.dtype) + delta).astype(kernel.dtype)
+
+    def watched(self, kernel: Array, tap: Tap) -> Array:
+        """Return the kernel of a single matrix, whose gradient a tap reads."""
+        order = self.outs + self.ins
+        matrix = jnp.transpose(kernel, order).reshape(self.out_features, self.in_features)
+        return self._in_kernels_order(tap.watch_weight(matrix), order)
 
     def cuttable(self, leaf: Array) -> Array:
         """Return a factor with its stacked axes moved from the front to the places that `lifts` says."""
@@ -115,6 +121,16 @@ class Layout:
             axis = self.lifts[depth]
             leaf = jnp.moveaxis(leaf, depth, axis + (depth if axis >= 0 else leaf.ndim))
         return leaf
+
+    def _in_kernels_order(self, x: Array, order: tuple[int, ...]) -> Array:
+        """Return an array of the kernel's entries in its shape.
+
+        Args:
+            x: the entries, with the kernel's axes in the given order, some of them merged.
+            order: indices of the kernel's axes.
+        """
+        x = x.reshape(self._sizes(order))
+        return jnp.transpose(x, [order.index(axis) for axis in range(len(order))])
 
     def _sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self.shape[axis] for axis in axes)

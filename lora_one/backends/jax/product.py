@@ -4,6 +4,8 @@ Factors are lora_a (stack..., in..., r) and lora_b (stack..., r, out...). Produc
 the factors' dtype and at the highest precision: rank r is small beside the base product, and a sketch reads these
 products as numbers. On a mesh with Explicit axes, a product over a sharded axis must say where its result goes. The
 narrow product gets the sharding of x, whole along r, and the result gets that of the base layer's output.
+
+In a fold pass a tap stands where lora_a stands: nothing is added then, and the backward pass reads x and dy.
 """
 
 import jax
@@ -13,12 +15,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from .layout import einsum_axes
 from .placement import full_spec
+from .tap import Tap
 
 _PRECISION = lax.Precision.HIGHEST
 
 
 def add_general(
-    y: Array, x: Array, a: Array, b: Array, scale: float, axis: tuple[int, ...], batch_axis: tuple[int, ...] = ()
+    y: Array, x: Array, a: Array | Tap, b: Array, scale: float, axis: tuple[int, ...], batch_axis: tuple[int, ...] = ()
 ) -> Array:
     """Return y + scale * x a b for a layer that contracts `axis` of x and shares `batch_axis` with its kernel.
 
@@ -31,10 +34,12 @@ def add_general(
         axis: contracted axes of x, not negative.
         batch_axis: axes of x that the kernel has too, not negative.
     """
+    kept = [i for i in range(x.ndim) if i not in axis and i not in batch_axis]
+    if isinstance(a, Tap):
+        return a.watch(y, jnp.transpose(x, (*kept, *axis)))
     x, a, b = _widened(x, a, b)
     n = len(batch_axis)
     lead = tuple(range(n))
-    kept = [i for i in range(x.ndim) if i not in axis and i not in batch_axis]
     narrow = lax.dot_general(
         x,
         a,
@@ -48,12 +53,17 @@ def add_general(
     return y + (scale * wide).astype(y.dtype)
 
 
-def add_einsum(y: Array, x: Array, a: Array, b: Array, scale: float, equation: str) -> Array:
+def add_einsum(y: Array, x: Array, a: Array | Tap, b: Array, scale: float, equation: str) -> Array:
     """Return y + scale * (the layer's own einsum of x with a b instead of the kernel), in the dtype of y."""
-    x, a, b = _widened(x, a, b)
     inputs, result = equation.replace(" ", "").split("->")
     left = inputs.split(",")[0]
     shared, contracted, new = einsum_axes(equation)
+    if isinstance(a, Tap):
+        common = "".join(c for c in left if c in result)  # axes of x that the layer sums over meet the same dy
+        rows = jnp.einsum(f"{result}->{common}{new}", y)
+        rows = a.watch(rows, jnp.einsum(f"{left}->{common}{contracted}", x))
+        return jnp.einsum(f"{common}{new}->{result}", rows)
+    x, a, b = _widened(x, a, b)
     r = next(c for c in "rRzZqQ" if c not in equation)
     kept = "".join(c for c in left if c not in contracted)
     letters = left.replace("...", "." * (x.ndim - len(left.replace("...", ""))))  # one character per axis of x

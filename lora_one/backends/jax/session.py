@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,8 @@ from lora_one.backends.checks import check_no_torch_settings, check_reiterable
 from lora_one.backends.interface import Layer, LossFn, PassResult
 from lora_one.config import Config
 from lora_one.core.factors import Factors
+from lora_one.core.fold import FoldState
+from lora_one.core.sides import Products, Sides
 from lora_one.core.sketch import Probe
 from lora_one.environment import process_peak
 from lora_one.errors import BatchError, ModelError
@@ -22,11 +24,14 @@ from lora_one.errors import BatchError, ModelError
 from .nnx.binding import NnxBinding
 from .nnx.stacks import check_stacks, is_ambiguous
 from .ops import JaxOps
+from .passes.folds import abstract_states, folds_once, has_rows
 from .passes.gradients import GradientFunction
-from .passes.probes import column_turns, installed, matrix_gradients
+from .passes.probes import installed, matrix_gradients
+from .passes.sides import column_turns, installed_sides, products_by_layer
+from .passes.totals import mean_folds
 from .passes.uses import warn_of_left_out
 from .placement import put, replicated
-from .sites import Binding, Site, check_concrete
+from .sites import Binding, Leaves, Site, check_concrete
 from .trees.binding import TreeBinding
 from .trees.models import LinenModel, PytreeModel
 
@@ -54,6 +59,7 @@ class JaxSession:
         self._attached: Attached | None = None
         self._pending: dict[str, dict[int, Factors]] = {}  # site -> index in its stack -> factors still to be written
         self._warned = False
+        self._folds: bool | None = None
 
     @property
     def attached(self) -> Attached:
@@ -100,6 +106,26 @@ class JaxSession:
         site, _ = self.attached.places[layer]
         zero = jnp.zeros((), jnp.promote_types(site.dtype, jnp.float32))
         return put(zero, replicated(site.sharding))
+
+    @property
+    def folds(self) -> bool:
+        if self._folds is None:
+            self._folds = self._can_fold()
+        return self._folds
+
+    def fold_pass(self, states: dict[str, FoldState]) -> tuple[PassResult, dict[str, FoldState | None]]:
+        loss, count, folds = self.attached.gradient_function.folds(self._batches, states)
+        means = mean_folds(folds, count)
+        calls = jax.device_get({name: fold.calls for name, fold in folds.items()})
+        several = frozenset(name for name in calls if calls[name] > 1)  # in a batch unlike the first
+        result = self._result(loss, count)._replace(not_folded=several)
+        return result, {name: means[name] if calls[name] == 1 else None for name in calls}
+
+    def sides_pass(self, sides: Mapping[str, Sides]) -> tuple[PassResult, dict[str, Products | None]]:
+        sites = self.attached.binding.sites
+        factors = installed_sides(sites, sides)
+        result, turns = self._turns(factors)
+        return result, dict(products_by_layer(sites, sides, turns, factors))
 
     def sketch_pass(self, probes: Mapping[str, Probe]) -> tuple[PassResult, dict[str, Array | None]]:
         result, gradients = self._gradients(probes)
@@ -151,24 +177,47 @@ class JaxSession:
         if not (isinstance(binding, NnxBinding) and binding.attached):
             return
         if any(is_ambiguous(site.layout) for site in binding.sites.values()):
-            first = next(iter(self._batches), None)
-            if isinstance(self._batches, Iterator):
-                self._batches = chain(() if first is None else (first,), self._batches)
-            if first is not None:  # the first pass raises the error for no batches
+            for first in self._first_batch():  # the first pass raises the error for no batches
                 check_stacks(binding, loss_fn, first)
+
+    def _can_fold(self) -> bool:
+        sites, function = self.attached.binding.sites, self.attached.gradient_function
+        if not all(map(has_rows, sites.values())):
+            return False
+        try:
+            for first in self._first_batch():
+                return folds_once(function.fold_program(first, abstract_states(sites, self._config)), len(sites))
+        except (TypeError, ValueError, AttributeError):  # a layer that does other things with its factors
+            pass
+        return False
+
+    def _first_batch(self) -> list[Any]:
+        """Return the first batch, if there is one; an iterator will yield it again."""
+        first = list(islice(self._batches, 1))
+        if isinstance(self._batches, Iterator):
+            self._batches = chain(first, self._batches)
+        return first
 
     def _gradients(self, probes: Mapping[str, Probe]) -> tuple[PassResult, dict[str, Array]]:
         """Return the mean gradient of each layer's zero factor beside its probe, at scale 1."""
-        sites, function = self.attached.binding.sites, self.attached.gradient_function
+        sites = self.attached.binding.sites
         factors = installed(sites, probes)
+        result, turns = self._turns(factors)
+        return result, matrix_gradients(sites, probes, turns, factors)
+
+    def _turns(self, factors: dict[str, Leaves]) -> tuple[PassResult, list[dict[str, Leaves]]]:
+        """Return the mean gradients of the factors for each of `column_turns`; the results of all passes are equal."""
+        sites, function = self.attached.binding.sites, self.attached.gradient_function
         turns = []
         for columns in column_turns(sites, factors):
             loss, count, gradients = function.gradients(self._batches, columns)
             turns.append({name: sites[name].whole(leaves) for name, leaves in gradients.items()})
+        return self._result(loss, count), turns
+
+    def _result(self, loss: float, count: int) -> PassResult:
         self._warn_of_left_out()
-        lost = function.rounded_away
-        rounded_away = {layer.name: lost[name] for name in lost for layer in sites[name].layers()}
-        return PassResult(loss, count, rounded_away), matrix_gradients(sites, probes, turns, factors)
+        sites, lost = self.attached.binding.sites, self.attached.gradient_function.rounded_away
+        return PassResult(loss, count, {layer.name: lost[name] for name in lost for layer in sites[name].layers()})
 
     def _warn_of_left_out(self) -> None:
         """Warn once, after the first pass, which has seen what the loss does with each weight."""

@@ -124,6 +124,7 @@ def run(shape: tuple[int, int], kind: str, expected: dict[str, np.ndarray]) -> d
         bases = {name: getattr(model, name).kernel.get_raw_value() for name in ("up", "down", "heads")}
         with open_session(model, placed, loss_fn, CONFIG) as session:
             traces.clear()
+            folds = session.folds
             initialize(session, CONFIG, "jax", time.perf_counter())
             counts = [len(traces), session.attached.gradient_function.step._cache_size()]
             gradients = collectives(compiled_step(session, placed[0], probes(session)))
@@ -155,7 +156,7 @@ def run(shape: tuple[int, int], kind: str, expected: dict[str, np.ndarray]) -> d
     error = {name: float(np.abs(got[name] - value).max() / np.abs(value).max()) for name, value in expected.items()}
     return {
         "error": error, "specs": specs(model), "gradients": gradients, "optimizer": optimizer,
-        "traces": counts,
+        "traces": counts, "folds": folds,
         "base_kept": bool(same), "sharding_kept": kept, "stepped": stepped,
     }  # fmt: skip
 

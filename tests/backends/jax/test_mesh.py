@@ -54,6 +54,11 @@ def test_no_device_gets_a_full_weight_or_a_full_gradient(results, case):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_rows_that_several_devices_share_are_not_folded(results, case):
+    assert not results[case]["folds"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_one_compilation_serves_all_batches(results, case):
     assert results[case]["traces"] == [1, 1]
 

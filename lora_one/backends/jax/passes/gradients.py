@@ -1,7 +1,7 @@
-"""The loss of a model and its gradients by the factors, as compiled functions of factors and a batch."""
+"""The loss of a model and its gradients, as compiled functions of factors and a batch."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,32 +9,39 @@ import numpy as np
 
 from lora_one.backends.checks import check_finite_loss, with_last
 from lora_one.backends.interface import LossFn
-from lora_one.backends.jax.sites import Binding, Leaves
+from lora_one.backends.jax.sites import Binding
+from lora_one.core.fold import FoldState
 
 from .batches import arrays_and_rest, check_loss, rejoin
-from .loss_scale import STEP, LossScale, all_finite, computes_in_float16
+from .loss_scale import STEP, LossScale, computes_in_float16
+from .totals import (
+    FOLDS,
+    SUMS,
+    Folding,
+    Folds,
+    Gradients,
+    Rule,
+    Scale,
+    first_folds,
+    if_finite,
+    mean,
+    relative_changes,
+    zeros_like,
+)
 from .uses import Uses, uses_of
-
-Gradients = dict[str, Leaves]  # site -> its factors, or their gradients
-
-
-class Scale(NamedTuple):
-    """A `LossScale` as the compiled step gets it."""
-
-    value: Any  # (), float32
-    is_last: Any  # (), bool
 
 
 class GradientFunction:
     """The loss of a model over batches, with or without gradients.
 
-    The frozen weights are arguments of the compiled functions: XLA would spend minutes on folding constants. Each pass
-    takes the gradients of both factors, although one of them is zero: so one compilation serves all passes, and the sum
-    over the batches is updated where it lies.
+    The frozen weights are arguments of the compiled functions: XLA would spend minutes on folding constants. A pass
+    that sums takes the gradients of both factors: so one compilation serves all passes. Totals are updated where they
+    lie.
 
     Attributes:
-        step: the compiled function of one batch with gradients: (sums, factors, frozen, scale, arrays, rest) -> (loss,
-            new sums, whether all gradients are finite).
+        step: the compiled function of one batch that adds to sums of gradients: (sums, factors, frozen, scale, arrays,
+            rest) -> (loss, new sums, whether they are finite).
+        fold_step: the same with `Folds` instead of sums; no factors are needed.
         uses: what the loss does with the frozen arrays; filled by the first pass.
     """
 
@@ -49,25 +56,23 @@ class GradientFunction:
             with jax.default_matmul_precision("highest"):
                 return check_loss(binding.loss(loss_fn, frozen, factors, rejoin(arrays, rest)), self._batch)
 
-        def step(total: Gradients, factors: Gradients, frozen: Any, scale: Scale, arrays: list[Any], rest: Any) -> Any:
-            def wide_loss(factors: Gradients) -> jax.Array:
-                value = loss(factors, frozen, arrays, rest)
-                return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+        def step_by(rule: Rule, places: Any) -> Any:
+            def step(total: Any, factors: Gradients, frozen: Any, scale: Scale, arrays: list[Any], rest: Any) -> Any:
+                def wide_loss(factors: Gradients) -> jax.Array:
+                    value = loss(factors, frozen, arrays, rest)
+                    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
 
-            value, pullback = jax.vjp(wide_loss, factors)
-            (gradients,) = pullback(scale.value.astype(value.dtype))
-            finite = all_finite(gradients)
-            added = jax.tree.map(
-                lambda sum, x: jnp.where(finite | scale.is_last, sum + x / scale.value.astype(x.dtype), sum),
-                total,
-                gradients,
-            )
-            return value, added, finite
+                value, pullback = jax.vjp(wide_loss, rule.installed(total, factors, scale))
+                (gradients,) = pullback(scale.value.astype(value.dtype))
+                return value, *if_finite(rule.taken_in(total, gradients, scale), total, scale)
 
+            # Totals keep their sharding, or the next batch would find another one and compile again.
+            return jax.jit(step, static_argnums=5, donate_argnums=0, out_shardings=(None, places, None))
+
+        sites = binding.sites
         self._loss: Any = jax.jit(loss, static_argnums=3)
-        # The sums keep their sharding, or the next batch would find another one and compile again.
-        shardings = {name: site.shardings() for name, site in binding.sites.items()}
-        self.step: Any = jax.jit(step, static_argnums=5, donate_argnums=0, out_shardings=(None, shardings, None))
+        self.step: Any = step_by(SUMS, {name: site.shardings() for name, site in sites.items()})
+        self.fold_step: Any = step_by(FOLDS, {name: site.sharding for name, site in sites.items()})
 
     def gradients(self, batches: Iterable[Any], factors: Gradients) -> tuple[float, int, Gradients]:
         """Run all batches backward.
@@ -79,32 +84,37 @@ class GradientFunction:
             BatchError: no batches, or a loss that has no gradient.
             GradientError: a loss that is not finite.
         """
-        total = jax.tree.map(_zeros, factors)
+        zeros = jax.tree.map(zeros_like, factors)
+        loss, count, total = self._total(batches, self.step, SUMS, zeros, factors)
+        return loss, count, mean(total, count)
 
-        def run(arrays: list[Any], rest: Any) -> Any:
-            nonlocal total
-            frozen = self._binding.frozen
-            if self._scale is None:  # the call below reuses the trace made here
-                traced = self.step.trace(total, factors, frozen, _as_arrays(LossScale(False)), arrays, rest)
-                program = getattr(traced.jaxpr, "jaxpr", traced.jaxpr)  # closed or not, depending on JAX's version
-                self._scale = LossScale(computes_in_float16(program))
-                before = len(jax.tree.leaves((total, factors)))
-                self.uses = uses_of(program, range(before, before + len(jax.tree.leaves(frozen))))
-            while True:
-                value, total, finite = self.step(total, factors, frozen, _as_arrays(self._scale), arrays, rest)
-                if self._scale.is_last or not jnp.isfinite(value):
-                    return value
-                if finite:
-                    break
-                self._scale.lower()
-            if not self._scale.checked:  # this is the first batch: the sum holds its gradients only
-                lower = Scale(np.float32(self._scale.value * STEP), np.bool_(True))
-                again = self.step(jax.tree.map(_zeros, factors), factors, frozen, lower, arrays, rest)[1]
-                self._scale.check(_relative_changes(again, total))
-            return value
+    def folds(self, batches: Iterable[Any], states: dict[str, FoldState]) -> tuple[float, int, Folds]:
+        """Run all batches backward, and renew the states by each of them.
 
-        mean, count = self._over(batches, run)
-        return mean, count, _mean(total, count)
+        Args:
+            batches: the batches.
+            states: by site; donated, so do not use them afterwards.
+
+        Returns:
+            The mean loss, the number of batches, and the states of the sum over them.
+
+        Raises:
+            BatchError: no batches, or a loss that has no gradient.
+            GradientError: a loss that is not finite.
+        """
+        return self._total(batches, self.fold_step, FOLDS, first_folds(states), {})
+
+    def fold_program(self, batch: Any, states: dict[str, FoldState]) -> Any:
+        """Return the jaxpr of `fold_step` on a batch. A pass over such batches does not trace it again.
+
+        Args:
+            batch: the first batch.
+            states: by site; shapes are enough.
+        """
+        self._batch = 1
+        no_calls = jax.ShapeDtypeStruct((), jnp.float32)
+        folds = {name: Folding(state, no_calls) for name, state in states.items()}
+        return self._look(self.fold_step, folds, {}, *arrays_and_rest(batch))
 
     @property
     def rounded_away(self) -> dict[str, float]:
@@ -116,6 +126,44 @@ class GradientFunction:
         factors = self._binding.factors()
         return self._over(batches, lambda arrays, rest: self._loss(factors, self._binding.frozen, arrays, rest))
 
+    def _total(
+        self, batches: Iterable[Any], step: Any, rule: Rule, total: Any, factors: Gradients
+    ) -> tuple[float, int, Any]:
+        """Return the mean loss, the number of batches, and the total after the steps of all of them."""
+        frozen = self._binding.frozen
+
+        def run(arrays: list[Any], rest: Any) -> Any:
+            nonlocal total
+            if self._scale is None:  # the call below reuses the trace made here
+                self._look(step, total, factors, arrays, rest)
+            scale: Any = self._scale
+            start = None if scale.checked else jax.tree.map(jnp.copy, total)
+            while True:
+                value, total, finite = step(total, factors, frozen, _as_arrays(scale), arrays, rest)
+                if scale.is_last or not jnp.isfinite(value):
+                    return value
+                if finite:
+                    break
+                scale.lower()
+            if not scale.checked:  # this is the first batch: the total holds its gradients only
+                lower = Scale(np.float32(scale.value * STEP), np.bool_(True))
+                again = step(start, factors, frozen, lower, arrays, rest)[1]
+                scale.check(relative_changes(rule.linear(again), rule.linear(total)))
+            return value
+
+        loss, count = self._over(batches, run)
+        return loss, count, total
+
+    def _look(self, step: Any, total: Any, factors: Gradients, arrays: list[Any], rest: Any) -> Any:
+        """Return the jaxpr of a step, and note what it says of the loss: the dtypes, and the uses of the weights."""
+        frozen = self._binding.frozen
+        traced = step.trace(total, factors, frozen, _as_arrays(LossScale(False)), arrays, rest)
+        program = getattr(traced.jaxpr, "jaxpr", traced.jaxpr)  # closed or not, depending on JAX's version
+        self._scale = LossScale(computes_in_float16(program))
+        before = len(jax.tree.leaves((total, factors)))
+        self.uses = uses_of(program, range(before, before + len(jax.tree.leaves(frozen))))
+        return program
+
     def _over(self, batches: Iterable[Any], run: Callable[[list[Any], Any], Any]) -> tuple[float, int]:
         total = 0.0
         self._batch = 0
@@ -125,31 +173,5 @@ class GradientFunction:
         return total / self._batch, self._batch
 
 
-@jax.jit
-def _mean(total: Gradients, count: int) -> Gradients:
-    return jax.tree.map(lambda x: x / count, total)
-
-
-@jax.jit
-def _relative_changes(others: Gradients, gradients: Gradients) -> dict[str, jax.Array]:
-    """Return |other - gradient| / |gradient| of each site, 0 for a gradient that is zero."""
-
-    def norm(leaves: Leaves) -> jax.Array:
-        return jnp.sqrt(sum(jnp.sum(jnp.square(x / unit)) for x in leaves))
-
-    changes = {}
-    for name, leaves in gradients.items():
-        unit = jnp.maximum(jnp.max(jnp.abs(leaves.a)), jnp.max(jnp.abs(leaves.b)))
-        unit = jnp.where(unit > 0, unit, 1.0)  # the squares of small numbers would be zero without a unit
-        size = norm(leaves)
-        change = norm(Leaves(others[name].a - leaves.a, others[name].b - leaves.b))
-        changes[name] = jnp.where(size > 0, change / jnp.where(size > 0, size, 1.0), 0.0)
-    return changes
-
-
 def _as_arrays(scale: LossScale) -> Scale:
     return Scale(np.float32(scale.value), np.bool_(scale.is_last))
-
-
-def _zeros(x: jax.Array) -> jax.Array:
-    return jnp.zeros_like(x, device=x.sharding if x.committed else None)

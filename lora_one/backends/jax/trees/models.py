@@ -13,6 +13,7 @@ from jax import Array
 
 from lora_one.backends.jax.layout import Layout
 from lora_one.backends.jax.sites import Leaves, dotted
+from lora_one.backends.jax.tap import Tap
 from lora_one.errors import ModelError
 
 from .lifting import tracked
@@ -152,7 +153,10 @@ def with_added(params: Any, lora: Lora, weights: Mapping[str, AdaptedWeight], sc
 
     def added(path: Any, leaf: Any) -> Any:
         weight = weights.get(dotted(path))
-        return leaf if weight is None else weight.layout.added(leaf, *weight.leaves(lora), scaling)
+        if weight is None:
+            return leaf
+        a, b = weight.leaves(lora)
+        return weight.layout.watched(leaf, a) if isinstance(a, Tap) else weight.layout.added(leaf, a, b, scaling)
 
     return jax.tree_util.tree_map_with_path(added, params)
 
