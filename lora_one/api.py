@@ -1,11 +1,12 @@
 """The public functions. Each finds the model's framework and calls its backend."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .backends import backend_of
+from .backends.checks import check_iterable, check_readings
 from .checkpoint.folder import replacing_adapter
 from .checkpoint.metadata import write_metadata
 from .config import Config
@@ -39,8 +40,8 @@ def init(
             JAX: a flax.nnx.Module, or a model of Linen or of a plain tree of arrays (docs/jax.md).
 
             MLX: an mlx.nn.Module, with mlx-lm's LoRA layers. Its batches and its default loss are mlx-lm's.
-        batches: a collection that can be read again and again, such as a list or a DataLoader: the sketch reads it once
-            per pass. A few dozen sequences are enough. PyTorch moves the tensors to the model's device.
+        batches: a collection such as a list or a DataLoader; a generator will do where one pass is made, the default
+            on PyTorch. A few dozen sequences are enough. PyTorch moves the tensors to the model's device.
         loss_fn: function (model, batch) -> mean loss, a scalar. Default: `model(**batch).loss`.
         config: the settings. Default: `Config()`. For a model with an adapter, its own rank, alpha, use_rslora,
             targets, modules_to_save and dropout hold.
@@ -68,7 +69,10 @@ def init(
     began = time.perf_counter()
     config = Config() if config is None else config
     framework = backend_of(model, backend)
+    check_iterable(batches)
     with shown(batches, progress) as counted, framework.open_session(model, counted, loss_fn, config) as session:
+        if isinstance(batches, Iterator):
+            check_readings(batches, config, session.folds)
         report = initialize(session, config, framework.ops.name, began)
     return session.model, report
 

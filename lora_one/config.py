@@ -11,7 +11,6 @@ from .checks import check_choice, check_flag, check_integer, check_positive, che
 from .errors import ConfigError
 
 DEFAULT_GAMMA = 128.0
-AUTO_PASSES = tuple(range(4, 13))  # with fewer than four, the report cannot estimate what is still missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +42,14 @@ class Config:
             stay as they are where they are no linear layers.
         modules_to_save: sequence of names, default (). Modules to train whole beside the LoRA layers and to keep with
             the adapter, such as a new head, as in PEFT. PyTorch only. Fit a new head before `init`: docs/heads.md.
-        gradient: "sketch" (default) or "exact". "sketch" never forms the gradient of a weight: it takes G V and Q^T G
-            from LoRA's own gradients. "exact" forms G, layer by layer where it can.
-        passes: int >= 2 or "auto" (default). Backward passes over the batches for the sketch. "auto" makes 4, and then
-            one more at a time, up to 12, as long as some layer's factors hold less than 99 % of the best rank-r energy,
-            by the report's own estimate.
-        oversample: int >= 0, default 16. Columns that the sketch probes beyond `rank`.
+        gradient: "sketch" (default) or "exact". "sketch" never forms the gradient of a weight: each layer keeps a
+            running SVD of it, which the backward pass of every batch renews. "exact" forms G, layer by layer where it
+            can.
+        passes: int >= 1 or "auto", default 1. Backward passes over the batches for the sketch; each further one reads
+            both sides of the gradient again and finds most of what was missing. "auto" makes a second one where, by the
+            report's own estimate, some layer's factors hold less than 95 % of the best rank-r energy. The least is 2
+            for models in which the backward pass cannot see a layer's inputs: see docs/speed.md.
+        oversample: int >= 0, default 16. Directions that the sketch follows beyond `rank`.
         recompute: bool or "auto" (default). Whether the blocks of a transformers model compute their activations again
             in the backward pass, to save memory at the cost of up to one more forward pass: all blocks (True), none
             (False), or ("auto") those whose activations no longer fit into half of the free memory. PyTorch only; in
@@ -78,7 +79,7 @@ class Config:
     targets: str | Sequence[str] = "all-linear"
     modules_to_save: Sequence[str] = ()
     gradient: Literal["sketch", "exact"] = "sketch"
-    passes: int | Literal["auto"] = "auto"
+    passes: int | Literal["auto"] = 1
     oversample: int = 16
     recompute: Literal["auto"] | bool = "auto"
     seed: int = 0
@@ -90,7 +91,7 @@ class Config:
         object.__setattr__(self, "modules_to_save", check_texts("modules_to_save", self.modules_to_save))
         check_integer("rank", self.rank, least=1)
         if self.passes != "auto":
-            check_integer("passes", self.passes, least=2, otherwise=' or "auto"')
+            check_integer("passes", self.passes, least=1, otherwise=' or "auto"')
         check_integer("oversample", self.oversample, least=0)
         check_integer("seed", self.seed)
         check_positive("alpha", self.alpha)
@@ -124,7 +125,7 @@ class Config:
     @property
     def pass_counts(self) -> tuple[int, ...]:
         """The numbers of passes after which the sketch may end, ascending."""
-        return AUTO_PASSES if self.passes == "auto" else (self.passes,)
+        return (1, 2) if self.passes == "auto" else (self.passes,)
 
     @property
     def first_gamma(self) -> float:

@@ -1,10 +1,10 @@
-"""Passes over the model -> the spectrum of each layer's gradient, from a sketch or from the exact gradient.
+"""Passes over the model -> the spectrum of each layer's gradient, from a running SVD or from the exact gradient.
 
 Layers of equal shape and dtype go through the algorithm together, as one stack, if the session asks for it.
 """
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -13,21 +13,22 @@ import numpy as np
 from .backends.interface import Layer, PassResult, Session
 from .config import Config
 from .core.exact import exact_spectra
+from .core.fold import TEST_COLUMNS, FoldState, aim, finish_fold, read_both_sides, start_fold
 from .core.gradient import Gradient, arrays_of
 from .core.omega import draw_omega
 from .core.ops import Array, Ops
-from .core.sketch import Probe, SketchState, advance, finish, probe, start
+from .core.sides import Products, Sides
 from .core.spectrum import Spectrum
-from .core.stacking import one_of, stack_of, stacked, unstacked
+from .core.stacking import stack_of, stacked, unstacked
 from .errors import ChangingBatchesWarning, GradientError, warn_user
 from .report import share_of_best
 
-ENOUGH = 0.99  # share of the energy of the best rank-r gradient at which passes="auto" stops
+ENOUGH = 0.95  # share of the energy of the best rank-r gradient at which passes="auto" stops
 SAME_LOSS = 1e-3  # well above what rounding, or a shuffle that regroups the same data into batches, changes
 STACK_BYTES = 2**31  # most gradients that may wait for others of their stack, to be decomposed together
 
 Stack = tuple[Layer, ...]  # layers that go through the algorithm together
-_States = dict[Stack, SketchState]
+_States = dict[Stack, FoldState]
 
 
 class LayerSpectrum(NamedTuple):
@@ -46,133 +47,141 @@ class Spectra(NamedTuple):
 
 
 def sketch_gradients(session: Session, config: Config) -> Spectra:
-    """Make passes until every layer's factors hold 99 % of the best rank-r energy, or the last allowed pass is made.
+    """Follow each layer's gradient by a running SVD: renewed in the first pass, its sides read in each further one.
+
+    Layers whose rows the session cannot see start from random sides, which takes two passes, at double width.
 
     Raises:
         GradientError: a gradient is not finite.
     """
-    ops, states = session.ops, _start(session, config)
-    *may_end_after, last = config.pass_counts
-    results: list[PassResult] = []
-    lacking: Layer | None = None  # the layer whose factors held too little after the previous pass
-    for number in range(1, last + 1):
-        probes = _probes(ops, states)
-        result, gradients = session.sketch_pass(probes)
-        _advance_all(ops, states, probes, gradients, number)
-        results.append(result)
-        _warn_if_batches_changed(results, number)
-        if number in may_end_after:
-            layers, lacking = _enough(ops, states, lacking)
-            if session.all_agree(layers is not None) and layers is not None:
-                return Spectra(results[0], number, layers)
-    return Spectra(results[0], last, _finish_all(ops, states))
+    ops, results, states = session.ops, list[PassResult](), _States()
+    unfolded: Sequence[Layer] = session.layers
+    if session.folds:
+        states, unfolded = _folded(session, config, results)
+    if unfolded:
+        states |= _of_random_sides(session, config, unfolded, results)
+    while len(results) < config.pass_counts[-1]:
+        if len(results) >= config.pass_counts[0] and session.all_agree(_hold_enough(ops, states)):
+            break
+        _read(session, states, results)
+    spectra: dict[str, LayerSpectrum] = {}
+    for layers in list(states):
+        spectra |= _finish(ops, layers, states.pop(layers))
+    return Spectra(results[0], len(results), spectra)
 
 
-def _start(session: Session, config: Config) -> _States:
-    """Return the state of each stack before the first pass."""
-    ops = session.ops
+def _folded(session: Session, config: Config, results: list[PassResult]) -> tuple[_States, list[Layer]]:
+    """Make the pass that folds. Return the states, and the layers that it could not fold."""
+    ops, states = session.ops, dict[str, FoldState]()
+    for layers, state in _start(session, config, session.layers, 1).items():
+        names = [layer.name for layer in layers]
+        states |= zip(names, unstacked(state, len(layers)), strict=True)
+    result, folded = session.fold_pass(states)
+    results.append(result)
+    reached: dict[Hashable, dict[Layer, FoldState]] = defaultdict(dict)
+    for layer in session.layers:
+        of_layer = folded.pop(layer.name)
+        if of_layer is not None and layer.name not in result.not_folded:
+            reached[_stack_key(session, layer)][layer] = of_layer
+    stacks: _States = {}
+    for of_kind in reached.values():
+        layers = tuple(of_kind)
+        stacks[layers] = stack_of(ops, list(of_kind.values()))
+        _check_finite(ops, layers, stacks[layers].tested, "in pass 1")
+    return stacks, [layer for layer in session.layers if layer.name in result.not_folded]
 
-    def draw(layer: Layer) -> np.ndarray:
-        width = min(layer.rank + config.oversample, layer.out_features, layer.in_features)
-        return draw_omega(config.seed, layer.name, layer.in_features, width)
 
-    states = {}
-    with ThreadPoolExecutor() as pool:  # NumPy draws without Python's lock; a GPU would wait for one thread
-        for layers in _stacks(session):
-            like = session.like(layers[0].name)
-            omega = stacked(ops, [ops.asarray(x, like=like) for x in pool.map(draw, layers)])
-            states[layers] = start(ops, omega, layers[0].out_features)
+def _of_random_sides(session: Session, config: Config, layers: Sequence[Layer], results: list[PassResult]) -> _States:
+    """Make two passes that read sides: random ones, and those that the first pass found."""
+    ops, states = session.ops, _start(session, config, layers, 2)
+    sides = {of_stack: Sides(ops.concat([x.v, x.test], axis=-1), x.u) for of_stack, x in states.items()}
+    for of_stack, products in _products(session, sides, results).items():
+        states[of_stack] = aim(ops, states[of_stack], products)
+    _read(session, states, results)
     return states
 
 
-def _probes(ops: Ops, states: _States) -> dict[str, Probe]:
-    """Return what each layer is to probe in the next pass."""
-    return {
-        layer.name: Probe(side, factor if len(layers) == 1 else factor[index])
-        for layers, state in states.items()
-        for side, factor in [probe(ops, state)]
-        for index, layer in enumerate(layers)
+def _read(session: Session, states: _States, results: list[PassResult]) -> None:
+    """Make a pass that reads the sides of all states, and renew them in place."""
+    sides = {layers: Sides(state.v, state.u) for layers, state in states.items()}
+    for layers, products in _products(session, sides, results).items():
+        states[layers] = read_both_sides(session.ops, states[layers], products)
+        # A lazy framework computes the state here, and frees the products.
+        session.ops.to_numpy(session.ops.sum(states[layers].s))
+
+
+def _products(session: Session, sides: dict[Stack, Sides], results: list[PassResult]) -> dict[Stack, Products]:
+    ops, number = session.ops, len(results) + 1
+    by_layer = {
+        layer.name: of_layer
+        for layers, of_stack in sides.items()
+        for layer, of_layer in zip(layers, unstacked(of_stack, len(layers)), strict=True)
     }
+    result, products = session.sides_pass(by_layer)
+    results.append(result)
+    _warn_if_batches_changed(results)
+    stacks = {}
+    for layers in sides:
+        in_stack = [products.pop(layer.name) or _zeros(ops, layer, by_layer[layer.name]) for layer in layers]
+        stacks[layers] = stack_of(ops, in_stack)
+        for array in stacks[layers]:
+            _check_finite(ops, layers, array, f"in pass {number}")
+    return stacks
 
 
-def _advance_all(
-    ops: Ops, states: _States, probes: dict[str, Probe], gradients: dict[str, Array | None], number: int
-) -> None:
-    """Advance all states in place by the gradients of a pass. Both dicts are emptied on the way, to free memory.
+def _start(session: Session, config: Config, layers: Sequence[Layer], factor: int) -> _States:
+    """Return the state of each stack before the first pass, `factor` times as wide as the start needs; u is random."""
+    ops = session.ops
 
-    Raises:
-        GradientError: a gradient is not finite.
-    """
-    for layers, state in states.items():
-        in_stack = [_or_zeros(ops, gradients.pop(layer.name), probes.pop(layer.name), layer) for layer in layers]
-        gradient = stacked(ops, in_stack)
-        _check_finite(ops, layers, gradient, f"in pass {number}")
-        states[layers] = advance(ops, state, gradient)
-        # A lazy framework computes the state here, and frees the gradient.
-        ops.to_numpy(ops.sum(states[layers].bases.coordinates[-1]))
+    def draw(layer: Layer) -> tuple[np.ndarray, ...]:
+        width = min(factor * (layer.rank + config.oversample), layer.out_features, layer.in_features)
+        return (
+            draw_omega(config.seed, layer.name, layer.in_features, width),
+            draw_omega(config.seed, f"{layer.name}, test", layer.in_features, TEST_COLUMNS),
+            draw_omega(config.seed, f"{layer.name}, left", layer.out_features, width) if factor > 1 else np.zeros(0),
+        )
 
-
-def _or_zeros(ops: Ops, gradient: Array | None, probe: Probe, layer: Layer) -> Array:
-    """Return the gradient, or zeros if there is none: such a layer keeps plain LoRA's start."""
-    if gradient is not None:
-        return gradient
-    if probe.side == "A":
-        return ops.zeros((layer.out_features, probe.factor.shape[0]), like=probe.factor)  # (out, k)
-    return ops.zeros((probe.factor.shape[1], layer.in_features), like=probe.factor)  # (k, in)
+    states = {}
+    with ThreadPoolExecutor() as pool:  # NumPy draws without Python's lock; a GPU would wait for one thread
+        for stack in _stacks(session, layers):
+            like = session.like(stack[0].name)
+            drawn = zip(*pool.map(draw, stack), strict=True)
+            omega, test, left = (stacked(ops, [ops.asarray(x, like=like) for x in xs]) for xs in drawn)
+            state = start_fold(ops, omega, stack[0].out_features, test)
+            states[stack] = state if factor == 1 else state._replace(u=ops.qr(left)[0])
+    return states
 
 
-def _warn_if_batches_changed(results: list[PassResult], number: int) -> None:
+def _zeros(ops: Ops, layer: Layer, sides: Sides) -> Products:
+    """Return the products of a layer that no gradient reached: it keeps plain LoRA's start."""
+    right, left = sides
+    return Products(
+        ops.zeros((layer.out_features, right.shape[1]), like=right),
+        ops.zeros((layer.in_features, left.shape[1]), like=left),
+    )
+
+
+def _warn_if_batches_changed(results: list[PassResult]) -> None:
     first, last = results[0].loss, results[-1].loss
     if abs(last - first) > SAME_LOSS * (1.0 + abs(first)):
         warn_user(
-            f"the loss on the init batches was {first:.6g} in pass 1 and {last:.6g} in pass {number}, "
+            f"the loss on the init batches was {first:.6g} in pass 1 and {last:.6g} in pass {len(results)}, "
             "expected the same: do the batches change from one reading to the next, is loss_fn random?",
             ChangingBatchesWarning,
         )
 
 
-def _enough(
-    ops: Ops, states: _States, lacking: Layer | None
-) -> tuple[dict[str, LayerSpectrum] | None, None] | tuple[None, Layer]:
-    """Return the spectra if the factors of all layers hold enough, otherwise a layer whose factors do not.
-
-    Args:
-        lacking: the layer that held too little after the previous pass; it is checked first, since it most likely still
-            does, and a single layer is much cheaper than all of them.
-    """
-    if lacking is not None and _share_in_factors(ops, states, lacking) < ENOUGH:
-        return None, lacking
-    spectra: dict[str, LayerSpectrum] = {}
+def _hold_enough(ops: Ops, states: _States) -> bool:
+    """Return whether the factors of all layers hold enough, by the report's own estimate."""
     for layers, state in states.items():
-        in_stack = _finish(ops, layers, state)
-        shares = {layer: _share(in_stack[layer.name]) for layer in layers}
-        worst = min(shares, key=shares.__getitem__)
-        if shares[worst] < ENOUGH:
-            return None, worst
-        spectra |= in_stack
-    return spectra, None
+        for spectrum in _finish(ops, layers, state).values():
+            if spectrum.values.s[0] > 0 and share_of_best(spectrum.values) < ENOUGH:
+                return False
+    return True
 
 
-def _share_in_factors(ops: Ops, states: _States, layer: Layer) -> float:
-    [(layers, state)] = [(layers, state) for layers, state in states.items() if layer in layers]
-    alone = one_of(state, layers.index(layer), len(layers))
-    return _share(_finish(ops, (layer,), alone)[layer.name])
-
-
-def _share(layer: LayerSpectrum) -> float:
-    """Return the share of the best rank-r energy that the factors hold; 1 for a layer without a gradient."""
-    return share_of_best(layer.values) if layer.values.s[0] > 0 else 1.0
-
-
-def _finish_all(ops: Ops, states: _States) -> dict[str, LayerSpectrum]:
-    spectra: dict[str, LayerSpectrum] = {}
-    for layers, state in states.items():
-        spectra |= _finish(ops, layers, state)
-    return spectra
-
-
-def _finish(ops: Ops, layers: Stack, state: SketchState) -> dict[str, LayerSpectrum]:
-    return _by_layer(ops, layers, finish(ops, state, layers[0].rank))
+def _finish(ops: Ops, layers: Stack, state: FoldState) -> dict[str, LayerSpectrum]:
+    return _by_layer(ops, layers, finish_fold(ops, state, layers[0].rank))
 
 
 def exact_gradients(session: Session) -> Spectra:
@@ -258,11 +267,11 @@ def _by_layer(ops: Ops, layers: Stack, spectrum: Spectrum) -> dict[str, LayerSpe
     return spectra
 
 
-def _stacks(session: Session) -> list[Stack]:
+def _stacks(session: Session, layers: Sequence[Layer]) -> list[Stack]:
     stacks: dict[Hashable, list[Layer]] = defaultdict(list)
-    for layer in session.layers:
+    for layer in layers:
         stacks[_stack_key(session, layer)].append(layer)
-    return [tuple(layers) for layers in stacks.values()]
+    return [tuple(of_kind) for of_kind in stacks.values()]
 
 
 def _stack_key(session: Session, layer: Layer) -> Hashable:

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +14,8 @@ from lora_one.backends.numpy import ops
 from lora_one.config import Config
 from lora_one.core.alignment import captured_energy
 from lora_one.core.factors import Factors
+from lora_one.core.fold import FoldState, fold
+from lora_one.core.sides import Products, Sides
 from lora_one.errors import ChangingBatchesWarning, GammaWarning, GradientError, ZeroGradientWarning
 from lora_one.initialization import initialize
 from lora_one.report import Report
@@ -29,21 +30,46 @@ class MatrixSession:
     ops = ops
 
     def __init__(
-        self, gradients: Mapping[str, np.ndarray], others_continue_to: int = 0, stacks_layers: bool = False
+        self,
+        gradients: Mapping[str, np.ndarray],
+        folds: bool = True,
+        stacks_layers: bool = False,
+        others_continue_to: int = 0,
+        hidden: frozenset[str] = frozenset(),
     ) -> None:
         self.gradients = gradients
+        self.folds = folds
         self.stacks_layers = stacks_layers
         self.others_continue_to = others_continue_to  # the number of passes that other processes make
+        self.hidden = hidden  # layers whose rows no code sees
         self.layers = [Layer(name, *g.shape, RANK, 1.0) for name, g in gradients.items()]
         self.factors: dict[str, Factors] = {}
-        self.passes = 0
+        self.widths: list[dict[str, int]] = []  # of each pass
+
+    @property
+    def passes(self) -> int:
+        return len(self.widths)
 
     def like(self, layer: str) -> np.ndarray:
         return self.gradients[layer]
 
-    def sketch_pass(self, probes: Mapping[str, Any]) -> tuple[PassResult, dict[str, np.ndarray | None]]:
-        self.passes += 1
-        products = {name: _product(self.gradients[name], probe) for name, probe in probes.items()}
+    def fold_pass(self, states: dict[str, FoldState]) -> tuple[PassResult, dict[str, FoldState | None]]:
+        self.widths.append({name: state.v.shape[1] for name, state in states.items()})
+        folded = {
+            name: fold(ops, state, self.gradients[name])
+            if self.gradients[name].any() and name not in self.hidden
+            else None
+            for name, state in states.items()
+        }
+        return PassResult(1.0, 1, not_folded=self.hidden), folded
+
+    def sides_pass(self, sides: Mapping[str, Sides]) -> tuple[PassResult, dict[str, Products | None]]:
+        self.widths.append({name: of_layer.right.shape[1] for name, of_layer in sides.items()})
+        products = {
+            name: Products(g @ sides[name].right, g.T @ sides[name].left) if g.any() else None
+            for name, g in self.gradients.items()
+            if name in sides
+        }
         return PassResult(1.0, 1), products
 
     def exact_pass(self, consume: Callable[[str, np.ndarray], None]) -> PassResult:
@@ -62,18 +88,13 @@ class MatrixSession:
         return None
 
 
-def _product(g: np.ndarray, probe: Any) -> np.ndarray | None:
-    if not g.any():
-        return None
-    return g @ probe.factor.T if probe.side == "A" else probe.factor.T @ g
-
-
 STEEP = spectrum_matrix(320, 240, 0.5 ** np.arange(100))
 FLAT = spectrum_matrix(320, 240, 1.0 / (1.0 + 0.04 * np.arange(200)), seed=1)
+FLATTER = spectrum_matrix(320, 240, np.linspace(1.0, 0.5, 200), seed=1)
 
 
-def started(config: Config, **gradients: np.ndarray) -> tuple[MatrixSession, Report]:
-    session = MatrixSession(gradients)
+def started(config: Config, folds: bool = True, **gradients: np.ndarray) -> tuple[MatrixSession, Report]:
+    session = MatrixSession(gradients, folds)
     report = initialize(session, config, "numpy", 0.0)
     assert session.passes == report.passes or config.gradient == "exact"
     return session, report
@@ -86,47 +107,67 @@ def share(session: MatrixSession, layer: str) -> float:
     return float(captured_energy(ops, g, session.factors[layer])) * np.linalg.norm(g) ** 2 / best
 
 
-def test_four_passes_are_made_where_they_are_enough():
-    session, report = started(Config(rank=RANK), steep=STEEP)
-    assert report.passes == 4 and share(session, "steep") > 0.9999
+FOLDS = pytest.mark.parametrize("folds", [True, False], ids=["folds", "sides alone"])
 
 
-def test_passes_continue_while_another_process_needs_them():
-    session = MatrixSession({"steep": STEEP}, others_continue_to=6)
-    assert initialize(session, Config(rank=RANK), "numpy", 0.0).passes == 6
-    last = MatrixSession({"steep": STEEP}, others_continue_to=12)
-    assert initialize(last, Config(rank=RANK), "numpy", 0.0).passes == 12
+def test_one_pass_is_made_and_two_where_rows_are_not_seen():
+    session, report = started(Config(rank=RANK), steep=STEEP, flat=FLAT)
+    assert report.passes == 1 and session.widths == [{"steep": 20, "flat": 20}]
+    assert share(session, "steep") > 0.9999 and share(session, "flat") > 0.95
+    session, report = started(Config(rank=RANK), folds=False, steep=STEEP, flat=FLAT)
+    assert report.passes == 2 and session.widths == [{"steep": 48, "flat": 48}, {"steep": 40, "flat": 40}]
+    assert share(session, "steep") > 0.9999 and share(session, "flat") > 0.95
 
 
-def test_passes_continue_until_the_worst_layer_holds_enough():
-    config = Config(rank=RANK)
-    session, report = started(config, steep=STEEP, flat=FLAT)
-    assert report.passes > 4
-    assert min(layer.share_of_best for layer in report.layers) >= 0.99
-    assert share(session, "flat") >= 0.99  # the truth, not what the report believes
-    asked, fewer = (started(Config(rank=RANK, passes=report.passes - n), steep=STEEP, flat=FLAT) for n in (0, 1))
-    assert min(layer.share_of_best for layer in fewer[1].layers) < 0.99
-    for name, factors in session.factors.items():
-        np.testing.assert_array_equal(factors.lora_A, asked[0].factors[name].lora_A)
-        np.testing.assert_array_equal(factors.lora_B, asked[0].factors[name].lora_B)
+def test_layers_that_could_not_be_folded_get_two_passes_of_their_own():
+    session = MatrixSession({"steep": STEEP, "flat": FLAT}, hidden=frozenset({"flat"}))
+    report = initialize(session, Config(rank=RANK), "numpy", 0.0)
+    assert report.passes == 3 and session.widths == [{"steep": 20, "flat": 20}, {"flat": 48}, {"flat": 40}]
+    alone = started(Config(rank=RANK), folds=False, flat=FLAT)[0]
+    np.testing.assert_allclose(session.factors["flat"].lora_A, alone.factors["flat"].lora_A, atol=1e-12)
 
 
-def test_passes_end_at_twelve_whatever_the_layers_hold():
-    _, report = started(Config(rank=RANK, oversample=0), flatter=spectrum_matrix(320, 240, np.linspace(1.0, 0.5, 200)))
-    assert report.passes == 12
-    assert min(layer.share_of_best for layer in report.layers) < 0.99
+@FOLDS
+def test_each_further_pass_adds_to_what_the_factors_hold(folds):
+    lacking = []
+    for number in (2, 3, 4):
+        session, report = started(Config(rank=RANK, passes=number), folds=folds, flat=FLAT)
+        assert report.passes == number
+        lacking.append(1.0 - share(session, "flat"))
+        assert report.layers[0].share_of_best == pytest.approx(1.0 - lacking[-1], abs=lacking[-1] + 1e-3)
+    assert lacking[2] < 0.7 * lacking[1] < 0.5 * lacking[0]
 
 
-def test_a_layer_without_a_gradient_asks_for_no_more_passes():
+def test_auto_makes_the_second_pass_where_a_layer_holds_too_little():
+    auto = Config(rank=RANK, passes="auto")
+    assert started(auto, steep=STEEP)[1].passes == 1
+    session, report = started(auto, steep=STEEP, flatter=FLATTER)
+    assert report.passes == 2 and session.widths[1] == {"steep": 20, "flatter": 20}
+    one = started(Config(rank=RANK), flatter=FLATTER)[1].layers[0]
+    assert one.share_of_best < 0.95
+    assert started(auto, folds=False, steep=STEEP)[1].passes == 2
+
+
+def test_auto_makes_the_second_pass_while_another_process_needs_it():
+    session = MatrixSession({"steep": STEEP}, others_continue_to=2)
+    assert initialize(session, Config(rank=RANK, passes="auto"), "numpy", 0.0).passes == 2
+
+
+@FOLDS
+def test_a_layer_without_a_gradient_asks_for_no_more_passes(folds):
     with pytest.warns(UserWarning, match="have no gradient"):
-        _, report = started(Config(rank=RANK), steep=STEEP, dead=np.zeros((30, 20)))
-    assert report.passes == 4 and report.plain_layers == ["dead"]
+        _, report = started(Config(rank=RANK, passes="auto"), folds=folds, steep=STEEP, dead=np.zeros((30, 20)))
+    assert report.passes == (1 if folds else 2) and report.plain_layers == ["dead"]
 
 
-@pytest.mark.parametrize("passes", [2, 3, 5])
-def test_a_number_of_passes_is_kept_to(passes):
-    _, report = started(Config(rank=RANK, passes=passes), flat=FLAT)
-    assert report.passes == passes
+@FOLDS
+def test_a_layer_that_is_not_wider_than_the_state_is_known_whole(folds):
+    small = spectrum_matrix(30, 18, np.linspace(1.0, 0.5, 18))
+    session, report = started(Config(rank=RANK), folds=folds, small=small)
+    assert share(session, "small") == pytest.approx(1.0, abs=1e-12)
+    [layer] = report.layers
+    assert layer.share_of_best == 1.0 and layer.gradient_norm_error == 0.0
+    assert layer.gradient_norm == pytest.approx(np.linalg.norm(small), rel=1e-12)
 
 
 ALIKE = {
@@ -140,13 +181,16 @@ ALIKE = {
 
 
 @pytest.mark.parametrize("limit", [2**30, 2 * STEEP.nbytes, 0])
-@pytest.mark.parametrize("gradient", ["sketch", "exact"])
-def test_layers_in_stacks_get_what_they_get_alone(monkeypatch, gradient, limit):
+@pytest.mark.parametrize(
+    ("config", "folds"),
+    [(Config(rank=RANK, passes=2), True), (Config(rank=RANK), False), (Config(rank=RANK, gradient="exact"), True)],
+    ids=["folds", "sides alone", "exact"],
+)
+def test_layers_in_stacks_get_what_they_get_alone(monkeypatch, config, folds, limit):
     monkeypatch.setattr(passes, "STACK_BYTES", limit)
-    config = Config(rank=RANK, gradient=gradient)
     with pytest.warns(ZeroGradientWarning):
-        alone, report = started(config, **ALIKE)
-    together = MatrixSession(ALIKE, stacks_layers=True)
+        alone, report = started(config, folds, **ALIKE)
+    together = MatrixSession(ALIKE, folds, stacks_layers=True)
     with pytest.warns(ZeroGradientWarning):
         report_of_stacks = initialize(together, config, "numpy", 0.0)
     assert report_of_stacks.passes == report.passes
@@ -159,32 +203,10 @@ def test_layers_in_stacks_get_what_they_get_alone(monkeypatch, gradient, limit):
         assert got.share_of_best == pytest.approx(want.share_of_best, rel=1e-9)
 
 
-def test_only_the_worst_layer_is_decomposed_between_the_first_check_of_a_stack_and_the_last(monkeypatch):
-    shapes: list[tuple[int, ...]] = []
-
-    class Counting(type(ops)):
-        def svd(self, x):
-            shapes.append(x.shape)
-            return super().svd(x)
-
-        def svdvals(self, x):
-            shapes.append(x.shape)
-            return super().svdvals(x)
-
-    monkeypatch.setattr(MatrixSession, "ops", Counting())
-    session = MatrixSession({f"steep {i}": STEEP for i in range(5)} | {"flat": FLAT}, stacks_layers=True)
-    report = initialize(session, Config(rank=RANK, oversample=0), "numpy", 0.0)
-    assert 5 < report.passes < 12
-    checks = [shapes[i : i + 4] for i in range(0, len(shapes), 4)]  # each decomposes four passes
-    stacks = [all(len(shape) == 3 for shape in check) for check in checks]
-    alone = [all(len(shape) == 2 for shape in check) for check in checks]
-    assert stacks[0] and stacks[-1] and all(alone[1:-1]) and len(checks) == report.passes - 4 + 2
-
-
 def test_the_layer_of_a_stack_whose_gradient_is_not_finite_is_named():
     broken = FLAT.copy()
     broken[3, 5], broken[7, 1] = np.nan, np.inf
-    session = MatrixSession({"steep": STEEP, "broken": broken}, stacks_layers=True)
+    session = MatrixSession({"steep": STEEP, "broken": broken}, folds=False, stacks_layers=True)
     with pytest.raises(GradientError, match=r"layer 'broken': its gradient in pass 1 has .* entries that are not"):
         initialize(session, Config(rank=RANK), "numpy", 0.0)
 
@@ -201,8 +223,8 @@ def test_a_warning_points_at_the_line_that_called_init(warning):
     def loss_fn(model, batch):
         return (model(batch) - 1.0).square().mean() + next(growing)
 
-    gradient = "exact" if warning is GammaWarning else "sketch"  # one pass, so that only the trials differ
-    config = lora_one.Config(rank=2, targets=["0", "1"], gradient=gradient, gamma="auto")
+    number = 1 if warning is GammaWarning else 2  # one pass, so that only the trials differ
+    config = lora_one.Config(rank=2, targets=["0", "1"], passes=number, gamma="auto")
     with pytest.warns(warning) as records:
         lora_one.init(base, [torch.randn(8, 6)], loss_fn, config)
     assert {record.filename for record in records if record.category is warning} == {__file__}

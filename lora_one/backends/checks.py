@@ -10,14 +10,23 @@ from lora_one.errors import BatchError, ConfigError, GradientError, UnderflowWar
 TOLERATED_UNDERFLOW = 0.01  # share of a layer's gradient norm that float16 may lose without a warning
 
 
-def check_reiterable(batches: Iterable[Any], config: Config) -> None:
-    """Raise BatchError if `init` reads the batches several times and they are an iterator, which can be read once."""
-    passes = (config.pass_counts[0] if config.gradient == "sketch" else 1) + (config.gamma == "auto")
+def check_iterable(batches: Any) -> None:
+    """Raise BatchError for batches that are no collection."""
     if not isinstance(batches, Iterable):
         raise BatchError(f"batches must be iterable, got {type(batches).__name__}")
-    if passes > 1 and isinstance(batches, Iterator):
+
+
+def check_readings(batches: Iterator[Any], config: Config, folds: bool) -> None:
+    """Raise BatchError if `init` reads the batches several times: an iterator can be read once.
+
+    Args:
+        folds: whether the session folds; if not, a sketch takes two passes at least.
+    """
+    passes = 1 if config.gradient == "exact" else max(config.pass_counts[-1], 1 if folds else 2)
+    readings = passes + (config.gamma == "auto")
+    if readings > 1:
         raise BatchError(
-            f"batches are read {passes} times, got a {type(batches).__name__} that can be read once: "
+            f"batches are read {readings} times, got a {type(batches).__name__} that can be read once: "
             "pass a list(...) of it"
         )
 

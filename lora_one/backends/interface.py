@@ -14,7 +14,6 @@ from lora_one.core.fold import FoldState
 from lora_one.core.gradient import Gradient
 from lora_one.core.ops import Array, Ops
 from lora_one.core.sides import Products, Sides
-from lora_one.core.sketch import Probe
 
 LossFn = Callable[[Any, Any], Any]  # (model, batch) -> mean loss, a scalar
 
@@ -126,18 +125,6 @@ class Session(Protocol):
         Returns:
             The summary; and per layer G right and G^T left, in the dtype of `like`; None for a layer that no gradient
             reached.
-        """
-        ...
-
-    def sketch_pass(self, probes: Mapping[str, Probe]) -> tuple[PassResult, dict[str, Array | None]]:
-        """Run all batches backward with the probes installed, and return the gradients of the other factors.
-
-        For each layer, `probes` has one factor of its pair; the other factor is zero, and the scale is 1, so the model
-        computes what it computes without LoRA. Afterwards the factors are what they were before.
-
-        Returns:
-            The summary, and per layer the mean over the batches of the zero factor's gradient: (out, k) for a probe on
-            side "A", (k, in) for one on side "B", in the dtype of `like`. None for a layer that no gradient reached.
         """
         ...
 

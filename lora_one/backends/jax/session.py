@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
 
-from lora_one.backends.checks import check_no_torch_settings, check_reiterable
+from lora_one.backends.checks import check_no_torch_settings
 from lora_one.backends.interface import Layer, LossFn, PassResult
 from lora_one.config import Config
 from lora_one.core.factors import Factors
@@ -73,7 +73,6 @@ class JaxSession:
         return self._attached
 
     def __enter__(self) -> "JaxSession":
-        check_reiterable(self._batches, self._config)
         check_no_torch_settings(self._config, "JAX")
         if self._loss_fn is None:
             raise BatchError("a Flax model has no loss of its own: pass loss_fn=(model, batch) -> mean loss")

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from lora_one.backends.checks import check_no_torch_settings, check_reiterable
+from lora_one.backends.checks import check_no_torch_settings
 from lora_one.backends.interface import Layer, PassResult
 from lora_one.config import Config
 from lora_one.core.factors import Factors
@@ -92,7 +92,6 @@ class MlxSession:
         return self._state
 
     def __enter__(self) -> "MlxSession":
-        check_reiterable(self._batches, self._config)
         check_no_torch_settings(self._config, "MLX")
         before = Snapshot(self.model)
         # The model runs on the user's device. What `core` computes with the gradients runs on the CPU: decompositions

@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_one.backends.checks import check_reiterable
 from lora_one.backends.interface import Layer, PassResult
 from lora_one.config import Config
 from lora_one.core.factors import Factors
 from lora_one.core.fold import FoldState
 from lora_one.core.gradient import Gradient, arrays_of
 from lora_one.core.sides import Products, Sides
-from lora_one.core.sketch import Probe
 from lora_one.environment import process_peak
 from lora_one.errors import BatchError
 
@@ -76,7 +74,6 @@ class TorchSession:
         self._exit = ExitStack()
 
     def __enter__(self) -> "TorchSession":
-        check_reiterable(self._batches, self._config)
         with ExitStack() as stack:
             attachment = ReversibleAttachment(self._given, self._config)
             stack.push(attachment.close)
@@ -122,16 +119,6 @@ class TorchSession:
         forms = {name: product_of(directions) for name, directions in sides.items()}
         result, _ = self._passes.sums(forms, sides, consume)
         return result, products
-
-    def sketch_pass(self, probes: Mapping[str, Probe]) -> tuple[PassResult, dict[str, Tensor | None]]:
-        sides = {}
-        for layer in self.layers:
-            side, factor = probes[layer.name]
-            none = factor.new_zeros(layer.out_features if side == "A" else layer.in_features, 0)
-            sides[layer.name] = Sides(factor.mT, none) if side == "A" else Sides(none, factor)
-        result, products = self.sides_pass(sides)
-        of_side = {"A": lambda p: p.g_right, "B": lambda p: p.g_left.mT}
-        return result, {n: None if p is None else of_side[probes[n].side](p) for n, p in products.items()}
 
     def exact_pass(self, consume: Callable[[str, Gradient], None]) -> PassResult:
         """Run all batches backward, as `Session.exact_pass` says.

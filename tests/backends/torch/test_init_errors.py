@@ -83,8 +83,10 @@ def test_non_finite_gradient_names_the_layer(config):
 
 def test_one_shot_iterator_is_an_error_only_where_it_is_read_more_than_once():
     case = mlp()
-    message = "batches are read 4 times, got a generator that can be read once: pass a list"
-    fails(case.model, (b for b in case.batches), case.loss_fn, lora_one.Config(rank=4), BatchError, message)
+    for passes in (4, "auto"):
+        several = lora_one.Config(rank=4, passes=passes)
+        message = f"read {2 if passes == 'auto' else passes} times, got a generator that can be read once: pass a list"
+        fails(case.model, (b for b in case.batches), case.loss_fn, several, BatchError, message)
     exact = lora_one.Config(rank=4, gradient="exact")
     again = dataclasses.replace(exact, gamma="auto")
     fails(case.model, iter(case.batches), case.loss_fn, again, BatchError, "read 2 times, got a list_iterator")
@@ -315,7 +317,7 @@ def test_models_of_no_backend():
         ({"alpha": -1}, "alpha must be a number > 0, got -1"),
         ({"gamma": "best"}, "gamma must be a number > 0 or \"auto\", got 'best'"),
         ({"gamma": float("inf")}, "gamma must be a number"),
-        ({"passes": 1}, 'passes must be an integer >= 2 or "auto", got 1'),
+        ({"passes": 0}, 'passes must be an integer >= 1 or "auto", got 0'),
         ({"oversample": -1}, "oversample must be an integer >= 0"),
         ({"scale": "unit"}, "scale must be one of 'normalized', 'gradient', got 'unit'"),
         ({"gradient": "full"}, "gradient must be one of 'sketch', 'exact'"),
@@ -356,4 +358,4 @@ def test_batches_that_change_between_passes_are_noticed():
         yield torch.randn(16, 12, generator=generator), torch.randn(16, 10, generator=generator)
 
     with pytest.warns(ChangingBatchesWarning, match="in pass 1 and .* in pass 2, expected the same"):
-        lora_one.init(case.model, Repeat(batches), case.loss_fn, lora_one.Config(rank=4))
+        lora_one.init(case.model, Repeat(batches), case.loss_fn, lora_one.Config(rank=4, passes=2))

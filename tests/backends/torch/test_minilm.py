@@ -30,15 +30,16 @@ def start(encoder, config):
         return lora_one.init(copy.deepcopy(model), batches, contrastive_loss, config)
 
 
-def test_default_sketch_holds_99_percent_of_the_best_energy_in_every_layer(encoder):
-    model, report = start(encoder, lora_one.Config())
+@pytest.mark.parametrize(("passes", "least"), [(1, 0.975), (2, 0.997)])
+def test_one_pass_holds_98_percent_of_the_best_energy_in_every_layer_and_two_nearly_all(encoder, passes, least):
+    model, report = start(encoder, lora_one.Config(passes=passes))
     told = {layer.name: layer.share_of_best for layer in report.layers}
-    assert len(encoder[2]) == 36
+    assert len(encoder[2]) == 36 and report.passes == passes
     for name, g in encoder[2].items():
         best = np.sum(np.linalg.svd(g, compute_uv=False)[:RANK] ** 2)
         share = captured_energy(NUMPY, g, factors_of(model, name)) * np.sum(g**2) / best
-        assert share >= 0.99, name
-        assert told[name] == pytest.approx(share, abs=0.03), name
+        assert share >= least, name
+        assert share - 0.02 <= told[name] <= share + 0.005, name
     assert report.plain_layers == ["pooler.dense"]
 
 

@@ -11,6 +11,7 @@ from lora_one.core.factors import Factors
 
 from .adapters import adapter_of, is_leftover
 from .attach import Site, attach_lora, check_adapter_fits, find_sites
+from .quiet import nothing_drawn
 from .snapshot import Snapshot
 from .starts import check_base_is_whole
 from .wrappers import plain_names, unwrapped
@@ -39,7 +40,8 @@ class ReversibleAttachment:
         """Attach LoRA, or check and unfreeze the adapter that is there."""
         adapted = adapter_of(self.model)
         if adapted is None or is_leftover(self.model, adapted):
-            self.model = adapted = attach_lora(self.model, self._config)
+            with nothing_drawn():  # every layer's factors are assigned
+                self.model = adapted = attach_lora(self.model, self._config)
         else:
             self.had_adapter = True
             check_adapter_fits(adapted, self._config)

@@ -91,8 +91,8 @@ class Folds:
                 name, bad = layer, count
                 break
         return (
-            f"layer {name!r}: the gradient of its output in batch {self._batch} has {bad} of {size} entries that are "
-            "not finite, expected none; a float16 model overflows easily: use bfloat16 or float32, or look at the "
+            f"layer {name!r}: its gradient in batch {self._batch} is not finite: got {bad} of {size} entries of dL/dy "
+            "that are not, expected none; a float16 model overflows easily: use bfloat16 or float32, or look at the "
             "batches"
         )
 
