@@ -14,6 +14,8 @@ from .core.spectrum import Spectrum
 from .errors import CheckpointError
 from .plots import Panel, draw
 
+ROUNDING = 1e-5  # of float32 sums of squares: a share as close to 1 as this is 1
+
 _Plain = TypeVar("_Plain")
 
 
@@ -33,9 +35,9 @@ class LayerReport:
         gradient_norm: ||G||_F, exact or estimated.
         gradient_norm_error: standard error of `gradient_norm`; 0 if it is exact.
         energy: share of ||G||_F^2 that the r directions hold, in [0, 1], computed with `gradient_norm`.
-        share_of_best: energy of the r directions over the energy of the best r directions, in [0, 1]. It is 1 if G was
-            computed itself; otherwise it is estimated from how fast the passes converge, and most often far too low
-            before the fourth pass. If float16 may have lost a part of the gradient, that part counts as not held.
+        share_of_best: energy of the r directions over the energy of the best r directions, in [0, 1]. It is estimated
+            from how fast passes or products converge: with gradient="exact" rather too low, from passes most often far
+            too low before the fourth. If float16 may have lost a part of the gradient, that part counts as not held.
         start: "spectral"; or "plain" if the gradient was zero, so that the layer got plain LoRA's start.
         called: whether any forward pass on the init batches called the layer. Only PyTorch's backend reports False.
         rounded_away: share of the gradient's norm that float16 may have lost, at the best scale of the loss. It is 0
@@ -279,7 +281,6 @@ def layer_report(
 
 def share_of_best(spectrum: Spectrum) -> float:
     """Return `LayerReport.share_of_best` for a spectrum as NumPy arrays that is not zero."""
-    if spectrum.unseen == spectrum.norm_error == 0:
-        return 1.0  # all of G was seen, and a quotient of two rounded numbers need not be 1
     s = np.asarray(spectrum.s, dtype=np.float64)
-    return float(min(1.0, np.sum((s / s[0]) ** 2) / (float(spectrum.best_norm) / s[0]) ** 2))
+    share = float(np.sum((s / s[0]) ** 2) / (float(spectrum.best_norm) / s[0]) ** 2)
+    return share if share < 1.0 - ROUNDING else 1.0

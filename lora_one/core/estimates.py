@@ -1,4 +1,4 @@
-"""The norms of a gradient that a sketch has seen in part: estimates from the first pass and from the convergence."""
+"""The norms of a gradient that was seen in part: estimates from the first pass and from the convergence."""
 
 import itertools
 from typing import NamedTuple
@@ -7,6 +7,7 @@ from .arrays import at_least, diagonal, largest_entry, mean_of_samples, nonzero,
 from .ops import Array, Ops
 
 MIN_RELATIVE_GAIN = 1e-5  # of the energy: smaller differences between gains are not used as a divisor
+MIN_RELATIVE_GAP = 1e-3  # 1 - (S_k / S_i)^2, below which it is no divisor
 
 
 class ResidualEstimate(NamedTuple):
@@ -83,3 +84,19 @@ def _energy_to_come(ops: Ops, energies: list[Array], unseen: Array) -> Array:
     # x / (x + last + before) = (x + last) / (x + last + before + earlier), solved for x
     slower = at_least(ops, earlier - last, 0.0) + MIN_RELATIVE_GAIN * energies[-1]
     return smaller(ops, last * (last + before) / nonzero(ops, slower), unseen)
+
+
+def energy_by_turning(ops: Ops, s: Array, turn: Array, rank: int) -> Array:
+    """Estimate the energy that more products with G would add to the r leading triplets, (), in the unit of s^2.
+
+    Triplet i gains about turn_i S_k^2 / (1 - (S_k / S_i)^2): S_k stands for what lies outside, and the quotient sums
+    what the products after the next would gain.
+
+    Args:
+        s: the singular values that were found, descending, (k,), k > rank.
+        turn: the share of each triplet in the newest directions, by which the next may turn it again, (k,) or (r,).
+    """
+    squares = s * s
+    outside, leading = squares[..., -1:], squares[..., :rank]
+    gap = at_least(ops, 1.0 - outside / nonzero(ops, leading), MIN_RELATIVE_GAP)  # (r,)
+    return ops.sum(turn[..., :rank] * outside / gap, axis=-1)

@@ -1,26 +1,27 @@
-"""A gradient in memory -> its leading singular triplets, as exact as a dense SVD."""
+"""A gradient in memory -> its leading singular triplets, by the dense SVD or, of a large one, by products."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from .arrays import nonzero, thin_svd, vector_norm
+from .arrays import nonzero, smaller, thin_svd
 from .gradient import Gradient, RowProduct, arrays_of, as_matrix, frobenius_norm, norm_of_rows
-from .krylov import Triplets, leading_triplets
+from .krylov import CHECKS, Triplets, leading_triplets
 from .omega import draw_omega
 from .ops import Array, Ops
 from .spectrum import Spectrum, fully_seen, of_descent
 from .stacking import stack_of, stacked, unstacked
 
+ENOUGH = 0.9999  # share of the energy of the best rank-r part at which no more products are made
 EXACT_OVERSAMPLE = 8  # columns beyond the rank in the products with a G in memory
 MIN_UNCANCELLED_SHARE = 0.01  # of ||G||^2, for `norm_of_rows` to be used: leaves five digits in float32
 
 
 def exact_spectrum(ops: Ops, gradient: Gradient, rank: int) -> Spectrum:
-    """The `rank` leading singular triplets of -G, as exact as a dense SVD.
+    """The `rank` leading singular triplets of -G, all of which is known.
 
-    A small G is decomposed by the dense SVD. A large one is multiplied with blocks of vectors until the triplets fit G
-    to within the rounding error of LAPACK's own triplets; if that needs too many directions, the dense SVD follows.
-    How many products are made depends on the values, so for a large G this function cannot be traced.
+    A small G is decomposed by the dense SVD. A large one is multiplied with blocks of vectors until the triplets hold
+    `ENOUGH` of the best energy, by an estimate that is rather too small; a flat spectrum may end below it, after the
+    last of `krylov.CHECKS`. How many products are made depends on the values, so for a large G this function cannot be
+    traced.
 
     Args:
         gradient: G = dL/dW, (out, in), float32 or wider.
@@ -33,53 +34,38 @@ def exact_spectra(ops: Ops, gradients: Sequence[Gradient], rank: int) -> list[Sp
     """Do what `exact_spectrum` does for several matrices of one shape and dtype together."""
     if isinstance(gradients[0], RowProduct):
         return [_exact_of_rows(ops, g, rank) for g in gradients]
-    attempts = _leading_triplets(ops, gradients, rank)
-    spectra: dict[int, Spectrum] = {}
-    converged = {i: triplets for i, triplets in enumerate(attempts) if triplets is not None}
-    if converged:
-        norms = [frobenius_norm(ops, gradients[i], nonzero(ops, triplets.s[0])) for i, triplets in converged.items()]
-        stack = _of_triplets(ops, stack_of(ops, list(converged.values())), stacked(ops, norms))
-        spectra |= zip(converged, unstacked(stack, len(converged)), strict=True)
-    remaining = [i for i in range(len(attempts)) if i not in converged]
-    if remaining:
-        u, s, vt = thin_svd(ops, stacked(ops, [gradients[i] for i in remaining]))
-        stack = of_descent(ops, fully_seen(ops, u, s, vt, rank))
-        spectra |= zip(remaining, unstacked(stack, len(remaining)), strict=True)
-    return [spectra[i] for i in range(len(attempts))]
+    if is_multiplied(gradients[0].shape, rank):
+        triplets = _leading_triplets(ops, gradients, rank)
+        norms = [frobenius_norm(ops, g, nonzero(ops, each.s[0])) for g, each in zip(gradients, triplets, strict=True)]
+        stack = _of_triplets(ops, stack_of(ops, triplets), stacked(ops, norms))
+    else:
+        stack = of_descent(ops, fully_seen(ops, *thin_svd(ops, stacked(ops, gradients)), rank))
+    return unstacked(stack, len(gradients))
 
 
 def _exact_of_rows(ops: Ops, gradient: RowProduct, rank: int) -> Spectrum:
-    norm, share = norm_of_rows(ops, gradient)
-    cancels = ops.to_numpy(share) < MIN_UNCANCELLED_SHARE
-    [triplets] = [None] if cancels else _leading_triplets(ops, [gradient], rank)
-    if triplets is None:
-        return exact_spectrum(ops, as_matrix(ops, gradient), rank)
-    return _of_triplets(ops, triplets, norm)
+    if is_multiplied(gradient.shape, rank):
+        norm, share = norm_of_rows(ops, gradient)
+        if ops.to_numpy(share) >= MIN_UNCANCELLED_SHARE:
+            [triplets] = _leading_triplets(ops, [gradient], rank)
+            return _of_triplets(ops, triplets, norm)
+    return exact_spectrum(ops, as_matrix(ops, gradient), rank)
 
 
-class Plan(NamedTuple):
-    """How to search for the leading triplets of a G in memory by products with blocks of vectors."""
-
-    width: int  # columns of a block
-    limit: int  # number of directions beyond which the dense SVD is faster
+def is_multiplied(shape: tuple[int, int], rank: int) -> bool:
+    """Return whether a G of shape (out, in) goes through products with vectors, and not through the dense SVD."""
+    return CHECKS[-1] * (rank + EXACT_OVERSAMPLE) <= min(shape)
 
 
-def plan(shape: tuple[int, int], rank: int) -> Plan | None:
-    """Return the plan for a G of shape (out, in), or None where the dense SVD is faster from the start."""
-    width, limit = rank + EXACT_OVERSAMPLE, min(shape) // 4
-    return Plan(width, limit) if 3 * width <= limit else None
-
-
-def _leading_triplets(ops: Ops, gradients: Sequence[Gradient], rank: int) -> list[Triplets | None]:
-    search = plan(gradients[0].shape, rank)
-    if search is None:
-        return [None] * len(gradients)
-    omega = draw_omega(0, "exact", gradients[0].shape[1], search.width)
+def _leading_triplets(ops: Ops, gradients: Sequence[Gradient], rank: int) -> list[Triplets]:
+    in_features = gradients[0].shape[1]
+    omega = draw_omega(0, "exact", in_features, rank + EXACT_OVERSAMPLE)
     like = arrays_of(gradients[0])[0]
-    return leading_triplets(ops, gradients, ops.asarray(omega, like=like), rank, search.limit)
+    return leading_triplets(ops, gradients, ops.asarray(omega, like=like), rank, 1.0 - ENOUGH)
 
 
 def _of_triplets(ops: Ops, triplets: Triplets, norm: Array) -> Spectrum:
     zero = ops.zeros(triplets.s.shape[:-1], like=triplets.s)
-    best = vector_norm(ops, triplets.s)
-    return of_descent(ops, Spectrum(*triplets, norm=norm, norm_error=zero, unseen=zero, best_norm=best))
+    best = smaller(ops, triplets.best_norm, norm)
+    u, s, vt, _ = triplets
+    return of_descent(ops, Spectrum(u, s, vt, norm=norm, norm_error=zero, unseen=zero, best_norm=best))

@@ -23,8 +23,9 @@ the bases of the second from what it read. Processes that saw different batches 
 
 from typing import NamedTuple
 
-from .arrays import at_least, mean_of_samples, nonzero, smaller, split_by_projection, sum_of_squares, thin_svd
+from .arrays import mean_of_samples, nonzero, smaller, split_by_projection, sum_of_squares, thin_svd
 from .bases import KrylovBases, completed, extend, fit_block, grow, projected
+from .estimates import energy_by_turning
 from .gradient import Gradient, times, transposed_times
 from .ops import Array, Ops
 from .sides import Products
@@ -33,7 +34,6 @@ from .spectrum import Spectrum, fully_seen, of_descent
 PRODUCTS = 4  # with H, per batch; 2 lose a tenth of the energy, 6 gain nothing
 TEST_COLUMNS = 8  # Gaussian, to measure the norm of G
 TURN_OF_A_FOLD = 1.0 / 8.0  # measured on gradients of a pretrained encoder: an upper end, at ranks of 4 to 64
-MIN_RELATIVE_GAP = 1e-3  # of 1 - (S_k / S_i)^2: smaller ones are not used as a divisor
 
 
 class FoldState(NamedTuple):
@@ -139,8 +139,7 @@ def finish_fold(ops: Ops, state: FoldState, rank: int) -> Spectrum:
     """Return the leading triplets of -G, and estimates of what they leave out.
 
     The norm comes from the products with `test`, and is exact where k spans the smaller side of G. `best_norm` is an
-    estimate: triplet i gains about turn_i S_k^2 / (1 - (S_k / S_i)^2), where S_k, the smallest value that is kept,
-    stands for what lies outside, and the quotient sums what the passes after the next would gain.
+    estimate by how far the triplets may still turn.
     """
     k = state.s.shape[-1]
     if rank > k:
@@ -155,7 +154,7 @@ def finish_fold(ops: Ops, state: FoldState, rank: int) -> Spectrum:
     unseen, spread = mean_of_samples(ops, distances)
     norm = ops.sqrt(sum_of_squares(ops, s, axes=1) + unseen)
     held = sum_of_squares(ops, s[..., :rank], axes=1)
-    to_come = smaller(ops, unseen, _energy_to_come(ops, s, state.turn, rank))
+    to_come = smaller(ops, unseen, energy_by_turning(ops, s, state.turn, rank))
     return of_descent(
         ops,
         Spectrum(
@@ -168,14 +167,6 @@ def finish_fold(ops: Ops, state: FoldState, rank: int) -> Spectrum:
             best_norm=ops.sqrt(held + to_come) * unit,
         ),
     )
-
-
-def _energy_to_come(ops: Ops, s: Array, turn: Array, rank: int) -> Array:
-    """The energy that more passes would add to the r leading triplets, (), in the unit of s^2."""
-    squares = s * s
-    outside, leading = squares[..., -1:], squares[..., :rank]
-    gap = at_least(ops, 1.0 - outside / nonzero(ops, leading), MIN_RELATIVE_GAP)  # (r,)
-    return ops.sum(turn[..., :rank] * outside / gap, axis=-1)
 
 
 def _grown(ops: Ops, basis: Array, x: Array) -> tuple[tuple[Array, ...], Array]:

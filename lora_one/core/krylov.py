@@ -1,29 +1,27 @@
-"""The leading singular triplets of a matrix in memory, to rounding error: block Golub-Kahan bidiagonalisation.
+"""The leading singular triplets of a large matrix in memory: block Golub-Kahan bidiagonalisation.
 
 Orthonormal blocks V_1, Q_1, V_2, Q_2, ... are computed alternately, each from the product of G or G^T with the block
 before it, such that
 
-    G [V_1 ... V_j] = [Q_1 ... Q_j] H,  H block bidiagonal
-    G^T Q_j = [V_1 ... V_j] (...) + V_{j+1} R
+    [Q_1 ... Q_j]^T G = H [V_1 ... V_{j+1}]^T,  H block bidiagonal, (j k, j k + k)
 
-(Golub, Luk and Overton 1981; how fast it converges: Musco and Musco 2015, arXiv 1504.05477). Take a triplet (u, s, v)
-of H and multiply its vectors by the blocks. Then G v = s u holds by construction, and G^T u = s v fails only by
-V_{j+1} R u_j, where u_j is the part of u that belongs to Q_j. The next block is needed anyway, so the error of the
-triplets comes for free.
+(Golub, Luk and Overton 1981; how fast it converges: Musco and Musco 2015, arXiv 1504.05477). The triplets of H are
+those of G, but for what is outside the span of the Q. How much energy they lack shows in their share of V_{j+1}, the
+newest directions: see `core.estimates.energy_by_turning`.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from .arrays import diagonal, largest_entry, split_by_projection
+from .arrays import diagonal, largest_entry, nonzero, split_by_projection, sum_of_squares
+from .estimates import energy_by_turning
 from .gradient import Gradient, times, transposed_times
 from .ops import Array, Ops
 from .stacking import one_of, stack_of, stacked
 
-LAPACK_RESIDUAL = 16.0  # in units of eps s_1: ||G^T u_i - s_i v_i|| by LAPACK's float32 SVD of a 2048 x 768 gradient
+CHECKS = (4, 8, 16)  # blocks of Q after which the triplets are looked at, two products each; the last check ends
 NOISE_LEVEL = 4.0  # in units of eps ||G||: a vector shorter than this consists of rounding noise
 
 
@@ -33,65 +31,59 @@ class Triplets(NamedTuple):
     u: Array  # (out, r)
     s: Array  # (r,), descending
     vt: Array  # (r, in)
+    best_norm: Array  # (), estimate of ||G_r||_F of the best rank-r part; rather too large
 
 
 class _Bidiagonal(NamedTuple):
-    """A matrix, or a stack of them, in the bases so far: G right = left h.
+    """A matrix, or a stack of them, in the bases so far: left^T G = h right^T."""
 
-    The next block of `right` is there already: r = new^T G^T Q, where Q is the last block of `left`.
-    """
-
-    right: Array  # (in, K)
+    right: Array  # (in, K + k)
     left: Array  # (out, K)
-    h: Array  # (K, K)
-    new: Array  # (in, k)
-    r: Array  # (k, k)
+    h: Array  # (K, K + k)
     floor: Array  # (), entries below it are noise
 
 
-def leading_triplets(ops: Ops, gs: Sequence[Gradient], omega: Array, rank: int, limit: int) -> list[Triplets | None]:
-    """The `rank` leading singular triplets of each G, as exact as a dense SVD's.
+def leading_triplets(ops: Ops, gs: Sequence[Gradient], omega: Array, rank: int, may_miss: float) -> list[Triplets]:
+    """The `rank` leading singular triplets of each G, as soon as they miss little, or after the last of `CHECKS`.
 
-    The matrices go through the iteration together, and each one leaves it when its triplets have converged. That
-    depends on the values, so this function cannot be traced.
+    The matrices go through the iteration together, and each one leaves it at the check that finds its triplets good.
+    That depends on the values, so this function cannot be traced.
 
     Args:
-        gs: the matrices, each (out, in), float32 or wider.
+        gs: the matrices, each (out, in), float32 or wider, of at least `CHECKS[-1]` k rows and columns.
         omega: Gaussian, (in, k), k >= rank: the same for all.
-        limit: the largest number of directions to try.
+        may_miss: share of the energy of the best rank-r part.
 
     Returns:
-        Per matrix, its triplets, where the vectors of a zero singular value may be zero; or None where `limit`
-        directions are not enough.
+        Per matrix, its triplets. The vectors of a zero singular value may be zero.
     """
     k = omega.shape[-1]
-    v = stacked(ops, [ops.qr(omega)[0]] * len(gs))  # (in, k)
-    q, h = ops.qr(_products(ops, times, gs, v))  # (out, k), (k, k)
-    floor = NOISE_LEVEL * ops.eps(v) * largest_entry(ops, h)
-    q, h = _without_noise(ops, q, h, floor)
-    right, left = v, q  # (in, K), (out, K)
-    results: list[Triplets | None] = [None] * len(gs)
-    active = list(range(len(gs)))  # the index in `results` of each matrix that is still iterated on
-    schedule = _CheckSchedule()
+    right = stacked(ops, [ops.qr(omega)[0]] * len(gs))  # (in, k)
+    left, h = ops.qr(_products(ops, times, gs, right))  # (out, k), (k, k)
+    floor = NOISE_LEVEL * ops.eps(right) * largest_entry(ops, h)
+    left, h = _without_noise(ops, left, h, floor)
+    found: dict[int, Triplets] = {}
+    active = list(range(len(gs)))  # the index in `found` of each matrix that is still iterated on
     while True:
-        last = left.shape[-1] + k > limit
-        v, r = _new_block(ops, _products(ops, transposed_times, gs, q), right, floor)  # (in, k), (k, k)
-        state = _Bidiagonal(right, left, h, v, r, floor)
-        if schedule.due() or last:
-            triplets, residual = _triplets(ops, state, rank)
-            converged = schedule.converged(residual / (LAPACK_RESIDUAL * ops.eps(v)))
-            for i in np.flatnonzero(converged).tolist():
-                results[active[i]] = one_of(triplets, i, len(active))
-            remaining = np.flatnonzero(~converged).tolist()
-            if last or not remaining:
-                return results
+        product = _products(ops, transposed_times, gs, left[..., -k:])
+        v, r = _new_block(ops, product, right, floor)  # (in, k), (k, k)
+        right = ops.concat([right, v], axis=-1)
+        h = ops.matrix_transpose(_append_rows(ops, ops.matrix_transpose(h), r))  # (K, K + k)
+        blocks = left.shape[-1] // k
+        if blocks in CHECKS:
+            state = _Bidiagonal(right, left, h, floor)
+            triplets, missed = _triplets(ops, state, rank, k)
+            lacking = (missed > may_miss) & (blocks < CHECKS[-1])  # a NaN lacks nothing: the caller checks for it
+            remaining = np.flatnonzero(lacking).tolist()
+            for i in np.flatnonzero(~lacking).tolist():
+                found[active[i]] = one_of(triplets, i, len(active))
+            if not remaining:
+                return [found[i] for i in sorted(found)]
             if len(remaining) < len(active):
                 state = stack_of(ops, [one_of(state, i, len(active)) for i in remaining])
                 gs, active = [gs[i] for i in remaining], [active[i] for i in remaining]
-        right, left, h, v, r, floor = state
-        right = ops.concat([right, v], axis=-1)
-        h = ops.matrix_transpose(_append_rows(ops, ops.matrix_transpose(h), r))  # (K, K + k)
-        q, r = _new_block(ops, _products(ops, times, gs, v), left, floor)  # (out, k), (k, k)
+            right, left, h, floor = state
+        q, r = _new_block(ops, _products(ops, times, gs, right[..., -k:]), left, floor)  # (out, k), (k, k)
         left = ops.concat([left, q], axis=-1)
         h = _append_rows(ops, h, r)  # (K, K)
 
@@ -103,47 +95,19 @@ def _products(ops: Ops, product: Callable[[Ops, Gradient, Array], Array], gs: Se
     return ops.stack([product(ops, g, x[i]) for i, g in enumerate(gs)])
 
 
-def _triplets(ops: Ops, state: _Bidiagonal, rank: int) -> tuple[Triplets, np.ndarray]:
-    """The triplets from the directions so far, and their error per matrix: max_i ||G^T u_i - s_i v_i|| / s_1, (n,)."""
-    u, s, vt = ops.svd(state.h)
-    residual = _largest_column(ops, ops.matmul(state.r, u[..., -state.r.shape[-1] :, :rank]), s[..., 0])
+def _triplets(ops: Ops, state: _Bidiagonal, rank: int, k: int) -> tuple[Triplets, np.ndarray]:
+    """The triplets from the directions so far, and per matrix the share of the best energy that they miss, (n,)."""
+    u, s, vt = ops.svd(state.h)  # (K, K), (K,), (K, K + k)
+    newest = vt[..., :rank, -k:]  # (r, k)
+    unit = nonzero(ops, s[..., 0])
+    values = s[..., :k] / unit[..., None]  # squares must neither overflow nor underflow
+    held = sum_of_squares(ops, values[..., :rank], axes=1)
+    to_come = energy_by_turning(ops, values, sum_of_squares(ops, newest, axes=1), rank)
+    best = held + to_come
     u = ops.matmul(state.left, u[..., :rank])
     vt = ops.matmul(vt[..., :rank, :], ops.matrix_transpose(state.right))
-    return Triplets(u, s[..., :rank], vt), residual
-
-
-class _CheckSchedule:
-    """When to check for convergence: a check costs an SVD of all directions, more than a few more directions cost."""
-
-    def __init__(self) -> None:
-        self._step = 0
-        self._next = 1
-        self._last_check: tuple[int, np.ndarray] | None = None  # its step, and the residuals that had not converged
-
-    def due(self) -> bool:
-        """Count one step, and return whether to check after it."""
-        self._step += 1
-        return self._step >= self._next
-
-    def converged(self, residuals: np.ndarray) -> np.ndarray:
-        """Return which matrices have converged: those whose residual, in units of the allowed one, is at most 1.
-
-        For the others, predict from the last two checks when half of them will have converged, and check again then.
-        The prediction assumes that a residual falls by a constant factor per step.
-        """
-        unconverged = (residuals > 1.0) & (residuals < math.inf)  # a NaN counts as converged; the caller checks for it
-        remaining = residuals[unconverged]
-        steps_to_go = np.ones(remaining.size)
-        if self._last_check is not None:
-            step, before = self._last_check
-            rate = np.log(before[unconverged] / remaining) / (self._step - step)
-            infinite = np.full(remaining.size, math.inf)
-            steps_to_go = np.divide(np.log(remaining), rate, out=infinite, where=rate > 0.0)
-        if remaining.size:
-            # Residuals fall slowly at first, so early predictions are too large: wait at most half of the steps so far.
-            self._next = self._step + max(1, int(min(np.median(steps_to_go), self._step / 2)))
-        self._last_check = self._step, remaining
-        return ~unconverged
+    missed = np.atleast_1d(ops.to_numpy(to_come / nonzero(ops, best)))
+    return Triplets(u, s[..., :rank], vt, unit * ops.sqrt(best)), missed
 
 
 def _append_rows(ops: Ops, h: Array, r: Array) -> Array:
@@ -173,10 +137,3 @@ def _without_noise(ops: Ops, q: Array, r: Array, floor: Array) -> tuple[Array, A
     """Zero the columns of q, and the rows of r, whose row of r is all noise: such a column points anywhere."""
     keep = ops.astype(ops.max(abs(r), axis=-1) > floor[..., None], r.dtype)  # (k,)
     return q * keep[..., None, :], r * keep[..., :, None]
-
-
-def _largest_column(ops: Ops, x: Array, unit: Array) -> np.ndarray:
-    """The norm of each matrix's largest column, in units of `unit`, (n,); 0 where the unit is 0."""
-    columns, units = ops.to_numpy(x).astype(np.float64), ops.to_numpy(unit)[..., None, None]
-    columns = np.divide(columns, units, out=np.zeros_like(columns), where=units > 0.0)  # before squares can overflow
-    return np.atleast_1d(np.linalg.norm(columns, axis=-2).max(axis=-1))

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lora_one.core.bases import REORTHOGONALIZE_THRESHOLD
-from lora_one.core.exact import EXACT_OVERSAMPLE, plan
+from lora_one.core.exact import EXACT_OVERSAMPLE, is_multiplied
 from lora_one.core.gradient import rows_are_smaller
+from lora_one.core.krylov import CHECKS
 
 from .architecture import Architecture, Block, Linear, Targets
 from .workload import Workload
 
-# Typical number of products with G, or its transpose, until its leading triplets are exact. Measured on random Llamas:
-# 8 to 24, mean 14.
-EXACT_PRODUCTS = 14
+# Typical number of products with G, or its transpose, until its leading triplets hold enough. On random Llamas 9 of 10
+# layers stop at this, the first check, and the others at the second.
+EXACT_PRODUCTS = 2 * CHECKS[0]
 CALLS_PER_PASS, CALLS_AT_END, CALLS_PER_PRODUCT = 32, 119, 38  # per layer, as torch dispatches them
 
 
@@ -127,12 +128,9 @@ def _tokens_per_copy(linear: Linear, work: Workload) -> int:
 
 
 def exact_products(linear: Linear, rank: int) -> tuple[int, bool]:
-    """Return the number of products with a target's G, and whether a dense SVD is needed instead of or after them."""
-    blocks = plan((linear.out_features, linear.in_features), rank)
-    if blocks is None:
-        return 0, True
-    most = 2 * (blocks.limit // blocks.width)  # each block of directions takes a product with G and one with G^T
-    return min(EXACT_PRODUCTS, most), EXACT_PRODUCTS * blocks.width > 2 * blocks.limit
+    """Return the number of products with a target's G, and whether a dense SVD is made instead."""
+    is_dense = not is_multiplied((linear.out_features, linear.in_features), rank)
+    return 0 if is_dense else EXACT_PRODUCTS, is_dense
 
 
 def exact_flops(targets: Targets, work: Workload) -> Decompositions:
@@ -157,7 +155,7 @@ def _exact(linear: Linear, work: Workload) -> Decompositions:
         rows = (n + m) // 2  # the sides alternate
         qr += 2 * 4 * rows * k * k
         thin += 2 * entries * k + 4 * rows * k * (basis + min(k, basis))  # projected on the last block, then on all
-        if number % 2 == 0:  # of G in the bases so far
+        if number % 2 == 0 and number // 2 in CHECKS:  # of G in the bases so far
             svd += 22 * basis**3
     dense_svd = 0
     calls = products * CALLS_PER_PRODUCT

@@ -9,7 +9,7 @@ import pytest
 from lora_one.backends.numpy.ops import NumpyOps
 from lora_one.conformance import Check, Target, checks, run
 from lora_one.conformance.computations import problems
-from lora_one.core import alignment, bases, exact, factors, fold, omega, precondition, sides, sketch, step
+from lora_one.core import alignment, bases, estimates, exact, factors, fold, omega, precondition, sides, sketch, step
 from lora_one.core.factors import Factors
 from lora_one.core.gradient import RowProduct
 
@@ -249,7 +249,7 @@ WRONG_STEPS: list[tuple[str, Any, str, Callable[..., Any]]] = [
     ("fold, after each batch", fold, "PRODUCTS", 2),
     ("fold, after each batch", fold, "finish_fold", lambda ops, s, r: TRUE["finish_fold"](ops, s, min(r + 1, 5))),
     ("fold, after each batch", fold, "TURN_OF_A_FOLD", 0.25),
-    ("fold, after each batch", fold, "MIN_RELATIVE_GAP", 1.0),
+    ("fold, after each batch", estimates, "MIN_RELATIVE_GAP", 1.0),
     ("fold, after each batch", fold, "aim", lambda ops, s, p: s._replace(u=p.g_right[:, : s.s.size])),
     ("fold, after each batch", fold, "aim", lambda ops, s, p: TRUE["aim"](ops, s, p)._replace(v=s.v)),
     ("fold, after each batch", fold, "aim", lambda ops, s, p: TRUE["aim"](ops, s, p)._replace(tested=s.tested)),

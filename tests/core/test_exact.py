@@ -1,4 +1,4 @@
-"""The exact spectrum of a gradient is that of LAPACK, for small and large gradients, alone and together."""
+"""The exact spectrum is that of LAPACK; of a large gradient it holds as much as it promises, alone and together."""
 
 from collections import Counter
 
@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from lora_one.core import krylov
-from lora_one.core.exact import exact_spectra, exact_spectrum
-from lora_one.core.gradient import times
-from lora_one.core.krylov import leading_triplets
-from lora_one.core.omega import draw_omega
+from lora_one.core.exact import ENOUGH, exact_spectra, exact_spectrum
+from lora_one.core.gradient import times, transposed_times
+from lora_one.report import share_of_best
 from tests.arrays import (
     SHAPES,
     Arrays,
@@ -60,12 +59,10 @@ def large(decay: np.ndarray) -> np.ndarray:
     return spectrum_matrix(400, 320, decay)
 
 
-def test_exact_of_a_large_gradient_converges_to_lapacks_triplets(arrays):
+def test_exact_of_a_large_gradient_converges_to_lapacks_triplets(arrays, monkeypatch):
     g = large(0.7 ** np.arange(60))
-    gradient = arrays.of(g)
-    omega = arrays.of(draw_omega(0, "layer", 320, 20))
-    assert leading_triplets(arrays.ops, [gradient], omega, 4, limit=80) != [None]  # not the dense SVD
-    spectrum = exact_spectrum(arrays.ops, gradient, 4)
+    monkeypatch.setattr("lora_one.core.exact.thin_svd", lambda *_: pytest.fail("a dense SVD"))
+    spectrum = exact_spectrum(arrays.ops, arrays.of(g), 4)
     arrays.assert_close(descent(arrays, spectrum), -best_rank(g, 4))
     arrays.assert_close(spectrum.s, np.linalg.svd(g, compute_uv=False)[:4])
     arrays.assert_close(spectrum.norm, np.asarray(np.linalg.norm(g)))
@@ -84,39 +81,75 @@ def test_exact_of_a_large_gradient_at_any_scale(dtype, scale):
     arrays.assert_close(arrays.numpy(spectrum.norm) / scale, np.asarray(np.linalg.norm(g)))
 
 
+INDEX = np.arange(1.0, 321.0)
+SPECTRA = {
+    "1 / i": 1.0 / INDEX,
+    "i^-1/2": INDEX**-0.5,
+    "i^-1/4": INDEX**-0.25,
+    "0.9^i": 0.9**INDEX,
+    "to zero": np.linspace(1.0, 0.0, 320),
+    "4 above a flat rest": np.r_[np.full(4, 3.0), np.linspace(1.0, 0.5, 316)],
+    "1 far above a flat rest": np.r_[1.0, 0.01 * np.linspace(1.0, 0.9, 319)],
+    "all equal": np.ones(320),
+    "equal by 5": np.repeat(0.7 ** np.arange(64.0), 5),
+    "equal by 16": np.repeat(0.8 ** np.arange(20.0), 16),
+    "40 close ones above a plateau": np.r_[np.linspace(1.0, 0.99, 40), np.linspace(0.9, 0.7, 280)],
+    "2, then 100 close ones": np.r_[3.0, 2.0, np.linspace(1.0, 0.999, 100), np.linspace(0.5, 0.4, 218)],
+    "rank 5": np.ones(5),
+    "rank 40": np.linspace(1.0, 0.5, 40),
+}
+
+
+@pytest.fixture
+def products(monkeypatch) -> Counter:
+    """The number of products with each G, by its id."""
+    counts = Counter()
+
+    def counting(product):
+        return lambda ops, g, x: counts.update([id(g)]) or product(ops, g, x)
+
+    monkeypatch.setattr(krylov, "times", counting(times))
+    monkeypatch.setattr(krylov, "transposed_times", counting(transposed_times))
+    return counts
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_exact_of_a_large_flat_gradient_falls_back_to_the_dense_svd(dtype):
-    arrays = Arrays("numpy", dtype)
-    decay = np.r_[1.0, 0.999, 0.998, 0.5 * np.ones(317)]
-    decay[3:] -= 1e-4 * np.arange(317)
-    g = large(decay)
-    omega = arrays.of(draw_omega(0, "layer", 320, 20))
-    assert leading_triplets(arrays.ops, [arrays.of(g)], omega, 5, limit=80) == [None]
-    spectrum = exact_spectrum(arrays.ops, arrays.of(g), 5)
-    arrays.assert_close(spectrum.s, decay[:5])
-    arrays.assert_close(spectrum.norm, np.asarray(np.linalg.norm(decay)))
+@pytest.mark.parametrize("name", SPECTRA)
+def test_products_end_when_enough_of_the_best_energy_is_held(name, dtype, products):
+    """The triplets hold what they say, and `share_of_best` is never above the truth, but for rounding."""
+    arrays, g = Arrays("numpy", dtype), spectrum_matrix(400, 320, SPECTRA[name])
+    gradient = arrays.of(g)
+    spectrum = exact_spectrum(arrays.ops, gradient, 8)
+    u, s, vt = (arrays.numpy(x) for x in spectrum[:3])
+    best = np.sum(np.sort(SPECTRA[name])[::-1][:8] ** 2)
+    held = np.sum((u.T @ -g @ vt.T).diagonal() ** 2) / best
+    assert held == pytest.approx(np.sum(s**2) / best, rel=1e-5)
+    reported = share_of_best(spectrum._replace(s=s, best_norm=arrays.numpy(spectrum.best_norm)))
+    assert held >= ENOUGH and held >= reported - 1e-5
+    assert products[id(gradient)] <= 32 and (reported >= ENOUGH or products[id(gradient)] == 32)
 
 
-def test_gradients_that_go_together_stop_each_where_it_is_done(arrays, monkeypatch):
-    """A steep spectrum, a slower one, a flat one that needs the dense SVD, and another steep one after it."""
+def test_a_flat_spectrum_ends_at_the_last_check_and_its_report_says_so(products):
+    values = np.linspace(1.0, 0.5, 1600)
+    g = np.diag(values)
+    spectrum = exact_spectrum(Arrays("numpy", "float64").ops, g, 2)
+    held = np.sum(spectrum.s**2) / np.sum(values[:2] ** 2)
+    assert products[id(g)] == 32
+    assert 0.98 < share_of_best(spectrum) < ENOUGH and share_of_best(spectrum) < held < 1.0
+
+
+def test_gradients_that_go_together_stop_each_where_it_is_done(arrays, products):
+    """A steep spectrum, a slower one, a flat one, and another steep one after it."""
     flat = 1.0 - 1e-3 * np.arange(320)
-    matrices = [large(decay) for decay in (0.1 ** np.arange(60), 0.77 ** np.arange(60), flat, 0.11 ** np.arange(60))]
-    products = Counter()
-
-    def counted(ops, g, x):
-        products[id(g)] += 1
-        return times(ops, g, x)
-
-    monkeypatch.setattr(krylov, "times", counted)
+    matrices = [large(decay) for decay in (0.1 ** np.arange(60), INDEX**-0.3, flat, 0.11 ** np.arange(60))]
     gradients = [arrays.of(g) for g in matrices]
     together = exact_spectra(arrays.ops, gradients, 4)
-    steep, slower, whole, steep_again = (products[id(g)] for g in gradients)
-    assert steep == steep_again < slower < whole
+    assert [products[id(g)] for g in gradients] == [8, 16, 32, 8]
     for g, spectrum in zip(matrices, together, strict=True):
-        arrays.assert_close(arrays.numpy(spectrum.u).T @ arrays.numpy(spectrum.u), np.eye(4))
-        if g is not matrices[2]:  # the flat one, whose fourth and fifth directions rounding mixes
-            arrays.assert_close(descent(arrays, spectrum), -best_rank(g, 4))
-        arrays.assert_close(spectrum.s, np.linalg.svd(g, compute_uv=False)[:4])
+        u, s, vt = (arrays.numpy(x) for x in spectrum[:3])
+        arrays.assert_close(u.T @ u, np.eye(4))
+        arrays.assert_close((u.T @ -g @ vt.T), np.diag(s))
+        assert np.sum(s**2) >= ENOUGH * np.sum(np.linalg.svd(g, compute_uv=False)[:4] ** 2)
         arrays.assert_close(spectrum.norm, np.asarray(np.linalg.norm(g)))
 
 

@@ -8,6 +8,7 @@ import pytest
 from benchmarks.cost import COMPARED, RESULT, summary
 from lora_one.config import Config
 from lora_one.core.exact import EXACT_OVERSAMPLE
+from lora_one.core.krylov import CHECKS
 from lora_one.errors import ConfigError
 from lora_one.estimate import Workload, estimate
 from lora_one.estimate.activations import kept_bytes
@@ -119,8 +120,9 @@ def test_large_gradients_take_a_few_products_and_small_ones_a_dense_svd():
 
     assert exact_products(layer(4096), rank=8) == (EXACT_PRODUCTS, False)
     assert exact_products(layer(32), rank=8) == (0, True)
-    # Directions run out before the products do.
-    assert exact_products(layer(4 * 100), rank=8)[1] == (EXACT_PRODUCTS * (8 + EXACT_OVERSAMPLE) > 200)
+    size = CHECKS[-1] * (8 + EXACT_OVERSAMPLE)  # has room for the directions of the last check
+    assert exact_products(layer(size), rank=8) == (EXACT_PRODUCTS, False)
+    assert exact_products(layer(size - 1), rank=8) == (0, True)
 
 
 def test_time_is_operations_over_the_rate_and_traffic_over_the_bandwidth():
