@@ -36,8 +36,8 @@ class LayerReport:
         gradient_norm_error: standard error of `gradient_norm`; 0 if it is exact.
         energy: share of ||G||_F^2 that the r directions hold, in [0, 1], computed with `gradient_norm`.
         share_of_best: energy of the r directions over the energy of the best r directions, in [0, 1]. It is estimated
-            from how fast passes or products converge: with gradient="exact" rather too low, from passes most often far
-            too low before the fourth. If float16 may have lost a part of the gradient, that part counts as not held.
+            from how far the directions may still turn; with gradient="exact" it is too low, if anything. If float16 may
+            have lost a part of the gradient, that part counts as not held.
         start: "spectral"; or "plain" if the gradient was zero, so that the layer got plain LoRA's start.
         called: whether any forward pass on the init batches called the layer. Only PyTorch's backend reports False.
         rounded_away: share of the gradient's norm that float16 may have lost, at the best scale of the loss. It is 0
