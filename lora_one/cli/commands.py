@@ -108,7 +108,7 @@ def estimate(
     checkpointing: Annotated[bool, typer.Option("--checkpointing")] = False,
     precondition: Annotated[bool, typer.Option("--precondition")] = False,
     targets: Annotated[str, typer.Option("--targets", help='"all-linear", or names with commas.')] = "all-linear",
-    passes: Annotated[int, typer.Option("--passes", help="Of the sketch; flat gradients take up to 12.")] = 4,
+    passes: Annotated[int, typer.Option("--passes", help="Over the batches of init.")] = 1,
     oversample: Annotated[int, typer.Option("--oversample")] = 16,
     hardware: Annotated[str | None, typer.Option("--hardware", help="H100, ...; default: this CPU, measured.")] = None,
     tflops: Annotated[float | None, typer.Option("--tflops", help="Peak in the dtype.")] = None,

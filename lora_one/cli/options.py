@@ -25,7 +25,7 @@ OPTIONS = {
     "gamma": Annotated[str | None, typer.Option("--gamma", help='A number, or "auto".')],
     "targets": Annotated[str | None, typer.Option("--targets", help='"all-linear", names with commas, or a regex.')],
     "gradient": Annotated[str | None, typer.Option("--gradient", help="sketch or exact.")],
-    "passes": Annotated[str | None, typer.Option("--passes", help='Of the sketch: a number, or "auto", 4 to 12.')],
+    "passes": Annotated[str | None, typer.Option("--passes", help='Over the batches of init: a number, or "auto".')],
     "init_batches": Annotated[int | None, typer.Option("--init-batches", help="Batches that the start reads.")],
     "steps": Annotated[int | None, typer.Option("--steps")],
     "batch_size": Annotated[int | None, typer.Option("--batch-size")],

@@ -55,7 +55,7 @@ NUMBERS = {
     "seed": "an integer",
     "rank": "an integer >= 1",
     "oversample": "an integer >= 0",
-    "passes": 'an integer >= 2 or "auto"',
+    "passes": 'an integer >= 1 or "auto"',
     "gamma": 'a number > 0 or "auto"',
 }
 OPTIONAL = {"max_length", "limit", "num_fewshot", "epochs", "warmup_ratio"}
