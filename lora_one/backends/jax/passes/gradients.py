@@ -42,6 +42,7 @@ class GradientFunction:
         step: the compiled function of one batch that adds to sums of gradients: (sums, factors, frozen, scale, arrays,
             rest) -> (loss, new sums, whether they are finite).
         fold_step: the same with `Folds` instead of sums; no factors are needed.
+        loss: the compiled loss of one batch: (factors, frozen, arrays, rest) -> loss.
         uses: what the loss does with the frozen arrays; filled by the first pass.
     """
 
@@ -70,7 +71,7 @@ class GradientFunction:
             return jax.jit(step, static_argnums=5, donate_argnums=0, out_shardings=(None, places, None))
 
         sites = binding.sites
-        self._loss: Any = jax.jit(loss, static_argnums=3)
+        self.loss: Any = jax.jit(loss, static_argnums=3)
         self.step: Any = step_by(SUMS, {name: site.shardings() for name, site in sites.items()})
         self.fold_step: Any = step_by(FOLDS, {name: site.sharding for name, site in sites.items()})
 
@@ -124,7 +125,7 @@ class GradientFunction:
     def mean_loss(self, batches: Iterable[Any]) -> tuple[float, int]:
         """Return the mean loss with the factors that are in the model, and the number of batches."""
         factors = self._binding.factors()
-        return self._over(batches, lambda arrays, rest: self._loss(factors, self._binding.frozen, arrays, rest))
+        return self._over(batches, lambda arrays, rest: self.loss(factors, self._binding.frozen, arrays, rest))
 
     def _total(
         self, batches: Iterable[Any], step: Any, rule: Rule, total: Any, factors: Gradients
