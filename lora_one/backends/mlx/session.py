@@ -15,7 +15,6 @@ from lora_one.core.factors import Factors
 from lora_one.core.fold import FoldState
 from lora_one.core.gradient import RowProduct, as_matrix, times, transposed_times
 from lora_one.core.sides import Products, Sides
-from lora_one.core.sketch import Probe
 
 from .attach import Site, attach_lora, check_adapter_fits, find_sites, random_stream_kept
 from .layout import read_pairs, write_pairs
@@ -176,18 +175,6 @@ class MlxSession:
         )
         means = {layer.name: self._mean(sums, layer, result) for layer in self.layers if layer.name in sides}
         return result, {name: None if mean is None else Products(*mean) for name, mean in means.items()}
-
-    def sketch_pass(self, probes: Mapping[str, Probe]) -> tuple[PassResult, dict[str, mx.array | None]]:
-        def product(layer: Layer, rows: RowProduct) -> Arrays:
-            side, factor = probes[layer.name]
-            if side == "A":
-                return (times(self.ops, rows, factor.T),)
-            return (transposed_times(self.ops, rows, factor).T,)
-
-        sums = Sums(product)
-        result = self._entered.passes.backward(sums.add)
-        means = {layer.name: self._mean(sums, layer, result) for layer in self.layers}
-        return result, {name: None if mean is None else mean[0] for name, mean in means.items()}
 
     def exact_pass(self, consume: Callable[[str, mx.array], None]) -> PassResult:
         def gradient(layer: Layer, rows: RowProduct) -> Arrays:

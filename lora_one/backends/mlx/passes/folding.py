@@ -43,7 +43,7 @@ class Folding:
         """
         gathered = [of_all_processes(x) for x in self._states.pop(layer.name)]
         states = [FoldState(*arrays) for arrays in zip(*gathered, strict=True)]
-        reached = [state for state in states if np.array(state.s)[0] > 0]  # the others have no bases yet
+        reached = [state for state in states if np.array(state.s)[0] != 0]  # the others have no bases yet
         return of_mean(OPS, _merged(reached), batches) if reached else None
 
 

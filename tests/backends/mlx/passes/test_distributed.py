@@ -54,7 +54,7 @@ def test_two_processes_start_alike_and_as_one_process_would(folder):
         for path in {key.rpartition(".")[0] for key in one.files if "." in key}:
             products = [_product(file, path) for file in (both, one)]
             error = np.linalg.norm(products[0] - products[1]) / np.linalg.norm(products[1])
-            assert error < 1e-6, f"{name}, {path}: {error:.1e}"
+            assert error < 1e-4, f"{name}, {path}: {error:.1e}"
 
 
 def test_two_processes_read_both_sides_as_one_process_would_and_merge_their_folds(folder):
