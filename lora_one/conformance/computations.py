@@ -210,7 +210,7 @@ COMPUTATIONS: dict[str, Computation] = {
     "omega": Computation(spectra.drawn_omega, _unchanged),
     "exact spectrum": Computation(spectra.exact_spectrum, spectra.spectrum_view, compiled=True),
     "sketch, after each pass": Computation(spectra.sketched_spectra, spectra.sketch_view, compiled=True),
-    "fold, after each batch": Computation(spectra.folded_spectra, spectra.fold_view),
+    "fold, after each batch": Computation(spectra.folded_spectra, spectra.fold_view, compiled=True),
     "factors, normalized": Computation(_factors("normalized"), _product_view, compiled=True),
     "factors, gradient": Computation(_factors("gradient"), _product_view),
     "factors, plain": Computation(_plain, _unchanged),

@@ -34,18 +34,8 @@ def sketched_spectra(ops: Ops, inputs: Sequence[Array], params: Params) -> Seque
     return spectra
 
 
-FOLD_STAGES = (
-    "1 batch",
-    "2 batches",
-    "2 batches, both sides",
-    "2 batches, merged",
-    "2 passes from random sides",
-    "3 passes from random sides",
-)
-
-
 def folded_spectra(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
-    """The product of the factors that read random sides, and the spectra of `FOLD_STAGES`.
+    """The product of the factors that read random sides, and the spectra at the stages that `stages` names.
 
     Inputs are the test matrices omega, of the norm, and of the left side; then the gradients of two batches: G, and a
     pair of rows.
@@ -53,27 +43,34 @@ def folded_spectra(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequenc
     start, test, left, gradient, dy, x = inputs
     gradients = [gradient, RowProduct(dy, x)]
     new = fold.start_fold(ops, start, gradient.shape[0], test)
-    first, second = (fold.fold(ops, new, gradient) for gradient in gradients)
-    both = fold.fold(ops, first, gradients[1])
     probes = sides.Sides(ops.concat([new.v, test], axis=-1), left)
-    aimed = fold.aim(ops, new, _read(ops, gradients, probes))
-    two_passes = _both_sides_read(ops, gradients, aimed)
-    states = [
-        first,
-        both,
-        _both_sides_read(ops, gradients, both),
-        fold.merge_folds(ops, first, second),
-        two_passes,
-        _both_sides_read(ops, gradients, two_passes),
-    ]
-    spectra = [x for state in states for x in fold.finish_fold(ops, state, params["rank"])]
+    states = [_at_stage(ops, stage, gradients, new, probes) for stage in params["stages"]]
     lora_A, lora_B = sides.sides_as_factors(ops, probes)
+    spectra = [x for state in states for x in fold.finish_fold(ops, state, params["rank"])]
     return [ops.matmul(lora_B, lora_A), *spectra]
 
 
-def _both_sides_read(ops: Ops, gradients: Sequence[Gradient], state: fold.FoldState) -> fold.FoldState:
-    products = _read(ops, gradients, sides.Sides(state.v, state.u))
-    return fold.read_both_sides(ops, state, products)
+def _at_stage(
+    ops: Ops, stage: str, gradients: Sequence[Gradient], new: fold.FoldState, probes: sides.Sides
+) -> fold.FoldState:
+    """The state at a stage. Only what it needs is computed: a compiler takes long for each fold."""
+    first, second = gradients
+    match stage:
+        case "1 batch":
+            return fold.fold(ops, new, first)
+        case "2 batches":
+            return fold.fold(ops, fold.fold(ops, new, first), second)
+        case "2 batches, merged":
+            return fold.merge_folds(ops, fold.fold(ops, new, first), fold.fold(ops, new, second))
+        case "2 batches, both sides":
+            earlier = _at_stage(ops, "2 batches", gradients, new, probes)
+        case "2 passes from random sides":
+            earlier = fold.aim(ops, new, _read(ops, gradients, probes))
+        case "3 passes from random sides":
+            earlier = _at_stage(ops, "2 passes from random sides", gradients, new, probes)
+        case _:
+            raise ValueError(f"no such stage: {stage}")
+    return fold.read_both_sides(ops, earlier, _read(ops, gradients, sides.Sides(earlier.v, earlier.u)))
 
 
 def _read(ops: Ops, gradients: Sequence[Gradient], directions: sides.Sides) -> sides.Products:
@@ -87,7 +84,7 @@ def _read(ops: Ops, gradients: Sequence[Gradient], directions: sides.Sides) -> s
 
 def fold_view(arrays: Host, inputs: Host, params: Params) -> View:
     product, *spectra = arrays
-    return {"random sides: B A": product, **_views_by_name(FOLD_STAGES, spectra, inputs[3:], params)}
+    return {"random sides: B A": product, **_views_by_name(params["stages"], spectra, inputs[3:], params)}
 
 
 def sketch_view(arrays: Host, inputs: Host, params: Params) -> View:

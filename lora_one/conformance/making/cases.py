@@ -136,10 +136,22 @@ def _folds() -> Iterator[Case]:
         g = _decaying(110, rows, columns) * scale
         tokens = 5  # more than k: the directions of a renewal do not hold all of the sum
         dy, x = _normal(120, tokens, rows) * 2.0 ** -np.arange(tokens)[:, None], _normal(121, tokens, columns) * scale
+        arrays = [omega, test, left, g, dy, x]
         params = {"rank": rank, "gap": name != "zero", "signs": name != "zero"}
-        yield Case("fold, after each batch", name, [omega, test, left, g, dy, x], params)
+        yield Case("fold, after each batch", name, arrays, {**params, "stages": _FOLD_STAGES})
+        if name == "tall":  # all stages together take a compiler a minute
+            params["stages"] = ["1 batch", "2 passes from random sides"]
+            yield Case("fold, after each batch", "two stages", arrays, params, compiled=True)
 
 
+_FOLD_STAGES = [
+    "1 batch",
+    "2 batches",
+    "2 batches, both sides",
+    "2 batches, merged",
+    "2 passes from random sides",
+    "3 passes from random sides",
+]
 _FOLDED = {"tall": (20, 12), "wide": (12, 20), "k = min(m, n)": (4, 9), "zero": (20, 12)}
 _FOLDED |= dict.fromkeys(SCALES, (16, 16))
 

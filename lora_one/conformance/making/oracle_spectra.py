@@ -68,8 +68,8 @@ def fold(inputs: Inputs, params: Params, eps: float) -> View:
     }
     view = {
         f"{name}: {key}": value
-        for name, (g, running, turn) in stages.items()
-        for key, value in _fold_view(g, running, turn, test, params).items()
+        for name in params["stages"]
+        for key, value in _fold_view(*stages[name], test, params).items()
     }
     return {"random sides: B A": nothing, **view}
 
