@@ -140,8 +140,8 @@ def _folds() -> Iterator[Case]:
         params = {"rank": rank, "gap": name != "zero", "signs": name != "zero"}
         yield Case("fold, after each batch", name, arrays, {**params, "stages": _FOLD_STAGES})
         if name == "tall":  # all stages together take a compiler a minute
-            params["stages"] = ["1 batch", "2 passes from random sides"]
-            yield Case("fold, after each batch", "two stages", arrays, params, compiled=True)
+            two = ["1 batch", "2 passes from random sides"]
+            yield Case("fold, after each batch", "two stages", arrays, {**params, "stages": two}, compiled=True)
 
 
 _FOLD_STAGES = [
