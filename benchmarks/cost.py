@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--smoke", type=Path, metavar="FILE", help="a tiny model, in this process; writes FILE only")
     options = parser.parse_args(arguments)
     if options.smoke:
-        work = Workload(seq_len=16, init_batches=2, dtype="float32", config=Config(rank=8, passes=4))
+        work = Workload(seq_len=16, init_batches=2, dtype="float32", config=Config(rank=8))
         machine = measured("float32", time.process_time)
         rows = [compared(row, TINY, work, machine) for row in measured_rows("tiny float32", TINY, work, measure)]
         write(rows, {"tiny float32": machine}, options.smoke)
@@ -268,9 +268,7 @@ def _merged(
 def _case(name: str) -> tuple[dict[str, Any], Workload]:
     """Return the config and the workload of a model."""
     size, dtype = name.split()
-    work = Workload(
-        batch_size=SEQUENCES[size], seq_len=256, init_batches=2, dtype=dtype, config=Config(rank=8, passes=4)
-    )
+    work = Workload(batch_size=SEQUENCES[size], seq_len=256, init_batches=2, dtype=dtype, config=Config(rank=8))
     return SIZES[size], work
 
 
@@ -279,7 +277,7 @@ def write(rows: list[dict[str, Any]], rates: dict[str, Hardware], smoke: Path | 
     import torch
 
     result = {
-        "what": "rank 8, 2 init batches, 4 passes, sdpa; memory is the peak over the loaded model",
+        "what": "rank 8, 2 init batches, one pass, sdpa; memory is the peak over the loaded model",
         "device": f"one thread of a {platform.machine()} CPU",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "rates": {name: dataclasses.asdict(machine) for name, machine in rates.items()},

@@ -56,18 +56,6 @@ def backward_bytes(model: Architecture, targets: Targets, work: Workload, rank: 
     return recomputed_bytes(model, targets, work, rank) + passing
 
 
-def tapped_bytes(model: Architecture, targets: Targets, work: Workload, columns: int) -> int:
-    """Return `kept_bytes` with a tap on each target instead of LoRA.
-
-    Args:
-        columns: of the float32 product with its input that each tap keeps; 0 if it keeps the input itself.
-    """
-    if not columns or work.checkpointing:
-        return kept_bytes(model, targets, work, 0)
-    products = FLOAT32 * columns * work.tokens * sum(linear.rows for block in targets for linear in block)
-    return kept_bytes(model, [[] for _ in model.blocks], work, 0) + products
-
-
 def cast_bytes(targets: Targets, work: Workload, exact: bool) -> int:
     """Return the bytes of the float32 casts of a layer's input and output gradient that a tap multiplies.
 

@@ -1,21 +1,25 @@
 """The floating-point operations of a training step and of an init. A multiplication and an addition count as two."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from lora_one.core.bases import REORTHOGONALIZE_THRESHOLD
 from lora_one.core.exact import EXACT_OVERSAMPLE, is_multiplied
+from lora_one.core.fold import PRODUCTS, TEST_COLUMNS
 from lora_one.core.gradient import rows_are_smaller
 from lora_one.core.krylov import CHECKS
 
 from .architecture import Architecture, Block, Linear, Targets
-from .workload import Workload
+from .workload import FLOAT32, Workload
 
 # Typical number of products with G, or its transpose, until its leading triplets hold enough. On random Llamas 9 of 10
 # layers stop at this, the first check, and the others at the second.
 EXACT_PRODUCTS = 2 * CHECKS[0]
-CALLS_PER_PASS, CALLS_AT_END, CALLS_PER_PRODUCT = 32, 119, 38  # per layer, as torch dispatches them
+WAITING_SHARE = 0.5  # of the bytes of G in float32: what a layer's rows may need before they are folded
+# Per layer, as torch dispatches them.
+CALLS_PER_RENEWAL, CALLS_PER_READING, CALLS_AT_END, CALLS_PER_PRODUCT = 207, 95, 94, 38
 
 
 class FlopsByRate(NamedTuple):
@@ -82,7 +86,7 @@ def pass_flops(
 
     Args:
         lora: rank of the trained LoRA layers on the targets; 0 for none.
-        sketch: columns of the product of each target's G that the pass also computes: G V, or Q^T G.
+        sketch: columns of the products with each target's G that the pass also computes, on both sides together.
         exact: the pass also computes each target's G.
     """
     tokens, embedded = work.tokens, "attention input"
@@ -165,32 +169,52 @@ def _exact(linear: Linear, work: Workload) -> Decompositions:
     return Decompositions(qr, svd, dense_svd, thin, calls)
 
 
+def batches_of_renewal(linear: Linear, work: Workload) -> int:
+    """Return how many batches' rows of a layer are folded together: what half of the memory of its gradient holds."""
+    of_batch = work.item * _tokens_per_copy(linear, work) * (linear.out_features + linear.in_features)
+    due = WAITING_SHARE * FLOAT32 * linear.out_features * linear.in_features
+    return min(work.init_batches, max(1, math.ceil(due / max(1, of_batch))))
+
+
+def waiting_tokens(linear: Linear, work: Workload) -> int:
+    """Return the most tokens whose rows wait when a batch begins, of all copies of a layer."""
+    return work.tokens * linear.rows * (batches_of_renewal(linear, work) - 1)
+
+
 def sketch_flops(targets: Targets, work: Workload) -> Decompositions:
-    """Return the operations between all passes of the sketch and at its end, for all targets."""
-    rank, width, passes = work.config.rank, work.width, work.config.pass_counts[0]
-    return _sum(_times(linear.copies, _sketch(linear, rank, width, passes)) for block in targets for linear in block)
+    """Return the operations that renew the running SVDs in the first pass and after each further one, for all targets.
 
-
-def _sketch(linear: Linear, rank: int, width: int, passes: int) -> Decompositions:
-    """Return the operations for one layer: QRs, projections on earlier blocks, and SVDs of G in the bases.
-
-    A Householder QR costs 4 m k^2 for a thin Q of shape (m, k).
+    A Householder QR costs 4 m k^2 for a thin Q of shape (m, k), and 22 n^3 an SVD.
     """
-    k = min(width, linear.out_features, linear.in_features)
-    basis = [0, 0]  # directions of the inputs and of the outputs so far
-    qr, svd, thin = 4 * linear.in_features * k * k, 0, 0  # the QR of omega
-    for number in range(1, passes + 1):
-        side = number % 2  # odd passes yield directions of the outputs, even ones of the inputs
-        rows = linear.out_features if side else linear.in_features
-        rounds = 1 if not basis[side] else 3 if REORTHOGONALIZE_THRESHOLD * (basis[side] + k) > rows else 2
+    return _sum(_times(linear.copies, _sketch(linear, work)) for block in targets for linear in block)
+
+
+def _sketch(linear: Linear, work: Workload) -> Decompositions:
+    out, inner = linear.out_features, linear.in_features
+    k = min(work.width, out, inner)
+    renewals = -(-work.init_batches // batches_of_renewal(linear, work))
+    qr = thin = 0
+    basis = [0, k]  # directions of the outputs and of the inputs so far
+    for number in range(PRODUCTS):
+        side = number % 2
+        rows, known = (inner if side else out), basis[side]
+        rounds = 1 if not known else 3 if REORTHOGONALIZE_THRESHOLD * (known + k) > rows else 2
         qr += rounds * 4 * rows * k * k
-        thin += rounds * 4 * rows * k * basis[side] + 2 * rows * k * k  # and the new block's coordinates
+        thin += rounds * 4 * rows * k * known + 2 * rows * k * k  # and the new block's coordinates
+        thin += 4 * k * k * (out + inner)  # the product with the SVD so far
         basis[side] += k
-    for number in range(max(1, passes - 3), passes + 1):  # at the end; also the changes of the last three passes
-        factor = 22 if number == passes else 11  # singular values only
-        svd += factor * (k * ((number + 1) // 2)) ** 3
-    thin += 2 * rank * (linear.out_features * basis[1] + linear.in_features * basis[0])
-    return Decompositions(qr, svd, 0, thin, passes * CALLS_PER_PASS + CALLS_AT_END)
+    thin += 2 * k * (out * basis[0] + inner * basis[1])  # the new directions
+    svd = 22 * basis[0] ** 3
+    tokens = work.init_batches * _tokens_per_copy(linear, work)
+    products = 2 * tokens * (PRODUCTS * k + TEST_COLUMNS) * (out + inner)
+    further = work.config.pass_counts[0] - 1
+    return Decompositions(
+        renewals * qr + further * 2 * 4 * k * k * (out + inner),
+        renewals * svd + further * 22 * (2 * k) ** 3,
+        0,
+        renewals * thin + products + further * 14 * k * k * (out + inner),
+        renewals * CALLS_PER_RENEWAL + further * CALLS_PER_READING + CALLS_AT_END,
+    )
 
 
 def precondition_flops(targets: Targets, rank: int) -> int:

@@ -5,10 +5,11 @@ that PyTorch's allocator hands out: the tensors, without what the process itself
 """
 
 from lora_one.core.exact import EXACT_OVERSAMPLE
+from lora_one.core.fold import TEST_COLUMNS
 
 from . import activations
 from .architecture import Architecture, Linear, Targets, lora_parameters
-from .flops import exact_products, multiplied_out
+from .flops import exact_products, multiplied_out, waiting_tokens
 from .workload import FLOAT32, Workload
 
 # 4-bit weights have one float32 (bitsandbytes) or two float16 (MLX) per group.
@@ -52,43 +53,65 @@ def step_memory(model: Architecture, targets: Targets, work: Workload) -> Parts:
 
 
 def sketch_memory(model: Architecture, targets: Targets, work: Workload) -> Parts:
-    """Return the memory of the init by sketch.
+    """Return the memory of the init by running SVDs.
 
-    Its peak is in one of the last two passes or at the end. From the second batch on, the passes hold the sum of the
-    gradients from their beginning.
+    The first pass renews them layer by layer, and rows may wait for those of later batches. A further pass holds the
+    products with both sides of all layers.
     """
-    loss = activations.loss_by_rows_bytes(model, work)
-    passes = work.config.pass_counts[0]
-    moments: list[Parts] = []
-    for number in (passes - 1, passes):
-        columns = work.width if number % 2 else 0  # in odd passes the tap keeps a product instead of the input
-        kept = activations.tapped_bytes(model, targets, work, columns)
-        backward = activations.backward_bytes(model, targets, work, 0)
-        backward += activations.cast_bytes(targets, work, exact=False)
-        bases, gradient = _sketches(targets, work, number)
-        summed = gradient if work.init_batches > 1 else 0
+    layers = [linear for block in targets for linear in block]
+    loss, kept = activations.loss_by_rows_bytes(model, work), activations.kept_bytes(model, targets, work, 0)
+    backward = activations.backward_bytes(model, targets, work, 0)
+    sides = FLOAT32 * sum(_columns(linear, work) * _length(linear) for linear in layers)
+    states = sides + FLOAT32 * TEST_COLUMNS * sum(map(_length, layers))
+    always = {
+        "base weights": weight_bytes(model, work),
+        "LoRA factors": FLOAT32 * lora_parameters(targets, work.config.rank),
+        "running SVDs": states,
+    }
+    waiting = work.item * sum(_entries_that_wait(block, work) for block in targets)
+    renewal = max(_renewal(linear, work) for linear in layers)
+    # Most of it is needed where the last block's MLP is renewed, beside the gradient of that block's output.
+    folding = activations.recomputed_bytes(model, targets, work, 0) + work.tokens * model.hidden * work.item
+    moments: list[Parts] = [
+        {"activations": kept, "logits and loss": loss, "rows that wait": waiting},
+        {"activations": kept + backward, "rows that wait": waiting},
+        {"activations": kept + folding, "rows that wait": waiting, "one layer's renewal": renewal},
+    ]
+    if work.config.pass_counts[0] > 1:
+        cast = activations.cast_bytes(targets, work, exact=False)
+        summed = sides if work.init_batches > 1 else 0
         moments += [
-            {"sketches": bases, "activations": kept, "logits and loss": loss, "sketch gradients": summed},
-            {"sketches": bases, "activations": kept + backward, "sketch gradients": summed},
+            {"activations": kept, "logits and loss": loss, "products": summed},
+            {"activations": kept + backward + cast, "products": summed},
+            {"activations": backward, "products": sides},  # in the first block
         ]
-    factors = FLOAT32 * lora_parameters(targets, work.config.rank)
-    moments.append({"sketches": _sketches(targets, work, passes + 1)[0], "singular triplets": factors})
-    return _at_peak({"base weights": weight_bytes(model, work), "LoRA factors": factors}, *moments)
+    return _at_peak(always, *moments)
 
 
-def _sketches(targets: Targets, work: Workload, number: int) -> tuple[int, int]:
-    """Return the bytes of the bases and coordinates at the given pass, and of the pass's gradients."""
-    bases = gradient = 0
-    for linear in (linear for block in targets for linear in block):
-        k = min(work.width, linear.out_features, linear.in_features)
-        size = linear.copies * k * FLOAT32
-        probed, product = linear.out_features, linear.in_features
-        if number % 2:
-            probed, product = product, probed
-        coordinates = sum(k * (earlier // 2 + 1) for earlier in range(1, number))
-        bases += size * ((number + 1) // 2 * probed + number // 2 * product + coordinates)
-        gradient += size * product
-    return bases, gradient
+def _columns(linear: Linear, work: Workload) -> int:
+    """Return the directions that a running SVD follows, of all copies of a layer."""
+    return linear.copies * min(work.width, linear.out_features, linear.in_features)
+
+
+def _length(linear: Linear) -> int:
+    return linear.out_features + linear.in_features
+
+
+def _entries_that_wait(block: list[Linear], work: Workload) -> int:
+    """Return the entries of a block's rows that wait at most; layers that read the same activation share its rows."""
+    inputs: dict[str, int] = {}
+    for linear in block:
+        of_layer = waiting_tokens(linear, work) * linear.in_features
+        inputs[linear.reads] = max(inputs.get(linear.reads, 0), of_layer)
+    return sum(inputs.values()) + sum(waiting_tokens(linear, work) * linear.out_features for linear in block)
+
+
+def _renewal(linear: Linear, work: Workload) -> int:
+    """Return the bytes to renew one layer's SVD: its rows, joined and in float32, and the directions found."""
+    tokens = waiting_tokens(linear, work) + work.tokens * linear.rows // linear.copies
+    copied = work.item != FLOAT32 or tokens > work.tokens
+    k = min(work.width, linear.out_features, linear.in_features)
+    return FLOAT32 * (copied * tokens + BLOCK_COPIES * k) * _length(linear)
 
 
 def exact_memory(model: Architecture, targets: Targets, work: Workload) -> Parts:
@@ -97,7 +120,7 @@ def exact_memory(model: Architecture, targets: Targets, work: Workload) -> Parts
     From a single batch it holds one gradient at a time, from several batches all of them.
     """
     total = FLOAT32 * sum(linear.weights for block in targets for linear in block)
-    kept = activations.tapped_bytes(model, targets, work, 0)
+    kept = activations.kept_bytes(model, targets, work, 0)
     recomputed = activations.recomputed_bytes(model, targets, work, 0)
     backward = activations.backward_bytes(model, targets, work, 0) + activations.cast_bytes(targets, work, exact=True)
     always = {

@@ -41,12 +41,14 @@ def step_seconds(model: Architecture, targets: Targets, work: Workload, machine:
 
 
 def sketch_seconds(model: Architecture, targets: Targets, work: Workload, machine: Hardware) -> Parts:
-    """Return the time of all passes over all init batches and of the linear algebra between them."""
-    count = flops.pass_flops(model, targets, work, sketch=work.width)
-    per_pass = _init_pass(model, targets, work, machine, count, work.width)
+    """Return the time of all passes over all init batches, and of renewing the running SVDs."""
+    first = flops.pass_flops(model, targets, work)
+    further = flops.pass_flops(model, targets, work, sketch=2 * work.width)
+    per_batch = _init_pass(model, targets, work, machine, first, work.width)
+    per_batch += (work.config.pass_counts[0] - 1) * _init_pass(model, targets, work, machine, further, work.width)
     return {
-        "forward and backward": work.config.pass_counts[0] * work.init_batches * per_pass,
-        "QR and SVD": _decompositions(flops.sketch_flops(targets, work), work.width, machine),
+        "forward and backward": work.init_batches * per_batch,
+        "running SVDs": _decompositions(flops.sketch_flops(targets, work), work.width, machine),
     }
 
 
@@ -65,7 +67,12 @@ def exact_seconds(model: Architecture, targets: Targets, work: Workload, machine
 
 
 def _init_pass(
-    model: Architecture, targets: Targets, work: Workload, machine: Hardware, count: flops.Flops, columns: int
+    model: Architecture,
+    targets: Targets,
+    work: Workload,
+    machine: Hardware,
+    count: flops.Flops,
+    columns: int,
 ) -> float:
     """Return the time of an init's forward and backward pass over one batch.
 

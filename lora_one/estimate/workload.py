@@ -50,7 +50,7 @@ class Workload:
 
     @property
     def width(self) -> int:
-        """Number of columns of the sketch, k."""
+        """Number of directions that a running SVD follows, k."""
         return self.config.rank + self.config.oversample
 
     @property

@@ -1,6 +1,7 @@
 """Operations and kept activations against torch's counts on real models; the sums by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,14 @@ from lora_one.errors import ConfigError
 from lora_one.estimate import Workload, estimate
 from lora_one.estimate.activations import kept_bytes
 from lora_one.estimate.architecture import Linear, target_linears
-from lora_one.estimate.flops import EXACT_PRODUCTS, exact_products, pass_flops
+from lora_one.estimate.flops import (
+    EXACT_PRODUCTS,
+    batches_of_renewal,
+    exact_products,
+    pass_flops,
+    sketch_flops,
+    waiting_tokens,
+)
 from lora_one.estimate.hardware import Hardware, known
 from lora_one.estimate.memory import exact_memory, sketch_memory, step_memory
 from lora_one.estimate.rates.choice import choose
@@ -95,23 +103,27 @@ def test_checkpointing_keeps_a_block_and_the_blocks_inputs():
     assert parts["logits and loss"] == 0
 
 
-def test_the_sketch_holds_what_its_passes_found_and_exact_all_gradients_of_several_batches():
+def test_the_init_holds_running_svds_and_exact_all_gradients_of_several_batches():
     model = shape_of(small("llama"))
     targets = targets_of(model)
     sides = sum(x.in_features + x.out_features for block in targets for x in block)
-    inputs = sum(x.in_features for block in targets for x in block)
-    layers = sum(len(block) for block in targets)
-    config = Config(rank=4, oversample=6, passes=2)
-    long, short = (sketch_memory(model, targets, work(config=config, seq_len=n)) for n in (24, 2))
-    # In pass 2: V of pass 1, its coordinates, and Q.
-    assert long["sketches"] == 4 * 10 * (sides + layers * 10)
-    assert long["activations"] > 0 and long["singular triplets"] == 0
-    # At the end also V of pass 2, and its coordinates.
-    assert short["sketches"] == 4 * 10 * (sides + inputs + layers * (10 + 20))
-    assert short["activations"] == 0 and short["singular triplets"] == 4 * 4 * sides
+    config = Config(rank=4, oversample=6)
+    first, second = (sketch_memory(model, targets, work(config=replace(config, passes=n))) for n in (1, 2))
+    # U and V of 10 directions, and the 8 columns that measure the norm, with their products.
+    assert first["running SVDs"] == second["running SVDs"] == 4 * (10 + 8) * sides
+    assert second["products"] == 4 * 10 * sides and sum(second.values()) >= sum(first.values())
     several, single = (exact_memory(model, targets, work(init_batches=n)) for n in (2, 1))
     assert several["full gradients"] == 4 * sum(x.weights for block in targets for x in block)
     assert single["full gradients"] == 0
+
+
+def test_rows_wait_until_they_need_half_of_the_memory_of_the_gradient():
+    layer = Linear("x", 100, 300, "input")  # 60 000 bytes are half of it, and a token's rows need 1600
+    for batches, tokens, together in [(1, 5, 1), (9, 5, 8), (4, 5, 4), (9, 37, 2), (9, 38, 1), (9, 400, 1)]:
+        settings = work(batch_size=1, seq_len=tokens, init_batches=batches, dtype="float32")
+        assert batches_of_renewal(layer, settings) == together
+        assert waiting_tokens(layer, settings) == (together - 1) * tokens
+    assert batches_of_renewal(layer, replace(settings, seq_len=5, dtype="bfloat16", init_batches=99)) == 15
 
 
 def test_large_gradients_take_a_few_products_and_small_ones_a_dense_svd():
@@ -134,13 +146,24 @@ def test_time_is_operations_over_the_rate_and_traffic_over_the_bandwidth():
     )
     total = sum(pass_flops(model, targets_of(model), settings, lora=4).by_rate)
     assert (fast, slow) == (pytest.approx(total / 0.5e12), pytest.approx(total / 0.5e11))
-    passes = [
+    first, second, third = (
         estimate(model, work(config=Config(rank=4, passes=n)), Hardware("", 1e12, 0.5, 1e11, 1e30, 1e30))
         .columns["init, sketch"]
         .seconds["forward and backward"]
-        for n in (2, 4)
-    ]
-    assert passes[1] == pytest.approx(2 * passes[0])
+        for n in (1, 2, 3)
+    )
+    assert third - second == pytest.approx(second - first) and first < second - first < 1.5 * first
+
+
+def test_a_renewal_costs_the_same_for_few_tokens_as_for_many():
+    """Products with the rows are linear in their number; QR, projections and SVD come once per renewal."""
+    targets = [[Linear("x", 400, 300, "input")]]
+    counts = [sketch_flops(targets, work(batch_size=1, seq_len=n, init_batches=b)) for n, b in [(600, 1), (600, 4)]]
+    assert counts[1].qr == 4 * counts[0].qr and counts[1].svd == 4 * counts[0].svd == 4 * 22 * (2 * 20) ** 3
+    rows = [sketch_flops(targets, work(batch_size=1, seq_len=n, init_batches=1)).thin for n in (600, 700)]
+    assert rows[1] - rows[0] == 2 * 100 * (4 * 20 + 8) * 700
+    together = sketch_flops(targets, work(batch_size=1, seq_len=10, init_batches=4))
+    assert together.qr == counts[0].qr
 
 
 def test_the_hardware_is_a_name_or_two_numbers_or_this_machine():

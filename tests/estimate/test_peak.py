@@ -9,9 +9,9 @@ import torch
 import transformers
 
 import lora_one
-from lora_one.backends.torch.passes import token_loss
+from lora_one.backends.torch.passes import folds, token_loss
 from lora_one.config import Config
-from lora_one.estimate import Workload, activations
+from lora_one.estimate import Workload, activations, flops
 from lora_one.estimate.memory import exact_memory, sketch_memory, step_memory
 
 from .models import shape_of, small
@@ -60,30 +60,28 @@ def _peak(run) -> int:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("job", "vocabulary", "checkpointing", "init_batches", "attention"),
+    ("job", "vocabulary", "seq_len", "settings"),
     [
-        ("step", 2048, False, 1, "sdpa"),  # the peak is in the loss
-        ("step", 2048, False, 1, "eager"),
-        ("step", 320, False, 1, "sdpa"),  # or in the backward pass
-        ("step", 320, True, 1, "sdpa"),
-        ("sketch", 2048, False, 2, "sdpa"),
-        ("sketch", 320, True, 1, "sdpa"),
-        ("exact", 2048, False, 1, "sdpa"),
-        ("exact", 2048, False, 2, "sdpa"),
+        ("step", 2048, 96, {}),  # the peak is in the loss
+        ("step", 2048, 96, {"attention": "eager"}),
+        ("step", 320, 96, {}),  # or in the backward pass
+        ("step", 320, 96, {"checkpointing": True}),
+        ("sketch", 2048, 96, {"init_batches": 2}),
+        ("sketch", 320, 96, {"checkpointing": True}),
+        ("sketch", 320, 24, {"init_batches": 4}),  # or where a layer is renewed
+        ("sketch", 320, 8, {"init_batches": 4}),  # and rows wait
+        ("sketch, 2 passes", 2048, 96, {"init_batches": 2}),
+        ("sketch, 2 passes", 320, 96, {"checkpointing": True}),  # or where all products are there
+        ("exact", 2048, 96, {}),
+        ("exact", 2048, 96, {"init_batches": 2}),
     ],
 )
-def test_the_peak_is_what_the_allocator_hands_out(job, vocabulary, checkpointing, init_batches, attention, dtype):
+def test_the_peak_is_what_the_allocator_hands_out(job, vocabulary, seq_len, settings, dtype):
     config = small("llama")
     config.update({"vocab_size": vocabulary, "hidden_size": 128, "intermediate_size": 352})
-    work = Workload(
-        batch_size=2,
-        seq_len=96,
-        init_batches=init_batches,
-        dtype=dtype,
-        attention=attention,
-        checkpointing=checkpointing,
-        config=Config(rank=8, passes=4),
-    )
+    job, _, passes = job.partition(", ")
+    settings = {"init_batches": 1, "config": Config(rank=8, passes=2 if passes else 1), **settings}
+    work = Workload(batch_size=2, seq_len=seq_len, dtype=dtype, **settings)
     model = shape_of(config)
     parts = MEMORY[job](model, targets_of(model), work)
     before = parts["base weights"] + (parts["LoRA factors"] + parts["Adam moments"] if job == "step" else 0)
@@ -92,3 +90,7 @@ def test_the_peak_is_what_the_allocator_hands_out(job, vocabulary, checkpointing
 
 def test_an_init_takes_the_loss_of_as_many_rows_at_once_as_is_counted():
     assert activations.LOSS_CHUNK == token_loss.CHUNK_BYTES
+
+
+def test_rows_wait_in_an_init_for_as_much_memory_as_is_counted():
+    assert flops.WAITING_SHARE == folds.SHARE_OF_GRADIENT
