@@ -8,11 +8,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import lora_one
-from lora_one.backends.torch import LoraOneAdamW
+from lora_one.backends.torch import LoraOneAdamW, ops
 from lora_one.backends.torch.attachment.attach import find_sites
+from lora_one.core.fold import fold, start_fold
+from lora_one.core.gradient import RowProduct
 from tests.arrays import best_rank
 from tests.backends.torch.models import CASES, llama
-from tests.backends.torch.test_init import EXACT, RANK, SKETCH, assert_one_step, gradients
+from tests.backends.torch.test_init import EXACT, ONE_PASS, RANK, SKETCH, assert_one_step, gradients, share_held
 from tests.backends.torch.test_lora_adamw import SHAPES, make_pairs, parameters
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
@@ -140,6 +142,31 @@ def test_starts_are_those_of_the_float64_gradient(name, config, tolerance):
     model, report = lora_one.init(case.model.cuda(), case.batches, case.loss_fn, config)
     assert_one_step(model.cpu(), expected, tolerance)
     assert report.peak_memory is not None and report.peak_memory > 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_pass_in_stacks_holds_what_it_holds_on_the_host(name):
+    case = CASES[name]()
+    expected = gradients(case)
+    on_host, _ = lora_one.init(CASES[name]().model, case.batches, case.loss_fn, ONE_PASS)
+    model, report = lora_one.init(case.model.cuda(), case.batches, case.loss_fn, ONE_PASS)
+    assert report.passes == 1
+    for layer in report.layers:
+        shares = [share_held(m.cpu(), layer.name, expected[layer.name]) for m in (on_host, model)]
+        assert shares[1] > shares[0] - 0.01
+
+
+def test_a_fold_of_bfloat16_rows_is_that_of_their_float64_copies():
+    """Tensor cores multiply the rows by directions in three bfloat16 parts."""
+    torch.manual_seed(0)
+    dy, x = (torch.randn(3, 64, n, device="cuda").bfloat16() for n in (48, 40))
+    omega, test = (torch.randn(3, 40, n, device="cuda") for n in (6, 8))
+    got = fold(ops, start_fold(ops, omega, 48, test), RowProduct(dy, x))
+    wide = start_fold(ops, omega.double().cpu(), 48, test.double().cpu())
+    expected = fold(ops, wide, RowProduct(dy.double().cpu(), x.double().cpu()))
+    products = [(state.u * state.s[:, None]) @ state.v.mT for state in (got, expected)]
+    torch.testing.assert_close(products[0].cpu().double(), products[1], rtol=0, atol=1e-4 * float(expected.s.max()))
+    torch.testing.assert_close(got.tested.cpu().double(), expected.tested, rtol=0, atol=1e-4 * float(expected.s.max()))
 
 
 @pytest.mark.parametrize("config", [EXACT, SKETCH], ids=["exact", "sketch"])

@@ -1,4 +1,4 @@
-"""Which products of a pass count: each call of a layer delivers one, and a backward pass may run again."""
+"""The products of a pass that count: each call of a layer delivers one, and a backward pass may run again."""
 
 from collections import Counter
 from typing import Any, Protocol

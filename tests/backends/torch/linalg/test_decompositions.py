@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from lora_one.backends.torch import ops
 from lora_one.backends.torch.linalg.decompositions import cholesky_qr, on_host, solve_by_triangles, svdvals
-from lora_one.backends.torch.linalg.wide import few_rows_times, in_parts, product_over_rows, times_few_columns
+from lora_one.backends.torch.linalg.wide import in_parts, product_over_rows, times_few_columns
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -85,7 +86,9 @@ def test_products_of_narrow_floats_are_those_of_their_wide_copies(dtype):
     pairs = [
         (product_over_rows(dy, x), expected[0].mT @ expected[1]),
         (times_few_columns(x, v), expected[1] @ expected[2]),
-        (few_rows_times(v.mT, x.mT), expected[2].mT @ expected[1].mT),
+        (times_few_columns(x[None], v[None])[0], expected[1] @ expected[2]),
+        (ops.matmul(x, v), expected[1] @ expected[2]),
+        (ops.matmul(x[None], v[None])[0], expected[1] @ expected[2]),
     ]
     for got, want in pairs:
         assert got.dtype == wide
