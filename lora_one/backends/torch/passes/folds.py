@@ -1,7 +1,7 @@
 """The running SVD of each layer's gradient, renewed in the backward pass: see `lora_one.core.fold`.
 
-A renewal costs the same for few tokens as for many. So a layer's rows wait, over as many batches as it takes, until
-they need half of the memory of its gradient. On a GPU layers of equal shape are renewed together, after the backward
+A renewal of a small batch costs as much as its passes through the layer. So rows wait, over as many batches as it takes,
+until they need half of the memory of the layer's gradient, and a few MiB at least. On a GPU layers of equal shape are renewed together, after the backward
 pass or when too much waits: one layer alone would cost as many launches as all of them.
 """
 
@@ -20,6 +20,7 @@ from lora_one.core.stacking import stack_of, unstacked
 from lora_one.errors import GradientError
 
 SHARE_OF_GRADIENT = 0.5  # of the bytes of G in float32: what a layer's rows may need before they are folded
+LEAST_BYTES = 2**22  # what they may need in any case: a thousand tokens of a layer 512 wide
 WAITING_BYTES = 6 * 2**30  # of all rows, on a GPU: with one large batch they are alive anyway
 
 
@@ -70,7 +71,7 @@ class Folds:
 
     def _is_due(self, name: str) -> bool:
         state = self.states[name]
-        return self._bytes(name) >= SHARE_OF_GRADIENT * 4 * state.u.shape[0] * state.v.shape[0]
+        return self._bytes(name) >= max(LEAST_BYTES, SHARE_OF_GRADIENT * 4 * state.u.shape[0] * state.v.shape[0])
 
     def _fold(self, names: list[str]) -> None:
         """Renew the states of some layers of one kind by the rows that wait."""

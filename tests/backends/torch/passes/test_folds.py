@@ -70,6 +70,7 @@ def test_every_model_folds_as_the_spec_does(name, monkeypatch):
     by_batch = gradients_by_batch(CASES[name]())
     for share, batches in ((0.0, by_batch), (np.inf, None)):
         monkeypatch.setattr(folds, "SHARE_OF_GRADIENT", share)
+        monkeypatch.setattr(folds, "LEAST_BYTES", 0)
         layers, result, states = fold_pass(CASES[name]())
         assert result.batches == len(by_batch) and not result.not_folded
         for layer, state in states.items():
@@ -97,6 +98,7 @@ def recorded(monkeypatch, record) -> list[int]:
 def test_rows_wait_until_they_need_half_of_the_gradients_memory(monkeypatch):
     """Sixteen batches of 4 tokens for a 40 x 30 layer, 1120 bytes each of 4800: a fold at every third, and the last."""
     tokens = recorded(monkeypatch, lambda state, rows: len(rows.x))
+    monkeypatch.setattr(folds, "LEAST_BYTES", 0)
     torch.manual_seed(0)
     batches = [torch.randn(4, 30) for _ in range(16)]
 
@@ -110,6 +112,9 @@ def test_rows_wait_until_they_need_half_of_the_gradients_memory(monkeypatch):
     monkeypatch.setattr(folds, "SHARE_OF_GRADIENT", 0.0)
     torch.testing.assert_close(states()["0"].s[:2], waited["0"].s[:2], rtol=0.05, atol=0.0)  # random rows: flat spectra
     assert tokens[6:] == [4] * 16
+    monkeypatch.setattr(folds, "LEAST_BYTES", 16 * 1120)  # a layer that is small may wait for the last batch
+    states()
+    assert tokens[22:] == [64]
 
 
 def test_layers_of_a_kind_go_together_and_a_bound_on_what_waits_is_kept(monkeypatch):
