@@ -45,7 +45,7 @@ class Passes:
         for batch, _ in with_last(self.batches):
             count += 1
             with mx.stream(self.device):
-                loss = self._loss(batch, count)
+                loss = self._loss(to_mlx(batch), count)
             total += check_finite_loss(float(np.array(loss)), count)
         return self._result(total, count)
 
@@ -69,7 +69,7 @@ class Passes:
         return self._result(total, count)
 
     def _loss(self, batch: Any, number: int) -> mx.array:
-        return check_scalar(self.loss_fn(self.model, to_mlx(batch)), number)
+        return check_scalar(self.loss_fn(self.model, batch), number)
 
     @contextmanager
     def _recorded(self, batch: Any, number: int, scale: float) -> Iterator[tuple[mx.array, _Calls]]:
@@ -79,14 +79,16 @@ class Passes:
             with ExitStack() as stack:
                 taps = {path: stack.enter_context(_tapped(site, calls)) for path, site in self.sites.items()}
 
-                def loss_of(anchors: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
+                # `batch` is an argument, so that what the user has compiled is traced again, with these taps.
+                def loss_of(anchors: dict[str, mx.array], batch: Any) -> tuple[mx.array, mx.array]:
                     for path, anchor in anchors.items():
                         taps[path].anchor = anchor
                     loss = self._loss(batch, number)
                     return (loss if scale == 1.0 else OPS.at_least_float32(loss) * scale), loss
 
                 with mx.stream(self.device):
-                    (_, loss), _ = mx.value_and_grad(loss_of)({path: tap.anchor for path, tap in taps.items()})
+                    anchors = {path: tap.anchor for path, tap in taps.items()}
+                    (_, loss), _ = mx.value_and_grad(loss_of)(anchors, to_mlx(batch))
             yield loss, calls
         finally:
             calls.clear()  # the taps hold the calls, and the calls' graphs hold the taps: no collector sees that

@@ -106,6 +106,16 @@ def test_checkpointed_blocks_are_folded_once(monkeypatch):
         assert_same(states[layer.name], expected[layer.name], tolerance=1e-5)
 
 
+@pytest.mark.parametrize("names_model", [False, True])
+def test_a_loss_that_the_user_compiled_folds_alike(names_model):
+    batches, model = token_batches(), tiny_llama()
+    _, layers, expected = fold_pass(tiny_llama(), batches)
+    compiled = mx.compile(lambda *batch: default_loss(model, *batch)[0], inputs=model if names_model else None)
+    _, _, states = fold_pass(model, batches, lambda _, batch: compiled(*batch))
+    for layer in layers:
+        assert_same(states[layer.name], expected[layer.name], tolerance=1e-5)
+
+
 @pytest.mark.parametrize("exponent", [-14, 10])
 def test_the_loss_scale_of_a_float16_model_is_divided_out(exponent):
     """At 2^-14 gradients are below float16's range without a scale; at 2^10 the first scale overflows."""
