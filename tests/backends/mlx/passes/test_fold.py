@@ -11,6 +11,8 @@ from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
 
 import lora_one
 from lora_one.backends.mlx import MlxSession
+from lora_one.backends.mlx.passes import folding
+from lora_one.core.fold import fold
 from tests.backends.mlx.models import (
     contents,
     dequantized,
@@ -30,6 +32,12 @@ from tests.backends.mlx.passes.reading import (
     sides_pass,
     started,
 )
+
+
+@pytest.fixture(autouse=True)
+def renewed_by_each_batch(monkeypatch):
+    """However few tokens a batch has for a layer, its rows do not wait."""
+    monkeypatch.setattr(folding, "TOKENS_PER_DIRECTION", 0)
 
 
 @pytest.mark.parametrize("base", [None, ("affine", 32, 4)], ids=str)
@@ -159,6 +167,24 @@ def test_after_an_error_the_model_is_as_it_was_and_nothing_of_the_pass_is_in_mem
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value)
     assert used[2] == used[1]
+
+
+def test_rows_of_small_batches_wait_for_each_other(monkeypatch):
+    """At width 4, 32 tokens are enough for a renewal, and the last batch waits for nothing."""
+    monkeypatch.setattr(folding, "TOKENS_PER_DIRECTION", 8)
+    tokens = []
+    monkeypatch.setattr(
+        folding, "fold", lambda ops, state, rows: (tokens.append(len(rows.x)), fold(ops, state, rows))[1]
+    )
+    rng = np.random.default_rng(0)
+    batches = [mx.array(rng.standard_normal((n, 24)).astype(np.float32)) for n in (20, 15, 6, 40, 5, 3)]
+    mx.random.seed(0)
+    model = nn.Sequential(nn.Linear(24, 20))
+    g = [np.array(nn.value_and_grad(model, mean_square)(model, x)[1]["layers"][0]["weight"]) for x in batches]
+    _, [layer], states = fold_pass(model, batches, mean_square)
+    assert tokens == [35, 46, 8]
+    by_renewal = [(g[i] + g[i + 1]).astype(np.float64) / 2 for i in (0, 2, 4)]
+    assert_same(states[layer.name], expected_state(layer, by_renewal))
 
 
 def test_one_layers_work_is_in_memory_after_the_other_and_none_of_an_earlier_batch():
