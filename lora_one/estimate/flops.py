@@ -18,6 +18,7 @@ from .workload import FLOAT32, Workload
 # layers stop at this, the first check, and the others at the second.
 EXACT_PRODUCTS = 2 * CHECKS[0]
 WAITING_SHARE = 0.5  # of the bytes of G in float32: what a layer's rows may need before they are folded
+WAITING_BYTES = 2**22  # what they may need in any case
 # Per layer, as torch dispatches them.
 CALLS_PER_RENEWAL, CALLS_PER_READING, CALLS_AT_END, CALLS_PER_PRODUCT = 207, 95, 94, 38
 
@@ -170,9 +171,9 @@ def _exact(linear: Linear, work: Workload) -> Decompositions:
 
 
 def batches_of_renewal(linear: Linear, work: Workload) -> int:
-    """Return how many batches' rows of a layer are folded together: what half of the memory of its gradient holds."""
+    """Return how many batches' rows of a layer are folded together: what half of G's memory or 4 MiB hold."""
     of_batch = work.item * _tokens_per_copy(linear, work) * (linear.out_features + linear.in_features)
-    due = WAITING_SHARE * FLOAT32 * linear.out_features * linear.in_features
+    due = max(WAITING_BYTES, WAITING_SHARE * FLOAT32 * linear.out_features * linear.in_features)
     return min(work.init_batches, max(1, math.ceil(due / max(1, of_batch))))
 
 

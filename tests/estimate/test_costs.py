@@ -11,7 +11,7 @@ from lora_one.config import Config
 from lora_one.core.exact import EXACT_OVERSAMPLE
 from lora_one.core.krylov import CHECKS
 from lora_one.errors import ConfigError
-from lora_one.estimate import Workload, estimate
+from lora_one.estimate import Workload, estimate, flops
 from lora_one.estimate.activations import kept_bytes
 from lora_one.estimate.architecture import Linear, target_linears
 from lora_one.estimate.flops import (
@@ -103,7 +103,8 @@ def test_checkpointing_keeps_a_block_and_the_blocks_inputs():
     assert parts["logits and loss"] == 0
 
 
-def test_the_init_holds_running_svds_and_exact_all_gradients_of_several_batches():
+def test_the_init_holds_running_svds_and_exact_all_gradients_of_several_batches(monkeypatch):
+    monkeypatch.setattr(flops, "WAITING_BYTES", 0)
     model = shape_of(small("llama"))
     targets = targets_of(model)
     sides = sum(x.in_features + x.out_features for block in targets for x in block)
@@ -117,7 +118,8 @@ def test_the_init_holds_running_svds_and_exact_all_gradients_of_several_batches(
     assert single["full gradients"] == 0
 
 
-def test_rows_wait_until_they_need_half_of_the_memory_of_the_gradient():
+def test_rows_wait_until_they_need_half_of_the_memory_of_the_gradient(monkeypatch):
+    monkeypatch.setattr(flops, "WAITING_BYTES", 0)
     layer = Linear("x", 100, 300, "input")  # 60 000 bytes are half of it, and a token's rows need 1600
     for batches, tokens, together in [(1, 5, 1), (9, 5, 8), (4, 5, 4), (9, 37, 2), (9, 38, 1), (9, 400, 1)]:
         settings = work(batch_size=1, seq_len=tokens, init_batches=batches, dtype="float32")
@@ -155,8 +157,9 @@ def test_time_is_operations_over_the_rate_and_traffic_over_the_bandwidth():
     assert third - second == pytest.approx(second - first) and first < second - first < 1.5 * first
 
 
-def test_a_renewal_costs_the_same_for_few_tokens_as_for_many():
+def test_a_renewal_costs_the_same_for_few_tokens_as_for_many(monkeypatch):
     """Products with the rows are linear in their number; QR, projections and SVD come once per renewal."""
+    monkeypatch.setattr(flops, "WAITING_BYTES", 0)
     targets = [[Linear("x", 400, 300, "input")]]
     counts = [sketch_flops(targets, work(batch_size=1, seq_len=n, init_batches=b)) for n, b in [(600, 1), (600, 4)]]
     assert counts[1].qr == 4 * counts[0].qr and counts[1].svd == 4 * counts[0].svd == 4 * 22 * (2 * 20) ** 3

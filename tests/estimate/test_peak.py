@@ -94,3 +94,4 @@ def test_an_init_takes_the_loss_of_as_many_rows_at_once_as_is_counted():
 
 def test_rows_wait_in_an_init_for_as_much_memory_as_is_counted():
     assert flops.WAITING_SHARE == folds.SHARE_OF_GRADIENT
+    assert flops.WAITING_BYTES == folds.LEAST_BYTES

@@ -1,8 +1,9 @@
 """The running SVD of each layer's gradient, renewed in the backward pass: see `lora_one.core.fold`.
 
-A renewal of a small batch costs as much as its passes through the layer. So rows wait, over as many batches as it takes,
-until they need half of the memory of the layer's gradient, and a few MiB at least. On a GPU layers of equal shape are renewed together, after the backward
-pass or when too much waits: one layer alone would cost as many launches as all of them.
+A renewal of a small batch costs as much as its passes through the layer. So rows wait, over as many batches as it
+takes, until they need half of the memory of the layer's gradient, and a few MiB at least. On a GPU layers of equal
+shape are renewed together, after the backward pass or when too much waits: one layer alone would cost as many launches
+as all of them.
 """
 
 from collections import defaultdict
@@ -92,8 +93,8 @@ class Folds:
                 name, bad = layer, count
                 break
         return (
-            f"layer {name!r}: its gradient in batch {self._batch} is not finite: got {bad} of {size} entries of dL/dy "
-            "that are not, expected none; a float16 model overflows easily: use bfloat16 or float32, or look at the "
+            f"layer {name!r}: its gradient is not finite up to batch {self._batch}: got {bad} of {size} entries of "
+            "dL/dy that are not, expected none; a float16 model overflows easily: use bfloat16 or float32, or look at the "
             "batches"
         )
 
