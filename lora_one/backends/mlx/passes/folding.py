@@ -18,7 +18,7 @@ from lora_one.errors import GradientError
 from .distributed import of_all_processes
 
 OPS = MlxOps()
-TOKENS_PER_DIRECTION = 8  # rows wait for at least so many: they need so many times the memory of the state, at most
+TOKENS_PER_DIRECTION = 4  # so many rows need at most what gradients, moments and values of LoRA's factors need
 
 
 class Folding:
