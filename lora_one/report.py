@@ -183,8 +183,9 @@ class Report:
         """Return two lines: what was done, and how much of the gradient the factors hold."""
         gamma = "" if self.gamma is None else f", gamma {self.gamma:g}"
         memory = "" if self.peak_memory is None else f", peak memory {self.peak_memory / 2**20:.0f} MiB"
+        passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
         head = (
-            f"LoRA-One ({self.backend}, {self.config.gradient}): {len(self.layers)} layers, {self.passes} passes over "
+            f"LoRA-One ({self.backend}, {self.config.gradient}): {len(self.layers)} layers, {passes} over "
             f"{self.batches} batches in {self.seconds:.1f} s{memory}{gamma}; base loss {self.base_loss:.4f}"
         )
         spectral = [layer for layer in self.layers if layer.start == "spectral"]

@@ -20,7 +20,7 @@ def report():
 
 def test_prints_a_row_for_each_layer(report):
     lines = str(report).splitlines()
-    assert "3 layers, 4 passes over 3 batches" in lines[0]
+    assert "3 layers, 1 pass over 3 batches" in lines[0]
     rows = [line for line in lines if line.startswith(("up ", "shared ", "down "))]
     assert len(rows) == 3
     assert "24 x 12" in rows[0]
