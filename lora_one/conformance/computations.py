@@ -209,7 +209,6 @@ COMPUTATIONS: dict[str, Computation] = {
     "stack": Computation(lambda ops, xs, p: [ops.stack(xs, axis=axis) for axis in (0, 1)], _unchanged, exact=True),
     "omega": Computation(spectra.drawn_omega, _unchanged),
     "exact spectrum": Computation(spectra.exact_spectrum, spectra.spectrum_view, compiled=True),
-    "sketch, after each pass": Computation(spectra.sketched_spectra, spectra.sketch_view, compiled=True),
     "fold, after each batch": Computation(spectra.folded_spectra, spectra.fold_view, compiled=True),
     "factors, normalized": Computation(_factors("normalized"), _product_view, compiled=True),
     "factors, gradient": Computation(_factors("gradient"), _product_view),

@@ -1,10 +1,10 @@
-"""The computations of the suite that end in a spectrum: exact, by passes of the sketch, and by a fold or its passes."""
+"""The computations of the suite that end in a spectrum: exact, and by folds or passes that read both sides."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from lora_one.core import exact, fold, omega, sides, sketch
+from lora_one.core import exact, fold, omega, sides
 from lora_one.core.factors import Factors
 from lora_one.core.gradient import Gradient, RowProduct, times, transposed_times
 from lora_one.core.ops import Array, Ops
@@ -20,18 +20,6 @@ def drawn_omega(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[A
 
 def exact_spectrum(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
     return exact.exact_spectrum(ops, inputs[0], params["rank"])
-
-
-def sketched_spectra(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
-    """The spectra after 2, 3, ... passes. The gradients of the probes are products with G."""
-    gradient, omega = inputs
-    state = sketch.start(ops, omega, gradient.shape[0])
-    spectra: list[Array] = []
-    for passes in range(1, params["passes"] + 1):
-        state = sketch.advance_on(ops, state, gradient)
-        if passes >= 2:
-            spectra.extend(sketch.finish(ops, state, params["rank"]))
-    return spectra
 
 
 def folded_spectra(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
@@ -83,22 +71,13 @@ def _read(ops: Ops, gradients: Sequence[Gradient], directions: sides.Sides) -> s
 
 
 def fold_view(arrays: Host, inputs: Host, params: Params) -> View:
+    """The views of the spectra, by stage, and the product of the factors."""
     product, *spectra = arrays
-    return {"random sides: B A": product, **_views_by_name(params["stages"], spectra, inputs[3:], params)}
-
-
-def sketch_view(arrays: Host, inputs: Host, params: Params) -> View:
-    return _views_by_name([f"{passes} passes" for passes in range(2, params["passes"] + 1)], arrays, inputs, params)
-
-
-def _views_by_name(names: Sequence[str], arrays: Host, inputs: Host, params: Params) -> View:
-    """The views of several spectra, one after the other in `arrays`."""
-    size = len(Spectrum._fields)
-    return {
-        f"{name}: {key}": value
-        for index, name in enumerate(names)
-        for key, value in spectrum_view(arrays[index * size : (index + 1) * size], inputs, params).items()
-    }
+    view, size = {"random sides: B A": product}, len(Spectrum._fields)
+    for index, stage in enumerate(params["stages"]):
+        of_stage = spectrum_view(spectra[index * size : (index + 1) * size], inputs[3:], params)
+        view.update({f"{stage}: {name}": value for name, value in of_stage.items()})
+    return view
 
 
 def spectrum_view(arrays: Host, inputs: Host, params: Params) -> View:

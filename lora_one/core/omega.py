@@ -1,4 +1,4 @@
-"""The random directions that a sketch starts from."""
+"""The random directions that a running SVD starts from."""
 
 import hashlib
 

@@ -18,8 +18,10 @@ class Spectrum(NamedTuple):
     vt: Array  # (r, in)
     norm: Array  # (), ||G||_F: exact, or an estimate that errs a little on the large side
     norm_error: Array  # (), standard error of `norm`; 0 where it is exact
-    unseen: Array  # (), estimate of the norm of the part of G outside the sketched subspace; 0 where all of G was seen
-    best_norm: Array  # (), ||G_r||_F of the best rank-r part: exact, or extrapolated from the passes' convergence
+    unseen: Array  # (), estimate of the norm of what all triplets found, also those after r, leave of G; 0 if nothing
+    best_norm: (
+        Array  # (), ||G_r||_F of the best rank-r part: exact, or estimated from how far the triplets may still turn
+    )
 
 
 def fully_seen(ops: Ops, u: Array, s: Array, vt: Array, rank: int) -> Spectrum:

@@ -7,7 +7,7 @@ from lora_one.conformance.making import generate
 from lora_one.conformance.making.cases import all_cases
 from lora_one.conformance.suite import SAFETY, relative_error
 from lora_one.conformance.vectors import EPS, FILE, read_vectors
-from lora_one.core import estimates, exact, fold, precondition, step
+from lora_one.core import exact, fold, precondition, step
 
 
 def test_the_committed_file_is_what_the_generator_makes(tmp_path):
@@ -63,7 +63,6 @@ def test_no_answer_is_uncertain_and_well_posed_ones_are_tight():
     ("name", "module", "function", "wrong"),
     [
         ("exact spectrum", exact, "exact_spectrum", lambda o, g, r, f=exact.exact_spectrum: f(o, -g, r)),
-        ("sketch, after each pass", estimates, "_energy_to_come", lambda o, energies, unseen: unseen),
         ("fold, after each batch", fold, "TURN_OF_A_FOLD", 0.1),
         ("precondition", precondition, "precondition",
          lambda o, p, g, r, _, f=precondition.precondition: f(o, p, g, 2 * r)),

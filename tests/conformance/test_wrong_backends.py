@@ -9,7 +9,7 @@ import pytest
 from lora_one.backends.numpy.ops import NumpyOps
 from lora_one.conformance import Check, Target, checks, run
 from lora_one.conformance.computations import problems
-from lora_one.core import alignment, bases, estimates, exact, factors, fold, omega, precondition, sides, sketch, step
+from lora_one.core import alignment, bases, estimates, exact, factors, fold, omega, precondition, sides, step
 from lora_one.core.factors import Factors
 from lora_one.core.gradient import RowProduct
 
@@ -143,8 +143,7 @@ TRUE = {
     for module, names in {
         omega: ("draw_omega",),
         exact: ("exact_spectrum",),
-        sketch: ("start", "probe", "advance", "finish"),
-        fold: ("fold", "aim", "read_both_sides", "merge_folds", "finish_fold"),
+        fold: ("start_fold", "fold", "aim", "read_both_sides", "merge_folds", "finish_fold"),
         sides: ("sides_as_factors", "products_of"),
         factors: ("normalized_factors", "gradient_factors", "plain_factors"),
         precondition: ("precondition", "damped_inverse"),
@@ -162,11 +161,6 @@ def _swapped(pair: Factors) -> Factors:
 def _power_scaled(ops, spectrum, gamma):
     """q = S / S_1, as the authors' README prints it."""
     return factors._balanced(spectrum, spectrum.s / spectrum.s[0] / np.sqrt(gamma))
-
-
-def _probes_omega_again(ops, state, gradient):
-    fresh = TRUE["advance"](ops, state, gradient)
-    return fresh._replace(bases=fresh.bases._replace(next_probe=state.bases.next_probe)) if fresh.passes == 2 else fresh
 
 
 def _without_reorthogonalization(ops, remainder, basis, k):
@@ -239,11 +233,8 @@ WRONG_STEPS: list[tuple[str, Any, str, Callable[..., Any]]] = [
     ("exact spectrum", exact, "exact_spectrum", lambda ops, g, r: TRUE["exact_spectrum"](ops, -g, r)),
     ("exact spectrum", exact, "exact_spectrum", lambda ops, g, r: TRUE["exact_spectrum"](ops, g, max(r - 1, 1))),
     ("exact spectrum", exact, "exact_spectrum", lambda ops, g, r: TRUE["exact_spectrum"](ops, coarse(g), r)),
-    ("sketch, after each pass", sketch, "finish", lambda ops, s, r: TRUE["finish"](ops, s, r + 1)),
-    ("sketch, after each pass", sketch, "start", lambda ops, o, n: TRUE["start"](ops, o[::-1], n)),
-    ("sketch, after each pass", sketch, "advance", lambda ops, s, g: TRUE["advance"](ops, s, -g)),
-    ("sketch, after each pass", sketch, "advance", _probes_omega_again),
-    ("sketch, after each pass", bases, "new_directions", _without_reorthogonalization),
+    ("fold, after each batch", bases, "new_directions", _without_reorthogonalization),
+    ("fold, after each batch", fold, "start_fold", lambda ops, o, n, t: TRUE["start_fold"](ops, o[::-1], n, t)),
     ("fold, after each batch", fold, "fold", lambda ops, s, g: TRUE["fold"](ops, s, _negated(g))),
     ("fold, after each batch", fold, "fold", lambda ops, s, g: TRUE["fold"](ops, s._replace(s=0 * s.s), g)),
     ("fold, after each batch", fold, "PRODUCTS", 2),

@@ -15,7 +15,6 @@ from lora_one.core.gradient import Gradient, RowProduct
 from lora_one.core.omega import draw_omega
 from lora_one.core.precondition import precondition
 from lora_one.core.sides import Products
-from lora_one.core.sketch import advance_on, finish, start
 from lora_one.core.step import gradient_descent
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -39,15 +38,6 @@ def orthogonal(rng: np.random.Generator, n: int) -> np.ndarray:
 def start_of(g: np.ndarray, rank: int = 3) -> np.ndarray:
     """B0 A0."""
     pair = normalized_factors(ops, exact_spectrum(ops, g, rank), 128.0)
-    return pair.lora_B @ pair.lora_A
-
-
-def sketched(g: np.ndarray, omega: np.ndarray, passes: int = 3) -> np.ndarray:
-    """B0 A0 by the sketch."""
-    state = start(ops, omega, g.shape[0])
-    for _ in range(passes):
-        state = advance_on(ops, state, g)
-    pair = normalized_factors(ops, finish(ops, state, 3), 128.0)
     return pair.lora_B @ pair.lora_A
 
 
@@ -89,9 +79,6 @@ def test_rotating_inputs_and_outputs_rotates_the_start(seed, out, in_):
     batches = unequal_batches(seed, g)
     turned = folded([left @ x @ right.T for x in batches], 5, right)
     np.testing.assert_allclose(start_of_fold(turned), left @ start_of_fold(folded(batches, 5)) @ right.T, atol=1e-12)
-    omega = draw_omega(seed, "layer", in_, 5)
-    rotated = sketched(left @ g @ right.T, right @ omega)
-    np.testing.assert_allclose(rotated, left @ sketched(g, omega) @ right.T, atol=1e-13)
 
 
 @NUMBERS
@@ -99,8 +86,6 @@ def test_rotating_inputs_and_outputs_rotates_the_start(seed, out, in_):
 def test_the_normalized_start_does_not_feel_the_scale_of_the_loss(seed, out, in_, exponent):
     g = gradient(seed, out, in_)
     np.testing.assert_allclose(start_of(g * 10.0**exponent), start_of(g), atol=1e-14)
-    omega = draw_omega(seed, "layer", in_, 5)
-    np.testing.assert_allclose(sketched(g * 10.0**exponent, omega), sketched(g, omega), atol=1e-13)
     one, other = (folded([x * c for x in unequal_batches(seed, g)], 5) for c in (1.0, 10.0**exponent))
     np.testing.assert_allclose(start_of_fold(other), start_of_fold(one), atol=1e-12)
     np.testing.assert_allclose(start_of_fold(of_mean(ops, one, 7)), start_of_fold(one), atol=1e-14)
@@ -203,7 +188,8 @@ def data(seed: int, batches: int, size: int) -> list[tuple[torch.Tensor, torch.T
 
 
 def products(model, batches, gradient: str) -> dict[str, np.ndarray]:
-    config = lora_one.Config(rank=2, oversample=2, gradient=gradient, targets=["first", "second"])
+    # As wide as the layers: a fold holds all of a sum, and so is as indifferent to its order as the sum is.
+    config = lora_one.Config(rank=2, oversample=5, gradient=gradient, targets=["first", "second"])
     model, _ = lora_one.init(model, batches, loss, config)
     layers = {n.rsplit(".", 1)[-1]: m for n, m in model.named_modules() if hasattr(m, "lora_A") and len(m.lora_A)}
     return {

@@ -1,6 +1,6 @@
 """The answers, computed another way, so that the spec is not its own judge. Shares no code with the spec.
 
-This file has the primitives, `oracle_spectra` the exact spectrum and the sketch, `oracle_steps` everything else. They
+This file has the primitives, `oracle_spectra` the exact spectrum and the fold, `oracle_steps` everything else. They
 run only when the vectors are made.
 """
 
@@ -120,7 +120,6 @@ _NAMED: dict[str, Callable[[Inputs, Params, float], View]] = {
     "eps": lambda inputs, params, eps: {"0": np.array(eps)},
     "omega": _omega,
     "exact spectrum": oracle_spectra.exact,
-    "sketch, after each pass": oracle_spectra.sketch,
     "fold, after each batch": oracle_spectra.fold,
     "factors, normalized": oracle_steps.normalized_factors,
     "factors, gradient": oracle_steps.gradient_factors,

@@ -1,6 +1,6 @@
-"""The oracle of the spectra: LAPACK's other SVD, and for the sketch and the fold a projection in 60 digits.
+"""The oracle of the spectra: LAPACK's other SVD, and for the fold a projection in 60 digits.
 
-The projection is the orthogonal one on the block Krylov space that the passes span, or the products of a fold.
+The projection is the orthogonal one on the block Krylov space that the products of a fold span.
 """
 
 import mpmath
@@ -8,10 +8,9 @@ import numpy as np
 
 from lora_one.conformance.types import View
 
-from .linalg import Inputs, Long, Params, gesvd, inverse
+from .linalg import Inputs, Params, gesvd
 
 DIGITS = 60
-MIN_RELATIVE_GAIN = 1e-5
 
 
 def exact(inputs: Inputs, params: Params, eps: float) -> View:
@@ -20,31 +19,6 @@ def exact(inputs: Inputs, params: Params, eps: float) -> View:
     norm = float(np.linalg.norm(g / unit))
     _, s, _ = gesvd(g / unit)
     return _spectrum(g / unit, params, norm, 0.0, 0.0, float(np.linalg.norm(s[: params["rank"]])))
-
-
-def sketch(inputs: Inputs, params: Params, eps: float) -> View:
-    unit = np.max(np.abs(inputs[0])) or 1.0
-    g, omega, r = inputs[0] / unit, inputs[1], params["rank"]
-    residual, variance = _left_out(g @ omega, eps)
-    view: View = {}
-    energies = []
-    for passes in range(1, params["passes"] + 1):
-        seen, whole = _seen(g, omega, passes)
-        _, s, _ = gesvd(seen)
-        energies.append(float(np.sum(s[:r] ** 2)))
-        if passes == 1:  # nothing is known of the other side
-            continue
-        if whole:
-            norm, norm_error, unseen, best = float(np.linalg.norm(g)), 0.0, 0.0, np.sqrt(energies[-1])
-        else:
-            start = np.sum(_seen(g, omega, 2)[0] ** 2)  # ||Q_1^T G||^2
-            unseen = max(start + residual - np.sum(s**2), 0.0)
-            norm = np.sqrt(np.sum(s**2) + unseen)
-            norm_error = np.sqrt(variance) / (2.0 * norm) if norm else 0.0
-            best = np.sqrt(energies[-1] + _to_come(energies, unseen))
-        after_pass = _spectrum(seen, params, norm, norm_error, unseen, best)
-        view.update({f"{passes} passes: {name}": value for name, value in after_pass.items()})
-    return view
 
 
 def fold(inputs: Inputs, params: Params, eps: float) -> View:
@@ -145,27 +119,6 @@ def _spectrum(
     return view
 
 
-def _seen(g: np.ndarray, omega: np.ndarray, passes: int) -> tuple[np.ndarray, bool]:
-    """G projected on the block Krylov space after the given number of passes, and whether that is the whole space."""
-    mpmath.mp.dps = DIGITS
-    big, block = _long(g), _long(omega)
-    if passes % 2 == 0:  # rows: range(G W), range(G G^T G W), ...
-        blocks = [big @ block]
-        for _ in range(passes // 2 - 1):
-            blocks.append(big @ (big.T @ blocks[-1]))
-        q = _orthonormal(np.concatenate(blocks, axis=1))
-        seen = q @ (q.T @ big) if q.size else 0 * big
-    else:  # columns: range(W), range(G^T G W), ...
-        blocks = [block]
-        for _ in range(passes // 2):
-            blocks.append(big.T @ (big @ blocks[-1]))
-        q = _orthonormal(np.concatenate(blocks, axis=1))
-        seen = (big @ q) @ q.T
-    probed_right = min((passes + 1) // 2 * omega.shape[1], g.shape[1])
-    probed_left = min(passes // 2 * omega.shape[1], g.shape[0])
-    return seen.astype(np.float64), probed_right == g.shape[1] or probed_left == g.shape[0]
-
-
 def _long(x: np.ndarray) -> np.ndarray:
     return np.vectorize(mpmath.mpf, otypes=[object])(x)
 
@@ -183,28 +136,3 @@ def _orthonormal(x: np.ndarray) -> np.ndarray:
         if size > largest * mpmath.mpf(10) ** (-DIGITS // 2):
             basis.append(remainder / size)
     return np.stack(basis, axis=1) if basis else x[:, :0]
-
-
-def _left_out(y: np.ndarray, eps: float) -> tuple[float, float]:
-    """Mean of the squared distances of each column from the span of the others, and the variance of that mean.
-
-    The spec damps the Gram matrix with eps, and so does this: otherwise distances that are mere rounding would differ.
-    """
-    unit = np.max(np.abs(y))
-    if unit == 0.0:
-        return 0.0, 0.0
-    wide = (y / unit).astype(Long)
-    gram = wide.T @ wide
-    k = len(gram)
-    inverted = inverse(gram + (4.0 * eps * np.trace(gram) + eps) * np.eye(k, dtype=Long))
-    distances = [float(unit**2 / inverted[j, j]) for j in range(k)]
-    mean = sum(distances) / k
-    return mean, sum((d - mean) ** 2 for d in distances) / (k * max(k - 1, 1))
-
-
-def _to_come(energies: list[float], unseen: float) -> float:
-    """The distance from the last energy to the limit, if m_0 / m_2 = m_1 / m_3 with m_i the distance i passes ago."""
-    a, b, c, d = [0.0, 0.0, 0.0, *energies][-4:]
-    last, before, earlier = max(d - c, 0.0), max(c - b, 0.0), max(b - a, 0.0)
-    slower = max(earlier - last, 0.0) + MIN_RELATIVE_GAIN * d
-    return min(last * (last + before) / slower if slower else 0.0, unseen)

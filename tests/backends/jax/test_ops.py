@@ -8,27 +8,28 @@ from lora_one.core import step
 from lora_one.core.alignment import captured_energy, principal_sines
 from lora_one.core.exact import exact_spectrum
 from lora_one.core.factors import Factors, normalized_factors
+from lora_one.core.fold import finish_fold, fold, read_both_sides, start_fold
 from lora_one.core.omega import draw_omega
 from lora_one.core.precondition import precondition
-from lora_one.core.sketch import advance, finish, probe, start
+from lora_one.core.sides import Products
 from tests.arrays import best_rank, spectrum_matrix
 from tests.backends.jax.models import counted_compilations
 
 G = spectrum_matrix(12, 9, 0.6 ** np.arange(9))
 
 
-def sketch(g, omega, passes=4, rank=3):
-    """The state machine of `core`, with a matrix in the place of a model."""
-    state = start(ops, omega, g.shape[0])
-    for _ in range(passes):
-        side, factor = probe(ops, state)
-        state = advance(ops, state, ops.matmul(g, factor.T) if side == "A" else ops.matmul(factor.T, g))
-    return normalized_factors(ops, finish(ops, state, rank), 128.0)
+def whole_start(g, omega, test):
+    """A batch, a pass that reads both sides, and the factors, with a matrix in the place of a model."""
+    state = fold(ops, start_fold(ops, omega, g.shape[0], test), g)
+    state = read_both_sides(ops, state, Products(ops.matmul(g, state.v), ops.matmul(g.T, state.u)))
+    return normalized_factors(ops, finish_fold(ops, state, 3), 128.0)
 
 
 def test_the_whole_initialisation_traces_and_equals_the_definition():
-    g, omega = jnp.asarray(G, jnp.float32), jnp.asarray(draw_omega(0, "layer", 9, 6), jnp.float32)
-    factors = jax.jit(sketch)(g, omega)
+    arrays = (
+        jnp.asarray(x, jnp.float32) for x in (G, draw_omega(0, "layer", 9, 6), draw_omega(0, "layer, test", 9, 8))
+    )
+    factors = jax.jit(whole_start)(*arrays)
     expected = -best_rank(G, 3) / np.linalg.norm(G, 2) / 128
     np.testing.assert_allclose(ops.matmul(factors.lora_B, factors.lora_A), expected, atol=1e-5 * np.abs(expected).max())
 
@@ -80,10 +81,7 @@ def test_another_layer_of_a_shape_compiles_nothing():
     with counted_compilations() as found:
         for number in range(2):
             before = len(found)
-            sketch(
-                jnp.asarray(rng.standard_normal((13, 10)), jnp.float32),
-                jnp.asarray(rng.standard_normal((10, 5)), jnp.float32),
-            )
+            whole_start(*(jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((13, 10), (10, 5), (10, 8))))
             assert (len(found) > before) == (number == 0)
 
 
