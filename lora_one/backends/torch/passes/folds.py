@@ -94,8 +94,8 @@ class Folds:
                 break
         return (
             f"layer {name!r}: its gradient is not finite up to batch {self._batch}: got {bad} of {size} entries of "
-            "dL/dy that are not, expected none; a float16 model overflows easily: use bfloat16 or float32, or look at the "
-            "batches"
+            "dL/dy that are not, expected none; a float16 model overflows easily: use bfloat16 or float32, or look at "
+            "the batches"
         )
 
 
