@@ -6,9 +6,10 @@ far: block Golub-Kahan bidiagonalisation with full reorthogonalisation.
 
 from typing import NamedTuple
 
-from .arrays import split_by_projection
+from .arrays import diagonal, split_by_projection
 from .ops import Array, Ops, as_one_program
 
+LEAST_LEFT = 0.9  # of a unit vector, by its last projection: what loses more was noise inside of the basis
 REORTHOGONALIZE_THRESHOLD = 4  # project a third time where the basis spans more than 1 / 4 of the space
 
 
@@ -39,7 +40,7 @@ def project_out(ops: Ops, x: Array, basis: tuple[Array, ...]) -> tuple[Array, li
 def new_directions(ops: Ops, remainder: Array, basis: tuple[Array, ...], k: int) -> Array:
     """An orthonormal basis of the directions that a remainder adds to a basis, (rows, k).
 
-    Columns are zero where the space is exhausted.
+    Columns are zero where the space is exhausted, or that part of it in which all of G lies.
 
     Args:
         remainder: what `project_out` left, (rows, d).
@@ -54,7 +55,10 @@ def new_directions(ops: Ops, remainder: Array, basis: tuple[Array, ...], k: int)
         # spans much of the space. Then little of the noise is outside the basis, and a third projection is needed.
         crowded = REORTHOGONALIZE_THRESHOLD * (columns(basis) + d) > rows
         for _ in range(2 if crowded else 1):
-            q, _ = ops.qr(project_out(ops, q, basis)[0])
+            q, r = ops.qr(project_out(ops, q, basis)[0])
+        # Where G has rows of zeros, noise may have no room outside the basis, however often it is projected.
+        left = abs(diagonal(ops, r, ops.eye(d, like=r)))  # (d,), of each column's length
+        q = q * ops.astype(left > LEAST_LEFT, q.dtype)[..., None, :]
     return q if d == k else ops.concat([q, ops.zeros((*remainder.shape[:-1], k - d), like=remainder)], axis=-1)
 
 

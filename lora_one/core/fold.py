@@ -23,7 +23,7 @@ the bases of the second from what it read. Processes that saw different batches 
 
 from typing import NamedTuple
 
-from .arrays import mean_of_samples, nonzero, smaller, split_by_projection, sum_of_squares, thin_svd
+from .arrays import diagonal, mean_of_samples, nonzero, smaller, split_by_projection, sum_of_squares, thin_svd
 from .bases import KrylovBases, completed, extend, fit_block, grow, projected
 from .estimates import energy_by_turning
 from .gradient import Gradient, times, transposed_times
@@ -186,8 +186,19 @@ def _truncated(ops: Ops, state: FoldState, left: tuple[Array, ...], core: Array,
     k = state.s.shape[-1]
     u, s, vt = thin_svd(ops, core)
     return state._replace(
-        u=ops.matmul(ops.concat(left, axis=-1), u[..., :k]),
+        u=_orthonormal(ops, ops.matmul(ops.concat(left, axis=-1), u[..., :k])),
         s=s[..., :k],
-        v=ops.matmul(ops.concat(right, axis=-1), ops.matrix_transpose(vt[..., :k, :])),
+        v=_orthonormal(ops, ops.matmul(ops.concat(right, axis=-1), ops.matrix_transpose(vt[..., :k, :]))),
         turn=ops.zeros(state.s.shape, like=s) + TURN_OF_A_FOLD,
     )
+
+
+def _orthonormal(ops: Ops, x: Array) -> Array:
+    """Return x, (rows, k), with its last columns made orthonormal to the others, where they are not.
+
+    The bases have zero columns where the space is exhausted, and the vectors of singular values that are zero may mix
+    them with the others. If such vectors were probed next, the SVD would count energy twice.
+    """
+    q, r = ops.qr(x)
+    positive = ops.astype(diagonal(ops, r, ops.eye(x.shape[-1], like=r)) >= 0, r.dtype)  # (k,), 1 or 0
+    return q * (2.0 * positive - 1.0)[..., None, :]

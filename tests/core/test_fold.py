@@ -85,6 +85,20 @@ def test_fewer_tokens_than_directions_leave_orthonormal_factors(arrays, shape):
     arrays.assert_close(descent(arrays, finish_fold(arrays.ops, state, 4)), -whole, factor=3)
 
 
+@pytest.mark.parametrize("rank", [3, 5, 20, 30])
+@pytest.mark.parametrize("batches", [1, 3])
+def test_noise_that_has_no_room_outside_the_basis_is_no_direction(rank, batches):
+    """Most rows and columns are zero, and G has fewer directions than are followed: the rest of a block is noise."""
+    arrays = Arrays("numpy", "float32")
+    g, s = np.zeros((400, 320)), 0.95 ** np.arange(rank)
+    g[::10, ::8] = spectrum_matrix(40, 40, s)
+    state = folded(arrays, [g / batches] * batches, 24)
+    expected = np.sum(s[:24] ** 2)
+    assert np.sum(arrays.numpy(state.s) ** 2) == pytest.approx(expected, rel=0.05)
+    if batches == 1:
+        arrays.assert_close(state.s, np.r_[s, np.zeros(24)][:24])
+
+
 def test_no_gradient_is_zero_and_finite(arrays):
     state = folded(arrays, [np.zeros((20, 30))] * 2, 6)
     nothing = Products(arrays.ops.zeros((20, 14), arrays.like), arrays.ops.zeros((30, 6), arrays.like))
