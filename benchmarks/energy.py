@@ -1,71 +1,145 @@
-"""How much of the best rank-r gradient does the sketch capture, by passes and oversampling?
+"""How much of the best rank-r gradient does a start hold, by passes, directions and processes?
 
-    python -m benchmarks.energy
+    python -m benchmarks.energy                          # ten minutes on one core; benchmarks/results/energy.json
+    python -m benchmarks.energy --models sort --out mine.json
 
-On a real pretrained encoder with real text: for each layer, the share of the energy of the exact truncated SVD that
-lies in the sketch's factors, beside the report's estimate of it, which does not know G.
+For each layer: the share of the energy of the exact truncated SVD that lies in the start's directions, beside the
+report's estimate of it, which does not know G. The models are a pretrained encoder on text, by a contrastive loss and
+as a classifier of word orders, the embedded Llama and a tiny T5. A start folds in its first pass; "sides alone" is the
+start of models whose rows a backend cannot see; of P processes each folds every P-th batch, and they merge.
 """
 
+import argparse
 import copy
 import json
-import platform
-import warnings
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-import lora_one
+from benchmarks import harness
 from benchmarks.minilm import contrastive_loss, docstring_pairs, load_minilm, pair_batches
+from lora_one.backends import load_backend
+from lora_one.backends.interface import PassResult
 from lora_one.backends.torch import TorchSession, ops
 from lora_one.backends.torch.passes.batches import LossFn
+from lora_one.config import Config
 from lora_one.core.alignment import captured_energy
 from lora_one.core.factors import Factors
+from lora_one.core.fold import FoldState, merge_folds
 from lora_one.core.gradient import as_matrix
+from lora_one.passes import Spectra, sketch_gradients
+from lora_one.report import share_of_best
 
-PASSES = (2, 3, 4, 5)
-OVERSAMPLE = (0, 8, 16, 24)
+RESULT = harness.RESULTS / "energy.json"
 RANK = 8
-RESULT = Path(__file__).parent / "results" / "energy_minilm.json"
+MODELS = ("minilm, contrastive", "minilm", "sort", "t5")  # the last three are tasks of benchmarks.quality
+np_ops = load_backend("numpy").ops
 
 
-def main() -> None:
-    """Measure the grid, print it, and write it to benchmarks/results/."""
-    base, tokenizer = load_minilm()
-    batches = pair_batches(tokenizer, docstring_pairs(64), 16)
-    gradients = exact_gradients(base, batches)
+class Problem(NamedTuple):
+    """A model, and what its start reads."""
 
-    rows = []
-    print("passes   k    worst  median   told, worst its error  seconds")
-    for passes in PASSES:
-        for oversample in OVERSAMPLE:
-            config = lora_one.Config(rank=RANK, passes=passes, oversample=oversample)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the pooler is not part of the loss
-                model, report = lora_one.init(copy.deepcopy(base), batches, contrastive_loss, config)
-            shares = list(shares_of_best(gradients, {name: factors_of(model, name) for name in gradients}).values())
-            told = [layer for layer in report.layers if layer.name in gradients]
-            estimates = [layer.share_of_best for layer in told]
-            errors = [abs(estimate - share) for estimate, share in zip(estimates, shares, strict=True)]
-            rows.append(
-                {
-                    "passes": passes,
-                    "oversample": oversample,
-                    "k": RANK + oversample,
-                    "worst": min(shares),
-                    "median": float(np.median(shares)),
-                    "estimate_worst": min(estimates),
-                    "estimate_largest_error": max(errors),
-                    "seconds": report.seconds,
-                    "shares": dict(zip(gradients, shares, strict=True)),
-                }
-            )
-            print(
-                f"{passes:>6} {RANK + oversample:>3}  {min(shares):>7.4f} {np.median(shares):>7.4f}   "
-                f"{min(estimates):>11.4f} {max(errors):>9.4f}  {report.seconds:>7.2f}"
-            )
-    machine = {"machine": platform.machine(), "cores": torch.get_num_threads(), "torch": torch.__version__}
-    RESULT.write_text(json.dumps({"rank": RANK, "layers": len(gradients), **machine, "rows": rows}, indent=1) + "\n")
+    model: torch.nn.Module
+    batches: list[Any]
+    loss_fn: LossFn
+    targets: str
+
+
+class Way(NamedTuple):
+    """How a start is made."""
+
+    passes: int
+    rank: int = RANK
+    oversample: int = Config().oversample
+    folds: bool = True
+    processes: int = 1
+
+
+def ways() -> Iterator[Way]:
+    """All that are measured of a model."""
+    for passes in (1, 2, 3):
+        yield from (Way(passes, oversample=oversample) for oversample in (0, 8, 16, 24))
+    for passes in (1, 2):
+        yield from (Way(passes, rank=rank) for rank in (4, 32, 64))
+        yield from (Way(passes, processes=processes) for processes in (2, 4))
+    yield from (Way(passes, folds=False) for passes in (2, 3))
+
+
+def problem(name: str) -> Problem:
+    """The model of a name in `MODELS`."""
+    if name == "minilm, contrastive":
+        encoder, tokenizer = load_minilm()
+        return Problem(encoder, pair_batches(tokenizer, docstring_pairs(64), 16), contrastive_loss, "all-linear")
+    from benchmarks.quality.tasks import TASKS
+
+    task = TASKS[name]()
+    return Problem(task.model(), task.start_batches(0), task.loss_fn, task.targets)
+
+
+class _Session(TorchSession):
+    """A session that cannot fold, or that folds as several processes would."""
+
+    def __init__(self, given: Problem, config: Config, way: Way):
+        super().__init__(copy.deepcopy(given.model), given.batches, given.loss_fn, config)
+        self._way = way
+        self._part = given._replace(model=self.model)
+
+    @property
+    def folds(self) -> bool:
+        return self._way.folds
+
+    def fold_pass(self, states: dict[str, FoldState]) -> tuple[PassResult, dict[str, FoldState | None]]:
+        count, batches = self._way.processes, self._part.batches
+        if count == 1:
+            return super().fold_pass(states)
+        found = []
+        for number in range(count):
+            alone = Way(self._way.passes, self._way.rank, self._way.oversample)
+            with _Session(self._part._replace(batches=batches[number::count]), self._config, alone) as session:
+                found.append(session.fold_pass(dict(states)))
+        merged = found[0][1]
+        for _, others in found[1:]:
+            merged = {name: _merged(merged[name], others[name]) for name in merged}
+        return found[0][0], merged
+
+
+def _merged(state: FoldState | None, other: FoldState | None) -> FoldState | None:
+    """Of the sum, in the place of the mean: a start knows no scale."""
+    return state if other is None else other if state is None else merge_folds(ops, state, other)
+
+
+def started(given: Problem, way: Way) -> Spectra:
+    """The spectra of a start, as `lora_one.init` has them."""
+    config = Config(rank=way.rank, oversample=way.oversample, passes=way.passes, targets=given.targets)
+    with _Session(given, config, way) as session:
+        return sketch_gradients(session, config)
+
+
+def measured(given: Problem, way: Way, gradients: dict[str, np.ndarray], energies: dict[str, np.ndarray]) -> dict:
+    """A row: what the worst and the median layer hold, and what is told of them."""
+    began = time.process_time()
+    found = started(given, way)
+    seconds = time.process_time() - began
+    shares, told = {}, {}
+    for name, g in gradients.items():
+        own = found.layers[name]
+        u, vt = (ops.to_numpy(x).astype(np.float64) for x in (own.spectrum.u, own.spectrum.vt))
+        shares[name] = float(np.sum((u.T @ g @ vt.T) ** 2) / np.sum(energies[name][: way.rank]))
+        told[name] = share_of_best(own.values)
+    return {
+        **way._asdict(),
+        "made": found.passes,
+        "worst": min(shares.values()),
+        "median": float(np.median(list(shares.values()))),
+        "told_worst": min(told.values()),
+        "told_too_much": max(told[name] - shares[name] for name in shares),
+        "cpu_seconds": seconds,
+        "shares": shares,
+    }
 
 
 def exact_gradients(
@@ -73,7 +147,7 @@ def exact_gradients(
 ) -> dict[str, np.ndarray]:
     """G of every target layer that has one, float64 arrays of the float32 gradients, (out, in)."""
     gradients: dict[str, np.ndarray] = {}
-    config = lora_one.Config(gradient="exact", targets=targets)
+    config = Config(gradient="exact", targets=targets)
     session = TorchSession(copy.deepcopy(model), batches, loss_fn, config)
     with session:
         session.exact_pass(lambda name, g: gradients.update({name: ops.to_numpy(as_matrix(ops, g)).astype(np.float64)}))
@@ -97,7 +171,38 @@ def factors_of(model: torch.nn.Module, name: str) -> Factors:
     return Factors(*(ops.to_numpy(x).astype(np.float64) for x in pair))
 
 
-np_ops = lora_one.backends.load_backend("numpy").ops
+def table(rows: list[dict[str, Any]]) -> str:
+    """As Markdown."""
+    keys = ("model", "passes", "rank", "oversample", "folds", "processes")
+    shown = ("worst", "median", "told_worst", "told_too_much")
+    return harness.table(
+        [*keys, *shown, "CPU s"],
+        [[*(row[key] for key in keys), *(f"{row[key]:.4f}" for key in shown), row["cpu_seconds"]] for row in rows],
+    )
+
+
+def main() -> None:
+    """Measure, print the tables and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    rows = json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.out.is_file() else []
+    rows = [row for row in rows if row["model"] not in options.models]
+    for name in options.models:
+        given = problem(name)
+        gradients = exact_gradients(*given)
+        gradients = {layer: g for layer, g in gradients.items() if g.any()}
+        energies = {layer: np.linalg.svd(g, compute_uv=False) ** 2 for layer, g in gradients.items()}
+        of_model = [
+            {"model": name, "layers": len(gradients), **measured(given, way, gradients, energies)}
+            for way in ways()
+            if way.rank <= min(min(g.shape) for g in gradients.values())
+        ]
+        rows += of_model
+        print(table(of_model), flush=True)
+        harness.save(options.out, versions=harness.versions("torch", "transformers", "lora-one"), rows=rows)
+
 
 if __name__ == "__main__":
     main()

@@ -2,7 +2,7 @@
 
     python -m benchmarks.init                                 # everything: an hour on two cores
     python -m benchmarks.init --cases 97.5M --what seconds    # one part; the rest of the result stays
-    python -m benchmarks.init --only sketch --rounds 1 --append    # one round more; medians are of all rounds
+    python -m benchmarks.init --only "one pass" --rounds 1 --append    # one round more; medians are of all rounds
     python -m benchmarks.init --plot                          # draws docs/init.png from the result
     python -m benchmarks.init --device cuda --out benchmarks/results/init_h100.json    # models of 1B and 8B on a GPU
 
@@ -24,11 +24,12 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Contender, measure, table
-from benchmarks.init_models import CASES, GPU_CASES, MODULES, RANK, cases, prepared
+from benchmarks.init_models import CASES, GPU_CASES, MICRO_BATCHES, MODULES, RANK, cases, prepared
+from lora_one import Config
 
 RESULT = harness.RESULTS / "init.json"
 PLOT = Path(__file__).parents[1] / "docs" / "init.png"
-K = RANK + 16  # the sketch's width by default
+K = RANK + Config().oversample  # directions that each layer's gradient is followed in
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: larger blocks are mapped and unmapped one by one
 STEP = f"LoRA step, r = {K}"
 PEER = "PEFT LoRA-GA"
@@ -45,33 +46,30 @@ def contenders(case: str, folder: str, device: str = "cpu") -> dict[str, Contend
             f"benchmarks.init_contenders:{function}", {"case": case, "folder": folder, **where, **settings}
         )
 
-    found = {
-        f"LoRA step, r = {RANK}": one("training_step", rank=RANK),
-        STEP: one("training_step", rank=K),
-        PEER: one("lora_ga"),
+    starts = {
+        "one pass": one("ours", passes=1),
+        "one pass, recompute": one("ours", passes=1, recompute=True),
+        "two passes": one("ours", passes=2),
         "exact": one("ours", gradient="exact"),
         "exact, recompute": one("ours", gradient="exact", recompute=True),
-        "sketch": one("ours", gradient="sketch"),
-        "sketch, 4 passes": one("ours", gradient="sketch", passes=4),
-        "sketch, recompute": one("ours", gradient="sketch", recompute=True),
     }
+    step = one("training_step", rank=K)
+    if case in MICRO_BATCHES:  # these are compared with each other
+        return {STEP: step, "one pass": starts["one pass"], "two passes": starts["two passes"]}
+    found = {f"LoRA step, r = {RANK}": one("training_step", rank=RANK), STEP: step, PEER: one("lora_ga"), **starts}
     spec = cases(device)[case]
     if spec.quantized:
         del found[PEER]
-    if device != "cpu":
-        if case in ("tiny", "1B"):
-            found["authors' recipe"] = one("authors")
-            found["PEFT EVA"] = one("eva")
-        return found
-    if spec.dtype == "float32":
-        found["PEFT EVA"] = one("eva")
+    if case in ("tiny", "1B") or (device == "cpu" and spec.dtype == "float32"):
         found["authors' recipe"] = one("authors")
-        found["exact, MKL"] = one("ours", gradient="exact", onednn=False)
-        found["sketch, MKL"] = one("ours", gradient="sketch", onednn=False)
-    if case == "tiny":
+        found["PEFT EVA"] = one("eva")
+    if case == "tiny" and device == "cpu":
         for backend in ("jax", "mlx"):
-            found[f"exact, {backend}"] = one("ours", gradient="exact", backend=backend)
-            found[f"sketch, {backend}"] = one("ours", gradient="sketch", backend=backend)
+            found |= {
+                f"{name}, {backend}": start._replace(settings={**start.settings, "backend": backend})
+                for name, start in starts.items()
+                if "recompute" not in name
+            }
     return found
 
 

@@ -25,7 +25,7 @@ import lora_one
 from benchmarks.harness import MIB, peak_memory, synchronize
 from benchmarks.init_models import RANK, TARGETS, cases, random_llama, worst_energies
 from lora_one import passes as spectra
-from lora_one.backends.torch.linalg import onednn as onednn_products
+from lora_one.backends.torch.passes import folds
 from lora_one.backends.torch.passes.over_batches import Passes
 from lora_one.finetune.tuners import load_tuner
 from lora_one.finetune.tuners.torch.causal import TorchTuner
@@ -34,20 +34,10 @@ Numbers = dict[str, float]
 CLOCK = {"cpu": "cpu_seconds", "cuda": "seconds"}  # what ratios are of
 
 
-def ours(
-    case: str,
-    folder: str,
-    gradient: str,
-    backend: str = "torch",
-    onednn: bool = True,
-    device: str = "cpu",
-    **settings: Any,
-) -> Numbers:
+def ours(case: str, folder: str, backend: str = "torch", device: str = "cpu", **settings: Any) -> Numbers:
     """`lora_one.init`. "outside" is the share of the time that is not the model's forward and backward (torch)."""
     spec = cases(device)[case]
-    config = lora_one.Config(**{"rank": RANK, "gradient": gradient, "recompute": False, **settings})
-    if not onednn:
-        onednn_products._ONEDNN = None
+    config = lora_one.Config(**{"rank": RANK, "recompute": False, **settings})
     if device == "cpu":
         tuner = _opener(backend)(Path(folder), spec.dtype, "cpu" if backend == "torch" else None)
         batches, loss_fn = tuner.batches(spec.tokens, spec.batch_size), tuner.loss_fn
@@ -61,12 +51,17 @@ def ours(
                 read_weights(model)
         else:
             model, its = _torch_model(case, folder, device)
-        with _timed(Passes, "_run", device) as inside, _timed(spectra, "exact_spectra", device) as decomposing:
+        with (
+            _timed(Passes, "_run", device) as inside,
+            _timed(spectra, "exact_spectra", device) as decomposing,
+            _timed(folds, "fold", device) as folding,
+        ):
             numbers, (attached, report) = _measured(lambda: lora_one.init(model, its, loss_fn, config), backend, device)
         numbers["passes"] = report.passes
-        if backend == "torch":  # where gradients are exact, they are decomposed in the backward pass, and after it
+        if backend == "torch":  # gradients are folded, and exact ones decomposed, in the backward pass and after it
+            others = decomposing + folding
             model_only = sum(
-                end - begin - sum(e - b for b, e in decomposing if begin <= b and e <= end) for begin, end in inside
+                end - begin - sum(e - b for b, e in others if begin <= b and e <= end) for begin, end in inside
             )
             numbers["outside"] = 1.0 - model_only / numbers[CLOCK[device]]
         return numbers, (attached, report)

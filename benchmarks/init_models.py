@@ -59,10 +59,15 @@ class Case:
         return self.sequences // self.batches
 
 
+MICRO_BATCHES = {"97.5M, one batch of 64": 1, "97.5M, 64 batches of one": 64}  # the same 64 sequences
 CASES = {
     "tiny": Case(64, 128, 2, 4, 2, 160, False, "float32", 4, 32, 2, (0, 1)),
     "97.5M": Case(768, 2048, 12, 12, 12, 8192, False, "float32", 8, 256, 1, tuple(range(12))),
     "97.5M, 8 batches": Case(768, 2048, 12, 12, 12, 8192, False, "float32", 8, 256, 8, tuple(range(12))),
+    **{
+        name: Case(768, 2048, 12, 12, 12, 8192, False, "float32", 64, 32, batches, tuple(range(12)))
+        for name, batches in MICRO_BATCHES.items()
+    },
     "0.5B": Case(896, 4864, 24, 14, 2, 151936, True, "bfloat16", 2, 128, 1, (0, 11, 23)),
     "1.1B": Case(2048, 5632, 22, 32, 4, 32000, False, "bfloat16", 2, 128, 1, (0, 21)),
     "1.1B, 1024 tokens": Case(2048, 5632, 22, 32, 4, 32000, False, "bfloat16", 4, 256, 1, (0, 21)),

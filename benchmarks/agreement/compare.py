@@ -16,10 +16,9 @@ _FLOAT32 = {
     "logits": 1e-5,
     "loss": 1e-6,
     "gradient of the weights": 1e-4,
-    "sketch, pass 1": 1e-4,
-    "sketch, pass 2": 1e-4,
-    "sketch, pass 3": 1e-4,
-    "sketch, pass 4": 1e-4,
+    "start, pass 1": 1e-4,
+    "start, pass 2": 1e-4,
+    "start, pass 3": 1e-4,
     "singular values": 1e-4,
     "B0 A0": 1e-3,
     "effective weights, start": 1e-5,
@@ -33,9 +32,9 @@ GIVEN_GRADIENTS = {"float32": 1e-5, "float64": 1e-10}  # all that NumPy computes
 def errors(record: Record, other: Record, scaling: float) -> dict[str, float]:
     """The worst relative error of each quantity, in the order of `TOLERANCES`, that both records have.
 
-    The sketch is compared as what it says of G, its projection on the directions probed: the singular values of two
-    such matrices differ by no more than the matrices do (Weyl). Not as columns: their signs, and the vectors of close
-    singular values, are a matter of taste.
+    A start is compared as what its passes have seen of G: the singular values of two such matrices differ by no more
+    than the matrices do (Weyl). Not as columns: their signs, and the vectors of close singular values, are a matter of
+    taste.
 
     Args:
         scaling: s in W + s B A.
@@ -61,10 +60,10 @@ def _arrays(record: Record, other: Record, scaling: float) -> Iterator[tuple[str
         kind, _, name = key.partition("/")
         if kind in ("logits", "loss"):
             yield kind, record[key], other[key]
-        elif kind == "gradient":
+        elif kind == "gradients":
             yield "gradient of the weights", record[key], other[key]
-        elif kind == "sketch":
-            yield f"sketch, pass {name[0]}", record[key], other[key]
+        elif kind == "start":
+            yield f"start, pass {name[0]}", record[key], other[key]
         elif kind == "singular values":
             yield kind, record[key], other[key]
         elif kind == "merged":

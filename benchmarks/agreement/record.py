@@ -1,7 +1,6 @@
 """One framework's run of a job, as NumPy arrays in the orientation of the spec."""
 
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +11,8 @@ import lora_one
 from lora_one.backends import backend_of
 from lora_one.backends.interface import Session
 from lora_one.core.factors import Factors
-from lora_one.core.sketch import Probe
+from lora_one.core.fold import FoldState
+from lora_one.core.sides import Products, Sides
 from lora_one.initialization import initialize
 
 from .job import Batch, Job
@@ -67,8 +67,9 @@ def record(framework: Framework, job: Job) -> Record:
     """Run the job.
 
     Returns:
-        "logits", of the first init batch; "loss", () and "gradient/WEIGHT", means over the init batches.
-        "sketch/PASS/LAYER", (out, in): G as far as the passes so far have seen it; "singular values/LAYER", (r,).
+        "logits", of the first init batch; "loss", (), the mean over the init batches; "gradients/WEIGHT",
+        (batches, ...): of each of them.
+        "start/PASS/LAYER", (out, in): what the pass has seen of G; "singular values/LAYER", (r,).
         "A0/LAYER", "B0/LAYER": the start. "A/LAYER", "B/LAYER", (steps, ...): the factors after each step;
         "gA/LAYER", "gB/LAYER", (steps, ...): their gradients before it; "losses", (steps,).
         "weight/WEIGHT" and "merged/WEIGHT": the weights as they came, and with the trained adapter in them.
@@ -88,8 +89,8 @@ def record(framework: Framework, job: Job) -> Record:
 
 def _evaluated(framework: Framework, model: Any, batches: list[Any]) -> Record:
     logits, losses, gradients = zip(*(framework.evaluate(model, batch) for batch in batches), strict=True)
-    mean = {f"gradient/{name}": sum(each[name] for each in gradients) / len(batches) for name in gradients[0]}
-    return {"logits": logits[0], "loss": np.mean(losses), **mean}
+    by_weight = {f"gradients/{name}": np.stack([each[name] for each in gradients]) for name in gradients[0]}
+    return {"logits": logits[0], "loss": np.mean(losses), **by_weight}
 
 
 def _started(model: Any, batches: list[Any], loss_fn: Any, job: Job) -> tuple[Any, Record]:
@@ -103,36 +104,47 @@ def _started(model: Any, batches: list[Any], loss_fn: Any, job: Job) -> tuple[An
 
 
 class _Watched:
-    """A session whose probes, and the gradients that they brought, are looked at."""
+    """A session that is looked at: what each pass has seen of the gradients."""
 
     def __init__(self, session: Session):
         self._session = session
-        self._passes: dict[str, list[tuple[Probe, np.ndarray]]] = defaultdict(list)
+        self._passes = 0
         self.found: Record = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
 
-    def sketch_pass(self, probes: Mapping[str, Probe]) -> Any:
-        result, gradients = self._session.sketch_pass(probes)
-        for layer, gradient in gradients.items():
-            given = probes[layer]._replace(factor=self.ops.to_numpy(probes[layer].factor).astype(np.float64))
-            passes = self._passes[layer]
-            passes.append((given, self.ops.to_numpy(gradient).astype(np.float64)))
-            self.found[f"sketch/{len(passes)}/{layer}"] = seen(passes)
-        return result, gradients
+    def fold_pass(self, states: dict[str, FoldState]) -> Any:
+        result, folded = self._session.fold_pass(states)
+        self._passes += 1
+        for layer, state in folded.items():
+            self._record(layer, held(_as_numpy(self.ops, state)))
+        return result, folded
+
+    def sides_pass(self, sides: Mapping[str, Sides]) -> Any:
+        result, products = self._session.sides_pass(sides)
+        self._passes += 1
+        for layer, of_layer in products.items():
+            self._record(layer, read(_as_numpy(self.ops, sides[layer]), _as_numpy(self.ops, of_layer)))
+        return result, products
+
+    def _record(self, layer: str, seen: np.ndarray) -> None:
+        self.found[f"start/{self._passes}/{layer}"] = seen
 
 
-def seen(passes: list[tuple[Probe, np.ndarray]]) -> np.ndarray:
-    """G projected on all directions that its last pass's side has probed, (out, in), whichever basis they came in.
+def _as_numpy(ops: Any, arrays: Any) -> Any:
+    return type(arrays)(*(ops.to_numpy(x).astype(np.float64) for x in arrays))
 
-    Args:
-        passes: what each installed, and the gradient of the zero factor that it brought.
-    """
-    projected = 0.0
-    for given, gradient in passes[::-2]:
-        projected = projected + (gradient @ given.factor if given.side == "A" else given.factor @ gradient)
-    return projected
+
+def held(state: FoldState) -> np.ndarray:
+    """What a fold holds of G, (out, in): U diag(S) V^T, whichever basis of close singular vectors it is in."""
+    return (state.u * state.s) @ state.v.T
+
+
+def read(sides: Sides, products: Products) -> np.ndarray:
+    """What a pass reads of G, (out, in), by orthonormal sides V and U: all but the block outside both."""
+    (v, u), (gv, gu) = sides, products
+    return gv @ v.T + u @ gu.T - u @ (u.T @ gv) @ v.T
 
 
 def _trained(framework: Framework, model: Any, batches: list[Any], learning_rate: float) -> Record:

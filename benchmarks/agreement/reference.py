@@ -4,18 +4,19 @@ import numpy as np
 
 from lora_one.backends import load_backend
 from lora_one.core.factors import Factors, normalized_factors
+from lora_one.core.fold import TEST_COLUMNS, finish_fold, fold, of_mean, read_both_sides, start_fold
 from lora_one.core.omega import draw_omega
-from lora_one.core.sketch import Probe, advance, finish, probe, start
+from lora_one.core.sides import Products, Sides
 from lora_one.core.step import adamw, start_pair
 
 from .job import Job
-from .record import Record, seen
+from .record import Record, held, read
 
 _OPS = load_backend("numpy").ops
 
 
 def reference(record: Record, job: Job) -> Record:
-    """The sketch, spectrum and start from the recorded gradients of the weights; the steps from those of the factors.
+    """The fold, spectrum and start from the recorded gradients of the weights; the steps from those of the factors.
 
     Returns:
         The entries of `record` that are computed without a model.
@@ -27,24 +28,23 @@ def reference(record: Record, job: Job) -> Record:
 
 
 def _start(record: Record, job: Job, layer: str) -> Record:
-    g = record[f"gradient/{layer}.weight"].astype(np.float64)  # (out, in)
-    found, config = {}, job.config
-    omega = draw_omega(config.seed, layer, g.shape[1], min(config.rank + config.oversample, *g.shape))
-    state, passes = start(_OPS, omega, g.shape[0]), []
-    for number in range(1, config.passes + 1):
-        given = probe(_OPS, state)
-        passes.append((given, _product(g, given)))
-        state = advance(_OPS, state, passes[-1][1])
-        found[f"sketch/{number}/{layer}"] = seen(passes)
-    spectrum = finish(_OPS, state, config.rank)
+    gradients = record[f"gradients/{layer}.weight"].astype(np.float64)  # (batches, out, in)
+    g, config = gradients.mean(axis=0), job.config
+    width = min(config.rank + config.oversample, *g.shape)
+    omega = draw_omega(config.seed, layer, g.shape[1], width)
+    state = start_fold(_OPS, omega, g.shape[0], draw_omega(config.seed, f"{layer}, test", g.shape[1], TEST_COLUMNS))
+    for of_batch in gradients:
+        state = fold(_OPS, state, of_batch)
+    state = of_mean(_OPS, state, len(gradients))
+    found = {f"start/1/{layer}": held(state)}
+    for number in range(2, config.passes + 1):
+        products = Products(g @ state.v, g.T @ state.u)
+        found[f"start/{number}/{layer}"] = read(Sides(state.v, state.u), products)
+        state = read_both_sides(_OPS, state, products)
+    spectrum = finish_fold(_OPS, state, config.rank)
     found[f"singular values/{layer}"] = spectrum.s
     found[f"A0/{layer}"], found[f"B0/{layer}"] = normalized_factors(_OPS, spectrum, config.first_gamma)
     return found
-
-
-def _product(g: np.ndarray, given: Probe) -> np.ndarray:
-    """The gradient of the zero factor, by the identities of `lora_one.core.sketch`."""
-    return g @ given.factor.T if given.side == "A" else given.factor.T @ g
 
 
 def _steps(record: Record, job: Job, layer: str) -> Record:

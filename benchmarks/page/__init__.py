@@ -28,7 +28,7 @@ def make_page(results: Path = RESULTS, docs: Path = PAGE.parent) -> str:
         quality.section(results / "quality.json", results / "heads.json"),
         ablations.section(results / "quality.json"),
         heads.section(results / "heads.json", results / "quality.json"),
-        earlier.energy(results / "energy_minilm.json"),
+        earlier.energy(results / "energy.json"),
         earlier.gamma(results / "gamma.json"),
         other_pages.section(docs, results),
     ]

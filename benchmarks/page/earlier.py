@@ -2,31 +2,46 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from .markdown import table
 
+_ENERGY_TITLES = {
+    "minilm, contrastive": "MiniLM, contrastive",
+    "minilm": "MiniLM, word orders",
+    "sort": "embedded Llama",
+    "t5": "tiny T5",
+}
+
 
 def energy(file: Path) -> str:
-    """How much of the best rank-8 gradient the sketch holds."""
+    """How much of the best gradient a start holds."""
     if not file.exists():
         return ""
-    found = json.loads(file.read_text())
-    lines = [
-        [
-            f"{row['passes']} passes, {row['k']} columns",
-            f"{row['worst']:.4f}",
-            f"{row['median']:.4f}",
-            f"{row['estimate_worst']:.4f}",
-        ]
-        for row in found["rows"]
-    ]
+    rows = json.loads(file.read_text())["rows"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    ways: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cell = f"{row['worst']:.4f}, {row['median']:.4f}, {row['told_worst']:.3f}"
+        ways.setdefault(_way(row), {})[row["model"]] = cell
+    lines = [[way, *(of.get(model, "") for model in models)] for way, of in ways.items()]
     return (
-        "## How much of the gradient the sketch holds\n\n"
-        f"`python -m benchmarks.energy`: share of the best rank-{found['rank']} energy in the factors, over "
-        f"{found['layers']} layers of a pretrained encoder on text, beside what the report tells of the worst layer "
-        "without knowing the gradient. The default has 24 columns, and here makes 4 passes.\n\n"
-        + table(["", "worst layer", "median", "told"], lines)
+        "## How much of the gradient a start holds\n\n"
+        "`python -m benchmarks.energy`: share of the best rank-r energy in the start's directions, of the worst layer "
+        "and of the median one. The third number is what the report tells of the worst layer, without knowing the "
+        "gradient. The default is one pass with 16 directions beyond the rank. "
+        '"Sides alone" is the start of models whose rows a backend cannot see.\n\n'
+        + table(["", *(_ENERGY_TITLES[model] for model in models)], lines)
     )
+
+
+def _way(row: dict[str, Any]) -> str:
+    parts = [f"{row['passes']} pass{'es' if row['passes'] > 1 else ''}", f"r = {row['rank']} + {row['oversample']}"]
+    if not row["folds"]:
+        parts.append("sides alone")
+    if row["processes"] > 1:
+        parts.append(f"{row['processes']} processes")
+    return ", ".join(parts)
 
 
 def gamma(file: Path) -> str:

@@ -42,7 +42,8 @@ HOW = """## Fine-tuning quality
 loss curve. A run is short (100 steps of batch 16), on one thread, in float32, by AdamW without
 weight decay on a linear schedule after 10 steps of warm-up. Within a seed all contenders see the same batches. LoRA,
 rsLoRA, PiSSA, LoRA-GA and LoRA+ are PEFT's own, alpha 16 (PiSSA: r), each with its paper's settings; LoRA-One is
-`lora_one.init` and `lora_one.optimizer` with their defaults, which is rsLoRA's scale and plain AdamW.
+`lora_one.init` and `lora_one.optimizer`, with rsLoRA's scale and plain AdamW. Its rows were made by four passes over
+the batches. Today's default is one pass: [what that changes](#ablations).
 
 Every contender has a sweep of its own over learning rates 1, 2, 5, 10, ... times a power of ten, five at least, which
 goes on while the best is at an edge; the best is the one of least loss on a validation set at seed 0. Then come more
@@ -241,7 +242,7 @@ LIMITS = """### What these tables do not show
 - The LoRA-One variants with other rates for B, or other gammas, were tried because we looked for what helps LoRA-One;
   the peers got their papers' settings. Read them as ablations, not as contenders.
 - Processor seconds are of one thread of a shared machine, up to 1.7 times faster for some rows than for others: compare
-  start and training within a row, not rows. The start reads eight batches four times: in runs this short
+  start and training within a row, not rows. These starts read eight batches four times: in runs this short
   that is a third of the training, so that fewer steps to LoRA's loss are not fewer seconds. A start of one batch costs
   an eighth of that (see the ablations), and a longer run does not pay more.
 - A seed changes the score by several points (the order of the data, the items that the start reads): three to five

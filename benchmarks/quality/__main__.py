@@ -80,7 +80,7 @@ def main() -> None:
             contender = (CONTENDERS if key.group == "main" else ABLATIONS[key.group])[key.contender]
             row = {
                 **key._asdict(),
-                **run(task, contender, key.rank, key.rate, key.seed, key.group == "sketch"),
+                **run(task, contender, key.rank, key.rate, key.seed, key.group == "passes"),
                 **machine,
             }
             rows.append(row)

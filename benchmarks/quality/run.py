@@ -56,6 +56,7 @@ def run(
         "seconds_init": _digits(initialised - began),
         "seconds_train": _digits(trained - resumed),
         "gamma": None if report is None else report.gamma,
+        "passes": None if report is None else report.passes,
         **energy,
     }
 
