@@ -16,7 +16,7 @@ from .core.exact import exact_spectra
 from .core.fold import TEST_COLUMNS, FoldState, aim, finish_fold, read_both_sides, start_fold
 from .core.gradient import Gradient, arrays_of
 from .core.omega import draw_omega
-from .core.ops import Array, Ops
+from .core.ops import Array, Ops, as_one_program
 from .core.sides import Products, Sides
 from .core.spectrum import Spectrum
 from .core.stacking import stack_of, stacked, unstacked
@@ -105,7 +105,7 @@ def _read(session: Session, states: _States, results: list[PassResult]) -> None:
     """Make a pass that reads the sides of all states, and renew them in place."""
     sides = {layers: Sides(state.v, state.u) for layers, state in states.items()}
     for layers, products in _products(session, sides, results).items():
-        states[layers] = read_both_sides(session.ops, states[layers], products)
+        states[layers] = as_one_program(session.ops, read_both_sides)(states[layers], products)
         # A lazy framework computes the state here, and frees the products.
         session.ops.to_numpy(session.ops.sum(states[layers].s))
 
@@ -181,7 +181,7 @@ def _hold_enough(ops: Ops, states: _States) -> bool:
 
 
 def _finish(ops: Ops, layers: Stack, state: FoldState) -> dict[str, LayerSpectrum]:
-    return _by_layer(ops, layers, finish_fold(ops, state, layers[0].rank))
+    return _by_layer(ops, layers, as_one_program(ops, finish_fold, ("rank",))(state, rank=layers[0].rank))
 
 
 def exact_gradients(session: Session) -> Spectra:

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lora_one.core.factors import Factors
-from lora_one.core.sketch import Side
 
 from .tap import Tap
 
@@ -73,27 +72,12 @@ class Layout:
         b = jnp.stack([pair.lora_B.T for pair in pairs])  # (n, r, out)
         return a.reshape(self.a_shape(a.shape[-1])), b.reshape(self.b_shape(b.shape[1]))
 
-    def probed(self, side: Side, factors: list[Array]) -> tuple[Array, Array]:
-        """Return (lora_a, lora_b) from one probe per matrix, all on one side: the other side is zero."""
-        if side == "A":
-            pairs = [Factors(a, jnp.zeros((self.out_features, a.shape[0]), a.dtype)) for a in factors]
-        else:
-            pairs = [Factors(jnp.zeros((b.shape[1], self.in_features), b.dtype), b) for b in factors]
-        a, b = self.leaves(pairs)
-        return a, b
-
     @partial(jax.jit, static_argnums=0)
     def pairs(self, a: Array, b: Array) -> list[Factors]:
         """Return the spec's pairs from the leaves: the inverse of `leaves`."""
-        return [Factors(*pair) for pair in zip(self.lora_As(a), self.lora_Bs(b), strict=True)]
-
-    def lora_As(self, a: Array) -> list[Array]:
-        """Return the spec's lora_A, (r, in), of each matrix."""
-        return [matrix.T for matrix in a.reshape(self.count, self.in_features, a.shape[-1])]
-
-    def lora_Bs(self, b: Array) -> list[Array]:
-        """Return the spec's lora_B, (out, r), of each matrix."""
-        return [matrix.T for matrix in b.reshape(self.count, -1, self.out_features)]
+        matrices_a = a.reshape(self.count, self.in_features, a.shape[-1])
+        matrices_b = b.reshape(self.count, a.shape[-1], self.out_features)
+        return [Factors(x.T, y.T) for x, y in zip(matrices_a, matrices_b, strict=True)]
 
     def product(self, a: Array, b: Array) -> Array:
         """Return a b in the kernel's shape and order of axes, in float32 or wider."""

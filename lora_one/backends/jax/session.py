@@ -1,4 +1,4 @@
-"""A JAX model during `init`: probes go in, the gradients of LoRA's factors come out."""
+"""A JAX model during `init`: states and sides go in, what the gradients make of them comes out."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -17,7 +17,6 @@ from lora_one.config import Config
 from lora_one.core.factors import Factors
 from lora_one.core.fold import FoldState
 from lora_one.core.sides import Products, Sides
-from lora_one.core.sketch import Probe
 from lora_one.environment import process_peak
 from lora_one.errors import BatchError, ModelError
 
@@ -26,12 +25,11 @@ from .nnx.stacks import check_stacks, is_ambiguous
 from .ops import JaxOps
 from .passes.folds import abstract_states, folds_once, has_rows
 from .passes.gradients import GradientFunction
-from .passes.probes import installed, matrix_gradients
-from .passes.sides import column_turns, installed_sides, products_by_layer
+from .passes.sides import column_turns, from_smaller_side, installed_sides, products_by_layer, smaller_side
 from .passes.totals import mean_folds
 from .passes.uses import warn_of_left_out
 from .placement import put, replicated
-from .sites import Binding, Leaves, Site, check_concrete
+from .sites import Binding, Site, check_concrete
 from .trees.binding import TreeBinding
 from .trees.models import LinenModel, PytreeModel
 
@@ -76,7 +74,7 @@ class JaxSession:
         check_no_torch_settings(self._config, "JAX")
         if self._loss_fn is None:
             raise BatchError("a Flax model has no loss of its own: pass loss_fn=(model, batch) -> mean loss")
-        binding = _bind(self.model, self._config, self._batches, self._loss_fn)
+        binding = self._bind(self._loss_fn)
         try:
             self._enter_mesh(binding)
             check_concrete("init", binding.frozen)
@@ -121,28 +119,18 @@ class JaxSession:
         return result, {name: means[name] if calls[name] == 1 else None for name in calls}
 
     def sides_pass(self, sides: Mapping[str, Sides]) -> tuple[PassResult, dict[str, Products | None]]:
-        sites = self.attached.binding.sites
-        factors = installed_sides(sites, sides)
-        result, turns = self._turns(factors)
-        return result, dict(products_by_layer(sites, sides, turns, factors))
-
-    def sketch_pass(self, probes: Mapping[str, Probe]) -> tuple[PassResult, dict[str, Array | None]]:
-        result, gradients = self._gradients(probes)
-        return result, dict(gradients)
+        result, products = self._products(sides)
+        return result, dict(products)
 
     def exact_pass(self, consume: Callable[[str, Array], None]) -> PassResult:
-        """Hand each layer's G to `consume`: the gradient of lora_B for lora_A = I, or of lora_A for lora_B = I.
+        """Hand each layer's G to `consume`, read in the directions of its smaller side: all of them.
 
-        The smaller identity is taken. So no gradient of a kernel is needed, which may be quantised. The G of all layers
-        exist at the same time.
+        So no gradient of a kernel is needed, which may be quantised. The G of all layers exist at the same time.
         """
-        probes = {}
-        for layer in self.layers:
-            eye = self.ops.eye(min(layer.in_features, layer.out_features), self.like(layer.name))
-            probes[layer.name] = Probe("A" if layer.in_features <= layer.out_features else "B", eye)
-        result, gradients = self._gradients(probes)
-        for name, gradient in gradients.items():
-            consume(name, gradient)
+        sides = {layer.name: smaller_side(self.ops, layer, self.like(layer.name)) for layer in self.layers}
+        result, products = self._products(sides)
+        for name in products:
+            consume(name, from_smaller_side(products[name]))
         return result
 
     def mean_loss(self) -> PassResult:
@@ -163,6 +151,22 @@ class JaxSession:
         device = jax.devices()[0]
         statistics = device.memory_stats() if device.platform != "cpu" else None
         return statistics.get("peak_bytes_in_use") if statistics else process_peak()
+
+    def _bind(self, loss_fn: LossFn) -> Binding:
+        """Attach LoRA to the model, or find it there.
+
+        Raises:
+            ModelError: a model of an unknown kind.
+        """
+        model = self.model
+        if isinstance(model, nnx.Module):
+            return NnxBinding(model, self._config)
+        if isinstance(model, (LinenModel, PytreeModel)):
+            return TreeBinding(model, self._config, self._first_batch(), loss_fn)
+        raise ModelError(
+            f"a JAX model must be a flax.nnx.Module, or a Linen module or pytree wrapped in {LinenModel.__name__} or "
+            f"{PytreeModel.__name__} of lora_one.backends.jax, got {type(model).__name__}"
+        )
 
     def _enter_mesh(self, binding: Binding) -> None:
         """Use the mesh of the model's kernels, unless the user has set one."""
@@ -197,21 +201,14 @@ class JaxSession:
             self._batches = chain(first, self._batches)
         return first
 
-    def _gradients(self, probes: Mapping[str, Probe]) -> tuple[PassResult, dict[str, Array]]:
-        """Return the mean gradient of each layer's zero factor beside its probe, at scale 1."""
-        sites = self.attached.binding.sites
-        factors = installed(sites, probes)
-        result, turns = self._turns(factors)
-        return result, matrix_gradients(sites, probes, turns, factors)
-
-    def _turns(self, factors: dict[str, Leaves]) -> tuple[PassResult, list[dict[str, Leaves]]]:
-        """Return the mean gradients of the factors for each of `column_turns`; the results of all passes are equal."""
+    def _products(self, sides: Mapping[str, Sides]) -> tuple[PassResult, dict[str, Products]]:
         sites, function = self.attached.binding.sites, self.attached.gradient_function
+        factors = installed_sides(sites, sides)
         turns = []
         for columns in column_turns(sites, factors):
             loss, count, gradients = function.gradients(self._batches, columns)
             turns.append({name: sites[name].whole(leaves) for name, leaves in gradients.items()})
-        return self._result(loss, count), turns
+        return self._result(loss, count), products_by_layer(sites, sides, turns, factors)
 
     def _result(self, loss: float, count: int) -> PassResult:
         self._warn_of_left_out()
@@ -229,19 +226,3 @@ class JaxSession:
 def open_session(model: Any, batches: Iterable[Any], loss_fn: LossFn | None, config: Config) -> JaxSession:
     """See `lora_one.backends.interface.Backend`."""
     return JaxSession(model, batches, loss_fn, config)
-
-
-def _bind(model: Any, config: Config, batches: Iterable[Any], loss_fn: LossFn) -> Binding:
-    """Attach LoRA to a model, or find it there.
-
-    Raises:
-        ModelError: a model of an unknown kind.
-    """
-    if isinstance(model, nnx.Module):
-        return NnxBinding(model, config)
-    if isinstance(model, (LinenModel, PytreeModel)):
-        return TreeBinding(model, config, batches, loss_fn)
-    raise ModelError(
-        f"a JAX model must be a flax.nnx.Module, or a Linen module or pytree wrapped in {LinenModel.__name__} or "
-        f"{PytreeModel.__name__} of lora_one.backends.jax, got {type(model).__name__}"
-    )

@@ -5,6 +5,7 @@ renewed state as the "cotangent" of the old one, so jit, remat and the sites nee
 several calls are summed, which means nothing for a state: `calls`, whose cotangent is the number of calls, shows it.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.tree_util import register_dataclass
 
 from lora_one.core.fold import FoldState, fold
@@ -78,9 +80,15 @@ def _backward(residuals: Any, dy: Array) -> tuple[Array, None, Tap]:
     dtype = tap.state.s.dtype
     wide = dy.astype(dtype) / tap.scale.astype(dtype)
     gradient = wide if x is None else RowProduct(wide, x.astype(dtype))
-    state = as_one_program(_OPS, fold)(tap.state, gradient)
+    with _compiled_once_per_shape():
+        state = as_one_program(_OPS, fold)(tap.state, gradient)
     renewed = jax.tree.map(lambda array: checkpoint_name(array, FOLDED), state)
     return dy, None, Tap(renewed, jnp.zeros_like(tap.scale), jnp.ones_like(tap.calls))
+
+
+def _compiled_once_per_shape() -> AbstractContextManager[Any]:
+    """Return a context in which XLA keeps functions apart on a CPU: inlined, each layer's would be compiled anew."""
+    return set_xla_metadata(inlineable="false") if jax.default_backend() == "cpu" else nullcontext()
 
 
 _watched.defvjp(_forward, _backward)

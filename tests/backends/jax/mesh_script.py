@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import lora_one
 from lora_one.backends.jax import lora_adamw, open_session
 from lora_one.backends.jax.passes.batches import arrays_and_rest
-from lora_one.backends.jax.passes.gradients import Scale
+from lora_one.backends.jax.passes.totals import Scale
 from lora_one.backends.jax.sites import Leaves
 from lora_one.core.factors import Factors
 from lora_one.errors import LoraOneError

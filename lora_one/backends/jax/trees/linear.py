@@ -1,7 +1,7 @@
 """Find the linear layers of a Linen model or of a pytree of parameters."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from lora_one.backends.interface import LossFn
 from lora_one.backends.jax.layout import Layout
 from lora_one.backends.jax.passes.batches import arrays_and_rest, rejoin
 from lora_one.backends.jax.sites import dotted
-from lora_one.errors import BatchError, ConfigError, ModelError
+from lora_one.errors import ConfigError, ModelError
 
 from .linen import PARAM, recording
 from .models import LinenModel, PytreeModel, TrackedLinenModel
@@ -42,7 +42,6 @@ def find_layers(model: LinenModel | PytreeModel, batches: Iterable[Any] = (), lo
         loss_fn: the loss of `init`, which calls the layers.
 
     Raises:
-        BatchError: batches that can be read only once.
         ModelError: the variables are boxed, or `PytreeModel.axes` does not fit.
     """
     if isinstance(model, PytreeModel):
@@ -51,11 +50,6 @@ def find_layers(model: LinenModel | PytreeModel, batches: Iterable[Any] = (), lo
     if model.layouts:
         layouts = {weight.layer: weight.layout for weight in model.layouts}
         return {name: Weight(PARAM, kernel, layouts[name]) for name, kernel in kernels.items() if name in layouts}
-    if isinstance(batches, Iterator):
-        raise BatchError(
-            f"batches of a Linen model are read once more, to see its layers, got a {type(batches).__name__} that can "
-            "be read once: pass a list(...) of it"
-        )
     called = _called_layers(model, kernels, batches, loss_fn)
     return {name: Weight(PARAM, kernel, called[name]) for name, kernel in kernels.items() if name in called}
 
