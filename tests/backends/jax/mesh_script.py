@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_one
-from lora_one.backends.jax import lora_adamw, open_session
+from lora_one.backends.jax import JaxSession, lora_adamw, open_session
 from lora_one.backends.jax.passes.batches import arrays_and_rest
 from lora_one.backends.jax.passes.totals import Scale
 from lora_one.backends.jax.sites import Leaves
@@ -58,6 +58,14 @@ def loss_fn(model, batch):
     traces.append(None)
     x, y = batch
     return jnp.mean((model(x) - y) ** 2)
+
+
+class Unfolded(JaxSession):
+    """A session on one device that makes the passes that a mesh needs."""
+
+    @property
+    def folds(self) -> bool:
+        return False
 
 
 def collectives(text: str) -> dict[str, int]:
@@ -183,7 +191,9 @@ def indivisible() -> str:
 
 
 if __name__ == "__main__":
-    alone = products(lora_one.init(Net(nnx.Rngs(0), False, False), DATA, loss_fn, CONFIG)[0])
+    with Unfolded(Net(nnx.Rngs(0), False, False), DATA, loss_fn, CONFIG) as single:
+        initialize(single, CONFIG, "jax", time.perf_counter())
+    alone = products(single.model)
     result = {}
     for case in sys.argv[1:]:
         shape, kind = case.split(":")
