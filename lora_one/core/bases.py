@@ -116,22 +116,19 @@ def extend(ops: Ops, bases: KrylovBases, product: Array) -> KrylovBases:
 
 
 def completed(bases: KrylovBases) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """The left and the right basis with the block that the last product added: G is known in these."""
-    left, right = bases.left, bases.right
-    if bases.products % 2 == 0:
-        return left, (*right, fit_block(bases.next_probe, right))
-    return (*left, fit_block(bases.next_probe, left)), right
+    """The left and the right basis after an even number of products, with the block that the last one added.
+
+    The rows of the left basis know all of G in the right one.
+    """
+    return bases.left, (*bases.right, fit_block(bases.next_probe, bases.right))
 
 
-def projected(ops: Ops, coordinates: tuple[Array, ...]) -> Array:
+def projected(ops: Ops, bases: KrylovBases) -> Array:
     """G in the completed bases, (K, K'): rows of the left basis, columns of the right one."""
-    # Take the products on the same side as the last one. Their blocks follow one another, and each product knows only
-    # the blocks up to its own: zeros fill up its coordinates.
-    products = len(coordinates)
-    same_side = coordinates[(products - 1) % 2 :: 2]
-    filled = [_with_rows(ops, x, same_side[-1].shape[-2]) for x in same_side]
-    matrix = ops.concat(filled, axis=-1)
-    return matrix if products % 2 else ops.matrix_transpose(matrix)
+    # Product 2, 4, ... is of G^T with a left block, and knows only the right blocks up to its own: zeros fill up.
+    of_left = bases.coordinates[1::2]
+    filled = [_with_rows(ops, x, of_left[-1].shape[-2]) for x in of_left]  # each (K', d)
+    return ops.matrix_transpose(ops.concat(filled, axis=-1))
 
 
 def _with_rows(ops: Ops, x: Array, rows: int) -> Array:

@@ -86,7 +86,7 @@ def fold(ops: Ops, state: FoldState, gradient: Gradient) -> FoldState:
         bases = extend(ops, bases, product)
     left, right = completed(bases)
     tested = state.tested + first[..., k:]
-    return _truncated(ops, state, left, projected(ops, bases.coordinates), right)._replace(tested=tested)
+    return _truncated(ops, state, left, projected(ops, bases), right)._replace(tested=tested)
 
 
 def of_mean(ops: Ops, state: FoldState, count: int) -> FoldState:
