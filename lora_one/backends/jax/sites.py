@@ -34,7 +34,7 @@ class Site:
         rank: r.
         scaling: s of the spec.
         native: the layer itself multiplies x a b by this number; scaling / native is folded into lora_b.
-        width: the number of columns that a probe of this layer must have; None if any number works.
+        width: the number of columns that the factors of this layer must have; None if any number works.
         dtype: dtype of the factors.
         sharding: sharding of the kernel, see `kernel_sharding`.
     """

@@ -91,7 +91,7 @@ def dequantised(adapted: nnx.Module) -> nnx.Module:
 
 @pytest.mark.parametrize("weight_qtype", [None, "int8", "nf4"])
 def test_qwix_models_are_started_on_the_weights_they_compute_with(weight_qtype):
-    """Also where qwix fixes the rank that a probe may have: wider probes go in turns."""
+    """Also where qwix fixes the width of the factors: more columns go in turns."""
     rule = {} if weight_qtype is None else {"weight_qtype": weight_qtype}
     adapted = by_qwix(Net(nnx.Rngs(0)), **rule)
     assert hasattr(adapted.up.kernel, "array") == (weight_qtype is not None)
