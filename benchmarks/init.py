@@ -188,7 +188,7 @@ def main() -> None:
     options = parser.parse_args()
     results = json.loads(options.out.read_text(encoding="utf-8"))["cases"] if options.out.is_file() else {}
     if options.plot:
-        draw(results, PLOT)
+        draw({case: found for case, found in results.items() if case in CASES}, PLOT)
         return
     device = options.device
     for case in ["tiny"] if options.smoke else options.cases or [name for name in cases(device) if name != "tiny"]:
