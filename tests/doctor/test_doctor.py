@@ -115,6 +115,7 @@ def test_json_says_the_same_to_programs(bare, tmp_path):
     install(tmp_path, "mlx", "0.32.4", "")
     (tmp_path / "mlx" / "core.py").write_text("gpu = 1\nis_available = lambda device: True\n")
     install(tmp_path, "mlx_lm", "0.32.2", "")
+    install(tmp_path, "tqdm", "4.70.1", "")
     code, text = examine(bare[0], tmp_path, bare[1], arguments=("--json",))
     assert code == 0
     parts = {part["name"]: part for part in json.loads(text)["parts"]}
