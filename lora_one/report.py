@@ -38,7 +38,7 @@ class LayerReport:
         share_of_best: energy of the r directions over the energy of the best r directions, in [0, 1]. It is an
             estimate: after one pass by a rule that was measured on gradients of trained models, after more from how far
             the last one turned the directions. No pass can know what it did not see: on flat spectra the estimate can
-            be too high. With gradient="exact" it is too low, if anything. What float16 may have lost counts as not held.
+            be too high. With gradient="exact" it is rather too low. What float16 may have lost counts as not held.
         start: "spectral"; or "plain" if the gradient was zero, so that the layer got plain LoRA's start.
         called: whether any forward pass on the init batches called the layer. Only PyTorch's backend reports False.
         rounded_away: share of the gradient's norm that float16 may have lost, at the best scale of the loss. It is 0
