@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .backends.checks import AGAINST_OVERFLOW
 from .backends.interface import Layer, PassResult, Session
 from .config import Config
 from .core.exact import exact_spectra
@@ -73,7 +74,7 @@ def sketch_gradients(session: Session, config: Config) -> Spectra:
 def _folded(session: Session, config: Config, results: list[PassResult]) -> tuple[_States, list[Layer]]:
     """Make the pass that folds. Return the states, and the layers that it could not fold."""
     ops, states = session.ops, dict[str, FoldState]()
-    for layers, state in _start(session, config, session.layers, 1).items():
+    for layers, state in _start(session, config, session.layers, random_sides=False).items():
         names = [layer.name for layer in layers]
         states |= zip(names, unstacked(state, len(layers)), strict=True)
     result, folded = session.fold_pass(states)
@@ -93,7 +94,7 @@ def _folded(session: Session, config: Config, results: list[PassResult]) -> tupl
 
 def _of_random_sides(session: Session, config: Config, layers: Sequence[Layer], results: list[PassResult]) -> _States:
     """Make two passes that read sides: random ones, and those that the first pass found."""
-    ops, states = session.ops, _start(session, config, layers, 2)
+    ops, states = session.ops, _start(session, config, layers, random_sides=True)
     sides = {of_stack: Sides(ops.concat([x.v, x.test], axis=-1), x.u) for of_stack, x in states.items()}
     for of_stack, products in _products(session, sides, results).items():
         states[of_stack] = aim(ops, states[of_stack], products)
@@ -129,26 +130,23 @@ def _products(session: Session, sides: dict[Stack, Sides], results: list[PassRes
     return stacks
 
 
-def _start(session: Session, config: Config, layers: Sequence[Layer], factor: int) -> _States:
-    """Return the state of each stack before the first pass, `factor` times as wide as the start needs; u is random."""
-    ops = session.ops
-
-    def draw(layer: Layer) -> tuple[np.ndarray, ...]:
-        width = min(factor * (layer.rank + config.oversample), layer.out_features, layer.in_features)
-        return (
-            draw_omega(config.seed, layer.name, layer.in_features, width),
-            draw_omega(config.seed, f"{layer.name}, test", layer.in_features, TEST_COLUMNS),
-            draw_omega(config.seed, f"{layer.name}, left", layer.out_features, width) if factor > 1 else np.zeros(0),
-        )
-
-    states = {}
+def _start(session: Session, config: Config, layers: Sequence[Layer], random_sides: bool) -> _States:
+    """Return the state of each stack before the first pass; with random sides it is twice as wide, and u is random."""
+    ops, states = session.ops, _States()
     with ThreadPoolExecutor() as pool:  # NumPy draws without Python's lock; a GPU would wait for one thread
+
+        def drawn(stack: Stack, suffix: str, rows: int, columns: int) -> Array:
+            draws = pool.map(lambda layer: draw_omega(config.seed, layer.name + suffix, rows, columns), stack)
+            return stacked(ops, [ops.asarray(x, like=session.like(stack[0].name)) for x in draws])
+
         for stack in _stacks(session, layers):
-            like = session.like(stack[0].name)
-            drawn = zip(*pool.map(draw, stack), strict=True)
-            omega, test, left = (stacked(ops, [ops.asarray(x, like=like) for x in xs]) for xs in drawn)
-            state = start_fold(ops, omega, stack[0].out_features, test)
-            states[stack] = state if factor == 1 else state._replace(u=ops.qr(left)[0])
+            _, out_features, in_features, rank, _ = stack[0]
+            width = min((2 if random_sides else 1) * (rank + config.oversample), out_features, in_features)
+            omega, test = drawn(stack, "", in_features, width), drawn(stack, ", test", in_features, TEST_COLUMNS)
+            states[stack] = start_fold(ops, omega, out_features, test)
+            if random_sides:
+                u, _ = ops.qr(drawn(stack, ", left", out_features, width))
+                states[stack] = states[stack]._replace(u=u)
     return states
 
 
@@ -239,8 +237,7 @@ def _check_finite(ops: Ops, layers: Stack, gradient: Array, where: str) -> None:
         if not in_layer.all():  # otherwise only the sum overflowed
             raise GradientError(
                 f"layer {layer.name!r}: its gradient {where} has {int((~in_layer).sum())} of {in_layer.size} entries "
-                "that are not finite, expected none; a float16 model overflows easily: use bfloat16 or float32, or "
-                "look at the batches"
+                f"that are not finite, expected none; {AGAINST_OVERFLOW}"
             )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from lora_one.config import Config
 from lora_one.errors import BatchError, ConfigError, GradientError, UnderflowWarning, warn_user
 
+AGAINST_OVERFLOW = "a float16 model overflows easily: use bfloat16 or float32, or look at the batches"
 TOLERATED_UNDERFLOW = 0.01  # share of a layer's gradient norm that float16 may lose without a warning
 
 

@@ -18,9 +18,10 @@ many batches there are.
 
 Another pass reads both sides of the whole G, `read_both_sides`, with the products that `core.sides` takes from LoRA's
 own gradients. Where no code sees dy and x, such passes are all there is: the first has random sides, and `aim` makes
-the bases of the second from what it read. Processes that saw different batches merge their states by `merge_folds`.
+the bases of the second from what it read. Processes that saw different batches merge their states by `merge_all`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from .arrays import diagonal, mean_of_samples, nonzero, smaller, split_by_projection, sum_of_squares, thin_svd
@@ -133,6 +134,15 @@ def merge_folds(ops: Ops, state: FoldState, other: FoldState) -> FoldState:
     below = ops.zeros((*own.shape[:-2], core.shape[-2] - k, core.shape[-1]), like=own)
     tested = state.tested + other.tested
     return _truncated(ops, state, left, core + ops.concat([padded, below], axis=-2), right)._replace(tested=tested)
+
+
+def merge_all(ops: Ops, states: Sequence[FoldState]) -> FoldState:
+    """Return the state of all processes' batches together. They merge in pairs, then the pairs in pairs."""
+    while len(states) > 1:
+        pairs = zip(states[::2], states[1::2], strict=False)
+        unpaired = states[-1:] if len(states) % 2 else ()
+        states = [*(merge_folds(ops, *pair) for pair in pairs), *unpaired]
+    return states[0]
 
 
 def finish_fold(ops: Ops, state: FoldState, rank: int) -> Spectrum:

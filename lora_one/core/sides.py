@@ -13,6 +13,7 @@ of calls of the same layer and of processes add up, whoever adds them.
 from typing import NamedTuple
 
 from .factors import Factors
+from .gradient import Gradient, times, transposed_times
 from .ops import Array, Ops
 
 
@@ -28,6 +29,24 @@ class Products(NamedTuple):
 
     g_right: Array  # (out, p), G right
     g_left: Array  # (in, q), G^T left
+
+
+def products_with(ops: Ops, gradient: Gradient, sides: Sides) -> Products:
+    """Return the products of a gradient that is at hand, as a matrix or as rows."""
+    return Products(times(ops, gradient, sides.right), transposed_times(ops, gradient, sides.left))
+
+
+def whole_sides(ops: Ops, out_features: int, in_features: int, like: Array) -> Sides:
+    """Return all directions of the smaller side of a gradient: they read it whole."""
+    if in_features <= out_features:
+        return Sides(ops.eye(in_features, like), ops.zeros((out_features, 0), like))
+    return Sides(ops.zeros((in_features, 0), like), ops.eye(out_features, like))
+
+
+def whole_gradient(ops: Ops, products: Products) -> Array:
+    """Return the gradient, (out, in), that was read in the directions of `whole_sides`."""
+    g_right, g_left = products
+    return g_right if g_right.shape[-1] else ops.matrix_transpose(g_left)
 
 
 def sides_as_factors(ops: Ops, sides: Sides) -> Factors:

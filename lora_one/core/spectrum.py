@@ -19,9 +19,7 @@ class Spectrum(NamedTuple):
     norm: Array  # (), ||G||_F: exact, or an estimate that errs a little on the large side
     norm_error: Array  # (), standard error of `norm`; 0 where it is exact
     unseen: Array  # (), estimate of the norm of what all triplets found, also those after r, leave of G; 0 if nothing
-    best_norm: (
-        Array  # (), ||G_r||_F of the best rank-r part: exact, or estimated from how far the triplets may still turn
-    )
+    best_norm: Array  # (), ||G_r||_F of the best rank-r part: exact, or estimated from how far the triplets may turn
 
 
 def fully_seen(ops: Ops, u: Array, s: Array, vt: Array, rank: int) -> Spectrum:

@@ -16,7 +16,7 @@ from lora_one.backends.interface import Layer, LossFn, PassResult
 from lora_one.config import Config
 from lora_one.core.factors import Factors
 from lora_one.core.fold import FoldState
-from lora_one.core.sides import Products, Sides
+from lora_one.core.sides import Products, Sides, whole_gradient, whole_sides
 from lora_one.environment import process_peak
 from lora_one.errors import BatchError, ModelError
 
@@ -25,7 +25,7 @@ from .nnx.stacks import check_stacks, is_ambiguous
 from .ops import JaxOps
 from .passes.folds import abstract_states, folds_once, has_rows
 from .passes.gradients import GradientFunction
-from .passes.sides import column_turns, from_smaller_side, installed_sides, products_by_layer, smaller_side
+from .passes.sides import column_turns, installed_sides, products_by_layer
 from .passes.totals import mean_folds
 from .passes.uses import warn_of_left_out
 from .placement import put, replicated
@@ -127,10 +127,13 @@ class JaxSession:
 
         So no gradient of a kernel is needed, which may be quantised. The G of all layers exist at the same time.
         """
-        sides = {layer.name: smaller_side(self.ops, layer, self.like(layer.name)) for layer in self.layers}
+        sides = {
+            layer.name: whole_sides(self.ops, layer.out_features, layer.in_features, self.like(layer.name))
+            for layer in self.layers
+        }
         result, products = self._products(sides)
         for name in products:
-            consume(name, from_smaller_side(products[name]))
+            consume(name, whole_gradient(self.ops, products[name]))
         return result
 
     def mean_loss(self) -> PassResult:

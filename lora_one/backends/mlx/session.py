@@ -13,8 +13,8 @@ from lora_one.backends.interface import Layer, PassResult
 from lora_one.config import Config
 from lora_one.core.factors import Factors
 from lora_one.core.fold import FoldState
-from lora_one.core.gradient import RowProduct, as_matrix, times, transposed_times
-from lora_one.core.sides import Products, Sides
+from lora_one.core.gradient import RowProduct, as_matrix
+from lora_one.core.sides import Products, Sides, products_with
 
 from .attach import Site, attach_lora, check_adapter_fits, find_sites, random_stream_kept
 from .layout import read_pairs, write_pairs
@@ -166,8 +166,7 @@ class MlxSession:
 
     def sides_pass(self, sides: Mapping[str, Sides]) -> tuple[PassResult, dict[str, Products | None]]:
         def products(layer: Layer, rows: RowProduct) -> Arrays:
-            right, left = sides[layer.name]
-            return times(self.ops, rows, right), transposed_times(self.ops, rows, left)
+            return products_with(self.ops, rows, sides[layer.name])
 
         sums = Sums(products)
         result = self._entered.passes.backward(

@@ -13,7 +13,7 @@ from lora_one.config import Config
 from lora_one.core.factors import Factors
 from lora_one.core.fold import FoldState
 from lora_one.core.gradient import Gradient, arrays_of
-from lora_one.core.sides import Products, Sides
+from lora_one.core.sides import Products, Sides, whole_gradient, whole_sides
 from lora_one.environment import process_peak
 from lora_one.errors import BatchError
 
@@ -23,10 +23,9 @@ from .ops import TorchOps
 from .passes.batches import LossFn, default_loss, device_of
 from .passes.distributed import all_agree, is_parallel
 from .passes.over_batches import Passes
-from .passes.own_gradients import identity_sides
 from .passes.recompute import Recompute
 from .passes.settings import settings_for_passes
-from .passes.tap import ROWS, WHOLE, from_flat, product_of
+from .passes.tap import WHOLE, from_flat, product_of, rows
 
 
 class TorchSession:
@@ -132,13 +131,18 @@ class TorchSession:
 
         passes = self._passes
         # Where layers are stacked, multiplying out costs next to nothing, and a launch for each product costs a lot.
-        product = WHOLE if is_parallel() or self.stacks_layers else ROWS
+        product = WHOLE if is_parallel() or self.stacks_layers else rows
         result, read = passes.sums(dict.fromkeys(passes.sites, product), {}, consume_precisely, early=True)
         if read:
             _check_second_pass(self._batches, read)
-            _, products = self.sides_pass({name: identity_sides(passes.sites[name]) for name in read})
-            for name, (g_right, g_left) in ((n, p) for n, p in products.items() if p is not None):
-                consume(name, g_right if g_right.numel() else g_left.mT)
+            sides = {
+                layer.name: whole_sides(self.ops, layer.out_features, layer.in_features, self.like(layer.name))
+                for layer in self.layers
+                if layer.name in read
+            }
+            for name, products in self.sides_pass(sides)[1].items():
+                if products is not None:
+                    consume(name, whole_gradient(self.ops, products))
         return result
 
     def mean_loss(self) -> PassResult:

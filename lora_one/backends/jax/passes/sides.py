@@ -9,9 +9,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 
-from lora_one.backends.interface import Layer
 from lora_one.backends.jax.layout import Layout
 from lora_one.backends.jax.ops import JaxOps
 from lora_one.backends.jax.sites import Leaves, Site
@@ -53,18 +52,6 @@ def products_by_layer(
     products = _products(_layouts(sites), natives, columns, joined(sites, turns, factors))
     names = [layer.name for site in sites.values() for layer in site.layers()]
     return {name: product for name, product in zip(names, products, strict=True) if name in sides}
-
-
-def smaller_side(ops: JaxOps, layer: Layer, like: Array) -> Sides:
-    """Return all directions of the smaller side of a layer's gradient."""
-    if layer.in_features <= layer.out_features:
-        return Sides(ops.eye(layer.in_features, like), ops.zeros((layer.out_features, 0), like))
-    return Sides(ops.zeros((layer.in_features, 0), like), ops.eye(layer.out_features, like))
-
-
-def from_smaller_side(products: Products) -> Array:
-    """Return the gradient, (out, in), that was read in the directions of `smaller_side`."""
-    return products.g_right if products.g_right.shape[-1] else products.g_left.T
 
 
 def column_turns(sites: Sites, factors: Mapping[str, Leaves]) -> Iterator[dict[str, Leaves]]:

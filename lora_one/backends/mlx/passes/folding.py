@@ -9,9 +9,10 @@ from collections import defaultdict
 import mlx.core as mx
 import numpy as np
 
+from lora_one.backends.checks import AGAINST_OVERFLOW
 from lora_one.backends.interface import Layer
 from lora_one.backends.mlx.ops import MlxOps
-from lora_one.core.fold import FoldState, fold, merge_folds, of_mean
+from lora_one.core.fold import FoldState, fold, merge_all, of_mean
 from lora_one.core.gradient import RowProduct, times
 from lora_one.errors import GradientError
 
@@ -37,10 +38,7 @@ class Folding:
         mx.eval(rows)
         state, waiting = self._states[layer.name], self._waiting[layer.name]
         if not np.isfinite(np.array(times(OPS, rows, state.test))).all():  # LAPACK fails on it with a bare number
-            raise GradientError(
-                f"layer {layer.name!r}: its gradient is not finite; a float16 model overflows easily: use bfloat16 or "
-                "float32, or look at the batches"
-            )
+            raise GradientError(f"layer {layer.name!r}: its gradient is not finite; {AGAINST_OVERFLOW}")
         waiting.append(rows)
         if is_last or sum(len(x) for _, x in waiting) >= TOKENS_PER_DIRECTION * state.s.size:
             self._fold(layer.name)
@@ -62,12 +60,4 @@ class Folding:
         gathered = [of_all_processes(x) for x in self._states.pop(layer.name)]
         states = [FoldState(*arrays) for arrays in zip(*gathered, strict=True)]
         reached = [state for state in states if np.array(state.s)[0] != 0]  # the others have no bases yet
-        return of_mean(OPS, _merged(reached), batches) if reached else None
-
-
-def _merged(states: list[FoldState]) -> FoldState:
-    """The states of all processes, merged by halves."""
-    if len(states) == 1:
-        return states[0]
-    middle = len(states) // 2
-    return merge_folds(OPS, _merged(states[:middle]), _merged(states[middle:]))
+        return of_mean(OPS, merge_all(OPS, reached), batches) if reached else None

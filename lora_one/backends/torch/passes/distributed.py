@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from lora_one.core.fold import FoldState, merge_folds
+from lora_one.core.fold import FoldState, merge_all
 from lora_one.core.ops import Ops
 
 
@@ -34,19 +34,15 @@ def mean_over_processes(total: float, count: int, device: torch.device) -> tuple
 def merge_over_processes(ops: Ops, state: FoldState) -> FoldState:
     """Return the state of all processes' batches together, the same on all of them.
 
-    They are merged in pairs, then the pairs in pairs. Rounding may differ from machine to machine, so the first process
-    sends its result to the others.
+    Rounding may differ from machine to machine, so the first process sends its result to the others.
     """
     if not is_parallel():
         return state
     own = torch.cat([x.reshape(-1) for x in state])
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, own)
-    states = [_unpacked(packed, state) for packed in gathered]
-    while len(states) > 1:
-        pairs = zip(states[::2], states[1::2], strict=False)
-        states = [merge_folds(ops, *pair) for pair in pairs] + (states[-1:] if len(states) % 2 else [])
-    merged = torch.cat([x.reshape(-1) for x in states[0]])
+    together = merge_all(ops, [_unpacked(packed, state) for packed in gathered])
+    merged = torch.cat([x.reshape(-1) for x in together])
     dist.broadcast(merged, src=0)
     return _unpacked(merged, state)
 

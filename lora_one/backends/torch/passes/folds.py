@@ -6,13 +6,14 @@ shape are renewed together, after the backward pass or when too much waits: one 
 as all of them.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lora_one.backends.checks import AGAINST_OVERFLOW
 from lora_one.backends.torch.linalg.precision import widened
 from lora_one.core.fold import FoldState, fold
 from lora_one.core.gradient import RowProduct
@@ -44,6 +45,7 @@ class Folds:
         self._kinds = kinds
         self._in_stacks = in_stacks
         self._rows: dict[str, list[RowProduct]] = {}
+        self._bytes: Counter[str] = Counter()  # of a layer's rows
         self._batch = 0
         self._last = False
 
@@ -53,10 +55,11 @@ class Folds:
     def add(self, name: str, product: RowProduct, is_only: bool) -> None:
         self.reached.add(name)
         self._rows.setdefault(name, []).append(product)
+        self._bytes[name] += sum(x.nbytes for x in product)
         if not self._in_stacks and self._is_due(name):
             self._fold([name])
-        while self._in_stacks and sum(map(self._bytes, self._rows)) > WAITING_BYTES:
-            self._fold(max(groups(self._rows, self._kinds), key=lambda names: sum(map(self._bytes, names))))
+        while self._in_stacks and self._bytes.total() > WAITING_BYTES:
+            self._fold(max(groups(self._rows, self._kinds), key=lambda names: sum(self._bytes[n] for n in names)))
 
     def complete(self, name: str) -> None:
         if self._last and not self._in_stacks and name in self._rows:
@@ -67,16 +70,15 @@ class Folds:
             if self._last or any(map(self._is_due, names)):
                 self._fold(names)
 
-    def _bytes(self, name: str) -> int:
-        return sum(x.nbytes for rows in self._rows[name] for x in rows)
-
     def _is_due(self, name: str) -> bool:
         state = self.states[name]
-        return self._bytes(name) >= max(LEAST_BYTES, SHARE_OF_GRADIENT * 4 * state.u.shape[0] * state.v.shape[0])
+        return self._bytes[name] >= max(LEAST_BYTES, SHARE_OF_GRADIENT * 4 * state.u.shape[0] * state.v.shape[0])
 
     def _fold(self, names: list[str]) -> None:
         """Renew the states of some layers of one kind by the rows that wait."""
         gradient = _stacked([_joined(self._rows.pop(name)) for name in names])
+        for name in names:
+            del self._bytes[name]
         before = stack_of(self._ops, [self.states[name] for name in names])
         try:
             after = fold(self._ops, before, gradient)
@@ -94,8 +96,7 @@ class Folds:
                 break
         return (
             f"layer {name!r}: its gradient is not finite up to batch {self._batch}: got {bad} of {size} entries of "
-            "dL/dy that are not, expected none; a float16 model overflows easily: use bfloat16 or float32, or look at "
-            "the batches"
+            f"dL/dy that are not, expected none; {AGAINST_OVERFLOW}"
         )
 
 

@@ -23,7 +23,7 @@ from .loss_scale import LossScale
 from .own_gradients import own_gradients
 from .recompute import Recompute
 from .sums import Sums
-from .tap import NARROW_ROWS, Product, tap
+from .tap import NARROW_ROWS, Product, of_no_token, tap
 
 
 class Passes:
@@ -70,7 +70,9 @@ class Passes:
             if is_parallel():
                 site = self.sites[name]
                 if name not in sums.pending:
-                    sums.pending[name] = product.zero(site.layer.out_features, site.layer.in_features, site.like())
+                    sums.pending[name] = of_no_token(
+                        product, site.layer.out_features, site.layer.in_features, site.like()
+                    )
                 sum_over_processes(sums.pending[name])
             if name in sums.pending:
                 sums.hand_on(name, result.batches)

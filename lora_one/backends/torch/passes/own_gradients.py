@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from lora_one.backends.torch.attachment.attach import Site
@@ -58,12 +57,3 @@ def own_gradients(site: Site, sides: Sides | None, sink: Sink) -> Iterator[None]
 def _without_memory(pair: Factors) -> Factors:
     """Return zeros in the shapes of a pair, float32 or wider."""
     return Factors(*(widened(x.detach().new_zeros(())).expand(x.shape) for x in pair))
-
-
-def identity_sides(site: Site) -> Sides:
-    """Return the directions in which G is read whole."""
-    layer, like = site.layer, site.like()
-    eye = torch.eye(min(layer.out_features, layer.in_features), device=like.device, dtype=like.dtype)
-    if layer.in_features <= layer.out_features:
-        return Sides(eye, eye.new_zeros(layer.out_features, 0))
-    return Sides(eye.new_zeros(layer.in_features, 0), eye)

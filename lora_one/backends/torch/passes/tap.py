@@ -9,54 +9,49 @@ share of dL/dx that are zero, and it keeps a float32 copy of a narrower x. Or it
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_one.backends.torch.linalg.precision import full_precision, widened
-from lora_one.backends.torch.linalg.wide import product_over_rows, times_few_columns
+from lora_one.backends.torch.linalg.wide import product_over_rows
+from lora_one.backends.torch.ops import TorchOps
 from lora_one.core.gradient import RowProduct
-from lora_one.core.sides import Products, Sides
+from lora_one.core.sides import Products, Sides, products_with
+
+_OPS = TorchOps()
 
 Sink = Callable[[Any, Tensor], None]
 
 
-class Product(NamedTuple):
-    """A linear function of G = dy^T x in two steps: what to keep of x for the backward pass, and what to form of it.
+# What to form of dy, (tokens, out), and x, (tokens, in), in the model's dtype: linear in G, in float32 or wider.
+Product = Callable[[Tensor, Tensor], Any]
 
-    The arguments x, (tokens, in), and dy, (tokens, out), are in the model's dtype; results are float32 or wider.
-    """
-
-    keep: Callable[[Tensor], Tensor] | None  # x -> the tensor to keep; None keeps x itself, without a copy
-    form: Callable[[Tensor, Tensor], Any]  # dy, the tensor that was kept -> the product
-
-    def zero(self, out_features: int, in_features: int, like: Tensor) -> Tensor:
-        """Return the product of a layer that no token has reached."""
-        dy, x = like.new_zeros(0, out_features), like.new_zeros(0, in_features)
-        return self.form(dy, x if self.keep is None else self.keep(x))
+WHOLE: Product = product_over_rows  # G, (out, in)
+NARROW_ROWS: Product = RowProduct  # G, not multiplied out, and in the model's own dtype
 
 
-WHOLE = Product(None, product_over_rows)  # G, (out, in)
-ROWS = Product(None, lambda dy, x: RowProduct(widened(dy), widened(x)))  # G, not multiplied out
-NARROW_ROWS = Product(None, RowProduct)  # the same, in the model's own dtype
+def rows(dy: Tensor, x: Tensor) -> RowProduct:
+    """Return G, not multiplied out."""
+    return RowProduct(widened(dy), widened(x))
+
+
+def of_no_token(product: Product, out_features: int, in_features: int, like: Tensor) -> Tensor:
+    """Return the product of a layer that no token has reached."""
+    zero: Tensor = product(like.new_zeros(0, out_features), like.new_zeros(0, in_features))
+    return zero
 
 
 def whole(product: RowProduct) -> Tensor:
     """Return G, (out, in)."""
-    g: Tensor = _apply(WHOLE.form, *product)
+    g: Tensor = _apply(WHOLE, *product)
     return g
 
 
 def product_of(sides: Sides) -> Product:
     """Return the products with G in these directions, as one flat tensor: see `flat` and `from_flat`."""
-    right, left = sides
-
-    def form(dy: Tensor, x: Tensor) -> Tensor:
-        g_right = times_few_columns(dy.mT, times_few_columns(x, right))  # (out, p)
-        return flat(Products(g_right, times_few_columns(x.mT, times_few_columns(dy, left))))
-
-    return Product(None, form)
+    return lambda dy, x: flat(products_with(_OPS, RowProduct(dy, x), sides))
 
 
 def flat(products: Products) -> Tensor:
@@ -72,14 +67,14 @@ def from_flat(x: Tensor, sides: Sides) -> Products:
 
 
 class _Keep(torch.autograd.Function):
-    """A separate node that keeps what a product needs of x, before the layer runs.
+    """A separate node that keeps x, without a copy, before the layer runs.
 
     If the layer is the last of a block, recomputing the block ends here, without the layer.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, product: Product) -> Tensor:
-        ctx.save_for_backward(x if product.keep is None else _apply(product.keep, x))
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
         return anchor.view_as(anchor)
 
 
@@ -99,7 +94,7 @@ def tap(
         layer: the LoRA layer of PEFT.
         base: its base layer, which computes y (..., out) from its first argument x (..., in). Nothing in it has to
             require a gradient.
-        product: `WHOLE`, `ROWS`, `NARROW_ROWS`, or a result of `product_of`.
+        product: `WHOLE`, `rows`, `NARROW_ROWS`, or a result of `product_of`.
         sink: gets the product and dL/dy, (..., out), in the backward pass: once per call that the loss depends on.
         on_call: gets whether a graph is recorded, at each forward pass that is not a repetition by checkpointing.
     """
@@ -115,14 +110,14 @@ def tap(
         # Without a tensor that requires a gradient there is no graph, and below the first tapped layer none does.
         anchor = torch.zeros((), device=x.device, requires_grad=True)
         # The node's output, not only the node: a node frees what it saved when its last output is gone.
-        keepers = [_Keep.apply(x, anchor, product)]
+        keepers = [_Keep.apply(x, anchor)]
         y = base(x, *args, **kwargs)
 
         def form(dy: Tensor) -> None:
             (kept,) = keepers[0].grad_fn.saved_tensors
             if not torch.is_grad_enabled():  # otherwise this graph may run backward again
                 keepers.clear()
-            sink(_apply(product.form, dy, kept), dy)
+            sink(_apply(product, dy, kept), dy)
 
         y = y if y.requires_grad else y + anchor
         y.register_hook(form)  # not a node of ours: its output would be a view, and the model may change y in place
