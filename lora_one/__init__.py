@@ -4,7 +4,8 @@ from . import errors
 from .api import init, load, merge, optimizer, save
 from .checkpoint.conversion import convert
 from .config import Config
+from .deferred_report import DeferredReport
 from .report import Report
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Report", "convert", "errors", "init", "load", "merge", "optimizer", "save"]
+__all__ = ["Config", "DeferredReport", "Report", "convert", "errors", "init", "load", "merge", "optimizer", "save"]

@@ -3,18 +3,23 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from .backends import backend_of
 from .backends.checks import check_iterable, check_readings
+from .backends.interface import Backend
+from .backends.waiting import forget, new_report, remember, report_of
 from .checkpoint.folder import replacing_adapter
 from .checkpoint.metadata import write_metadata
 from .config import Config
-from .initialization import initialize
+from .deferred_report import DeferredReport, check_needs_no_data
+from .errors import ConfigError, UnfinishedStartWarning, warn_user
+from .initialization import assign_plain, check_rank, initialize
 from .progress import shown
 from .report import Report
 
 
+@overload
 def init(
     model: Any,
     batches: Iterable[Any],
@@ -22,7 +27,28 @@ def init(
     config: Config | None = None,
     backend: str | None = None,
     progress: bool | None = None,
-) -> tuple[Any, Report]:
+) -> tuple[Any, Report]: ...
+
+
+@overload
+def init(
+    model: Any,
+    batches: None = None,
+    loss_fn: None = None,
+    config: Config | None = None,
+    backend: str | None = None,
+    progress: bool | None = None,
+) -> tuple[Any, DeferredReport]: ...
+
+
+def init(
+    model: Any,
+    batches: Iterable[Any] | None = None,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+    config: Config | None = None,
+    backend: str | None = None,
+    progress: bool | None = None,
+) -> tuple[Any, Report | DeferredReport]:
     """Attach LoRA to a model and start it by LoRA-One, leaving the base weights as they are.
 
     Call it once, before training, with a few batches of the training data. It looks at the gradient of the loss on
@@ -69,11 +95,31 @@ def init(
     began = time.perf_counter()
     config = Config() if config is None else config
     framework = backend_of(model, backend)
+    if batches is None:
+        return _init_without_data(framework, model, loss_fn, config)
     check_iterable(batches)
     with shown(batches, progress) as counted, framework.open_session(model, counted, loss_fn, config) as session:
         if isinstance(batches, Iterator):
             check_readings(batches, config, session.folds)
         report = initialize(session, config, framework.ops.name, began)
+    forget(session.model)
+    return session.model, report
+
+
+def _init_without_data(
+    framework: Backend, model: Any, loss_fn: Callable[[Any, Any], Any] | None, config: Config
+) -> tuple[Any, DeferredReport]:
+    """Attach LoRA with plain LoRA's start, for the optimizer to make LoRA-One's of its first gradients."""
+    if loss_fn is not None:
+        raise ConfigError("loss_fn is for the gradient on batches, got it without batches: pass both or neither")
+    check_needs_no_data(config)
+    name = framework.ops.name
+    with framework.open_session(model, None, None, config) as session:
+        for layer in session.layers:
+            check_rank(layer, name)
+            assign_plain(session, config, layer)
+        report = new_report(name, config, session.layers)
+    remember(session.model, report)
     return session.model, report
 
 
@@ -132,7 +178,7 @@ def optimizer(model: Any, learning_rate: float = 2e-4, weight_decay: float = 0.0
     return backend_of(model).optimizer(model, learning_rate=learning_rate, weight_decay=weight_decay, **options)
 
 
-def save(model: Any, path: str | Path, report: Report | None = None) -> None:
+def save(model: Any, path: str | Path, report: Report | DeferredReport | None = None) -> None:
     """Write the active adapter into a folder that PEFT and vLLM can open.
 
     Use it after `init` to train with another program, or after training to keep the result. The folder holds PEFT's
@@ -158,6 +204,7 @@ def save(model: Any, path: str | Path, report: Report | None = None) -> None:
     ['adapter_config.json', 'adapter_model.safetensors', 'lora_one.json']
     """
     framework = backend_of(model)
+    _warn_of_unfinished_start(model, "the folder holds")
     with replacing_adapter(Path(path)) as folder:
         framework.save(model, folder)
         write_metadata(folder, framework.ops.name, report)
@@ -225,4 +272,19 @@ def merge(model: Any, **options: Any) -> Any:
     >>> type(merged[0]).__name__, torch.allclose(merged(batches[0][0]), before, atol=1e-5)
     ('Linear', True)
     """
-    return backend_of(model).merge(model, **options)
+    framework = backend_of(model)
+    _warn_of_unfinished_start(model, "the merged model has")
+    return framework.merge(model, **options)
+
+
+def _warn_of_unfinished_start(model: Any, what_has: str) -> None:
+    report = report_of(model)
+    if report is None:
+        return
+    now = report.summary()  # fills the report in
+    if not report.done:
+        warn_user(
+            f"LoRA-One's start is not made yet, after {report.steps} steps, so {what_has} "
+            f"{'an unfinished start' if report.steps else 'plain LoRA, untrained'}: {now}",
+            UnfinishedStartWarning,
+        )

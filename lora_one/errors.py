@@ -69,6 +69,10 @@ class ZeroGradientWarning(InitWarning):
     """Some layers have no gradient on the init batches, or are never called, and keep plain LoRA's start."""
 
 
+class UnfinishedStartWarning(InitWarning):
+    """The optimizer has not made the model's start yet, so that what is saved, or merged, is not LoRA-One's."""
+
+
 class GammaWarning(InitWarning):
     """No gamma that gamma="auto" tried makes the initialised model at least as good as the base model."""
 

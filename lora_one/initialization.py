@@ -29,7 +29,7 @@ def initialize(session: Session, config: Config, backend: str, began: float) -> 
         GradientError: a gradient that is not finite.
     """
     for layer in session.layers:
-        _check_rank(layer, backend)
+        check_rank(layer, backend)
     spectra = exact_gradients(session) if config.gradient == "exact" else sketch_gradients(session, config)
     entries = _layer_reports(session, spectra)
     _check_some_gradient(entries)
@@ -52,7 +52,8 @@ def initialize(session: Session, config: Config, backend: str, began: float) -> 
     return report
 
 
-def _check_rank(layer: Layer, backend: str) -> None:
+def check_rank(layer: Layer, backend: str) -> None:
+    """Raise ModelError for a rank above a layer's size."""
     limit = min(layer.out_features, layer.in_features)
     if layer.rank > limit:
         head = layer.name.rpartition(".")[2]
@@ -109,10 +110,14 @@ def _assign_plain(session: Session, config: Config, entries: list[LayerReport]) 
     """Set the factors of the layers without a gradient."""
     for layer, entry in zip(session.layers, entries, strict=True):
         if entry.start == "plain":
-            omega = draw_omega(config.seed, layer.name, layer.in_features, layer.rank)
-            like = session.like(layer.name)
-            omega_there = session.ops.asarray(omega, like=like)
-            session.assign(layer.name, plain_factors(session.ops, omega_there, layer.rank, layer.out_features))
+            assign_plain(session, config, layer)
+
+
+def assign_plain(session: Session, config: Config, layer: Layer) -> None:
+    """Set the factors of a layer to plain LoRA's start, the same on every framework."""
+    ops, like = session.ops, session.like(layer.name)
+    omega = ops.asarray(draw_omega(config.seed, layer.name, layer.in_features, layer.rank), like=like)
+    session.assign(layer.name, plain_factors(ops, omega, layer.rank, layer.out_features))
 
 
 def _assign_spectral(

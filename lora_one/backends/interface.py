@@ -177,8 +177,12 @@ class Backend(Protocol):
         """The operations on this framework's arrays: the same as `Session.ops`, for use without a model."""
         ...
 
-    def open_session(self, model: Any, batches: Iterable[Any], loss_fn: LossFn | None, config: Config) -> Session:
+    def open_session(
+        self, model: Any, batches: Iterable[Any] | None, loss_fn: LossFn | None, config: Config
+    ) -> Session:
         """Return a session for the model. It is not entered yet, so nothing is checked or changed here.
+
+        Without batches, None, it makes no pass: it attaches LoRA and assigns plain factors, and needs no loss.
 
         The session iterates over `batches` once per pass. `loss_fn` is None if the caller gave none: then use the loss
         of the model, or raise BatchError if models of this framework have none.
@@ -196,8 +200,9 @@ class Backend(Protocol):
     def optimizer(self, model: Any, *args: Any, **options: Any) -> Any:
         """Return AdamW for a model with LoRA layers, as an optimizer of the framework's own type.
 
-        It must accept `learning_rate`, `weight_decay`, `precondition`, `reg` and `damping`. With `precondition=True`
-        the gradients of LoRA pairs, and of nothing else, go through `lora_one.core.precondition`.
+        It must accept `learning_rate`, `weight_decay`, `precondition`, `reg`, `damping` and `start_steps`. With
+        `precondition=True` the gradients of LoRA pairs, and of nothing else, go through `lora_one.core.precondition`.
+        `lora_one.backends.waiting.deferred_start` says whether the optimizer begins with `lora_one.core.deferred`.
         """
         ...
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_one.core.factors import Factors
+from lora_one.deferred_report import DeferredReport, LayerStart
 from lora_one.errors import CheckpointError
 from lora_one.plots import Panel, draw
 from lora_one.report import LayerReport, Report
@@ -36,7 +37,7 @@ class LayerInspection:
     singular_values: list[float]
     norm: float
     stable_rank: float
-    start: LayerReport | None
+    start: LayerReport | LayerStart | None
     growth: float | None
 
 
@@ -46,7 +47,7 @@ class Inspection:
 
     path: Path
     layers: list[LayerInspection]
-    report: Report | None
+    report: Report | DeferredReport | None
 
     def plot(self, path: str | Path) -> None:
         """Draw the spectra and the norms of the layers' s B A as an image, with matplotlib."""
@@ -73,7 +74,9 @@ def inspect_adapter(path: Path) -> Inspection:
         report = read_report(path) if (path / METADATA).is_file() else None
     except CheckpointError:
         report = None  # the adapter was saved without one
-    starts = {layer.name: layer for layer in report.layers} if report else {}
+    starts: dict[str, LayerReport | LayerStart] = {}
+    for entry in report.layers if report else ():
+        starts[entry.name] = entry
     layers = []
     for name, layer in read_adapter(folder).layers.items():
         pair = layer.pairs[0]
@@ -105,7 +108,9 @@ def product_spectrum(pair: Factors, scaling: float) -> np.ndarray:
     return abs(scaling) * np.linalg.svd(rb @ ra.T, compute_uv=False)
 
 
-def _growth(norm: float, start: LayerReport | None, report: Report | None, scaling: float) -> float | None:
+def _growth(
+    norm: float, start: LayerReport | LayerStart | None, report: Report | DeferredReport | None, scaling: float
+) -> float | None:
     """Return the norm over that of the normalized start, ||diag(S / S_1)||_F * scaling / gamma; None if unknown."""
     if start is None or report is None or not report.gamma or start.start != "spectral":
         return None

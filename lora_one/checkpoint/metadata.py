@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from lora_one.deferred_report import DeferredReport
 from lora_one.environment import installed_versions
 from lora_one.errors import CheckpointError
 from lora_one.files.json_files import read_object
@@ -25,14 +26,14 @@ _PACKAGES = (
 )
 
 
-def write_metadata(path: Path, backend: str, report: Report | None) -> None:
+def write_metadata(path: Path, backend: str, report: Report | DeferredReport | None) -> None:
     """Write `lora_one.json`: the report with its configuration, and the versions of the packages in use."""
     versions = installed_versions(_PACKAGES)
     metadata = {"backend": backend, "versions": versions, "report": None if report is None else report.to_dict()}
     (path / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
 
 
-def read_report(path: Path) -> Report:
+def read_report(path: Path) -> Report | DeferredReport:
     """Read the report that is kept in an adapter folder.
 
     Raises:
@@ -47,4 +48,5 @@ def read_report(path: Path) -> Report:
     report = metadata["report"]
     if report is None:
         raise CheckpointError(f"{path} was saved without a report: pass it to lora_one.save(model, path, report)")
-    return Report.from_dict(report)
+    deferred = isinstance(report, dict) and "start_steps" in report
+    return DeferredReport.from_dict(report) if deferred else Report.from_dict(report)

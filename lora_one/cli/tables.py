@@ -9,7 +9,7 @@ from rich.table import Table
 
 from lora_one.checkpoint.inspection import Inspection
 from lora_one.conformance.report import Conformance, cell
-from lora_one.report import Report
+from lora_one.report import LayerReport, Report
 
 
 def report_table(report: Report) -> Table:
@@ -51,7 +51,7 @@ def inspection_table(inspection: Inspection) -> Table:
             f"{layer.norm:.3g}",
             f"{layer.singular_values[-1] / (layer.singular_values[0] or 1.0):.3f}",
             f"{layer.stable_rank:.2f}",
-            "" if start is None else f"{start.energy:.3f}",
+            f"{start.energy:.3f}" if isinstance(start, LayerReport) else "",
             "" if layer.growth is None else f"{layer.growth:.1f}x",
         )
     return table

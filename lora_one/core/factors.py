@@ -27,7 +27,7 @@ def normalized_factors(ops: Ops, spectrum: Spectrum, gamma: float) -> Factors:
     """
     # The authors' README prints Diag(S) here; their code takes sqrt(S / S_1), as below. Their names are also swapped
     # against PEFT's: their A is the out side, lora_B.
-    q = ops.sqrt(spectrum.s / spectrum.s[0])  # (r,)
+    q = ops.sqrt(spectrum.s / spectrum.s[..., :1])  # (r,)
     return _balanced(spectrum, q / math.sqrt(gamma))
 
 
@@ -52,4 +52,4 @@ def plain_factors(ops: Ops, omega: Array, rank: int, out_features: int) -> Facto
 
 
 def _balanced(spectrum: Spectrum, weight: Array) -> Factors:
-    return Factors(weight[:, None] * spectrum.vt, spectrum.u * weight)
+    return Factors(weight[..., None] * spectrum.vt, spectrum.u * weight[..., None, :])

@@ -24,13 +24,14 @@ the bases of the second from what it read. Processes that saw different batches 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .arrays import diagonal, mean_of_samples, nonzero, smaller, split_by_projection, sum_of_squares, thin_svd
-from .bases import KrylovBases, completed, extend, fit_block, grow, projected
+from .arrays import mean_of_samples, nonzero, smaller, sum_of_squares
+from .bases import KrylovBases, completed, extend, projected
 from .estimates import energy_by_turning
 from .gradient import Gradient, times, transposed_times
 from .ops import Array, Ops
 from .sides import Products
 from .spectrum import Spectrum, fully_seen, of_descent
+from .triplets import Triplets, add_both_sides, outside, sum_of, truncated
 
 PRODUCTS = 4  # with H, per batch; 2 lose a tenth of the energy, 6 gain nothing
 TEST_COLUMNS = 8  # Gaussian, to measure the norm of G
@@ -87,7 +88,7 @@ def fold(ops: Ops, state: FoldState, gradient: Gradient) -> FoldState:
         bases = extend(ops, bases, product)
     left, right = completed(bases)
     tested = state.tested + first[..., k:]
-    return _truncated(ops, state, left, projected(ops, bases), right)._replace(tested=tested)
+    return _folded(ops, state, truncated(ops, left, projected(ops, bases), right), tested)
 
 
 def of_mean(ops: Ops, state: FoldState, count: int) -> FoldState:
@@ -113,27 +114,16 @@ def read_both_sides(ops: Ops, state: FoldState, products: Products) -> FoldState
     Args:
         products: with right = V and left = U.
     """
-    left, u_gv = _grown(ops, state.u, products.g_right)  # u_gv: [U Q]^T G V, (k + d, k)
-    right, v_gu = _grown(ops, state.v, products.g_left)  # v_gu: [V P]^T G^T U, (k + d', k)
-    k = state.s.shape[-1]
-    upper = ops.matrix_transpose(v_gu)  # U^T G [V P], (k, k + d')
-    unknown = ops.zeros((*state.s.shape[:-1], u_gv.shape[-2] - k, v_gu.shape[-2] - k), like=u_gv)
-    lower = ops.concat([u_gv[..., k:, :], unknown], axis=-1)  # (d, k + d')
-    after = _truncated(ops, state, left, ops.concat([upper, lower], axis=-2), right)
-    return after._replace(turn=_outside(ops, after.u, state.u) + _outside(ops, after.v, state.v))
+    nothing = Triplets(state.u, ops.zeros(state.s.shape, like=state.s), state.v)
+    after = add_both_sides(ops, nothing, products)
+    turn = outside(ops, after.u, state.u) + outside(ops, after.v, state.v)
+    return state._replace(**after._asdict(), turn=turn)
 
 
 def merge_folds(ops: Ops, state: FoldState, other: FoldState) -> FoldState:
     """Return the state of two processes' batches together: the best rank-k part of the sum of both SVDs."""
-    left, in_left = _grown(ops, state.u, other.u)  # (k + d, k)
-    right, in_right = _grown(ops, state.v, other.v)
-    k = state.s.shape[-1]
-    core = ops.matmul(in_left * other.s[..., None, :], ops.matrix_transpose(in_right))  # (k + d, k + d')
-    own = ops.eye(k, like=state.s) * state.s[..., None, :]
-    padded = ops.concat([own, ops.zeros((*own.shape[:-1], core.shape[-1] - k), like=own)], axis=-1)
-    below = ops.zeros((*own.shape[:-2], core.shape[-2] - k, core.shape[-1]), like=own)
-    tested = state.tested + other.tested
-    return _truncated(ops, state, left, core + ops.concat([padded, below], axis=-2), right)._replace(tested=tested)
+    both = sum_of(ops, Triplets(*state[:3]), Triplets(*other[:3]))
+    return _folded(ops, state, both, state.tested + other.tested)
 
 
 def merge_all(ops: Ops, states: Sequence[FoldState]) -> FoldState:
@@ -179,36 +169,6 @@ def finish_fold(ops: Ops, state: FoldState, rank: int) -> Spectrum:
     )
 
 
-def _grown(ops: Ops, basis: Array, x: Array) -> tuple[tuple[Array, ...], Array]:
-    """A basis, (rows, k), with the directions that x, (rows, k), adds; and the coordinates of x in both, (k + d, k)."""
-    block, coordinates = grow(ops, (basis,), x, x.shape[-1])
-    return (basis, fit_block(block, (basis,))), coordinates
-
-
-def _outside(ops: Ops, x: Array, basis: Array) -> Array:
-    """The squared distance of each column of x, (rows, k), from the span of a basis, (rows, k): (k,)."""
-    remainder, _ = split_by_projection(ops, x, basis)
-    return ops.sum(remainder * remainder, axis=-2)
-
-
-def _truncated(ops: Ops, state: FoldState, left: tuple[Array, ...], core: Array, right: tuple[Array, ...]) -> FoldState:
-    """The best rank-k part of left core right^T: blocks (out, d) and (in, d), core (K, K'), K and K' >= k."""
-    k = state.s.shape[-1]
-    u, s, vt = thin_svd(ops, core)
-    return state._replace(
-        u=_orthonormal(ops, ops.matmul(ops.concat(left, axis=-1), u[..., :k])),
-        s=s[..., :k],
-        v=_orthonormal(ops, ops.matmul(ops.concat(right, axis=-1), ops.matrix_transpose(vt[..., :k, :]))),
-        turn=ops.zeros(state.s.shape, like=s) + TURN_OF_A_FOLD,
-    )
-
-
-def _orthonormal(ops: Ops, x: Array) -> Array:
-    """Return x, (rows, k), with its last columns made orthonormal to the others, where they are not.
-
-    The bases have zero columns where the space is exhausted, and the vectors of singular values that are zero may mix
-    them with the others. If such vectors were probed next, the SVD would count energy twice.
-    """
-    q, r = ops.qr(x)
-    positive = ops.astype(diagonal(ops, r, ops.eye(x.shape[-1], like=r)) >= 0, r.dtype)  # (k,), 1 or 0
-    return q * (2.0 * positive - 1.0)[..., None, :]
+def _folded(ops: Ops, state: FoldState, triplets: Triplets, tested: Array) -> FoldState:
+    turn = ops.zeros(state.s.shape, like=triplets.s) + TURN_OF_A_FOLD
+    return state._replace(**triplets._asdict(), turn=turn, tested=tested)

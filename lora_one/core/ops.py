@@ -1,9 +1,9 @@
 """The array interface that `core` is written against.
 
 A backend is one object with the methods of `Ops`. The arrays themselves bring arithmetic (`+ - * /`, comparisons),
-`abs`, basic slicing, `.shape` and `.dtype`; everything else goes through `Ops`. Names are those of the Python array API
-standard where it has one. The namespace of the standard itself is not enough: MLX has no thin SVD and no QR mode, and
-its decompositions run on a CPU stream only.
+`abs`, `&` of booleans, basic slicing, `.shape` and `.dtype`; everything else goes through `Ops`. Names are those of the
+Python array API standard where it has one. The namespace of the standard itself is not enough: MLX has no thin SVD and
+no QR mode, and its decompositions run on a CPU stream only.
 """
 
 from collections.abc import Callable, Sequence
@@ -95,6 +95,10 @@ class Ops(Protocol):
     def max(self, x: Array, axis: int | None = None) -> Array: ...
 
     def isfinite(self, x: Array) -> Array: ...
+
+    def where(self, condition: Array, x: Array, y: Array) -> Array:
+        """Return x where a boolean array is true and y elsewhere, entry by entry; the three broadcast."""
+        ...
 
     def concat(self, xs: Sequence[Array], axis: int = 0) -> Array: ...
 

@@ -109,6 +109,9 @@ class JaxOps(Ops):
     def isfinite(self, x: Array) -> Array:
         return jnp.isfinite(x)
 
+    def where(self, condition: Array, x: Array, y: Array) -> Array:
+        return jnp.where(condition, x, y)
+
     def concat(self, xs: Sequence[Array], axis: int = 0) -> Array:
         return jnp.concatenate(list(xs), axis=axis)
 

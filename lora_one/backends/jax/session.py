@@ -45,13 +45,13 @@ class Attached(NamedTuple):
 class JaxSession:
     """See `lora_one.backends.interface.Session`."""
 
-    def __init__(self, model: Any, batches: Iterable[Any], loss_fn: LossFn | None, config: Config):
+    def __init__(self, model: Any, batches: Iterable[Any] | None, loss_fn: LossFn | None, config: Config):
         self.ops = JaxOps()
         self.model = model
         self.layers: list[Layer] = []
         self.stacks_layers = False
-        self._batches = batches
-        self._loss_fn = loss_fn
+        self._batches: Iterable[Any] = () if batches is None else batches
+        self._loss_fn = _no_pass if batches is None else loss_fn
         self._config = config
         self._context = ExitStack()
         self._attached: Attached | None = None
@@ -226,6 +226,10 @@ class JaxSession:
         self._warned = True
 
 
-def open_session(model: Any, batches: Iterable[Any], loss_fn: LossFn | None, config: Config) -> JaxSession:
+def _no_pass(model: Any, batch: Any) -> Any:
+    raise RuntimeError("a session without batches makes no pass")
+
+
+def open_session(model: Any, batches: Iterable[Any] | None, loss_fn: LossFn | None, config: Config) -> JaxSession:
     """See `lora_one.backends.interface.Backend`."""
     return JaxSession(model, batches, loss_fn, config)

@@ -102,6 +102,9 @@ class MlxOps(Ops):
     def isfinite(self, x: mx.array) -> mx.array:
         return mx.isfinite(x)
 
+    def where(self, condition: mx.array, x: mx.array, y: mx.array) -> mx.array:
+        return mx.where(condition, x, y)
+
     def concat(self, xs: Sequence[mx.array], axis: int = 0) -> mx.array:
         return mx.concatenate(list(xs), axis=axis)
 

@@ -74,12 +74,12 @@ class MlxSession:
     1
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None, config: Config):
+    def __init__(self, model: nn.Module, batches: Iterable[Any] | None, loss_fn: LossFn | None, config: Config):
         self.ops = MlxOps()
         self.model = model
         self.layers: list[Layer] = []
         self.stacks_layers = False
-        self._batches = batches
+        self._batches: Iterable[Any] = () if batches is None else batches
         self._loss_fn = default_loss if loss_fn is None else loss_fn
         self._config = config
         self._state: _Entered | None = None  # set inside the `with` block only
@@ -214,7 +214,7 @@ class MlxSession:
         return mx.get_peak_memory()
 
 
-def open_session(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None, config: Config) -> MlxSession:
+def open_session(model: nn.Module, batches: Iterable[Any] | None, loss_fn: LossFn | None, config: Config) -> MlxSession:
     """See `lora_one.backends.interface.Backend`."""
     return MlxSession(model, batches, loss_fn, config)
 

@@ -68,6 +68,9 @@ class NumpyOps(Ops):
     def isfinite(self, x: np.ndarray) -> np.ndarray:
         return np.isfinite(x)
 
+    def where(self, condition: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.where(condition, x, y)
+
     def concat(self, xs: Sequence[np.ndarray], axis: int = 0) -> np.ndarray:
         return np.concatenate(xs, axis=axis)
 

@@ -96,6 +96,9 @@ class TorchOps(Ops):
     def isfinite(self, x: Tensor) -> Tensor:
         return x.isfinite()
 
+    def where(self, condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return torch.where(condition, x, y)
+
     def concat(self, xs: Sequence[Tensor], axis: int = 0) -> Tensor:
         return torch.cat(list(xs), dim=axis)
 

@@ -61,11 +61,11 @@ class TorchSession:
     1
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None, config: Config):
+    def __init__(self, model: nn.Module, batches: Iterable[Any] | None, loss_fn: LossFn | None, config: Config):
         self.ops = TorchOps()
         self.model = self._given = model
         self.layers: list[Layer] = []
-        self._batches = batches
+        self._batches: Iterable[Any] = () if batches is None else batches
         self._loss_fn = default_loss if loss_fn is None else loss_fn
         self._config = config
         self._had_adapter = False
@@ -170,7 +170,9 @@ class TorchSession:
         return self._entered
 
 
-def open_session(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None, config: Config) -> TorchSession:
+def open_session(
+    model: nn.Module, batches: Iterable[Any] | None, loss_fn: LossFn | None, config: Config
+) -> TorchSession:
     """Return a `TorchSession` of a model, to be entered with `with`. LoRA is attached when it is entered.
 
     This is PyTorch's part of `lora_one.init`. Use it to look at the gradients of a model with LoRA layers, or to try a

@@ -1,0 +1,96 @@
+"""Models whose start the optimizer is to make, and the reports that it fills in."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from lora_one.config import Config
+from lora_one.core.deferred import LEAST_STEPS, MOST_STEPS
+from lora_one.deferred_report import DeferredReport, LayerStart, StartSteps, check_start_steps
+from lora_one.errors import ModelError
+
+from .interface import Layer
+
+_REPORTS: dict[int, DeferredReport] = {}  # by the model's id, since models of MLX have no hash
+
+
+class DeferredStart(NamedTuple):
+    """What an optimizer needs in order to make a start.
+
+    Attributes:
+        report: to be filled in by `DeferredReport.record`.
+        gamma: of the start.
+        least: steps that the start takes at least.
+        most: steps that it takes at most. In between, `lora_one.core.deferred.settled` ends it.
+    """
+
+    report: DeferredReport
+    gamma: float
+    least: int
+    most: int
+
+
+def remember(model: Any, report: DeferredReport) -> None:
+    """Keep the report of a model's deferred start for as long as the model lives."""
+    _REPORTS[id(model)] = report
+    weakref.finalize(model, _REPORTS.pop, id(model), None)
+
+
+def forget(model: Any) -> None:
+    """Drop what was kept of a model: its start was made otherwise, or its LoRA is gone."""
+    _REPORTS.pop(id(model), None)
+
+
+def report_of(model: Any) -> DeferredReport | None:
+    """Return the report of a model's deferred start, also of one inside of wrappers; None if it has none."""
+    while model is not None:
+        if id(model) in _REPORTS:
+            return _REPORTS[id(model)]
+        model = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+    return None
+
+
+def new_report(backend: str, config: Config, layers: Sequence[Layer]) -> DeferredReport:
+    """Return the report of a start that has not begun."""
+    starts = [LayerStart(layer.name, layer.out_features, layer.in_features, layer.rank) for layer in layers]
+    return DeferredReport(backend, config, starts)
+
+
+def deferred_start(
+    model: Any,
+    start_steps: StartSteps | None,
+    backend: str,
+    layers: Callable[[], Sequence[Layer]],
+    already_trained: Callable[[], Sequence[str]],
+) -> DeferredStart | None:
+    """Decide whether an optimizer makes a model's start: by default where `init` left it to the optimizer.
+
+    Args:
+        model: the model, as `init` returned it or as somebody else attached LoRA to it.
+        start_steps: as given to `optimizer`.
+        backend: name of the framework.
+        layers: gives the model's trainable LoRA pairs. Called only if a start is to be made.
+        already_trained: gives the names of the layers whose B is not zero. Called only then.
+
+    Raises:
+        ConfigError: an invalid number of steps.
+        ModelError: B is not zero.
+    """
+    report = report_of(model)
+    if start_steps is None:
+        start_steps = "auto" if report is not None and not report.done else 0
+    check_start_steps(start_steps)
+    if start_steps == 0:
+        return None
+    trained = already_trained()
+    if trained:
+        raise ModelError(
+            f"a start from the first steps needs plain LoRA's start, B = 0, got another B in {len(trained)} layers: "
+            f"{', '.join(trained[:3])}{', ...' if len(trained) > 3 else ''}; to train on from here, pass start_steps=0"
+        )
+    if report is None or report.done:
+        report = new_report(backend, Config(), layers())
+        remember(model, report)
+    report.start_steps = start_steps
+    least, most = (LEAST_STEPS, MOST_STEPS) if start_steps == "auto" else (start_steps, start_steps)
+    return DeferredStart(report, report.gamma, least, most)
