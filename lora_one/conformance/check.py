@@ -46,7 +46,7 @@ def check_backend(
         ...         return super().svdvals(x) ** 2
         >>> result = check_backend(WrongOps(), like=np.zeros((), np.float64), name="mine")
         >>> result.verdict
-        '2 of 28 checks are off: mine on cpu.'
+        '2 of 30 checks are off: mine on cpu.'
         >>> [failure.check for failure in result.failures]
         ['svdvals', 'alignment']
     """
@@ -83,7 +83,7 @@ def check_installed(
 
     Example:
         >>> print(check_installed("numpy", dtype="float64").verdict)
-        All 28 checks agree with the spec: numpy on cpu.
+        All 30 checks agree with the spec: numpy on cpu.
     """
     targets = [
         target

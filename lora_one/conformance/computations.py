@@ -14,7 +14,7 @@ from lora_one.core import alignment, exact, factors, precondition, step
 from lora_one.core.factors import Factors
 from lora_one.core.ops import Array, Ops
 
-from . import spectra
+from . import deferred, spectra
 from .types import Host, Params, View
 
 
@@ -97,6 +97,12 @@ def _narrowed(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Arr
 def _comparison(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
     x = inputs[0]
     return [ops.astype(ops.isfinite(x), x.dtype), ops.astype(x == 0, x.dtype), ops.astype(x >= -x, x.dtype)]
+
+
+def _where(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
+    """Choose entries, also where the other one is not finite, and by a condition that is broadcast."""
+    x, y = inputs
+    return [ops.where(ops.isfinite(x), x, y), ops.where(y[:, :1] > 0, y, ops.zeros((), like=y))]
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -206,6 +212,7 @@ COMPUTATIONS: dict[str, Computation] = {
     "max": Computation(_reductions("max"), _unchanged, exact=True),
     "isfinite, comparisons": Computation(_comparison, _unchanged, exact=True),
     "concat": Computation(lambda ops, xs, p: [ops.concat(xs, axis=axis) for axis in (0, 1)], _unchanged, exact=True),
+    "where": Computation(_where, _unchanged, exact=True),
     "stack": Computation(lambda ops, xs, p: [ops.stack(xs, axis=axis) for axis in (0, 1)], _unchanged, exact=True),
     "omega": Computation(spectra.drawn_omega, _unchanged),
     "exact spectrum": Computation(spectra.exact_spectrum, spectra.spectrum_view, compiled=True),
@@ -213,6 +220,7 @@ COMPUTATIONS: dict[str, Computation] = {
     "factors, normalized": Computation(_factors("normalized"), _product_view, compiled=True),
     "factors, gradient": Computation(_factors("gradient"), _product_view),
     "factors, plain": Computation(_plain, _unchanged),
+    "start without data": Computation(deferred.deferred_start, deferred.deferred_view, compiled=True),
     "precondition": Computation(_precondition, _unchanged, compiled=True),
     "gradient descent": Computation(_descend, _unchanged, compiled=True, cast=True),
     "AdamW": Computation(_adamw, _unchanged, compiled=True, optimizer=True, cast=True),

@@ -94,7 +94,7 @@ def checks() -> list[Check]:
 
     Example:
         >>> len(checks()), checks()[0]
-        (35, Check(computation='asarray, to_numpy', mode='eager'))
+        (38, Check(computation='asarray, to_numpy', mode='eager'))
     """
     eager = [Check(name, "eager") for name in COMPUTATIONS]
     compiled = [Check(name, "compiled") for name, c in COMPUTATIONS.items() if c.compiled]

@@ -201,7 +201,7 @@ def test_warnings_of_the_start_reach_the_terminal(tmp_path):
 
 def test_conformance_prints_tables_and_writes_json(tmp_path):
     text = run("conformance", "--backend", "numpy", "--json", str(tmp_path / "result.json"))
-    assert "All 56 checks agree with the spec: numpy on cpu." in text
+    assert "All 60 checks agree with the spec: numpy on cpu." in text
     assert "float64: error / allowed" in text
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["passed"] and len(result["results"]) == 56

@@ -9,7 +9,7 @@ import pytest
 from lora_one.backends.numpy.ops import NumpyOps
 from lora_one.conformance import Check, Target, checks, run
 from lora_one.conformance.computations import problems
-from lora_one.core import alignment, bases, estimates, exact, factors, fold, omega, precondition, sides, step
+from lora_one.core import alignment, bases, deferred, estimates, exact, factors, fold, omega, precondition, sides, step
 from lora_one.core.factors import Factors
 from lora_one.core.gradient import RowProduct
 
@@ -106,6 +106,8 @@ WRONG_PRIMITIVES: list[tuple[str, str, Callable[..., Any]]] = [
     ("concat", "concat", lambda xs, axis=0: np.concatenate(xs[::-1], axis=axis)),
     ("concat", "concat", lambda xs, axis=0: np.concatenate(xs)),
     ("stack", "stack", lambda xs, axis=0: np.stack(xs)),
+    ("where", "where", lambda condition, x, y: np.where(condition, y, x)),
+    ("where", "where", lambda condition, x, y: condition * x + ~condition * y),
 ]
 
 
@@ -146,6 +148,7 @@ TRUE = {
         fold: ("start_fold", "fold", "aim", "read_both_sides", "merge_folds", "finish_fold"),
         sides: ("sides_as_factors", "products_of"),
         factors: ("normalized_factors", "gradient_factors", "plain_factors"),
+        deferred: ("start_step", "add_both_sides", "settled", "_cosine"),
         precondition: ("precondition", "damped_inverse"),
         step: ("gradient_descent", "adamw", "_adamw"),
         alignment: ("principal_cosines", "principal_sines", "captured_energy"),
@@ -192,6 +195,28 @@ def _sides_in_one_half(ops, pair):
 def _products_negated_on_the_left(ops, gradients, p):
     products = TRUE["products_of"](ops, gradients, p)
     return products._replace(g_left=-products.g_left)
+
+
+def _started_again(ops, pair, gradient, state, gamma):
+    """Each gradient makes a start of its own: what the steps before have read is forgotten."""
+    new, after = TRUE["start_step"](ops, pair, gradient, state, gamma)
+    return new, after._replace(s=after.s * np.float32(1e-3))
+
+
+def _not_of_descent(ops, pair, gradient, state, gamma):
+    return TRUE["start_step"](ops, pair, Factors(*(-g for g in gradient)), state, gamma)
+
+
+def _negated_on_one_side(ops, pair, gradient, state, gamma):
+    return TRUE["start_step"](ops, pair, gradient._replace(lora_A=-gradient.lora_A), state, gamma)
+
+
+def _nothing_known(ops, known, products):
+    return TRUE["add_both_sides"](ops, known._replace(s=0 * known.s), products)
+
+
+def _one_side_added(ops, known, products):
+    return TRUE["add_both_sides"](ops, known, products._replace(g_left=0 * products.g_left))
 
 
 def _sequential_descent(ops, pair, gradient, rate, reg, damping):
@@ -247,7 +272,7 @@ WRONG_STEPS: list[tuple[str, Any, str, Callable[..., Any]]] = [
     ("fold, after each batch", fold, "read_both_sides", lambda ops, s, products: s),
     ("fold, after each batch", fold, "read_both_sides", _one_side_read),
     ("fold, after each batch", fold, "read_both_sides", _read_but_for_the_turn),
-    ("fold, after each batch", fold, "_outside", lambda ops, x, basis: 0 * x[0]),
+    ("fold, after each batch", fold, "outside", lambda ops, x, basis: 0 * x[0]),
     ("fold, after each batch", sides, "sides_as_factors", _sides_in_one_half),
     ("fold, after each batch", sides, "products_of", lambda ops, g, p: TRUE["products_of"](ops, g, p - 1)),
     ("fold, after each batch", sides, "products_of", _products_negated_on_the_left),
@@ -259,6 +284,16 @@ WRONG_STEPS: list[tuple[str, Any, str, Callable[..., Any]]] = [
     ("factors, gradient", factors, "gradient_factors", lambda o, s, e: TRUE["gradient_factors"](o, s, e**2)),
     ("factors, gradient", factors, "gradient_factors", lambda *a: _swapped(TRUE["gradient_factors"](*a))),
     ("factors, plain", factors, "plain_factors", lambda o, w, r, n: TRUE["plain_factors"](o, w * 3**0.5, r, n)),
+    ("start without data", deferred, "start_step", _started_again),
+    ("start without data", deferred, "start_step", _not_of_descent),
+    ("start without data", deferred, "start_step", lambda o, p, g, s, x: TRUE["start_step"](o, p, g, s, x / 2)),
+    ("start without data", deferred, "start_step", _negated_on_one_side),
+    ("start without data", deferred, "add_both_sides", _one_side_added),
+    ("start without data", deferred, "add_both_sides", _nothing_known),
+    ("start without data", deferred, "_finite", lambda ops, x: np.ones(x.shape[:-2], bool)),
+    ("start without data", deferred, "_cosine", lambda ops, within, s: 0.99 * TRUE["_cosine"](ops, within, s)),
+    ("start without data", deferred, "settled", lambda ops, steps, states: TRUE["settled"](ops, 0 * steps, states)),
+    ("start without data", deferred, "NOISE", 1e3),
     ("precondition", precondition, "precondition", NO_REG),
     ("precondition", precondition, "precondition", _other_side),
     ("precondition", precondition, "precondition", lambda ops, p, g, *a: g),

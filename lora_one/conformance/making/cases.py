@@ -35,6 +35,7 @@ def all_cases() -> Iterator[Case]:
     yield from _primitives()
     yield from _spectra()
     yield from _folds()
+    yield from _deferred()
     yield from _pairs()
     yield from _alignment()
 
@@ -196,6 +197,30 @@ def _training() -> Iterator[Case]:
             yield Case(computation, f"{name}, 1 step, few bits", few, params, narrow=True)
 
 
+def _deferred() -> Iterator[Case]:
+    """A, and gradients that agree more or less, of which one is zero and one is not finite."""
+    rank = 3
+    for name, (rows, columns) in {
+        "tall": (24, 16),
+        "wide": (16, 24),
+        "stack": (24, 16),
+        **dict.fromkeys(SCALES, (24, 16)),
+    }.items():
+        scale = SCALES.get(name, 1.0)
+        pairs = []
+        for pair in range(2 if name == "stack" else 1):
+            common = _decaying(110 + 2 * pair, rows, columns)
+            gradients = [common + _decaying(120 + 10 * pair + 2 * i, rows, columns) / 8.0 for i in range(3)]
+            pairs.append([_normal(114 + pair, rank, columns) / 8.0, *(_float32(g * scale) for g in gradients)])
+        a, first, second, third = (np.stack(x) if name == "stack" else x[0] for x in zip(*pairs, strict=True))
+        broken = third.copy()
+        broken[..., 0, 0] = np.nan
+        arrays = [a, first, np.zeros_like(first), second, broken, third]
+        yield Case("start without data", name, arrays, {"gamma": 128.0, "unit": scale}, compiled=name == "tall")
+    nothing = [_normal(114, rank, 16) / 8.0, np.zeros((24, 16))]
+    yield Case("start without data", "zero", nothing, {"gamma": 128.0, "unit": 1.0})
+
+
 def _alignment() -> Iterator[Case]:
     g = _decaying(10, 24, 24)
     x, y = _normal(100, 24, 3), _normal(101, 24, 5)
@@ -247,3 +272,4 @@ def _primitives() -> Iterator[Case]:
     yield Case("isfinite, comparisons", "all kinds", [np.array([0.0, 1.0, -2.0, np.inf, -np.inf, np.nan])], {})
     yield Case("concat", "two", [square, -square], {})
     yield Case("stack", "two", [square, -square], {})
+    yield Case("where", "of what is not finite", [np.where(square > 1, np.nan, square), square], {})

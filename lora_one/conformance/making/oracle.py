@@ -108,6 +108,10 @@ _UNNAMED: dict[str, Callable[[Inputs], Any]] = {
     "sum": _reduced(lambda x: np.sum(x.astype(Long))),
     "max": _reduced(lambda x: max(x.ravel().tolist())),
     "isfinite, comparisons": lambda xs: [[1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0]],
+    "where": lambda xs: [
+        [[y if np.isnan(x) else x for x, y in zip(*rows, strict=True)] for rows in zip(*xs, strict=True)],
+        [row if row[0] > 0 else 0 * row for row in xs[1]],
+    ],
     "concat": lambda xs: [[*xs[0], *xs[1]], [[*a, *b] for a, b in zip(*xs, strict=True)]],
     "stack": lambda xs: [[xs[0], xs[1]], [[a, b] for a, b in zip(*xs, strict=True)]],
 }
@@ -124,6 +128,7 @@ _NAMED: dict[str, Callable[[Inputs, Params, float], View]] = {
     "factors, normalized": oracle_steps.normalized_factors,
     "factors, gradient": oracle_steps.gradient_factors,
     "factors, plain": oracle_steps.plain_factors,
+    "start without data": oracle_steps.deferred_start,
     "precondition": oracle_steps.precondition,
     "gradient descent": oracle_steps.gradient_descent,
     "AdamW": oracle_steps.adamw,

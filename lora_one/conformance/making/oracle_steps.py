@@ -32,6 +32,54 @@ def plain_factors(inputs: Inputs, params: Params, eps: float) -> View:
     return {"0": omega[:, :r].T * (3.0 * len(omega)) ** -0.5, "1": np.zeros((params["out"], r))}
 
 
+def deferred_start(inputs: Inputs, params: Params, eps: float) -> View:
+    a, *gradients = inputs
+    if a.ndim == 2:
+        a, gradients = a[None], [g[None] for g in gradients]
+    by_pair = [_deferred(x[0], list(x[1:]), params) for x in zip(a, *gradients, strict=True)]
+    view: View = {}
+    for step in range(len(gradients)):
+        parts = {name: np.stack([pair[step][name] for pair in by_pair]) for name in by_pair[0][step]}
+        mean = np.mean(parts["agreement"])
+        noise = (1.0 / mean**2 - 1.0) / (step + 1) if mean > 0 else np.inf
+        shaped = {name: x if inputs[0].ndim == 3 else x[0] for name, x in parts.items()}
+        shaped["settled"] = np.array(float(noise <= 1.0 / 8.0))
+        view |= {f"step {step + 1}: {name}": x for name, x in shaped.items()}
+    return view
+
+
+def _deferred(a: np.ndarray, gradients: Inputs, params: Params) -> list[dict[str, np.ndarray]]:
+    """What is known of the sum of a pair's gradients, H, of rank r; and the start from it, by step."""
+    r, h, agreement, stages = len(a), np.zeros_like(gradients[0]), 0.0, []
+    for g in gradients:
+        if np.isfinite(g).all() and g.any():
+            if not h.any():
+                lower = np.linalg.cholesky(a @ a.T)  # rows of L^-1 A are A's rows, made orthonormal one by one
+                h = g @ a.T @ np.linalg.solve(lower, a) / np.sqrt(np.sum(a**2) / r)
+            else:
+                u, s, vt = (x[:, :r] if i == 0 else x[:r] for i, x in enumerate(gesvd(h)))
+                inside = u.T @ g @ vt.T
+                agreement = np.trace(inside * s) / np.linalg.norm(inside) / np.linalg.norm(s)
+                full = h + g - (g - u @ (u.T @ g)) @ (np.eye(len(a[0])) - vt.T @ vt)
+                u, s, vt = gesvd(full)
+                h = (u[:, :r] * s[:r]) @ vt[:r]
+        u, s, vt = gesvd(h)
+        ratios = s[:r] / (s[0] or 1.0)
+        start = h.any()
+        square = np.diag(ratios) / params["gamma"]
+        stages.append(
+            {
+                "B A": -h / (s[0] or 1.0) / params["gamma"],
+                "A A^T": square if start else a @ a.T,
+                "B^T B": square,
+                "S / S_1": ratios,
+                "S_1": s[:1] / params["unit"],
+                "agreement": np.array(agreement),
+            }
+        )
+    return stages
+
+
 def precondition(inputs: Inputs, params: Params, eps: float) -> View:
     a, b, gradient_a, gradient_b = _in_long(inputs)
     return _view(_directions((a, b), (gradient_a, gradient_b), params, eps))
