@@ -4,8 +4,7 @@ from . import errors
 from .api import init, load, merge, optimizer, save
 from .checkpoint.conversion import convert
 from .config import Config
-from .deferred_report import DeferredReport
-from .report import Report
+from .report import DeferredReport, Report
 
 __version__ = "0.1.0"
 __all__ = ["Config", "DeferredReport", "Report", "convert", "errors", "init", "load", "merge", "optimizer", "save"]

@@ -12,11 +12,11 @@ from .backends.waiting import forget, new_report, remember, report_of
 from .checkpoint.folder import replacing_adapter
 from .checkpoint.metadata import write_metadata
 from .config import Config
-from .deferred_report import DeferredReport, check_needs_no_data
 from .errors import ConfigError, UnfinishedStartWarning, warn_user
 from .initialization import assign_plain, check_rank, initialize
 from .progress import shown
 from .report import Report
+from .report.deferred import DeferredReport, check_needs_no_data
 
 
 @overload

@@ -39,13 +39,12 @@ MAY_IMPORT = {
     "plots": {"errors", "files"},
     "progress": {"errors"},
     "report": {"checks", "config", "core", "errors", "plots"},
-    "deferred_report": {"checks", "config", "core", "errors"},
-    "checkpoint": {"checks", "core", "deferred_report", "environment", "errors", "files", "plots", "report"},
-    "backends": {"checkpoint", "checks", "config", "core", "deferred_report", "environment", "errors"},
+    "checkpoint": {"checks", "core", "environment", "errors", "files", "plots", "report"},
+    "backends": {"checkpoint", "checks", "config", "core", "environment", "errors", "report"},
     "passes": {"backends", "config", "core", "errors", "report"},
     "initialization": {"backends", "config", "core", "errors", "passes", "report"},
-    "api": {"backends", "checkpoint", "config", "deferred_report", "errors", "initialization", "progress", "report"},
-    "lora_one": {"api", "checkpoint", "config", "deferred_report", "errors", "report"},
+    "api": {"backends", "checkpoint", "config", "errors", "initialization", "progress", "report"},
+    "lora_one": {"api", "checkpoint", "config", "errors", "report"},
     "finetune": {
         "api",
         "backends",
@@ -216,7 +215,7 @@ def test_the_command_says_what_it_needs():
 
 def test_public_names_are_those_of_the_design():
     functions = {"convert", "init", "load", "merge", "optimizer", "save"}
-    assert set(lora_one.__all__) == {"Config", "Report", "errors", *functions}
+    assert set(lora_one.__all__) == {"Config", "DeferredReport", "Report", "errors", *functions}
 
 
 def test_adapters_is_not_a_package():

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from lora_one.config import Config
 from lora_one.core.deferred import LEAST_STEPS, MOST_STEPS
-from lora_one.deferred_report import DeferredReport, LayerStart, StartSteps, check_start_steps
 from lora_one.errors import ModelError
+from lora_one.report.deferred import DeferredReport, LayerStart, StartSteps, check_start_steps
 
 from .interface import Layer
 

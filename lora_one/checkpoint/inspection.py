@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from lora_one.core.factors import Factors
-from lora_one.deferred_report import DeferredReport, LayerStart
 from lora_one.errors import CheckpointError
 from lora_one.plots import Panel, draw
 from lora_one.report import LayerReport, Report
+from lora_one.report.deferred import DeferredReport, LayerStart
 
 from .folder import METADATA
 from .metadata import read_report

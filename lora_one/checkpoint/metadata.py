@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from lora_one.deferred_report import DeferredReport
 from lora_one.environment import installed_versions
 from lora_one.errors import CheckpointError
 from lora_one.files.json_files import read_object
 from lora_one.report import Report
+from lora_one.report.deferred import DeferredReport
 
 from .folder import METADATA, is_file
 

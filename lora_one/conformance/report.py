@@ -30,7 +30,7 @@ class Conformance:
         >>> from lora_one import conformance
         >>> results = conformance.check_installed("numpy", dtype="float32")
         >>> results.passed, len(results.results), results.failures
-        (True, 28, [])
+        (True, 30, [])
         >>> sorted(results.to_dict())
         ['machine', 'notes', 'passed', 'results', 'vectors', 'verdict', 'versions']
     """

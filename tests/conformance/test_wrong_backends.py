@@ -293,7 +293,7 @@ WRONG_STEPS: list[tuple[str, Any, str, Callable[..., Any]]] = [
     ("start without data", deferred, "_finite", lambda ops, x: np.ones(x.shape[:-2], bool)),
     ("start without data", deferred, "_cosine", lambda ops, within, s: 0.99 * TRUE["_cosine"](ops, within, s)),
     ("start without data", deferred, "settled", lambda ops, steps, states: TRUE["settled"](ops, 0 * steps, states)),
-    ("start without data", deferred, "NOISE", 1e3),
+    ("start without data", deferred, "NOISE", 1e-3),
     ("precondition", precondition, "precondition", NO_REG),
     ("precondition", precondition, "precondition", _other_side),
     ("precondition", precondition, "precondition", lambda ops, p, g, *a: g),

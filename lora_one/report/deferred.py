@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .checks import check_integer
-from .config import Config
-from .core.deferred import LEAST_STEPS, MOST_STEPS
-from .errors import CheckpointError, ConfigError
+from lora_one.checks import check_integer
+from lora_one.config import Config
+from lora_one.core.deferred import LEAST_STEPS, MOST_STEPS
+from lora_one.errors import CheckpointError, ConfigError
 
 StartSteps = int | Literal["auto"]
 

@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .checks import shown
-from .config import Config
-from .core.spectrum import Spectrum
-from .errors import CheckpointError
-from .plots import Panel, draw
+from lora_one.checks import shown
+from lora_one.config import Config
+from lora_one.core.spectrum import Spectrum
+from lora_one.errors import CheckpointError
+from lora_one.plots import Panel, draw
 
 ROUNDING = 1e-5  # of float32 sums of squares: a share as close to 1 as this is 1
 
