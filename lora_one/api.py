@@ -8,7 +8,7 @@ from typing import Any, overload
 from .backends import backend_of
 from .backends.checks import check_iterable, check_readings
 from .backends.interface import Backend
-from .backends.waiting import forget, new_report, remember, report_of
+from .backends.waiting import check_no_optimizer, forget, new_report, remember, report_of
 from .checkpoint.folder import replacing_adapter
 from .checkpoint.metadata import write_metadata
 from .config import Config
@@ -113,6 +113,7 @@ def _init_without_data(
     if loss_fn is not None:
         raise ConfigError("loss_fn is for the gradient on batches, got it without batches: pass both or neither")
     check_needs_no_data(config)
+    check_no_optimizer(model)
     name = framework.ops.name
     with framework.open_session(model, None, None, config) as session:
         for layer in session.layers:

@@ -1,7 +1,8 @@
 """Models whose start the optimizer is to make, and the reports that it fills in."""
 
+import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lora_one.config import Config
@@ -11,7 +12,9 @@ from lora_one.report.deferred import DeferredReport, LayerStart, StartSteps, che
 
 from .interface import Layer
 
-_REPORTS: dict[int, DeferredReport] = {}  # by the model's id, since models of MLX have no hash
+# By the model's id, since models of MLX have no hash.
+_REPORTS: dict[int, DeferredReport] = {}
+_OPTIMIZERS: dict[int, "weakref.ref[Any]"] = {}
 
 
 class DeferredStart(NamedTuple):
@@ -43,11 +46,31 @@ def forget(model: Any) -> None:
 
 def report_of(model: Any) -> DeferredReport | None:
     """Return the report of a model's deferred start, also of one inside of wrappers; None if it has none."""
-    while model is not None:
-        if id(model) in _REPORTS:
-            return _REPORTS[id(model)]
-        model = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-    return None
+    return next((_REPORTS[id(part)] for part in _with_inner_models(model) if id(part) in _REPORTS), None)
+
+
+def optimizer_made(model: Any, optimizer: Any) -> None:
+    """Remember the optimizer that was made for a model, for as long as both live."""
+    for part in _with_inner_models(model):
+        _OPTIMIZERS[id(part)] = weakref.ref(optimizer)
+        weakref.finalize(part, _OPTIMIZERS.pop, id(part), None)
+
+
+def check_no_optimizer(model: Any) -> None:
+    """Check that no optimizer was made for a model whose start is to be made by one.
+
+    Raises:
+        ModelError: there is one, and it would train the factors without making their start.
+    """
+    for part in _with_inner_models(model):
+        made = _OPTIMIZERS.get(id(part))
+        if made is not None and made() is not None:
+            gc.collect()  # optimizers and schedulers refer to each other, so that those of an earlier run linger
+            if made() is not None:
+                raise ModelError(
+                    "lora_one.init without batches must come before lora_one.optimizer, got a model with an optimizer, "
+                    f"a {type(made()).__name__}: make the optimizer after init, and drop this one before"
+                )
 
 
 def new_report(backend: str, config: Config, layers: Sequence[Layer]) -> DeferredReport:
@@ -74,7 +97,7 @@ def deferred_start(
 
     Raises:
         ConfigError: an invalid number of steps.
-        ModelError: B is not zero.
+        ModelError: B is not zero, or a rank is above a layer's size.
     """
     report = report_of(model)
     if start_steps is None:
@@ -86,11 +109,26 @@ def deferred_start(
     if trained:
         raise ModelError(
             f"a start from the first steps needs plain LoRA's start, B = 0, got another B in {len(trained)} layers: "
-            f"{', '.join(trained[:3])}{', ...' if len(trained) > 3 else ''}; to train on from here, pass start_steps=0"
+            f"{', '.join(trained[:3])}{', ...' if len(trained) > 3 else ''}; to train on from here, pass "
+            "start_steps=0; to resume a start, make the optimizer before the factors are loaded, and load its state too"
         )
     if report is None or report.done:
         report = new_report(backend, Config(), layers())
+        for layer in report.layers:
+            limit = min(layer.out_features, layer.in_features)
+            if layer.rank > limit:
+                raise ModelError(
+                    f"layer {layer.name!r}: a start needs a rank <= min(out, in) = {limit}, got {layer.rank}; lower "
+                    "the rank, or pass start_steps=0"
+                )
         remember(model, report)
     report.start_steps = start_steps
     least, most = (LEAST_STEPS, MOST_STEPS) if start_steps == "auto" else (start_steps, start_steps)
     return DeferredStart(report, report.gamma, least, most)
+
+
+def _with_inner_models(model: Any) -> Iterator[Any]:
+    """Yield a model and those that it wraps."""
+    while model is not None:
+        yield model
+        model = getattr(model, "_orig_mod", None) or getattr(model, "module", None)

@@ -68,7 +68,7 @@ def _stacked(arena: "_Arena", pairs: list[LoraPair], reg: float, damping: Dampin
         factors = Factors(*map(arena.stack, zip(*batch, strict=True)))  # (n, r, in), (n, out, r)
         inverse_b, inverse_a = damped_inverse(arena, torch.stack(grams(arena, factors)), reg, damping)  # each (n, r, r)
         arena.clear()
-        gradient = Factors(*map(arena.stack, zip(*map(_gradient, batch), strict=True)))
+        gradient = Factors(*map(arena.stack, zip(*map(gradient_of, batch), strict=True)))
         direction = apply_inverses(arena, gradient, inverse_b, inverse_a)
         yield _batch(batch, zip(*(side.unbind() for side in direction), strict=True))
 
@@ -90,7 +90,7 @@ def _one_by_one(arena: "_Arena", pairs: list[LoraPair], reg: float, damping: Dam
             batch_size = 0
         batch_size += size
         batch.append(pair)
-        batch_directions.append(apply_inverses(arena, _gradient(pair), inverse_b, inverse_a))
+        batch_directions.append(apply_inverses(arena, gradient_of(pair), inverse_b, inverse_a))
     yield _batch(batch, batch_directions)
 
 
@@ -99,7 +99,8 @@ def _wide_dtype(pair: LoraPair) -> torch.dtype:
     return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
 
 
-def _gradient(pair: LoraPair) -> Factors:
+def gradient_of(pair: LoraPair) -> Factors:
+    """Return the gradient of a pair; zeros for a factor without one."""
     return Factors(*(torch.zeros_like(factor) if factor.grad is None else factor.grad for factor in pair))
 
 

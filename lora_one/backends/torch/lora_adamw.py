@@ -1,4 +1,4 @@
-"""AdamW on preconditioned gradients, for many LoRA pairs at a time."""
+"""AdamW with LoRA-One's preconditioner and its start out of the first gradients, for many LoRA pairs at a time."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -11,8 +11,10 @@ from torch.optim.adamw import adamw
 from lora_one.core.precondition import Damping
 from lora_one.errors import ConfigError, ModelError
 
+from .deferred import PairStarts
 from .directions import LoraPair, directions
 from .linalg.precision import full_precision
+from .start_state import check_start_state, restore_start_state
 
 # Settings of a parameter group that `torch.optim.adamw.adamw` takes under the same name.
 _SETTINGS = ("lr", "weight_decay", "eps", "amsgrad", "maximize", "foreach", "capturable", "fused")
@@ -33,11 +35,13 @@ class LoraOneAdamW(torch.optim.AdamW):
         pairs: the `LoraPair`s to precondition, each with lora_A (r, in) and lora_B (out, r); both must be in `params`.
         reg: what is added to the diagonal of the r x r matrices, 1e-6 by default.
         damping: "absolute" adds `reg` itself (the default), "relative" adds it times the mean eigenvalue.
+        start: pairs whose factors the first steps set to LoRA-One's start, as `lora_one.optimizer` finds them. AdamW
+            trains them afterwards, and all other parameters from the first step. None (default) makes no start.
         adamw: the other arguments of torch.optim.AdamW.
 
     Raises:
         ModelError: a factor that is not in `params`, or that two different pairs share.
-        ConfigError: a step that a CUDA graph captures, without capturable=True.
+        ConfigError: a step that a CUDA graph captures, without capturable=True or while the start is being made.
 
     Source:
         LoRA-One, arXiv 2502.01235, Algorithm 1.
@@ -59,16 +63,54 @@ class LoraOneAdamW(torch.optim.AdamW):
         pairs: Iterable[LoraPair],
         reg: float = 1e-6,
         damping: Damping = "absolute",
+        start: PairStarts | None = None,
         **adamw: Any,
     ):
+        self._start = start
         super().__init__(params, **adamw)
         self.pairs = _distinct(pairs)
         self.reg = reg
         self.damping: Damping = damping
+        if start is not None:
+            _distinct(start.pairs)
+            for group in (self.defaults, *self.param_groups):
+                group.update(start_taken=0, start_done=False)
         self._groups_of_factors()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "pairs": self.pairs, "reg": self.reg, "damping": self.damping}
+        ours = {"pairs": self.pairs, "reg": self.reg, "damping": self.damping, "_start": self._start}
+        return {**super().__getstate__(), **ours}
+
+    @property
+    def starting(self) -> bool:
+        """Whether the next steps still make the start."""
+        return self._start is not None and not self.param_groups[0]["start_done"]
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch.amp.GradScaler leaves it to `step` to divide the gradients by their scale."""
+        return getattr(self, "_unscales", False) and not self.starting
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self._unscales = value
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state. One from the middle of a start continues it, with the factors that were saved with it.
+
+        Raises:
+            CheckpointError: the state is of another model, or of an optimizer that makes no start.
+        """
+        if self._start is None:
+            super().load_state_dict(state_dict)
+            return
+        check_start_state(self, state_dict)
+        super().load_state_dict(state_dict)
+        restore_start_state(self, state_dict)
+        self._start.checked = False
+        group = self.param_groups[0]
+        if group["start_taken"]:
+            self._start.record(self.state, group["start_taken"], group["start_done"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -78,25 +120,52 @@ class LoraOneAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         self._check_capture()
-        factors = {id(factor) for pair in self.pairs for factor in pair}
+        pairs, start = self.pairs, self._start if self.starting else None
+        factors = {id(factor) for pair in (*pairs, *(start.pairs if start else ())) for factor in pair}
         for group in self.param_groups:
             others = [p for p in group["params"] if p.grad is not None and id(p) not in factors]
             self._adamw(group, others, [p.grad for p in others])
-        if self.pairs:
-            group_of = self._groups_of_factors()
-            with full_precision(self.pairs[0].lora_A.device):  # once, instead of at each product
-                for batch in directions(self.pairs, self.reg, self.damping):
-                    batch_of_group: dict[int, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
-                    for factor, direction in batch:
-                        batch_of_group[group_of[id(factor)]].append((factor, direction))
-                    for index, group_batch in batch_of_group.items():
-                        self._adamw(self.param_groups[index], *map(list, zip(*group_batch, strict=True)))
+        if start is not None:
+            waiting = {id(pair.lora_A) for pair in start.pairs}
+            pairs = [pair for pair in pairs if id(pair.lora_A) not in waiting]
+            self._take_step_of(start)
+        if pairs:
+            self._preconditioned(pairs)
         return loss
+
+    def _preconditioned(self, pairs: Sequence[LoraPair]) -> None:
+        group_of = self._groups_of_factors()
+        with full_precision(pairs[0].lora_A.device):  # once, instead of at each product
+            for batch in directions(pairs, self.reg, self.damping):
+                batch_of_group: dict[int, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+                for factor, direction in batch:
+                    batch_of_group[group_of[id(factor)]].append((factor, direction))
+                for index, group_batch in batch_of_group.items():
+                    self._adamw(self.param_groups[index], *map(list, zip(*group_batch, strict=True)))
+
+    def _take_step_of(self, start: PairStarts) -> None:
+        group_of = self._groups_of_factors()
+        for factor in (factor for pair in start.pairs for factor in pair):
+            self._state_of(factor, self.param_groups[group_of[id(factor)]])  # the same entries as after the start
+        taken = self.param_groups[0]["start_taken"]
+        if not start.step(self.state):
+            return
+        done = start.is_made(self.state, taken + 1)
+        for group in self.param_groups:
+            group.update(start_taken=taken + 1, start_done=done)
+        start.record(self.state, taken + 1, done)
+        if done:
+            start.warn_of_plain_layers()
 
     def _check_capture(self) -> None:
         cuda = torch.cuda
         if torch.compiler.is_compiling() or not (cuda.is_available() and cuda.is_current_stream_capturing()):
             return
+        if self.starting:
+            raise ConfigError(
+                "a CUDA graph cannot hold the steps that make LoRA-One's start: take these before the capture, until "
+                "the report says done, or pass start_steps=0"
+            )
         if not all(group["capturable"] for group in self.param_groups):
             raise ConfigError("a step in a CUDA graph needs capturable=True in each param group, got False")
 
@@ -133,7 +202,7 @@ class LoraOneAdamW(torch.optim.AdamW):
     def _groups_of_factors(self) -> dict[int, int]:
         """Return id of a parameter -> index of its group."""
         group_of = {id(p): index for index, group in enumerate(self.param_groups) for p in group["params"]}
-        for pair in self.pairs:
+        for pair in (*self.pairs, *(self._start.pairs if self._start else ())):
             for side, factor in pair._asdict().items():
                 if id(factor) not in group_of:
                     raise ModelError(
@@ -150,8 +219,8 @@ def _distinct(pairs: Iterable[LoraPair]) -> list[LoraPair]:
         for side, factor in pair._asdict().items():
             if id(factor) in seen:
                 raise ModelError(
-                    f"preconditioning needs pairs of their own, got a {side} {tuple(factor.shape)} that two pairs "
-                    "share: untie it, or use precondition=False"
+                    f"each pair needs factors of its own, got a {side} {tuple(factor.shape)} that two pairs share: "
+                    "untie it, or use precondition=False and start_steps=0"
                 )
             seen.add(id(factor))
     return distinct

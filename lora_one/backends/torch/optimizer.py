@@ -8,11 +8,15 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_one.backends.checks import check_optimizer_settings
+from lora_one.backends.waiting import optimizer_made
 from lora_one.core.precondition import Damping
 from lora_one.errors import ModelError
+from lora_one.report.deferred import StartSteps
 
+from .deferred import plan_starts
 from .directions import LoraPair
 from .lora_adamw import LoraOneAdamW
+from .start_state import refuse_unfinished
 
 
 def lora_pairs(model: nn.Module) -> list[LoraPair]:
@@ -40,6 +44,7 @@ def optimizer(
     loraplus_lr_ratio: float = 1.0,
     param_groups: Iterable[dict[str, Any]] = (),
     fused: bool | None = None,
+    start_steps: StartSteps | None = None,
 ) -> torch.optim.AdamW:
     """See `lora_one.optimizer` for the arguments. Here is only what is special to PyTorch.
 
@@ -65,10 +70,18 @@ def optimizer(
     has_fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trainable)
     adamw: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay, "betas": betas, "eps": eps}
     adamw["fused"] = has_fused if fused is None else fused
-    made = LoraOneAdamW(groups, pairs, reg, damping, **adamw) if precondition else torch.optim.AdamW(groups, **adamw)
+    start = plan_starts(model, start_steps)
+    made: torch.optim.AdamW
+    if precondition or start is not None:
+        made = LoraOneAdamW(groups, pairs if precondition else (), reg, damping, start, **adamw)
+    else:
+        made = torch.optim.AdamW(groups, **adamw)
+    if start is None:
+        made.register_load_state_dict_pre_hook(refuse_unfinished)
     if fused is None:
         # Lightning refuses to clip the gradients of an optimizer that would still have to divide them by a scale.
         made._step_supports_amp_scaling = False
+    optimizer_made(model, made)
     return made
 
 

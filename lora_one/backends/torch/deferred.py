@@ -1,0 +1,213 @@
+"""LoRA-One's start out of the first gradients of a training, for the LoRA pairs of a torch.optim.Optimizer.
+
+What the start has read so far is in the optimizer's own state, so that it is saved and loaded with it: `start_s` of
+each lora_A, `start_agreement` of each lora_B, and `start_taken` and `start_done` of the parameter groups.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from lora_one.backends.waiting import DeferredStart, deferred_start, report_of
+from lora_one.core.deferred import StartState, settled, start_state, start_step
+from lora_one.core.factors import Factors
+from lora_one.core.stacking import stack_of, unstacked
+from lora_one.errors import ModelError, ZeroGradientWarning, warn_user
+from lora_one.report.deferred import StartSteps
+
+from .attachment.adapters import opened
+from .attachment.attach import Site, find_sites
+from .directions import LoraPair, gradient_of
+from .linalg.precision import full_precision, widened
+from .ops import TorchOps
+
+_OPS = TorchOps()
+_ONE_BY_ONE = ("cpu",)  # types of devices that gain nothing by stacks of pairs
+_STACK_BYTES = 256 * 2**20  # of factors that are stacked at most, which bounds the memory that this takes
+States = Mapping[Tensor, dict[str, Any]]
+
+
+class PairStarts:
+    """The start of an optimizer's LoRA pairs.
+
+    Attributes:
+        pairs: one for each layer of the report, in its order.
+        plan: how many steps it takes, and the report to fill in.
+    """
+
+    def __init__(self, pairs: Sequence[LoraPair], plan: DeferredStart):
+        self.pairs = list(pairs)
+        self.plan = plan
+        self.checked = False  # whether the factors are known to be those that the state belongs to
+
+    @torch.compiler.disable(reason="LoRA-One's start is not compiled: compile the optimizer's step once it is made")
+    def step(self, states: States) -> bool:
+        """Set the factors by their gradients. Return whether the step counts: some pair has a gradient.
+
+        Args:
+            states: the optimizer's, with an entry for each factor.
+        """
+        for a, b in self.pairs:
+            if "start_s" not in states[a]:
+                states[a]["start_s"], states[b]["start_agreement"] = start_state(_OPS, Factors(a, b))
+        read = [batch for batch in _batches(self.pairs) if _has_reading(_gradient(batch))]
+        if read:
+            self._check_factors(states)
+        with full_precision(self.pairs[0].lora_A.device):  # once, instead of at each product
+            for batch in read:
+                _step_together(batch, states, self.plan.gamma)
+        return bool(read)
+
+    @torch.compiler.disable
+    def is_made(self, states: States, taken: int) -> bool:
+        """Return whether so many steps are enough."""
+        if not self.plan.least <= taken < self.plan.most:
+            return taken >= self.plan.most
+        s, agreement = zip(*(_state_of(states, pair) for pair in self.pairs), strict=True)
+        first = torch.stack([x[:1].double().cpu() for x in s])  # (pairs, 1), all that `settled` looks at
+        together = StartState(first, torch.stack([x.double().cpu() for x in agreement]))
+        return bool(settled(_OPS, torch.tensor(float(taken), dtype=torch.float64), [together]))
+
+    @torch.compiler.disable
+    def record(self, states: States, taken: int, done: bool) -> None:
+        """Fill in the report."""
+        readings = (_state_of(states, pair) for pair in self.pairs)
+        self.plan.report.record(taken, done, [(s.tolist(), float(agreement)) for s, agreement in readings])
+
+    def warn_of_plain_layers(self) -> None:
+        if plain := self.plan.report.plain_layers:
+            warn_user(
+                f"{len(plain)} of {len(self.pairs)} layers had no gradient in the {self.plan.report.steps} steps of "
+                f"LoRA-One's start and keep plain LoRA's: {_some(plain)}",
+                ZeroGradientWarning,
+            )
+
+    def _check_factors(self, states: States) -> None:
+        """Check that the factors are those that the state belongs to: once, as only another program can change that."""
+        if self.checked:
+            return
+        layers = self.plan.report.layers
+        for layer, (a, b) in zip(layers, self.pairs, strict=True):
+            expected = (layer.rank, layer.in_features), (layer.out_features, layer.rank)
+            if (tuple(a.shape), tuple(b.shape)) != expected:
+                raise ModelError(
+                    f"layer {layer.name!r}: a start needs whole factors of shapes {expected[0]} and {expected[1]}, got "
+                    f"{tuple(a.shape)} and {tuple(b.shape)}: take the first steps before sharding"
+                )
+        started = [bool(states[a]["start_s"][0] > 0) for a, _ in self.pairs]
+        nonzero = [bool(b.any()) for _, b in self.pairs]
+        changed = [layer.name for layer, s, b in zip(layers, started, nonzero, strict=True) if b and not s]
+        if changed:
+            raise ModelError(
+                f"lora_B must be zero until this optimizer's first step, got others in {_some(changed)}: another "
+                "optimizer has made the start, or weights were loaded without this optimizer's state"
+            )
+        lost = [layer.name for layer, s, b in zip(layers, started, nonzero, strict=True) if s and not b]
+        if lost:
+            raise ModelError(
+                f"the optimizer's state is in the middle of a start, but lora_B is zero in {_some(lost)}: load the "
+                "model's weights that were saved with it"
+            )
+        self.checked = True
+
+
+def plan_starts(model: nn.Module, start_steps: StartSteps | None) -> PairStarts | None:
+    """Return the start that an optimizer of a model is to make; None if there is none to make.
+
+    Raises:
+        ConfigError, ModelError: see `deferred_start` and `find_sites`; and factors that are frozen.
+    """
+    model = _adapted_part(model)
+
+    @cache
+    def sites() -> list[Site]:
+        with opened(model, "a start from the first steps") as adapted:
+            sites = find_sites(adapted)
+        frozen = [site.layer.name for site in sites if not all(factor.requires_grad for factor in _pair(site))]
+        if frozen:
+            raise ModelError(
+                f"a start from the first steps needs both factors trainable, got frozen ones in {_some(frozen)}; "
+                "unfreeze them, or pass start_steps=0"
+            )
+        return sites
+
+    plan = deferred_start(
+        model,
+        start_steps,
+        _OPS.name,
+        lambda: [site.layer for site in sites()],
+        lambda: [site.layer.name for site in sites() if bool(site.lora_B.weight.any())],
+    )
+    if plan is None:
+        return None
+    names, expected = ([layer.name for layer in layers] for layers in ((s.layer for s in sites()), plan.report.layers))
+    if names != expected:
+        raise ModelError(
+            f"the layers of the active adapter must be those that init has reported, {_some(expected)}; got "
+            f"{_some(names)}: call init again, or activate that adapter"
+        )
+    return PairStarts([_pair(site) for site in sites()], plan)
+
+
+def _adapted_part(model: nn.Module) -> nn.Module:
+    """Return the part of a model with the adapter; the model itself if it has a report, or no adapter at all."""
+    if report_of(model) is not None:
+        return model
+    parts = [part for part in model.modules() if isinstance(part, peft.PeftModel) or "peft_config" in vars(part)]
+    waiting = [part for part in parts if (report := report_of(part)) is not None and not report.done]
+    if len(waiting) > 1:
+        raise ModelError(f"one start is made at a time, got {len(waiting)} models in one: make an optimizer of each")
+    return [*waiting, *parts, model][0]
+
+
+def _pair(site: Site) -> LoraPair:
+    return LoraPair(site.module.lora_A[site.adapter].weight, site.module.lora_B[site.adapter].weight)
+
+
+def _state_of(states: States, pair: LoraPair) -> StartState:
+    return StartState(states[pair.lora_A]["start_s"], states[pair.lora_B]["start_agreement"])
+
+
+def _batches(pairs: Sequence[LoraPair]) -> Iterator[list[LoraPair]]:
+    """Yield the pairs that go through together: on a GPU those of equal shapes, in stacks."""
+    kinds: dict[Any, list[LoraPair]] = defaultdict(list)
+    for index, pair in enumerate(pairs):
+        a, b = pair
+        alone = a.device.type in _ONE_BY_ONE
+        kinds[index if alone else (a.device, a.dtype, b.dtype, a.shape, b.shape)].append(pair)
+    for kind in kinds.values():
+        count = max(1, _STACK_BYTES // sum(factor.nbytes for factor in kind[0]))
+        for start in range(0, len(kind), count):
+            yield kind[start : start + count]
+
+
+def _gradient(pairs: list[LoraPair]) -> Factors:
+    return stack_of(_OPS, [gradient_of(pair) for pair in pairs])  # (n, r, in), (n, out, r)
+
+
+def _has_reading(gradient: Factors) -> bool:
+    """Return whether the gradient of some pair is finite and not zero, so that `start_step` reads it."""
+    a, b = (widened(g).abs().amax((-2, -1)) for g in gradient)  # (n,)
+    return bool((a.isfinite() & b.isfinite() & (a + b > 0)).any())
+
+
+def _step_together(pairs: list[LoraPair], states: States, gamma: float) -> None:
+    """Take the start's step for pairs of equal shapes."""
+    stack = stack_of(_OPS, [Factors(*pair) for pair in pairs])  # (n, r, in), (n, out, r)
+    before = stack_of(_OPS, [_state_of(states, pair) for pair in pairs])  # (n, r), (n,)
+    factors, state = start_step(_OPS, stack, _gradient(pairs), before, gamma)
+    for pair, new in zip(pairs, unstacked(factors, len(pairs)), strict=True):
+        pair.lora_A.copy_(new.lora_A)
+        pair.lora_B.copy_(new.lora_B)
+    for pair, (s, agreement) in zip(pairs, unstacked(state, len(pairs)), strict=True):
+        states[pair.lora_A]["start_s"] = s.clone()  # not a part of the stack, which would be saved whole
+        states[pair.lora_B]["start_agreement"] = agreement.clone()
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
