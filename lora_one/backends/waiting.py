@@ -100,6 +100,8 @@ def deferred_start(
         ModelError: B is not zero, or a rank is above a layer's size.
     """
     report = report_of(model)
+    if report is not None and report.refresh is not None:
+        report.refresh()
     if start_steps is None:
         start_steps = "auto" if report is not None and not report.done else 0
     check_start_steps(start_steps)

@@ -2,9 +2,10 @@
 
 from .attach import attach_plain
 from .files import load, save
+from .lora_adamw import LoraOneAdamW
 from .merge import merge
 from .ops import MlxOps
-from .optimizer import LoraOneAdamW, optimizer
+from .optimizer import optimizer
 from .pretrained import load_pretrained
 from .session import MlxSession, open_session
 from .targets import last_layers

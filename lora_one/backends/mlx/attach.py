@@ -19,6 +19,7 @@ from .layout import LoraModule, dropout_of, is_switch
 from .targets import SWITCH, find_targets, warn_of_left_out
 from .tree import Place, places
 
+LORA = (LoRALinear, LoRASwitchLinear)
 OTHER_ADAPTERS = (DoRALinear, DoRAEmbedding, LoRAEmbedding)
 
 
@@ -129,19 +130,22 @@ def find_sites(model: nn.Module) -> list[Site]:
     Raises:
         ModelError: adapters that LoRA-One does not start: DoRA, LoRA on an embedding, unknown ones.
     """
-    sites, problems = [], []
+    problems = []
     for place in places(model):
         if isinstance(place.module, OTHER_ADAPTERS):
             problems.append(f"{place.path}: {type(place.module).__name__}")
-        elif isinstance(place.module, LoRALinear | LoRASwitchLinear):
-            sites.append(Site(place, _layers(place)))
-        elif "lora_a" in place.module:
+        elif "lora_a" in place.module and not isinstance(place.module, LORA):
             problems.append(f"{place.path}: {type(place.module).__name__}, which is no LoRA layer of mlx-lm")
     if problems:
         raise ModelError(
             "LoRA-One starts, loads, saves and merges plain LoRA on linear layers, got:\n  " + "\n  ".join(problems)
         )
-    return sites
+    return lora_sites(model)
+
+
+def lora_sites(model: nn.Module) -> list[Site]:
+    """Return the LoRA layers of a model, whatever other adapters it has."""
+    return [Site(place, _layers(place)) for place in places(model) if isinstance(place.module, LORA)]
 
 
 def check_adapter_fits(sites: list[Site], config: Config) -> None:

@@ -42,6 +42,17 @@ def write_factor(module: nn.Module, factors: Sequence[mx.array]) -> mx.array:
     return factors[0].T
 
 
+def as_factors(a: mx.array, b: mx.array) -> Factors:
+    """Return `lora_a` and `lora_b`, or their gradients, as one `Factors`, with a leading axis if they are experts'."""
+    return Factors(a, b) if a.ndim == 3 else Factors(a.T, b.T)
+
+
+def as_arrays(pair: Factors) -> tuple[mx.array, mx.array]:
+    """Return the inverse of `as_factors`, as copies, for the reason given in `write_pairs`."""
+    a, b = pair if pair.lora_A.ndim == 3 else (pair.lora_A.T, pair.lora_B.T)
+    return mx.contiguous(a), mx.contiguous(b)
+
+
 def read_pairs(module: LoraModule) -> list[Factors]:
     """Return the module's pairs: one, or one per expert."""
     a, b = (read_factor(module, module[name]) for name in ("lora_a", "lora_b"))

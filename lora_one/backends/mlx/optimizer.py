@@ -1,150 +1,24 @@
-"""AdamW for LoRA with the r x r preconditioner, as an mlx.optimizers.Optimizer."""
+"""AdamW for an MLX model with LoRA layers, which may begin with LoRA-One's start of its first gradients."""
 
-import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.optimizers import AdamW
-from mlx.utils import tree_unflatten
 
 from lora_one.backends.checks import check_optimizer_settings
-from lora_one.core.factors import Factors
-from lora_one.core.precondition import Damping, apply_inverses, damped_inverse, grams
-from lora_one.errors import ModelError
+from lora_one.backends.waiting import deferred_start, optimizer_made
+from lora_one.checks import shown_names
+from lora_one.core.precondition import Damping
+from lora_one.errors import ModelError, ZeroGradientWarning, warn_user
+from lora_one.report.deferred import DeferredReport, StartSteps
 
-from .attach import find_sites
-from .ops import MlxOps
+from .attach import Site, find_sites, lora_sites
+from .deferred import DeferredAdamW, Group, Start, groups_of, is_done, readings
+from .layout import read_factor
+from .lora_adamw import LearningRate, LoraOneAdamW
 from .tree import flat
-
-_OPS = MlxOps()
-
-LearningRate = float | Callable[[mx.array], mx.array]
-
-
-class LoraOneAdamW(AdamW):
-    """AdamW of mlx.optimizers with bias correction, which can precondition the gradients of LoRA pairs first.
-
-    `lora_one.optimizer(model, precondition=True)` makes it with all pairs of the model; use the class to choose them.
-    Other parameters follow plain AdamW. Moments and arithmetic are in float32 or wider. It works under mx.compile,
-    with gradients of all parameters or of some.
-
-    gA <- (B^T B + reg I)^-1 gA and gB <- gB (A A^T + reg I)^-1, with the current A and B.
-
-    Args:
-        learning_rate: a number, or a schedule of mlx.optimizers.
-        pairs: paths of the LoRA layers to precondition, as in `model.named_modules()`; default none.
-        reg: damping of the inverses, >= 0, default 1e-6.
-        damping: "absolute" adds reg I, "relative" reg times the mean eigenvalue; default "absolute". See
-            `lora_one.core.precondition.damped_inverse`.
-        adamw: betas, eps and weight_decay of mlx.optimizers.AdamW.
-
-    Source: Zhang, Liu and Chen, "LoRA-One" (ICML 2025, arXiv 2502.01235), Algorithm 1.
-
-    >>> import mlx.core as mx
-    >>> import mlx.nn as nn
-    >>> from mlx_lm.tuner.lora import LoRALinear
-    >>> model = nn.Sequential(LoRALinear.from_base(nn.Linear(6, 5), r=2))
-    >>> optimizer = LoraOneAdamW(1e-2, pairs=["layers.0"], reg=1e-3)
-    >>> loss, gradients = nn.value_and_grad(model, lambda model: mx.mean(model(mx.ones((3, 6))) ** 2))(model)
-    >>> optimizer.update(model, gradients)
-    >>> mx.any(model.layers[0].lora_b != 0).item()
-    True
-    """
-
-    def __init__(
-        self,
-        learning_rate: LearningRate,
-        pairs: Iterable[str] = (),
-        reg: float = 1e-6,
-        damping: Damping = "absolute",
-        **adamw: Any,
-    ):
-        super().__init__(learning_rate, bias_correction=True, **adamw)
-        self.pairs = tuple(pairs)
-        self.reg = reg
-        self.damping: Damping = damping
-
-    def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
-        super().init_single(_OPS.at_least_float32(parameter), state)
-
-    def apply_gradients(self, gradients: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
-        if self.pairs:
-            gradients = self._preconditioned(gradients, parameters)
-        self._corrections: dict[mx.Dtype, tuple[mx.array, mx.array]] = {}
-        updated: dict[str, Any] = super().apply_gradients(gradients, parameters)
-        return updated
-
-    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
-        gradient, wide = _OPS.at_least_float32(gradient), _OPS.at_least_float32(parameter)
-        (b1, b2), rate = self.betas, self.learning_rate
-        # Once for all parameters: otherwise mx.compile would put it into its loops over the entries.
-        if wide.dtype not in self._corrections:
-            self._corrections[wide.dtype] = self._bias_corrections(self.step.astype(wide.dtype))
-        mean_correction, root_correction = self._corrections[wide.dtype]
-        state["m"] = mean = b1 * state["m"] + (1.0 - b1) * gradient
-        state["v"] = square = b2 * state["v"] + (1.0 - b2) * mx.square(gradient)
-        direction = mean_correction * mean / (root_correction * mx.sqrt(square) + self.eps)
-        return (wide * (1.0 - rate * self.weight_decay) - rate * direction).astype(parameter.dtype)
-
-    def _bias_corrections(self, steps: mx.array) -> tuple[mx.array, mx.array]:
-        """Return the factors of the mean and of the root of the mean square, (), to the last digits.
-
-        They are computed as in core.step. MLX's own take 1 - 0.999^t in float32, which leaves four digits.
-        """
-        mean_correction, square_correction = (
-            1.0 / -mx.expm1(steps * math.log(beta)) if beta > 0 else mx.ones_like(steps) for beta in self.betas
-        )
-        return mean_correction, mx.sqrt(square_correction)
-
-    def _preconditioned(self, gradients: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
-        arrays = flat(gradients)
-        factors = {path: _factors(_child(parameters, path)) for path in self.pairs if f"{path}.lora_a" in arrays}
-        by_rank: dict[int, list[str]] = defaultdict(list)
-        for path, pair in factors.items():
-            by_rank[pair.lora_A.shape[-2]].append(path)
-        for rank, paths in by_rank.items():
-            # Each Gram as (pairs in the layer, r, r): dense layers and experts are solved together.
-            stacked = [gram.reshape(-1, rank, rank) for path in paths for gram in grams(_OPS, factors[path])]
-            inverses = damped_inverse(_OPS, mx.concatenate(stacked), self.reg, self.damping)  # (2 pairs, r, r)
-            start = 0
-            for path in paths:
-                pair = factors[path]
-                leading = pair.lora_A.shape[:-2]
-                count = leading[0] if leading else 1
-                inverse_b, inverse_a = (
-                    inverses[start + k * count : start + (k + 1) * count].reshape(*leading, rank, rank) for k in (0, 1)
-                )
-                start += 2 * count
-                gradient = _factors({name: arrays[f"{path}.{name}"] for name in ("lora_a", "lora_b")})
-                direction = apply_inverses(_OPS, gradient, inverse_b, inverse_a)
-                arrays[f"{path}.lora_a"], arrays[f"{path}.lora_b"] = _mlx_lm(direction)
-        tree: dict[str, Any] = tree_unflatten(list(arrays.items()))
-        return tree
-
-
-def _factors(module: Any) -> Factors:
-    """Return a LoRA layer's arrays, or their gradients, as lora_A and lora_B of the layer or of its transpose.
-
-    Arrays of experts, (e, r, in) and (e, out, r), have our layout. Those of a dense layer, (in, r) and (r, out), are
-    lora_B and lora_A of the transposed layer. The preconditioner treats both sides alike, so the numbers are the same,
-    and no array is transposed.
-    """
-    a, b = module["lora_a"], module["lora_b"]
-    return Factors(a, b) if a.ndim == 3 else Factors(b, a)
-
-
-def _mlx_lm(pair: Factors) -> tuple[mx.array, mx.array]:
-    """Return the inverse of `_factors`: lora_a, lora_b."""
-    return (pair.lora_A, pair.lora_B) if pair.lora_A.ndim == 3 else (pair.lora_B, pair.lora_A)
-
-
-def _child(tree: Any, path: str) -> Any:
-    for key in path.split("."):
-        tree = tree[int(key)] if isinstance(tree, (list, tuple)) else tree[key]
-    return tree
 
 
 def optimizer(
@@ -156,12 +30,17 @@ def optimizer(
     damping: Damping = "absolute",
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    start_steps: StartSteps | None = None,
 ) -> LoraOneAdamW:
     """See `lora_one.optimizer` for the arguments. Here is only what is special to MLX.
 
     `model` may be any module that contains mlx-lm's LoRA layers. `learning_rate` may be a schedule of mlx.optimizers.
     The state exists from the start, so that a training step can be compiled at once. It is a tree of arrays: save it
     with mx.save_safetensors(path, dict(tree_flatten(optimizer.state))), and set it again before training is compiled.
+
+    With `start_steps`, the step that mx.compile makes is traced again for each step of the start. A step whose
+    gradients are zero counts as one of them. The report is filled in when it is printed, and warns then of layers that
+    no gradient has reached.
 
     >>> import mlx.nn as nn
     >>> from lora_one import Config
@@ -177,12 +56,71 @@ def optimizer(
         raise ModelError(
             "the model must have trainable parameters, got none: was the adapter loaded with trainable=True?"
         )
-    pairs = []
-    if precondition:
-        paths = [site.path for site in find_sites(model)]
-        pairs = [path for path in paths if {f"{path}.lora_a", f"{path}.lora_b"} <= names]
-        if not pairs:
-            raise ModelError("precondition=True needs trainable LoRA layers of mlx-lm, got none")
-    adamw = LoraOneAdamW(learning_rate, pairs, reg, damping, betas=list(betas), eps=eps, weight_decay=weight_decay)
+
+    def sites(purpose: str) -> list[Site]:
+        of_pairs = _with_both_factors(find_sites(model), names)
+        if not of_pairs:
+            raise ModelError(f"{purpose} needs trainable LoRA layers of mlx-lm, got none")
+        return of_pairs
+
+    pairs = [site.path for site in sites("precondition=True")] if precondition else []
+    deferred = deferred_start(
+        model,
+        start_steps,
+        "mlx",
+        layers=lambda: [layer for site in sites("start_steps") for layer in site.layers],
+        already_trained=lambda: _already_trained(sites("start_steps")),
+    )
+    groups = groups_of(_with_both_factors(lora_sites(model), names))
+    start = Start(groups, *(deferred[1:] if deferred else (0.0, 0, 0)))
+    adamw = DeferredAdamW(
+        learning_rate,
+        start,
+        trainable,
+        pairs=pairs,
+        reg=reg,
+        damping=damping,
+        betas=list(betas),
+        eps=eps,
+        weight_decay=weight_decay,
+    )
     adamw.init(trainable)
+    optimizer_made(model, adamw)
+    if deferred:
+        deferred.report.refresh = partial(_fill_in, deferred.report, groups, adamw.progress)
     return adamw
+
+
+def _with_both_factors(sites: list[Site], names: set[str]) -> list[Site]:
+    """Return the LoRA layers of which both factors are among the names."""
+    return [site for site in sites if {f"{site.path}.lora_a", f"{site.path}.lora_b"} <= names]
+
+
+def _already_trained(sites: list[Site]) -> list[str]:
+    """Return the names of the layers whose B is not zero."""
+    flags = [[mx.any(b != 0) for b in read_factor(site.module, site.module.lora_b)] for site in sites]
+    mx.eval(flags)
+    return [
+        layer.name
+        for site, of_site in zip(sites, flags, strict=True)
+        for layer, flag in zip(site.layers, of_site, strict=True)
+        if flag.item()
+    ]
+
+
+def _fill_in(report: DeferredReport, groups: tuple[Group, ...], progress: Mapping[str, Any]) -> None:
+    """Fill in a report from the optimizer's state: after a compiled step no code of ours runs.
+
+    It knows that part of the state only, so that it outlives the optimizer and does not keep the moments in memory.
+    """
+    was_done, of_layers = report.done, readings(groups, progress)
+    unread: tuple[list[float], float] = ([0.0], 0.0)  # a layer that is frozen by now
+    report.record(
+        int(progress["steps"].item()), is_done(progress), [of_layers.get(layer.name, unread) for layer in report.layers]
+    )
+    if report.done and not was_done and report.plain_layers:
+        warn_user(
+            f"{len(report.plain_layers)} of {len(report.layers)} layers had no gradient in the {report.steps} steps of "
+            f"the start and keep plain LoRA's: {shown_names(report.plain_layers)}",
+            ZeroGradientWarning,
+        )

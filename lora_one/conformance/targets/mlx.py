@@ -6,8 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from lora_one.backends.mlx.lora_adamw import LoraOneAdamW
 from lora_one.backends.mlx.ops import MlxOps
-from lora_one.backends.mlx.optimizer import LoraOneAdamW
 from lora_one.conformance.computations import Problem
 from lora_one.conformance.target import Target
 from lora_one.core.factors import Factors

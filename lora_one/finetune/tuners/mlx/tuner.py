@@ -20,7 +20,8 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs, train
 
 from lora_one.backends.mlx.attach import random_key, set_random_key
-from lora_one.backends.mlx.optimizer import LearningRate, LoraOneAdamW, optimizer
+from lora_one.backends.mlx.lora_adamw import LearningRate, LoraOneAdamW
+from lora_one.backends.mlx.optimizer import optimizer
 from lora_one.backends.mlx.passes.batches import default_loss
 from lora_one.backends.mlx.pretrained import load_pretrained
 from lora_one.errors import ModelError
