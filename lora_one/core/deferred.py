@@ -70,24 +70,22 @@ def start_step(
     q = _weights(ops, state.s, gamma)  # (r,)
     length = ops.sqrt(sum_of_squares(ops, a) / a.shape[-2])[..., None]  # of A's rows, (1,)
     right = _where(ops, started, -1.0 / q, 1.0 / nonzero(ops, length), axes=1)  # (r,): V = A^T diag(right)
-    v = orthonormal(ops, ops.matrix_transpose(a) * right[..., None, :])
-    g_v = g_b * right[..., None, :]  # (out, r)
+    v, g_v = _exactly_read(ops, ops.matrix_transpose(a) * right[..., None, :], g_b * right[..., None, :])
+    columns, g_columns = b / q[..., None, :], ops.matrix_transpose(g_a) / q[..., None, :]
     # B = 0 has read nothing. Then U is made of G V, and all that is known of G^T U is what G V says.
-    u = orthonormal(ops, _where(ops, started, b / q[..., None, :], g_v))
+    u, g_u = _exactly_read(ops, _where(ops, started, columns, g_v), g_columns)
     within = ops.matmul(ops.matrix_transpose(u), g_v)  # U^T G V, (r, r)
-    g_u = _where(
-        ops,
-        started,
-        ops.matrix_transpose(g_a) / q[..., None, :],
-        ops.matmul(v, ops.matrix_transpose(within)),
-    )  # (in, r)
-    sum_of_all = add_both_sides(ops, Triplets(u, state.s, v), Products(g_v, g_u))
+    g_u = _where(ops, started, g_u, ops.matmul(v, ops.matrix_transpose(within)))  # (in, r)
+    # Decompositions see numbers near 1, so that another common factor does not even change their rounding.
+    unit = nonzero(ops, largest_entry(ops, g_v) + largest_entry(ops, g_u) + state.s[..., 0])[..., None]  # (1,)
+    products = Products(g_v / unit[..., None], g_u / unit[..., None])
+    sum_of_all = add_both_sides(ops, Triplets(u, state.s / unit, v), products)
     read = largest_entry(ops, g_a) + largest_entry(ops, g_b) > 0  # ()
     factors = _start(ops, sum_of_all, gamma)
     return (
         Factors(*(ops.astype(_where(ops, read, new, old), old.dtype) for new, old in zip(factors, pair, strict=True))),
         StartState(
-            _where(ops, read, sum_of_all.s, state.s, axes=1),
+            _where(ops, read, sum_of_all.s * unit, state.s, axes=1),
             _where(ops, read, _cosine(ops, within, state.s), state.agreement, axes=0),
         ),
     )
@@ -111,6 +109,18 @@ def settled(ops: Ops, steps: Array, states: list[StartState]) -> Array:
     mean = agreement / nonzero(ops, count)
     signal = mean * abs(mean)  # a sum that the gradient contradicts is no signal
     return NOISE * steps * signal >= 1.0 - signal
+
+
+def _exactly_read(ops: Ops, x: Array, product: Array) -> tuple[Array, Array]:
+    """Return an orthonormal basis of the columns x, (columns, r), and G times the basis from `product`, G x.
+
+    The columns are nearly orthonormal: those of narrow factors are rounded, and plain LoRA's are random.
+    """
+    basis = orthonormal(ops, x)
+    transposed = ops.matrix_transpose(x)
+    turned = ops.cholesky_solve(ops.matmul(transposed, x), ops.matmul(transposed, basis))  # (r, r)
+    exact = ops.matmul(product, turned)
+    return basis, ops.where(ops.isfinite(exact), exact, product)  # NaN where columns depend on each other
 
 
 def _start(ops: Ops, triplets: Triplets, gamma: float) -> Factors:

@@ -54,8 +54,7 @@ def _deferred(a: np.ndarray, gradients: Inputs, params: Params) -> list[dict[str
     for g in gradients:
         if np.isfinite(g).all() and g.any():
             if not h.any():
-                lower = np.linalg.cholesky(a @ a.T)  # rows of L^-1 A are A's rows, made orthonormal one by one
-                h = g @ a.T @ np.linalg.solve(lower, a) / np.sqrt(np.sum(a**2) / r)
+                h = g @ scipy.linalg.orth(a.T) @ scipy.linalg.orth(a.T).T
             else:
                 u, s, vt = (x[:, :r] if i == 0 else x[:r] for i, x in enumerate(gesvd(h)))
                 inside = u.T @ g @ vt.T
