@@ -127,9 +127,9 @@ def _init_without_data(
 def optimizer(model: Any, learning_rate: float = 2e-4, weight_decay: float = 0.0, **options: Any) -> Any:
     """Return AdamW for a model with LoRA layers, in the framework's own kind of optimizer.
 
-    Use it like any other optimizer of the framework; the framework's own AdamW works as well. It adds two options:
-    LoRA+'s learning rate for lora_B, and the paper's r x r preconditioner. The preconditioner is off by default, since
-    under AdamW it did harm, at every damping, on both tasks that it was measured on (docs/preconditioner.md).
+    Use it like any other optimizer of the framework. After `init` without batches its first steps make LoRA-One's
+    start; otherwise the framework's own AdamW works as well. It adds two options: LoRA+'s learning rate for lora_B, and
+    the paper's r x r preconditioner, which is off by default, since under AdamW it did harm (docs/preconditioner.md).
 
     Args:
         model: what `init` or `load` returned, or any model with LoRA layers of the framework's own library.
@@ -151,16 +151,20 @@ def optimizer(model: Any, learning_rate: float = 2e-4, weight_decay: float = 0.0
             parameters not in them form the remaining groups. PyTorch only.
         fused: bool or None (default), as in torch.optim.AdamW. None chooses the fused kernel where there is one, but
             without its offer to undo a GradScaler's scale in the step. PyTorch only.
+        start_steps: int >= 0, "auto" or None (default). How many of the first steps make LoRA-One's start of their
+            gradients, which sets the factors; AdamW trains them afterwards, with fresh moments. "auto" takes 6 to 16,
+            until the gradients agree. None means "auto" where `init` had no batches, else 0, which makes no start.
 
     Returns:
-        PyTorch: a torch.optim.AdamW over all trainable parameters, with precondition=True a
+        PyTorch: a torch.optim.AdamW over all trainable parameters, with precondition=True or a start to make a
         `lora_one.backends.torch.LoraOneAdamW`.
         JAX: an optax transformation, for `nnx.Optimizer(model, optimizer, wrt=nnx.LoRAParam)` or for a tree of factors.
         MLX: a `lora_one.backends.mlx.LoraOneAdamW`, an mlx.optimizers.AdamW with bias correction.
 
     Raises:
         ConfigError: an invalid setting.
-        ModelError: nothing is trainable, or there are no LoRA layers to precondition.
+        ModelError: nothing is trainable, or there are no LoRA layers to precondition. With a start to make also: no
+            LoRA, or one that LoRA-One cannot start; a lora_B that is not zero; a frozen factor.
 
     Source: Zhang, Liu and Chen, "LoRA-One" (ICML 2025, arXiv 2502.01235), the preconditioned steps of Algorithm 1.
 

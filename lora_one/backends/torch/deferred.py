@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_one.backends.waiting import DeferredStart, deferred_start, report_of
+from lora_one.checks import shown_names
 from lora_one.core.deferred import StartState, settled, start_state, start_step
 from lora_one.core.factors import Factors
 from lora_one.core.stacking import stack_of, unstacked
@@ -83,7 +84,7 @@ class PairStarts:
         if plain := self.plan.report.plain_layers:
             warn_user(
                 f"{len(plain)} of {len(self.pairs)} layers had no gradient in the {self.plan.report.steps} steps of "
-                f"LoRA-One's start and keep plain LoRA's: {_some(plain)}",
+                f"LoRA-One's start and keep plain LoRA's: {shown_names(plain)}",
                 ZeroGradientWarning,
             )
 
@@ -104,14 +105,14 @@ class PairStarts:
         changed = [layer.name for layer, s, b in zip(layers, started, nonzero, strict=True) if b and not s]
         if changed:
             raise ModelError(
-                f"lora_B must be zero until this optimizer's first step, got others in {_some(changed)}: another "
+                f"lora_B must be zero until this optimizer's first step, got others in {shown_names(changed)}: another "
                 "optimizer has made the start, or weights were loaded without this optimizer's state"
             )
         lost = [layer.name for layer, s, b in zip(layers, started, nonzero, strict=True) if s and not b]
         if lost:
             raise ModelError(
-                f"the optimizer's state is in the middle of a start, but lora_B is zero in {_some(lost)}: load the "
-                "model's weights that were saved with it"
+                f"the optimizer's state is in the middle of a start, but lora_B is zero in {shown_names(lost)}: load "
+                "the model's weights that were saved with it"
             )
         self.checked = True
 
@@ -131,7 +132,7 @@ def plan_starts(model: nn.Module, start_steps: StartSteps | None) -> PairStarts 
         frozen = [site.layer.name for site in sites if not all(factor.requires_grad for factor in _pair(site))]
         if frozen:
             raise ModelError(
-                f"a start from the first steps needs both factors trainable, got frozen ones in {_some(frozen)}; "
+                f"a start from the first steps needs both factors trainable, got frozen ones in {shown_names(frozen)}; "
                 "unfreeze them, or pass start_steps=0"
             )
         return sites
@@ -148,8 +149,8 @@ def plan_starts(model: nn.Module, start_steps: StartSteps | None) -> PairStarts 
     names, expected = ([layer.name for layer in layers] for layers in ((s.layer for s in sites()), plan.report.layers))
     if names != expected:
         raise ModelError(
-            f"the layers of the active adapter must be those that init has reported, {_some(expected)}; got "
-            f"{_some(names)}: call init again, or activate that adapter"
+            f"the layers of the active adapter must be those that init has reported, {shown_names(expected)}; got "
+            f"{shown_names(names)}: call init again, or activate that adapter"
         )
     return PairStarts([_pair(site) for site in sites()], plan)
 
@@ -207,7 +208,3 @@ def _step_together(pairs: list[LoraPair], states: States, gamma: float) -> None:
     for pair, (s, agreement) in zip(pairs, unstacked(state, len(pairs)), strict=True):
         states[pair.lora_A]["start_s"] = s.clone()  # not a part of the stack, which would be saved whole
         states[pair.lora_B]["start_agreement"] = agreement.clone()
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"

@@ -8,11 +8,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import lora_one
-from lora_one.backends.torch import LoraOneAdamW, ops
+from lora_one.backends.torch import LoraOneAdamW, deferred, ops
 from lora_one.backends.torch.attachment.attach import find_sites
 from lora_one.core.fold import fold, start_fold
 from lora_one.core.gradient import RowProduct
+from lora_one.errors import ConfigError
 from tests.arrays import best_rank
+from tests.backends.torch.deferred.runs import Run, begun
+from tests.backends.torch.deferred.test_steps import assert_steps_of_core
 from tests.backends.torch.models import CASES, llama
 from tests.backends.torch.test_init import EXACT, ONE_PASS, RANK, SKETCH, assert_one_step, gradients, share_held
 from tests.backends.torch.test_lora_adamw import SHAPES, make_pairs, parameters
@@ -229,3 +232,75 @@ def test_a_start_on_nf4_weights_is_that_of_the_dequantised_gradient():
             product = (site.lora_B.weight.double() @ site.lora_A.weight.double()).detach().cpu().numpy()
             assert np.linalg.norm(product - step) <= 1e-4 * np.linalg.norm(step), site.layer.name
         base = model.unload()
+
+
+def begun_on_gpu(make, dtype=torch.float32, **options) -> Run:
+    """A run whose optimizer was made before the model moved, as accelerate does it."""
+    run = begun(make, dtype, **options)
+    run.model.cuda()
+    batches = [
+        {k: x.cuda() for k, x in b.items()} if isinstance(b, dict) else tuple(x.cuda() for x in b)
+        for b in run.case.batches
+    ]
+    return run._replace(case=run.case._replace(batches=batches))
+
+
+@pytest.mark.parametrize("name", ["mlp", "llama", "gpt2", "t5", "classifier"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 5e-4)])
+def test_a_start_without_data_in_stacks_is_that_of_core_in_float64(name, dtype, tolerance):
+    run = begun_on_gpu(CASES[name], dtype)
+    assert len(list(deferred._batches(run.pairs))) < len(run.pairs) or name == "mlp"
+    assert_steps_of_core(run, tolerance)
+
+
+def test_a_start_of_bfloat16_factors_is_that_of_float64_rounded():
+    run = begun_on_gpu(llama, torch.bfloat16, start_steps=4)
+    run.model.to(torch.bfloat16)
+    assert_steps_of_core(run, 1e-2)
+    assert all(factor.dtype == torch.bfloat16 for factor in parameters(run.pairs))
+
+
+@pytest.mark.parametrize("precondition", [False, True])
+def test_a_cuda_graph_holds_a_step_after_the_start_and_none_before(precondition):
+    run, plain = (begun_on_gpu(llama, start_steps=4, precondition=precondition, reg=1e-2) for _ in range(2))
+    for each in (run, plain):
+        each.optimizer.param_groups[0]["capturable"] = True
+    run.train(0, 2)
+    run.backward(2)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(ConfigError, match="take these before the capture"), torch.cuda.graph(graph):
+        run.optimizer.step()
+    run.optimizer.zero_grad()
+    assert run.report.steps == 2
+    run.train(2, 4)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run.train(4, 6)
+        run.backward(6)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run.optimizer.step()
+    graph.replay()
+    for i in (7, 8):
+        run.optimizer.zero_grad(set_to_none=False)
+        run.backward(i)
+        graph.replay()
+    torch.cuda.synchronize()
+    plain.train(0, 9)
+    for got, want in zip(parameters(run.pairs), parameters(plain.pairs), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-4)
+
+
+def test_a_gradient_scaler_skips_steps_of_a_start_in_float16():
+    run = begun_on_gpu(llama, start_steps=3, fused=True)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    for finite in (True, False, True, True, True):
+        with torch.autocast("cuda", torch.float16):
+            loss = run.model(**run.case.batches[0]).loss
+        scaler.scale(loss if finite else loss * float("inf")).backward()
+        scaler.step(run.optimizer)
+        scaler.update()
+        run.optimizer.zero_grad()
+    assert run.report.done and run.report.steps == 3
+    assert all(bool(factor.isfinite().all()) for factor in parameters(run.pairs))

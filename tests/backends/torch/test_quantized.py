@@ -11,6 +11,9 @@ import lora_one
 from lora_one import demo
 from lora_one.backends.torch.attachment.attach import find_sites
 from tests.arrays import best_rank
+from tests.backends.torch.deferred.runs import Run
+from tests.backends.torch.deferred.test_steps import assert_steps_of_core
+from tests.backends.torch.models import Case
 
 RANK = 4
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
@@ -70,3 +73,17 @@ def test_training_on_nf4_weights_steps():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.3
+
+
+def test_a_start_without_data_on_nf4_weights_is_that_of_core_and_training_goes_on():
+    base = load(quantization_config=NF4)
+    before = {name: p.data.clone() for name, p in base.named_parameters()}
+    model, report = lora_one.init(base, config=lora_one.Config(rank=RANK))
+    run = Run(model.eval(), report, lora_one.optimizer(model, 1e-2), Case(model, batches(), None))
+    assert_steps_of_core(run, 5e-4)
+    at_start = run.backward(0).item()
+    run.optimizer.zero_grad()
+    run.train(0, 5)
+    assert run.backward(0).item() < at_start - 0.1
+    for site in find_sites(model):
+        assert torch.equal(site.module.get_base_layer().weight.data, before[f"{site.layer.name}.weight"])
