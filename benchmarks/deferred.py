@@ -2,7 +2,7 @@
 
     python -m benchmarks.deferred                                # an hour on one core
     python -m benchmarks.deferred --tasks sort --batches 4 16    # a part; runs that are there are not made again
-    python -m benchmarks.deferred --what directions              # how much of the true gradient each step's factors hold
+    python -m benchmarks.deferred --what directions              # what each step holds of the true gradient
     python -m benchmarks.deferred --table                        # the tables of the result that is there
 
 Every contender of a seed trains on the same batches, for as many steps, at the same rate: LoRA-One's best of the main
