@@ -1,6 +1,7 @@
 """Fine-tune a model in mlx-lm's training loop with LoRA-One. The lines that LoRA-One adds are marked.
 
 python adapters/mlx_lm/finetune.py                          # the embedded model and task
+python adapters/mlx_lm/finetune.py --deferred               # without data at hand: the first training steps start it
 python adapters/mlx_lm/finetune.py --model DIR --data DIR   # DIR/train.jsonl and DIR/valid.jsonl, as in mlx_lm.lora
 """
 
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--deferred", action="store_true", help="let the optimizer make the start, in its first steps")
     parser.add_argument("--grad-checkpoint", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/mlx_lm"))
     options = parser.parse_args()
@@ -37,9 +39,12 @@ def main() -> None:
     settings = SimpleNamespace(mask_prompt=options.mask_prompt)
     train_set, valid_set, _ = load_local_dataset(Path(options.data), tokenizer, settings)
     data, valid = CacheDataset(train_set), CacheDataset(valid_set)
-    batches = list(islice(iterate_batches(data, options.batch_size, max_seq_length=2048), 8))
 
-    model, report = lora_one.init(model, batches)  # LoRA-One, instead of freeze and linear_to_lora_layers
+    if options.deferred:
+        model, report = lora_one.init(model)  # LoRA-One, the short form: no batches, the optimizer makes the start
+    else:
+        batches = list(islice(iterate_batches(data, options.batch_size, max_seq_length=2048), 8))
+        model, report = lora_one.init(model, batches)  # LoRA-One, instead of freeze and linear_to_lora_layers
     print(report.summary())
     optimizer = lora_one.optimizer(model, learning_rate=options.learning_rate)  # LoRA-One: goes to train
 
@@ -54,6 +59,7 @@ def main() -> None:
     )
     train(model, optimizer, data, valid if len(valid) >= options.batch_size else None, arguments)
     lora_one.save(model, options.out, report)  # LoRA-One: a folder that mlx-lm and PEFT open
+    print(report.summary())
     print(f"adapter: {options.out}")
 
 

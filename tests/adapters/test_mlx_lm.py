@@ -74,6 +74,21 @@ def test_script_trains_and_saves_an_adapter_that_opens_again(tmp_path, command, 
     assert np.abs(np.array(lora_one.load(base, out)(tokens)) - plain).max() > 0.1
 
 
+def test_script_without_data_starts_in_its_first_steps(tmp_path, command, capsys):
+    out = tmp_path / "adapter"
+    arguments = ["--deferred", "--steps", "17", "--dtype", "float32", "--batch-size", "4", "--out", out]
+    command(lambda: runpy.run_path(str(SCRIPT), run_name="__main__"), *arguments)
+    output = capsys.readouterr().out
+    assert "28 layers have plain LoRA's start" in output
+    assert "28 layers, started from the gradients of the first" in output
+    report = read_report(out)
+    assert report.done and 6 <= report.steps <= 16
+    assert {layer.start for layer in report.layers} == {"spectral"}
+    loaded = lora_one.load(load_pretrained(demo.MODEL)[0], out)
+    factors = {name: np.array(x) for name, x in tree_flatten(loaded.parameters()) if "lora_b" in name}
+    assert len(factors) == 28 and all(np.abs(b).max() > 1e-3 for b in factors.values())
+
+
 def test_stock_mlx_lm_lora_goes_on_from_our_folder(tmp_path, command, data, start):
     """At learning rate 0 mlx-lm must write back what it resumed from, to the bit; at another it must move it."""
 
