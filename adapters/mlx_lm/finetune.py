@@ -59,7 +59,8 @@ def main() -> None:
     )
     train(model, optimizer, data, valid if len(valid) >= options.batch_size else None, arguments)
     lora_one.save(model, options.out, report)  # LoRA-One: a folder that mlx-lm and PEFT open
-    print(report.summary())
+    if options.deferred:
+        print(report.summary())  # now it says what happened
     print(f"adapter: {options.out}")
 
 
