@@ -125,8 +125,12 @@ def deferred_start(
                 )
         remember(model, report)
     report.start_steps = start_steps
-    least, most = (LEAST_STEPS, MOST_STEPS) if start_steps == "auto" else (start_steps, start_steps)
-    return DeferredStart(report, report.gamma, least, most)
+    return DeferredStart(report, report.gamma, *step_limits(start_steps))
+
+
+def step_limits(start_steps: StartSteps) -> tuple[int, int]:
+    """Return the least and the most steps of a start."""
+    return (LEAST_STEPS, MOST_STEPS) if start_steps == "auto" else (start_steps, start_steps)
 
 
 def _with_inner_models(model: Any) -> Iterator[Any]:

@@ -64,8 +64,8 @@ def start_step(
         The pair, in the dtypes of the old one; and the state.
     """
     a, b, g_a, g_b = map(ops.at_least_float32, (*pair, *gradient))
-    finite = _finite(ops, g_a) & _finite(ops, g_b)  # ()
-    g_a, g_b = (_where(ops, finite, g, ops.zeros((), like=g)) for g in (g_a, g_b))
+    read = readable(ops, gradient)  # ()
+    g_a, g_b = (_where(ops, read, g, ops.zeros((), like=g)) for g in (g_a, g_b))
     started = state.s[..., 0] > 0  # ()
     q = _weights(ops, state.s, gamma)  # (r,)
     length = ops.sqrt(sum_of_squares(ops, a) / a.shape[-2])[..., None]  # of A's rows, (1,)
@@ -80,7 +80,6 @@ def start_step(
     unit = nonzero(ops, largest_entry(ops, g_v) + largest_entry(ops, g_u) + state.s[..., 0])[..., None]  # (1,)
     products = Products(g_v / unit[..., None], g_u / unit[..., None])
     sum_of_all = add_both_sides(ops, Triplets(u, state.s / unit, v), products)
-    read = largest_entry(ops, g_a) + largest_entry(ops, g_b) > 0  # ()
     factors = _start(ops, sum_of_all, gamma)
     return (
         Factors(*(ops.astype(_where(ops, read, new, old), old.dtype) for new, old in zip(factors, pair, strict=True))),
@@ -89,6 +88,12 @@ def start_step(
             _where(ops, read, _cosine(ops, within, state.s), state.agreement, axes=0),
         ),
     )
+
+
+def readable(ops: Ops, gradient: Factors) -> Array:
+    """Return whether a pair's gradient says anything: neither zero nor with entries that are not finite, ()."""
+    g_a, g_b = map(ops.at_least_float32, gradient)
+    return _finite(ops, g_a) & _finite(ops, g_b) & (largest_entry(ops, g_a) + largest_entry(ops, g_b) > 0)
 
 
 def settled(ops: Ops, steps: Array, states: list[StartState]) -> Array:

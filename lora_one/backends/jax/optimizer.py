@@ -10,13 +10,18 @@ import optax
 from jax import Array
 
 from lora_one.backends.checks import check_optimizer_settings
+from lora_one.backends.waiting import step_limits
+from lora_one.config import Config
 from lora_one.core.factors import Factors
 from lora_one.core.precondition import Damping, precondition
 from lora_one.errors import ConfigError, ModelError
+from lora_one.report.deferred import StartSteps, check_start_steps
 
+from .deferred import Start, with_start
 from .layout import Layout
+from .model_start import model_start
 from .ops import JaxOps
-from .pairs import Path, find_pairs, pair_layouts, stacks_of
+from .pairs import Path, find_pairs, pair_layouts
 from .sites import Leaves
 
 _OPS = JaxOps()
@@ -88,6 +93,8 @@ def lora_adamw(
     damping: Damping = "absolute",
     loraplus_lr_ratio: float = 1.0,
     stack_axes: Mapping[Path, int] | None = None,
+    start_steps: StartSteps | None = None,
+    gamma: float = Config().first_gamma,
 ) -> optax.GradientTransformationExtraArgs:
     """Return AdamW on preconditioned gradients of LoRA factors, as one optax transformation.
 
@@ -104,6 +111,10 @@ def lora_adamw(
         damping: see `scale_by_lora_preconditioner`.
         loraplus_lr_ratio: learning rate of lora_B divided by that of lora_A, 1 by default (LoRA+, arXiv 2402.12354).
         stack_axes: see `scale_by_lora_preconditioner`.
+        start_steps: of `lora_one.optimizer`; None (default) and 0 make no start. Otherwise the factors must be plain
+            LoRA's, B = 0, and the transformation must be the last of its chain, since the changes that make the start
+            are no directions to be scaled: clip before it.
+        gamma: of the start, 128 by default.
 
     Returns:
         A transformation whose moments are float32 or wider, also for narrower factors.
@@ -123,13 +134,42 @@ def lora_adamw(
         >>> round(float(optax.apply_updates(params, updates)["kernel_lora_a"][0, 0]), 4)
         0.9
     """
-    inner = optax.chain(
+    start = None
+    if start_steps is not None:
+        check_start_steps(start_steps)
+        start = Start(gamma, *step_limits(start_steps)) if start_steps else None
+    return _adamw(learning_rate, b1, b2, eps, weight_decay, reg, damping, loraplus_lr_ratio, stack_axes, start)
+
+
+def _adamw(
+    learning_rate: Any,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    reg: float | Array | None,
+    damping: Damping,
+    loraplus_lr_ratio: float,
+    stack_axes: Mapping[Path, int] | None,
+    start: Start | None,
+) -> optax.GradientTransformationExtraArgs:
+    adam = (
         optax.identity() if reg is None else scale_by_lora_preconditioner(reg, damping, stack_axes),
         optax.scale_by_adam(b1, b2, eps),
+    )
+    after = (
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
         _scale_b(loraplus_lr_ratio),
     )
+    if start is None:
+        return _in_float32(optax.chain(*adam, *after))
+    plain = optax.scale_by_adam(b1, b2, eps)
+    return _in_float32(with_start(optax.chain(*adam), plain, optax.chain(*after), start, stack_axes))
+
+
+def _in_float32(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """Return a transformation whose updates and state are float32 or wider."""
 
     def init(params: Any) -> Any:
         return inner.init(_wide(params))
@@ -150,6 +190,7 @@ def optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     loraplus_lr_ratio: float = 1.0,
+    start_steps: StartSteps | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Return AdamW for the LoRA factors of a JAX model, as an optax transformation: see `lora_one.optimizer`.
 
@@ -157,9 +198,15 @@ def optimizer(
     `LinenModel` or `PytreeModel`. Settings mean what they mean in `lora_one.optimizer`; here `learning_rate` may also
     be an optax schedule.
 
+    Args:
+        start_steps: where a start is made, the transformation must be the last of its chain: clip before it. Each step
+            of the start tells the report on the host what it did (jax.debug.callback). A step that is compiled with
+            that is not kept in JAX's persistent cache, and jax.export does not take it. `lora_adamw` makes the same
+            start without a report.
+
     Raises:
         ConfigError: an invalid setting.
-        ModelError: no LoRA in the model.
+        ModelError: no LoRA in the model; with `start_steps`, B is not zero.
 
     Example:
         >>> import jax.numpy as jnp
@@ -178,17 +225,9 @@ def optimizer(
         True
     """
     check_optimizer_settings(reg, damping, loraplus_lr_ratio)
-    return lora_adamw(
-        learning_rate,
-        b1=betas[0],
-        b2=betas[1],
-        eps=eps,
-        weight_decay=weight_decay,
-        reg=reg if precondition else None,
-        damping=damping,
-        loraplus_lr_ratio=loraplus_lr_ratio,
-        stack_axes=stacks_of(model),
-    )
+    start, stack_axes = model_start(model, start_steps)
+    diagonal = reg if precondition else None
+    return _adamw(learning_rate, *betas, eps, weight_decay, diagonal, damping, loraplus_lr_ratio, stack_axes, start)
 
 
 # All pairs of one shape share one trace; in a step that is compiled as a whole this jit leaves nothing else behind.

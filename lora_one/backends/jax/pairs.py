@@ -11,8 +11,8 @@ from lora_one.errors import ModelError
 
 from .layout import Layout, plain_layout
 from .nnx.adopt import find_adapters
-from .sites import key_names
-from .trees.models import LinenModel, PytreeModel
+from .sites import Leaves, Site, key_names
+from .trees.models import AdaptedWeight, LinenModel, PytreeModel
 
 Path = tuple[str, ...]
 
@@ -22,6 +22,13 @@ class PairPlaces(NamedTuple):
 
     a: int
     b: int
+
+
+class ModelPair(NamedTuple):
+    """The LoRA pair of a layer in a model, or those of a stack of layers."""
+
+    site: Site
+    leaves: Leaves
 
 
 def find_pairs(tree: Any) -> dict[Path, PairPlaces]:
@@ -66,24 +73,36 @@ def pair_layouts(tree: Any, stack_axes: Mapping[Path, int] | None) -> list[tuple
     ]
 
 
-def stacks_of(model: Any) -> dict[Path, int]:
-    """Return the number of axes that count matrices for each LoRA pair of a model.
+def model_pairs(model: Any, config: Config) -> dict[Path, ModelPair]:
+    """Return the LoRA pairs of a model in its own order, by their path in the tree of its factors, up to `..._lora`.
 
-    Returns:
-        The pair's path, up to `..._lora`, in the tree of the model's factors -> axes in front.
+    Args:
+        model: the model.
+        config: gives the scaling of an nnx.LoRA, which has none of its own.
 
     Raises:
         ModelError: no LoRA in the model.
     """
     if isinstance(model, nnx.Module):
-        layouts = {key_names(layer.a_path): layer.site.layout for layer in find_adapters(model, Config())}
+        adapters = find_adapters(model, config)
+        pairs = {_stem(key_names(layer.a_path)): ModelPair(layer.site, layer.leaves) for layer in adapters}
     elif isinstance(model, (LinenModel, PytreeModel)):
-        layouts = {(weight.layer, f"{weight.param}_lora_a"): weight.layout for weight in model.layouts}
+        pairs = {(weight.layer, f"{weight.param}_lora"): _of_tree(model, weight) for weight in model.layouts}
     else:
-        layouts = {}
-    if not layouts:
+        pairs = {}
+    if not pairs:
         raise ModelError(f"the model must have LoRA layers, got none in {type(model).__name__}")
-    return {(*path[:-1], path[-1].removesuffix("_a")): len(layout.stack) for path, layout in layouts.items()}
+    return pairs
+
+
+def _stem(path: Path) -> Path:
+    return (*path[:-1], path[-1].removesuffix("_a"))
+
+
+def _of_tree(model: LinenModel | PytreeModel, weight: AdaptedWeight) -> ModelPair:
+    leaves, scaling = weight.leaves(model.lora), model.scaling
+    rank, dtype = leaves.a.shape[-1], leaves.a.dtype
+    return ModelPair(Site(weight.layer, weight.layout, rank, scaling, scaling, None, dtype, None), leaves)
 
 
 def _layout_of(path: Path, a: tuple[int, ...], b: tuple[int, ...], stack: int | None) -> Layout:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 
 def full_spec(spec: Iterable[Any], ndim: int) -> tuple[Any, ...]:
@@ -34,6 +34,24 @@ def replicated(sharding: Sharding | None) -> Sharding | None:
 def put(x: Array, sharding: Sharding | None) -> Array:
     """Return `x` with the given sharding; None leaves it where it is."""
     return x if sharding is None else jax.device_put(x, sharding)
+
+
+def explicit_sharding(x: Array) -> NamedSharding | None:
+    """Return the sharding of x as a type on a mesh with Explicit axes; None elsewhere: the compiler decides."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    types = getattr(getattr(sharding, "mesh", None), "axis_types", None) or ()
+    return sharding if AxisType.Explicit in types else None
+
+
+def whole(x: Array) -> Array:
+    """Return a whole copy of x on each device of a mesh with Explicit axes; elsewhere the compiler sees to that."""
+    return x if explicit_sharding(x) is None else jax.sharding.reshard(x, PartitionSpec())
+
+
+def resharded(x: Array, like: Array) -> Array:
+    """Return x, of the shape of another array, sharded as that is on a mesh with Explicit axes."""
+    sharding = explicit_sharding(like)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
 def _is_placed(kernel: Any) -> bool:

@@ -8,13 +8,12 @@ narrow product gets the sharding of x, whole along r, and the result gets that o
 In a fold pass a tap stands where lora_a stands: nothing is added then, and the backward pass reads x and dy.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .layout import einsum_axes
-from .placement import full_spec
+from .placement import explicit_sharding, full_spec
 from .tap import Tap
 
 _PRECISION = lax.Precision.HIGHEST
@@ -48,7 +47,7 @@ def add_general(
         out_sharding=_narrow_sharding(x, [*batch_axis, *kept]),
     )  # (batch..., rest..., r)
     wide = lax.dot_general(
-        narrow, b, (((narrow.ndim - 1,), (n,)), (lead, lead)), precision=_PRECISION, out_sharding=_explicit_sharding(y)
+        narrow, b, (((narrow.ndim - 1,), (n,)), (lead, lead)), precision=_PRECISION, out_sharding=explicit_sharding(y)
     )
     return y + (scale * wide).astype(y.dtype)
 
@@ -73,7 +72,7 @@ def add_einsum(y: Array, x: Array, a: Array | Tap, b: Array, scale: float, equat
         out_sharding=_narrow_sharding(x, positions),
     )  # fmt: skip
     wide = jnp.einsum(
-        f"{kept}{r},{shared}{r}{new}->{result}", narrow, b, precision=_PRECISION, out_sharding=_explicit_sharding(y)
+        f"{kept}{r},{shared}{r}{new}->{result}", narrow, b, precision=_PRECISION, out_sharding=explicit_sharding(y)
     )
     return y + (scale * wide).astype(y.dtype)
 
@@ -83,16 +82,9 @@ def _widened(x: Array, a: Array, b: Array) -> tuple[Array, Array, Array]:
     return x.astype(dtype), a.astype(dtype), b.astype(dtype)
 
 
-def _explicit_sharding(x: Array) -> NamedSharding | None:
-    """Return the sharding of x as a type on a mesh with Explicit axes; None elsewhere: the compiler decides."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    types = getattr(getattr(sharding, "mesh", None), "axis_types", None) or ()
-    return sharding if AxisType.Explicit in types else None
-
-
 def _narrow_sharding(x: Array, axes: list[int]) -> NamedSharding | None:
     """Return the sharding of a product that keeps these axes of x and adds one of size r, which stays whole."""
-    sharding = _explicit_sharding(x)
+    sharding = explicit_sharding(x)
     if sharding is None:
         return None
     spec = full_spec(sharding.spec, x.ndim)

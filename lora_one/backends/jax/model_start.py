@@ -1,0 +1,91 @@
+"""The start that an optimizer makes for a model: whether it makes one, and the report of it."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lora_one.backends.interface import Layer
+from lora_one.backends.waiting import deferred_start, report_of
+from lora_one.config import Config
+from lora_one.core.deferred import StartState
+from lora_one.errors import ModelError, ZeroGradientWarning
+from lora_one.report.deferred import DeferredReport, StartSteps
+
+from .deferred import Start
+from .pairs import ModelPair, Path, model_pairs
+from .sites import check_concrete
+
+
+def model_start(model: Any, start_steps: StartSteps | None) -> tuple[Start | None, dict[Path, int]]:
+    """Return the start that an optimizer is to make for a model, and the stacked axes of the model's pairs.
+
+    Raises:
+        ConfigError: an invalid number of steps.
+        ModelError: no LoRA in the model, or a start is asked for and B is not zero.
+    """
+    report = report_of(model)
+    pairs = model_pairs(model, Config() if report is None else report.config)
+
+    def layers() -> list[Layer]:
+        return [layer for pair in pairs.values() for layer in pair.site.layers()]
+
+    def already_trained() -> list[str]:
+        factors = [pair.leaves.b for pair in pairs.values()]
+        check_concrete("a start from the first steps", factors)
+        nonzero = jax.device_get([jnp.any(b != 0) for b in factors])
+        return [pair.site.name for pair, trained in zip(pairs.values(), nonzero, strict=True) if trained]
+
+    stacks = {path: len(pair.site.layout.stack) for path, pair in pairs.items()}
+    decided = deferred_start(model, start_steps, "jax", layers, already_trained)
+    if decided is None:
+        return None, stacks
+    decided.report.refresh = jax.effects_barrier  # what the last step told may be on its way
+    folds = {path: pair.site.scaling / pair.site.native for path, pair in pairs.items()}
+    telling = _telling(decided.report, pairs)
+    return Start(decided.gamma, decided.least, decided.most, folds, telling), stacks
+
+
+def _telling(report: DeferredReport, pairs: Mapping[Path, ModelPair]) -> Callable[[list[Path]], Callable[..., None]]:
+    """Return what fills the report in: see `lora_one.backends.jax.deferred.Telling`."""
+    index = {layer.name: i for i, layer in enumerate(report.layers)}
+    places = {path: [index[layer.name] for layer in pair.site.layers()] for path, pair in pairs.items()}
+
+    def tell(paths: list[Path]) -> Callable[..., None]:
+        order = [place for path in paths for place in places[_in_model(path, places)]]
+
+        def record(steps: Array, done: Array, starts: tuple[StartState, ...]) -> None:
+            readings: list[Any] = [([0.0] * layer.rank, 0.0) for layer in report.layers]
+            read = [reading for kind in starts for reading in zip(*kind, strict=True)]
+            for place, reading in zip(order, read, strict=True):
+                readings[place] = reading
+            report.record(int(steps), bool(done), readings)
+            if report.plain_layers:
+                warnings.warn(_of_plain_layers(report), ZeroGradientWarning, stacklevel=2)
+
+        return record
+
+    return tell
+
+
+def _in_model(path: Path, places: Mapping[Path, Any]) -> Path:
+    """Return the path that a pair has in the model, by that in a tree that may hold the model's tree.
+
+    Raises:
+        ModelError: the model has no such pair.
+    """
+    for begin in range(len(path)):
+        if path[begin:] in places:
+            return path[begin:]
+    raise ModelError(f"the optimizer was made for another model: that has no {'.'.join(path)}_a")
+
+
+def _of_plain_layers(report: DeferredReport) -> str:
+    names = report.plain_layers
+    return (
+        f"{len(names)} of {len(report.layers)} layers had no gradient in the first {report.steps} steps and keep plain "
+        f"LoRA's start: {', '.join(names)}"
+    )
