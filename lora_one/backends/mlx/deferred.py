@@ -191,7 +191,7 @@ class DeferredAdamW(LoraOneAdamW):
         if self.pairs:
             gradients = flat(self._preconditioned(_tree(gradients), parameters))
         steps = self.step - self.progress["steps"]
-        dtypes = {_OPS.at_least_float32(gradient).dtype for gradient in gradients.values()}
+        dtypes = {_OPS.at_least_float32(child(parameters, name)).dtype for name in gradients}
         self._corrections = {dtype: self._bias_corrections(steps.astype(dtype)) for dtype in dtypes}
         return {
             name: self.apply_single(gradient, child(parameters, name), child(self.state, name))

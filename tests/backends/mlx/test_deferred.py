@@ -321,3 +321,7 @@ def test_misuse_is_an_error():
     plain = tiny_llama()
     with pytest.raises(ModelError, match="start_steps needs trainable LoRA layers of mlx-lm, got none"):
         lora_one.optimizer(plain, start_steps=6)
+    made = lora_one.optimizer(model)
+    with pytest.raises(ModelError, match="must come before lora_one"):
+        lora_one.init(model)
+    assert made.state.keys() >= {"step", "learning_rate"}
