@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_one.backends.waiting import DeferredStart, deferred_start, report_of
 from lora_one.checks import shown_names
-from lora_one.core.deferred import StartState, settled, start_state, start_step
+from lora_one.core.deferred import StartState, readable, settled, start_state, start_step
 from lora_one.core.factors import Factors
 from lora_one.core.stacking import stack_of, unstacked
 from lora_one.errors import ModelError, ZeroGradientWarning, warn_user
@@ -24,7 +24,7 @@ from lora_one.report.deferred import StartSteps
 from .attachment.adapters import opened
 from .attachment.attach import Site, find_sites
 from .directions import LoraPair, gradient_of
-from .linalg.precision import full_precision, widened
+from .linalg.precision import full_precision
 from .ops import TorchOps
 
 _OPS = TorchOps()
@@ -56,7 +56,7 @@ class PairStarts:
         for a, b in self.pairs:
             if "start_s" not in states[a]:
                 states[a]["start_s"], states[b]["start_agreement"] = start_state(_OPS, Factors(a, b))
-        read = [batch for batch in _batches(self.pairs) if _has_reading(_gradient(batch))]
+        read = [batch for batch in _batches(self.pairs) if bool(readable(_OPS, _gradient(batch)).any())]
         if read:
             self._check_factors(states)
         with full_precision(self.pairs[0].lora_A.device):  # once, instead of at each product
@@ -189,12 +189,6 @@ def _batches(pairs: Sequence[LoraPair]) -> Iterator[list[LoraPair]]:
 
 def _gradient(pairs: list[LoraPair]) -> Factors:
     return stack_of(_OPS, [gradient_of(pair) for pair in pairs])  # (n, r, in), (n, out, r)
-
-
-def _has_reading(gradient: Factors) -> bool:
-    """Return whether the gradient of some pair is finite and not zero, so that `start_step` reads it."""
-    a, b = (widened(g).abs().amax((-2, -1)) for g in gradient)  # (n,)
-    return bool((a.isfinite() & b.isfinite() & (a + b > 0)).any())
 
 
 def _step_together(pairs: list[LoraPair], states: States, gamma: float) -> None:

@@ -48,6 +48,8 @@ def assert_steps_of_core(run: Run, tolerance: float) -> None:
                 np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max())
             np.testing.assert_allclose(layer.singular_values, state.s / state.s[0], atol=tolerance)
             np.testing.assert_allclose(layer.agreement, state.agreement, atol=tolerance)
+            s = run.optimizer.state[pair.lora_A]["start_s"]
+            assert s.untyped_storage().nbytes() == s.nbytes  # a part of a stack would be saved with all of it
 
 
 @pytest.mark.parametrize("make", [mlp, llama, gpt2, classifier])
