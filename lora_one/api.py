@@ -53,7 +53,8 @@ def init(
 
     Call it once, before training, with a few batches of the training data. It looks at the gradient of the loss on
     them, and sets the factors of each layer to one gradient step along the gradient's best rank-r directions. Training
-    then continues as with any LoRA adapter.
+    then continues as with any LoRA adapter. Without batches it attaches LoRA alone: `lora_one.optimizer` then makes the
+    start of the first steps of training.
 
     Args:
         model: a model of PyTorch, JAX or MLX. LoRA is attached in place.
@@ -67,15 +68,17 @@ def init(
 
             MLX: an mlx.nn.Module, with mlx-lm's LoRA layers. Its batches and its default loss are mlx-lm's.
         batches: a collection such as a list or a DataLoader; a generator will do where one pass is made, the default
-            on PyTorch. A few dozen sequences are enough. PyTorch moves the tensors to the model's device.
-        loss_fn: function (model, batch) -> mean loss, a scalar. Default: `model(**batch).loss`.
+            on PyTorch. A few dozen sequences are enough. PyTorch moves the tensors to the model's device. None
+            (default) leaves the start to the optimizer: docs/without-data.md says when to choose which.
+        loss_fn: function (model, batch) -> mean loss, a scalar. Default: `model(**batch).loss`. Only with batches.
         config: the settings. Default: `Config()`. For a model with an adapter, its own rank, alpha, use_rslora,
             targets, modules_to_save and dropout hold.
         backend: name of the framework the model must belong to: "torch", "jax" or "mlx". Default: any.
         progress: whether a bar on stderr counts the batches. Default: only where stderr is a terminal.
 
     Returns:
-        The model with its LoRA layers, ready to train, and the report of the start.
+        The model with its LoRA layers, ready to train, and the report of the start: a `Report`; without batches a
+        `DeferredReport`, which is filled in while training goes on.
 
     Raises:
         BackendError, ConfigError, ModelError, BatchError, GradientError: see `lora_one.errors`. After any exception,
@@ -102,7 +105,8 @@ def init(
         if isinstance(batches, Iterator):
             check_readings(batches, config, session.folds)
         report = initialize(session, config, framework.ops.name, began)
-    forget(session.model)
+    for known in (model, session.model):
+        forget(known)
     return session.model, report
 
 
@@ -120,7 +124,8 @@ def _init_without_data(
             check_rank(layer, name)
             assign_plain(session, config, layer)
         report = new_report(name, config, session.layers)
-    remember(session.model, report)
+    for known in (model, session.model):  # the user may keep either
+        remember(known, report)
     return session.model, report
 
 

@@ -160,7 +160,8 @@ def _adapted_part(model: nn.Module) -> nn.Module:
     if report_of(model) is not None:
         return model
     parts = [part for part in model.modules() if isinstance(part, peft.PeftModel) or "peft_config" in vars(part)]
-    waiting = [part for part in parts if (report := report_of(part)) is not None and not report.done]
+    reports = [(part, report_of(part)) for part in parts]  # PEFT's model is two parts with one report
+    waiting = list({id(report): part for part, report in reports if report is not None and not report.done}.values())
     if len(waiting) > 1:
         raise ModelError(f"one start is made at a time, got {len(waiting)} models in one: make an optimizer of each")
     return [*waiting, *parts, model][0]
