@@ -84,6 +84,7 @@ def init(
         BackendError, ConfigError, ModelError, BatchError, GradientError: see `lora_one.errors`. After any exception,
             also one from `loss_fn` or the batches, the model is as it was: weights, train/eval mode, requires_grad,
             hooks, and the adapter that it had.
+        ProcessError: in a parallel run of PyTorch, an error in another process, or one that did not make the call.
 
     Source: Zhang, Liu and Chen, "LoRA-One" (ICML 2025, arXiv 2502.01235), the initialisation of Algorithm 1.
 

@@ -33,6 +33,10 @@ class GradientError(LoraOneError, ArithmeticError):
     """A gradient or a loss that is not finite."""
 
 
+class ProcessError(LoraOneError, RuntimeError):
+    """Another process of a parallel run failed, whose rank and error it names, or did not make the same call."""
+
+
 class CheckpointError(LoraOneError):
     """An adapter folder that cannot be read or written, or does not fit the model; it lists all problems.
 

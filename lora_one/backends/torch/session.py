@@ -21,11 +21,12 @@ from .attachment.reversible import ReversibleAttachment
 from .linalg.precision import full_precision
 from .ops import TorchOps
 from .passes.batches import LossFn, default_loss, device_of
-from .passes.distributed import all_agree, is_parallel
+from .passes.distributed import all_agree
 from .passes.over_batches import Passes
 from .passes.recompute import Recompute
 from .passes.settings import settings_for_passes
 from .passes.tap import WHOLE, from_flat, product_of, rows
+from .processes import Processes, is_parallel
 
 
 class TorchSession:
@@ -33,7 +34,7 @@ class TorchSession:
 
     Use it, inside a `with` block, to look at gradients yourself; `lora_one.init` opens its own. Entering the block
     attaches LoRA, or takes the adapter that is there. Leaving it restores train/eval mode and requires_grad; leaving it
-    by an exception makes the model what it was.
+    by an exception makes the model what it was. In a parallel run every process must enter it.
 
     Args:
         model: a torch.nn.Module, plain or with a LoRA adapter of PEFT.
@@ -47,6 +48,7 @@ class TorchSession:
 
     Raises:
         ModelError, BatchError: at the start of the block, if the model, the adapter or the batches are unsuitable.
+        ProcessError: an error in another process of a parallel run, or one that did not enter the block.
         RuntimeError: a pass or an assignment outside the block.
 
     >>> import lora_one, torch
@@ -66,6 +68,7 @@ class TorchSession:
         self.model = self._given = model
         self.layers: list[Layer] = []
         self._batches: Iterable[Any] = () if batches is None else batches
+        self._makes_passes = batches is not None
         self._loss_fn = default_loss if loss_fn is None else loss_fn
         self._config = config
         self._had_adapter = False
@@ -74,6 +77,8 @@ class TorchSession:
 
     def __enter__(self) -> "TorchSession":
         with ExitStack() as stack:
+            processes = Processes("lora_one.init", alone=not self._makes_passes)
+            stack.enter_context(processes.together())
             attachment = ReversibleAttachment(self._given, self._config)
             stack.push(attachment.close)
             attachment.attach()
@@ -81,7 +86,7 @@ class TorchSession:
             self.layers = [site.layer for site in attachment.sites.values()]
             stack.enter_context(settings_for_passes(self.model))
             recompute = stack.enter_context(Recompute(self.model, self._config.recompute, self._device))
-            passes = Passes(self.model, attachment.sites, self._batches, self._loss_fn, recompute)
+            passes = Passes(self.model, attachment.sites, self._batches, self._loss_fn, recompute, processes)
             if self._device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self._device)
             self._entered, self._exit = passes, stack.pop_all()

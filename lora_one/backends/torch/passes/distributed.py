@@ -4,13 +4,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from lora_one.backends.torch.processes import is_parallel
 from lora_one.core.fold import FoldState, merge_all
 from lora_one.core.ops import Ops
-
-
-def is_parallel() -> bool:
-    """Return whether this is one of several processes of an initialised default group."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def sum_over_processes(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_one.backends.interface import PassResult
 from lora_one.backends.torch.attachment.attach import Site
+from lora_one.backends.torch.processes import Processes, is_parallel
 from lora_one.core.fold import FoldState, of_mean
 from lora_one.core.ops import Ops
 from lora_one.core.sides import Sides
@@ -17,7 +18,7 @@ from lora_one.core.stacking import stack_of, unstacked
 
 from .arrivals import Arrivals, Collector
 from .batches import Evaluate, LossFn, check_depends, device_of, losses
-from .distributed import is_parallel, mean_over_processes, merge_over_processes, sum_over_processes
+from .distributed import mean_over_processes, merge_over_processes, sum_over_processes
 from .folds import Folds, groups
 from .loss_scale import LossScale
 from .own_gradients import own_gradients
@@ -30,7 +31,13 @@ class Passes:
     """Runs passes over the batches of a session, on a model that is in `settings_for_passes`."""
 
     def __init__(
-        self, model: nn.Module, sites: dict[str, Site], batches: Iterable[Any], loss_fn: LossFn, recompute: Recompute
+        self,
+        model: nn.Module,
+        sites: dict[str, Site],
+        batches: Iterable[Any],
+        loss_fn: LossFn,
+        recompute: Recompute,
+        processes: Processes,
     ):
         self.sites = sites
         self.read: frozenset[str] | None = None  # layers whose factors some code reads; None before the first pass
@@ -38,6 +45,7 @@ class Passes:
         self._batches = batches
         self._loss_fn = loss_fn
         self._recompute = recompute
+        self._processes = processes
         self._device = device_of(model)
         self._scale = LossScale(model, self._device)
 
@@ -131,8 +139,10 @@ class Passes:
     def _run(self, on_batch: Callable[[Evaluate, int, bool], float]) -> PassResult:
         total, count = 0.0, 0
         for evaluate, last in losses(self._model, self._batches, self._loss_fn):
+            self._processes.check()
             count += 1
             total += on_batch(evaluate, count, last)
+        self._processes.count()
         return PassResult(*mean_over_processes(total, count, self._device))
 
     def _in_any_process(self, names: set[str]) -> list[str]:

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+from lora_one.backends.torch.processes import is_parallel
 from lora_one.core.gradient import RowProduct
 
-from .distributed import is_parallel
 from .tap import whole
 
 
