@@ -81,10 +81,9 @@ def init(
         `DeferredReport`, which is filled in while training goes on.
 
     Raises:
-        BackendError, ConfigError, ModelError, BatchError, GradientError: see `lora_one.errors`. After any exception,
-            also one from `loss_fn` or the batches, the model is as it was: weights, train/eval mode, requires_grad,
-            hooks, and the adapter that it had.
-        ProcessError: in a parallel run of PyTorch, an error in another process, or one that did not make the call.
+        BackendError, ConfigError, ModelError, BatchError, GradientError, ProcessError: see `lora_one.errors`. After
+            any exception, also one from `loss_fn` or the batches, the model is as it was: weights, train/eval mode,
+            requires_grad, hooks, and the adapter that it had.
 
     Source: Zhang, Liu and Chen, "LoRA-One" (ICML 2025, arXiv 2502.01235), the initialisation of Algorithm 1.
 
