@@ -92,8 +92,7 @@ def with_start(
     @jax.jit  # outside of a compiled step the condition would be compiled at each call
     def step(updates: Any, state: DeferredState, params: Any) -> tuple[Any, DeferredState]:
         kinds = _kinds(params, stack_axes, start.folds)
-        if not kinds:
-            raise ModelError("a start needs the factors of LoRA, got none in params")
+        _check_fits(state, kinds)
         places = [place for kind in kinds for pair in kind.pairs for place in pair.places]
 
         def trained(state: DeferredState) -> tuple[list[Array], DeferredState]:
@@ -198,6 +197,18 @@ def _kinds(params: Any, stack_axes: Mapping[Path, int] | None, folds: Mapping[Pa
         shape = layout.in_features, layout.out_features, a.shape[-1], a.dtype, b.dtype, fold
         kinds.setdefault(shape, _Kind([], a.shape[-1], a.dtype, fold)).pairs.append(_Pair(path, places, layout))
     return list(kinds.values())
+
+
+def _check_fits(state: Any, kinds: list[_Kind]) -> None:
+    """Raise ModelError for params without pairs, and for the state of others."""
+    if not kinds:
+        raise ModelError("a start needs the factors of LoRA, got none in params")
+    if not isinstance(state, DeferredState):
+        raise ModelError(f"the state must be of an optimizer that makes the start, got a {type(state).__name__}")
+    expected = [kind.start_state().s.shape for kind in kinds]
+    got = [pairs.s.shape for pairs in state.starts]
+    if got != expected:
+        raise ModelError(f"the state is of another model: it has pairs of number and rank {got}, params {expected}")
 
 
 def _is_factor(tree: Any, wanted: bool = True) -> Any:

@@ -10,6 +10,7 @@ from jax import Array
 
 from lora_one.backends.interface import Layer
 from lora_one.backends.waiting import deferred_start, report_of
+from lora_one.checks import shown_names
 from lora_one.config import Config
 from lora_one.core.deferred import StartState
 from lora_one.errors import ModelError, ZeroGradientWarning
@@ -63,8 +64,12 @@ def _telling(report: DeferredReport, pairs: Mapping[Path, ModelPair]) -> Callabl
             for place, reading in zip(order, read, strict=True):
                 readings[place] = reading
             report.record(int(steps), bool(done), readings)
-            if report.plain_layers:
-                warnings.warn(_of_plain_layers(report), ZeroGradientWarning, stacklevel=2)
+            if plain := report.plain_layers:
+                message = (
+                    f"{len(plain)} of {len(report.layers)} layers had no gradient in the {report.steps} steps of "
+                    f"LoRA-One's start and keep plain LoRA's: {shown_names(plain)}"
+                )
+                warnings.warn(message, ZeroGradientWarning, stacklevel=2)
 
         return record
 
@@ -81,11 +86,3 @@ def _in_model(path: Path, places: Mapping[Path, Any]) -> Path:
         if path[begin:] in places:
             return path[begin:]
     raise ModelError(f"the optimizer was made for another model: that has no {'.'.join(path)}_a")
-
-
-def _of_plain_layers(report: DeferredReport) -> str:
-    names = report.plain_layers
-    return (
-        f"{len(names)} of {len(report.layers)} layers had no gradient in the first {report.steps} steps and keep plain "
-        f"LoRA's start: {', '.join(names)}"
-    )

@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from lora_one.backends.checks import check_optimizer_settings
-from lora_one.backends.waiting import step_limits
+from lora_one.backends.waiting import optimizer_made, step_limits
 from lora_one.config import Config
 from lora_one.core.factors import Factors
 from lora_one.core.precondition import Damping, precondition
@@ -227,7 +227,9 @@ def optimizer(
     check_optimizer_settings(reg, damping, loraplus_lr_ratio)
     start, stack_axes = model_start(model, start_steps)
     diagonal = reg if precondition else None
-    return _adamw(learning_rate, *betas, eps, weight_decay, diagonal, damping, loraplus_lr_ratio, stack_axes, start)
+    tx = _adamw(learning_rate, *betas, eps, weight_decay, diagonal, damping, loraplus_lr_ratio, stack_axes, start)
+    optimizer_made(model, tx.update)  # a named tuple cannot be referred to weakly
+    return tx
 
 
 # All pairs of one shape share one trace; in a step that is compiled as a whole this jit leaves nothing else behind.

@@ -164,6 +164,11 @@ class JaxSession:
         model = self.model
         if isinstance(model, nnx.Module):
             return NnxBinding(model, self._config)
+        if isinstance(model, LinenModel) and not model.layouts and loss_fn is _no_pass:
+            raise ModelError(
+                "a Linen module shows its linear layers only in a call: pass batches and loss_fn to init, or hand in "
+                f"the parameters alone, as {PytreeModel.__name__}(variables['params'])"
+            )
         if isinstance(model, (LinenModel, PytreeModel)):
             return TreeBinding(model, self._config, self._first_batch(), loss_fn)
         raise ModelError(

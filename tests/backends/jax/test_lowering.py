@@ -10,7 +10,7 @@ from flax import nnx
 from jax import export
 
 import lora_one
-from lora_one.backends.jax import JaxOps, attach_plain, open_session
+from lora_one.backends.jax import JaxOps, attach_plain, lora_adamw, open_session
 from lora_one.backends.jax.llama.config import LlamaConfig
 from lora_one.backends.jax.llama.model import LlamaForCausalLM, causal_lm_loss
 from lora_one.backends.jax.passes.batches import arrays_and_rest
@@ -89,6 +89,13 @@ def test_both_optimizers(precondition):
     model = attach_plain(llama(), CONFIG)
     tx = lora_one.optimizer(model, 1e-3, precondition=precondition)
     factors = nnx.state(model, nnx.LoRAParam)
+    assert_lowers(jax.jit(tx.update), factors, tx.init(factors), factors)
+
+
+@pytest.mark.parametrize("precondition", [False, True])
+def test_the_start_from_the_first_gradients(precondition):
+    factors = nnx.state(attach_plain(llama(), CONFIG), nnx.LoRAParam)
+    tx = lora_adamw(reg=1e-6 if precondition else None, start_steps="auto")
     assert_lowers(jax.jit(tx.update), factors, tx.init(factors), factors)
 
 
