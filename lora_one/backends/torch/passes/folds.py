@@ -7,7 +7,7 @@ as all of them.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from lora_one.errors import GradientError
 SHARE_OF_GRADIENT = 0.5  # of the bytes of G in float32: what a layer's rows may need before they are folded
 LEAST_BYTES = 2**22  # what they may need in any case: a thousand tokens of a layer 512 wide
 WAITING_BYTES = 6 * 2**30  # of all rows, on a GPU: with one large batch they are alive anyway
+WAITING_BYTES_RECOMPUTED = 2**30  # where activations are recomputed, nothing else keeps the rows
 
 
 class Folds:
@@ -36,14 +37,23 @@ class Folds:
     Args:
         kinds: layer -> a key that is the same for the layers that are renewed together.
         in_stacks: whether layers wait for others of their kind.
+        recomputes: says whether activations are recomputed in the batch that runs.
     """
 
-    def __init__(self, ops: Ops, states: dict[str, FoldState], kinds: Mapping[str, Hashable], in_stacks: bool):
+    def __init__(
+        self,
+        ops: Ops,
+        states: dict[str, FoldState],
+        kinds: Mapping[str, Hashable],
+        in_stacks: bool,
+        recomputes: Callable[[], bool] = lambda: False,
+    ):
         self.states = states
         self.reached: set[str] = set()
         self._ops = ops
         self._kinds = kinds
         self._in_stacks = in_stacks
+        self._recomputes = recomputes
         self._rows: dict[str, list[RowProduct]] = {}
         self._bytes: Counter[str] = Counter()  # of a layer's rows
         self._batch = 0
@@ -58,7 +68,8 @@ class Folds:
         self._bytes[name] += sum(x.nbytes for x in product)
         if not self._in_stacks and self._is_due(name):
             self._fold([name])
-        while self._in_stacks and self._bytes.total() > WAITING_BYTES:
+        most = WAITING_BYTES_RECOMPUTED if self._recomputes() else WAITING_BYTES
+        while self._in_stacks and self._bytes.total() > most:
             self._fold(max(groups(self._rows, self._kinds), key=lambda names: sum(self._bytes[n] for n in names)))
 
     def complete(self, name: str) -> None:

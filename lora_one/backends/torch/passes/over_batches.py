@@ -91,7 +91,7 @@ class Passes:
     ) -> tuple[PassResult, dict[str, FoldState | None]]:
         """Run all batches backward and renew the states: see `Session.fold_pass`; `in_stacks` as for `Folds`."""
         kinds = {name: _kind(state) if in_stacks else name for name, state in states.items()}
-        folds = Folds(ops, states, kinds, in_stacks)
+        folds = Folds(ops, states, kinds, in_stacks, lambda: self._recompute.active)
         result, read = self._backward(folds, dict.fromkeys(states, NARROW_ROWS), {})
         reached = self._in_any_process(folds.reached)
         means: dict[str, FoldState | None] = dict.fromkeys(states)

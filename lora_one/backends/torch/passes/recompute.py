@@ -21,6 +21,9 @@ class Recompute:
     """Let transformers' blocks keep their activations while these fit in memory. Later blocks keep only their inputs.
 
     Used as a context manager. A block is assumed to keep as much as the block before it did.
+
+    Attributes:
+        active: whether some block of this batch is recomputed.
     """
 
     def __init__(self, model: nn.Module, recompute: Literal["auto"] | bool, device: torch.device):
@@ -32,6 +35,7 @@ class Recompute:
         free = _free_memory(device) if recompute == "auto" else 0
         self._budget = float("inf") if free is None else SHARE_OF_FREE * free
         self._kept = self._last = 0  # bytes that this batch's blocks have kept so far, and that the last one kept
+        self.active = False
         self._forwards_before: list[Callable[..., Any] | None] = []
 
     def __enter__(self) -> "Recompute":
@@ -48,13 +52,14 @@ class Recompute:
 
     def next_batch(self) -> None:
         """Begin a batch: what the one before kept is free."""
-        self._kept = 0
+        self._kept, self.active = 0, False
 
     def _forward(self, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # Recomputing would write a cache a second time.
         if not torch.is_grad_enabled() or any(kwargs.get(name) is not None for name in CACHES):
             return forward(*args, **kwargs)
         if self._budget == 0.0 or self._kept + self._last > self._budget:
+            self.active = True
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
         saved = _Saved(block)
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x):

@@ -132,6 +132,17 @@ def test_layers_of_a_kind_go_together_and_a_bound_on_what_waits_is_kept(monkeypa
             torch.testing.assert_close(got[name].s, state.s, rtol=1e-3, atol=1e-4 * float(state.s[0]))
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_where_activations_are_recomputed_fewer_rows_wait(monkeypatch, recompute):
+    """Nothing else keeps them alive there, as on a GPU."""
+    monkeypatch.setattr(folds, "LEAST_BYTES", 0)
+    monkeypatch.setattr(folds, "WAITING_BYTES_RECOMPUTED", 1)
+    monkeypatch.setattr(TorchSession, "stacks_layers", True)
+    axes = recorded(monkeypatch, lambda state, rows: state.s.ndim)
+    fold_pass(llama(), config=lora_one.Config(rank=2, recompute=recompute))
+    assert max(axes) == (1 if recompute else 2)
+
+
 def test_rows_of_unlike_length_share_a_stack():
     torch.manual_seed(0)
     rows = [RowProduct(torch.randn(t, 20), torch.randn(t, 30)) for t in (5, 9)]
