@@ -106,32 +106,42 @@ def directions(tasks: list[str], batches: list[int], seeds: int) -> Iterator[dic
                         break
 
 
-def difference(rows: list[dict[str, Any]], task: str, batch: int, contender: str) -> str:
-    """Mean of the contender's points less those of the start from batches, paired by seed, with its interval."""
-    score = {
-        name: {
-            row["seed"]: row["score"]
-            for row in rows
-            if (row["task"], row["batch"], row["contender"]) == (task, batch, name)
-        }
+def difference(
+    rows: list[dict[str, Any]], task: str, batch: int, contender: str, key: str = "score", unit: float = 100.0
+) -> str:
+    """Mean of the contender's numbers less those of the start from batches, paired by seed, with its interval."""
+    found: dict[str, dict[int, float]] = {
+        name: {row["seed"]: row[key] for row in _of(rows, task, batch) if row["contender"] == name}
         for name in (contender, EXPLICIT)
     }
-    seeds = sorted(set(score[contender]) & set(score[EXPLICIT]))
-    points = 100.0 * np.array([score[contender][seed] - score[EXPLICIT][seed] for seed in seeds])
-    if len(points) < 2:
+    seeds = sorted(found[contender].keys() & found[EXPLICIT].keys())
+    differences = unit * np.array([found[contender][seed] - found[EXPLICIT][seed] for seed in seeds])
+    if len(seeds) < 2:
         return ""
-    half = stats.t.ppf(0.975, len(points) - 1) * points.std(ddof=1) / len(points) ** 0.5
-    return f"{points.mean():+.1f} ± {half:.1f} ({len(points)})"
+    half = stats.t.ppf(0.975, len(seeds) - 1) * differences.std(ddof=1) / len(seeds) ** 0.5
+    digits = 1 if unit > 1 else 3
+    return f"{differences.mean():+.{digits}f} ± {half:.{digits}f} ({len(seeds)})"
+
+
+def _of(rows: list[dict[str, Any]], task: str, batch: int) -> list[dict[str, Any]]:
+    return [row for row in rows if (row["task"], row["batch"]) == (task, batch)]
 
 
 def tables(result: dict[str, list[dict[str, Any]]]) -> str:
     rows = result.get("quality", [])
     places = sorted({(row["batch"], row["task"]) for row in rows})
-    lines = [
-        [task, batch, _mean(rows, task, batch), *(difference(rows, task, batch, name) for name in DEFERRED)]
-        for batch, task in places
-    ]
-    parts = [harness.table(["task", "batch", f"{EXPLICIT}, %", *DEFERRED], lines)]
+    parts = []
+    for title, key, unit in ((f"{EXPLICIT}, %", "score", 100.0), (f"{EXPLICIT}, loss", "test_loss", 1.0)):
+        lines = [
+            [
+                task,
+                batch,
+                _mean(rows, task, batch, key, unit),
+                *(difference(rows, task, batch, name, key, unit) for name in DEFERRED),
+            ]
+            for batch, task in places
+        ]
+        parts.append(harness.table(["task", "batch", title, *DEFERRED], lines))
     held = result.get("directions", [])
     if held:
         steps = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -145,9 +155,9 @@ def tables(result: dict[str, list[dict[str, Any]]]) -> str:
     return "\n\n".join(parts)
 
 
-def _mean(rows: list[dict[str, Any]], task: str, batch: int) -> str:
-    found = [r["score"] for r in rows if (r["task"], r["batch"], r["contender"]) == (task, batch, EXPLICIT)]
-    return f"{100 * np.mean(found):.1f}" if found else ""
+def _mean(rows: list[dict[str, Any]], task: str, batch: int, key: str, unit: float) -> str:
+    found = [row[key] for row in _of(rows, task, batch) if row["contender"] == EXPLICIT]
+    return f"{unit * np.mean(found):.{1 if unit > 1 else 3}f}" if found else ""
 
 
 def _held(rows: list[dict[str, Any]], task: str, batch: int, step: int) -> str:
