@@ -8,8 +8,8 @@ from typing import Any, overload
 from .backends import backend_of
 from .backends.checks import check_iterable, check_readings
 from .backends.interface import Backend
+from .backends.saving import saving
 from .backends.waiting import check_no_optimizer, forget, new_report, remember, report_of
-from .checkpoint.folder import replacing_adapter
 from .checkpoint.metadata import write_metadata
 from .config import Config
 from .errors import ConfigError, UnfinishedStartWarning, warn_user
@@ -215,9 +215,10 @@ def save(model: Any, path: str | Path, report: Report | DeferredReport | None = 
     """
     framework = backend_of(model)
     _warn_of_unfinished_start(model, "the folder holds")
-    with replacing_adapter(Path(path)) as folder:
-        framework.save(model, folder)
-        write_metadata(folder, framework.ops.name, report)
+    with saving(framework, model, Path(path)) as folder:
+        if folder is not None:
+            framework.save(model, folder)
+            write_metadata(folder, framework.ops.name, report)
 
 
 def load(model: Any, path: str | Path, trainable: bool = False) -> Any:

@@ -2,6 +2,7 @@
 
 from .attachment.attach import attach_plain
 from .files.folder import load, save
+from .files.folder import one_writer as one_writer
 from .lora_adamw import LoraOneAdamW
 from .merge import merge
 from .ops import TorchOps

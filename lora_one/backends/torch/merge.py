@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from lora_one.errors import ModelError
 
 from .attachment.adapters import opened
+from .attachment.sharding import check_separable, is_sharded
+from .processes import Processes
 
 _TIE = "tie_word_embeddings"
 
@@ -24,7 +26,8 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: there is no LoRA adapter to merge, or the model's class does not allow to separate tied weights.
     """
-    with opened(model, "merge") as adapted:
+    processes = Processes("lora_one.merge", alone=not is_sharded(model))
+    with processes.together(), opened(model, "merge") as adapted:
         merged = _merged(adapted)
     vars(merged).pop("peft_config", None)  # PEFT before 0.21 leaves it there
     if hasattr(merged, "_hf_peft_config_loaded"):  # set by transformers' add_adapter
@@ -34,6 +37,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 def _merged(adapted: peft.PeftModel) -> Any:
     base: Any = adapted.get_base_model()
+    check_separable(adapted, base)
     shared = _shared_layers(adapted)
     flag_counts = _TIE in _source_of_forward(base)
     if flag_counts and (tied := _tied(base, shared)):

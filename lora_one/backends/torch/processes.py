@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
+from typing import Any
 
 from torch import distributed as dist
 
@@ -29,6 +30,10 @@ def is_parallel() -> bool:
 class Processes:
     """The processes that make one call together.
 
+    Attributes:
+        rank: of this process.
+        size: how many there are.
+
     Args:
         call: what every process must call, such as "lora_one.init".
         alone: whether this process needs no others; then nothing ever waits.
@@ -37,10 +42,11 @@ class Processes:
     def __init__(self, call: str, alone: bool = False):
         self._call = call
         self._store: dist.Store | None = None
+        self.rank, self.size = 0, 1
         self._points = 0  # that this process has passed or waits at
         store = None if alone or not is_parallel() else _store()
         if store is not None:
-            self._rank, self._size = dist.get_rank(), dist.get_world_size()
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
             self._store = dist.PrefixStore(f"{call}/{next(_CALLS[call])}", store)
 
     @contextmanager
@@ -72,19 +78,27 @@ class Processes:
         self._points += 1
         point = str(self._points)
         self._store.add(f"{point}/yes", int(yes))
-        self._store.set(f"{point}/{self._rank}", "")
-        if self._store.add(f"{point}/here", 1) == self._size:
+        self._store.set(f"{point}/{self.rank}", "")
+        if self._store.add(f"{point}/here", 1) == self.size:
             self._store.set(f"{point}/all", "")
         try:
             self._store.wait([f"{point}/all"], timedelta(seconds=seconds))
         except dist.DistStoreError as error:
-            missing = [str(rank) for rank in range(self._size) if not self._store.check([f"{point}/{rank}"])]
+            missing = [str(rank) for rank in range(self.size) if not self._store.check([f"{point}/{rank}"])]
             raise ProcessError(
                 f"{self._call} must be called by every process, with a share of the batches each: rank "
                 f"{', '.join(missing)} did not come to its step {point} within {seconds:g} s"
             ) from error
         self.check()
         return int(self._store.add(f"{point}/yes", 0))
+
+    def gather(self, x: Any) -> list[Any]:
+        """Return the objects of all processes, by rank."""
+        everyones = [x]
+        if self._store is not None:
+            everyones *= self.size
+            dist.all_gather_object(everyones, x)
+        return everyones
 
     def check(self) -> None:
         """Look, without waiting, whether another process has failed.
@@ -107,9 +121,9 @@ class Processes:
             return
         with suppress(RuntimeError):
             if not isinstance(error, ProcessError) or not self._failure():
-                self._store.set("failed", f"{self._call} failed on rank {self._rank}: {type(error).__name__}: {error}")
+                self._store.set("failed", f"{self._call} failed on rank {self.rank}: {type(error).__name__}: {error}")
                 self._store.set(f"{self._points + 1}/all", "")  # where the others wait for this process
-            if self._store.add("left", 1) == self._size:
+            if self._store.add("left", 1) == self.size:
                 self._store.set("all left", "")
             self._store.wait(["all left"], timedelta(seconds=LEAVING_SECONDS))
 

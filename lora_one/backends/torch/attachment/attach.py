@@ -23,9 +23,10 @@ from .adapters import mark_as_ours, require_lora, take_out_leftover
 from .all_linear import ALL_LINEAR, LINEAR, RefusedByPeft, on_all_linear
 from .quiet import quiet_peft
 from .refusals import refusal
+from .sharding import write
 from .snapshot import Snapshot
 from .tasks import heads, task_type
-from .wrappers import plain_names, unwrapped
+from .wrappers import check_open_to_lora, plain_names, unwrapped
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,8 @@ class Site:
         return Factors(self.lora_A.weight.detach().clone(), self.lora_B.weight.detach().clone())
 
     def assign(self, factors: Factors) -> None:
-        with torch.no_grad():
-            self.lora_A.weight.copy_(factors.lora_A)
-            self.lora_B.weight.copy_(factors.lora_B)
+        write(self.lora_A.weight, factors.lora_A)
+        write(self.lora_B.weight, factors.lora_B)
 
     def like(self) -> torch.Tensor:
         """Return an empty scalar on the layer's device, in float32 or wider."""
@@ -81,6 +81,7 @@ def attach_plain(model: nn.Module, config: Config) -> peft.PeftModel:
     >>> model.base_model.model[0].lora_A["default"].weight.shape
     torch.Size([2, 8])
     """
+    check_open_to_lora(model)
     model = unwrapped(model)
     with plain_names(model), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)

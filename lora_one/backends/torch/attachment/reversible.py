@@ -12,9 +12,10 @@ from lora_one.core.factors import Factors
 from .adapters import adapter_of, is_leftover
 from .attach import Site, attach_lora, check_adapter_fits, find_sites
 from .quiet import nothing_drawn
+from .sharding import note_trainable, reshard
 from .snapshot import Snapshot
 from .starts import check_base_is_whole
-from .wrappers import plain_names, unwrapped
+from .wrappers import check_open_to_lora, check_open_to_writing, plain_names, unwrapped
 
 
 class ReversibleAttachment:
@@ -28,6 +29,7 @@ class ReversibleAttachment:
 
     def __init__(self, model: nn.Module, config: Config):
         self.model = unwrapped(model)
+        self._given = model
         self.had_adapter = False
         self.sites: dict[str, Site] = {}
         self._config = config
@@ -39,7 +41,9 @@ class ReversibleAttachment:
     def attach(self) -> None:
         """Attach LoRA, or check and unfreeze the adapter that is there."""
         adapted = adapter_of(self.model)
+        check_open_to_writing(self.model)
         if adapted is None or is_leftover(self.model, adapted):
+            check_open_to_lora(self._given)
             with nothing_drawn():  # every layer's factors are assigned
                 self.model = adapted = attach_lora(self.model, self._config)
         else:
@@ -55,8 +59,10 @@ class ReversibleAttachment:
 
     def close(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Keep the LoRA layers; after an exception make the model what it was."""
+        reshard(self.model)
         if kind is None:
             self._before.restore_modes(self.model)
+            note_trainable(self.model)
         else:
             self._before.restore()
             for name, factors in self._factors_before.items():

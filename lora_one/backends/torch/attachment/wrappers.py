@@ -6,17 +6,22 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lora_one.backends.torch.processes import is_parallel
 from lora_one.errors import ModelError
 
+from .sharding import check_attachable, check_sharding, reshard
+
 # By name, because their packages may not be installed.
-_SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+_SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside torch.compile, DataParallel and DistributedDataParallel, in whatever order.
 
+    If FSDP2 shards its weights, they are in shards afterwards, also where a forward pass has left them whole.
+
     Raises:
-        ModelError: a wrapper shards the weights over processes.
+        ModelError: the weights are spread over processes in another way.
     """
     while (inner := _inside(model)) is not None:
         model = inner
@@ -33,7 +38,38 @@ def unwrapped(model: nn.Module) -> nn.Module:
             "the weights are partitioned over processes by DeepSpeed ZeRO-3; whole ones are expected: init, load, save "
             "and merge before, or with the weights gathered"
         )
+    reshard(model)
+    check_sharding(model)
     return model
+
+
+def check_open_to_lora(model: nn.Module) -> None:
+    """Check that LoRA may be attached to a model in its wrappers: that whoever averages gradients will know of it.
+
+    Raises:
+        ModelError: it may not.
+    """
+    check_attachable(model)
+    while (inner := _inside(model)) is not None:
+        if isinstance(model, DistributedDataParallel) and is_parallel():
+            raise ModelError(
+                "the model is in DistributedDataParallel without LoRA, whose gradients it would not average: hand in "
+                "the model inside of it, and wrap what is returned"
+            )
+        model = inner
+
+
+def check_open_to_writing(model: nn.Module) -> None:
+    """Check that what is written into the factors stays there.
+
+    Raises:
+        ModelError: DeepSpeed has copies of them in float32, which its next step would write over them.
+    """
+    if any(getattr(parameter, "_hp_mapping", None) is not None for parameter in model.parameters()):
+        raise ModelError(
+            "deepspeed.initialize has copied the trainable weights, and its first step would write the copies over the "
+            "start: call lora_one.init, or load, before deepspeed.initialize"
+        )
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 """Saving and loading the adapters of PyTorch models."""
 
-from .folder import load, save
+from .folder import load, one_writer, save
 
-__all__ = ["load", "save"]
+__all__ = ["load", "one_writer", "save"]

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_one.backends.torch.attachment.attach import find_sites
+from lora_one.backends.torch.attachment.sharding import gathered
 from lora_one.checkpoint.folder import WEIGHTS
 from lora_one.checkpoint.peft import PEFT_BASE_KEY, PEFT_KEY, AdapterFolder, check_factors, unknown_tensor
 from lora_one.checkpoint.plain_lora import settings_beyond
@@ -148,7 +149,7 @@ def _changed_base_weights(folder: AdapterFolder, base: nn.Module) -> list[str]:
     problems = []
     with safe_open(folder.path / WEIGHTS, framework="pt") as file:
         for key in copies:
-            weight = weights[base_path(key)]
+            weight = gathered(weights[base_path(key)])
             rows = vocabulary if _is_embedding(key, embeddings) else None
             if not torch.equal(file.get_tensor(key).to(weight)[:rows], weight[:rows]):
                 problems.append(unknown_tensor(key))

@@ -1,5 +1,8 @@
 """Save and load an adapter in PEFT's files, after checks of our own."""
 
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,16 @@ from lora_one.backends.torch.attachment.adapters import (
     take_out_leftover,
 )
 from lora_one.backends.torch.attachment.quiet import quiet_peft
+from lora_one.backends.torch.attachment.sharding import gathered, is_sharded
 from lora_one.backends.torch.attachment.snapshot import Snapshot
 from lora_one.backends.torch.attachment.starts import base_weights_kept, check_start
-from lora_one.backends.torch.attachment.wrappers import plain_names, unwrapped
+from lora_one.backends.torch.attachment.wrappers import (
+    check_open_to_lora,
+    check_open_to_writing,
+    plain_names,
+    unwrapped,
+)
+from lora_one.backends.torch.processes import Processes
 from lora_one.checkpoint.folder import WEIGHTS
 from lora_one.checkpoint.peft import AdapterFolder, read_folder
 from lora_one.errors import CheckpointError, ModelError
@@ -30,30 +40,62 @@ from .fit import problems_after, problems_before
 from .state import active_adapter, adapter_state, tokens_of_others, train_adapter
 
 
+@contextmanager
+def one_writer(model: nn.Module, path: Path) -> Iterator[bool]:
+    """Yield whether this process writes the adapter of a model into a folder, and wait until it is written.
+
+    A model whose weights FSDP2 shards is saved by all processes together. Of those of one machine that name the same
+    folder, the first writes it.
+    """
+    processes = Processes("lora_one.save", alone=not is_sharded(model))
+    with processes.together():
+        mine = socket.gethostname(), str(path.absolute())
+        writes = processes.gather(mine).index(mine) == processes.rank
+        if not writes:
+            with opened(model, "save") as adapted:
+                _tensors(adapted)  # takes part in gathering them
+        yield writes
+        processes.count()
+
+
 def save(model: nn.Module, path: Path) -> None:
     """See `lora_one.save`. It saves the active adapter, with the embeddings if tokens were added to the base model."""
     with opened(model, "save") as adapted:
-        adapter = active_adapter(adapted, "save")
-        tensors = {**adapter_state(adapted, adapter), **added_rows(adapted)}
-        config = config_to_save(adapted, adapter)
-        if empty := [key for key, tensor in tensors.items() if tensor.is_meta]:
-            raise ModelError(
-                f"{empty[0]}: it holds no numbers, as low_cpu_mem_usage=True makes weights, and offloading; load the "
-                "adapter's weights first, or the model where it fits"
-            )
+        tensors, config = _tensors(adapted), config_to_save(adapted, active_adapter(adapted, "save"))
         path.mkdir(parents=True, exist_ok=True)
         save_file(_separate(tensors), path / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(path))
 
 
+def _tensors(adapted: peft.PeftModel) -> dict[str, Tensor]:
+    """Return what the file of weights holds, whole. Every process must call it if the weights are sharded.
+
+    Raises:
+        ModelError: weights that hold no numbers.
+    """
+    adapter = active_adapter(adapted, "save")
+    state = {**adapter_state(adapted, adapter), **added_rows(adapted)}
+    tensors = {key: gathered(tensor) for key, tensor in state.items()}
+    if empty := [key for key, tensor in tensors.items() if tensor.is_meta or tensor.numel() == 0]:
+        raise ModelError(
+            f"{empty[0]}: it holds no numbers, as low_cpu_mem_usage=True makes weights, offloading, and sharding over "
+            "processes; load the adapter's weights first, or the model where it fits, or gather the weights"
+        )
+    return tensors
+
+
 def load(model: nn.Module, path: Path, trainable: bool) -> nn.Module:
     """See `lora_one.load`."""
     base = unwrapped(model)
-    with plain_names(base):
+    processes = Processes("lora_one.load", alone=not is_sharded(base))
+    with processes.together(), plain_names(base):
         adapted = adapter_of(base)
         present = None if is_leftover(base, adapted) else adapted  # the adapter that gets the folder's factors
         if present is not None:
             require_lora(present, "load")
+        check_open_to_writing(base)
+        if present is None:
+            check_open_to_lora(model)
         plain = base if adapted is None else adapted.get_base_model()
         held = None if present is None else present.peft_config[active_adapter(present, "load")]
         folder = read_folder(path)

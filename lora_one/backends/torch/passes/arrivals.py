@@ -1,6 +1,7 @@
 """The products of a pass that count: each call of a layer delivers one, and a backward pass may run again."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -28,6 +29,35 @@ class Collector(Protocol):
     def end_batch(self) -> None:
         """End a batch: its graph is gone."""
         ...
+
+
+class Postponed:
+    """A collector whose errors wait until the batch is over."""
+
+    def __init__(self, collector: Collector):
+        self._collector = collector
+        self._error: Exception | None = None
+
+    def next_batch(self, last: bool) -> None:
+        self._collector.next_batch(last)
+
+    def add(self, name: str, product: Any, is_only: bool) -> None:
+        self._keep(lambda: self._collector.add(name, product, is_only))
+
+    def complete(self, name: str) -> None:
+        self._keep(lambda: self._collector.complete(name))
+
+    def end_batch(self) -> None:
+        if self._error is not None:
+            raise self._error
+        self._collector.end_batch()
+
+    def _keep(self, call: Callable[[], None]) -> None:
+        try:
+            if self._error is None:
+                call()
+        except Exception as error:
+            self._error = error
 
 
 class Arrivals:

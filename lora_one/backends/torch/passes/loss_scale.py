@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_one.core.loss_scale import UNSCALED, Limits, begin
+from lora_one.errors import ModelError
 
 FIRST = 2.0**15  # the largest that a loss in float16 can be multiplied by
 # Largest entry of all gradients after a raise: leaves room for other batches, and for values between the layers.
@@ -31,9 +32,14 @@ class _RunAgain(Exception):
 
 
 class LossScale:
-    """The factor of the losses, and a watch on the gradients that the taps see."""
+    """The factor of the losses, and a watch on the gradients that the taps see.
 
-    def __init__(self, model: nn.Module, device: torch.device):
+    Args:
+        can_repeat: whether this process may run a batch again by itself.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, can_repeat: bool = True):
+        self._can_repeat = can_repeat
         self._search = begin(UNSCALED)
         self._is_float16 = False
         if _computes_in_float16(model, device):
@@ -98,6 +104,11 @@ class LossScale:
         return {name: math.sqrt(self._noise[name] / total) for name, total in self._signal.items() if total > 0.0}
 
     def _begin(self) -> None:
+        if not self._can_repeat:
+            raise ModelError(
+                "float16 needs a loss scale, which a process finds by repeating batches, and with sharded weights none "
+                "can do that alone: use bfloat16 or float32, or init before sharding"
+            )
         self._is_float16 = True
         self._search = begin(LIMITS)
 

@@ -1,6 +1,7 @@
 """Passes over all batches: forward for the mean loss, backward for a product of each layer's gradient."""
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -10,13 +11,15 @@ from torch import nn
 
 from lora_one.backends.interface import PassResult
 from lora_one.backends.torch.attachment.attach import Site
+from lora_one.backends.torch.attachment.sharding import is_sharded, reshard
 from lora_one.backends.torch.processes import Processes, is_parallel
 from lora_one.core.fold import FoldState, of_mean
 from lora_one.core.ops import Ops
 from lora_one.core.sides import Sides
 from lora_one.core.stacking import stack_of, unstacked
+from lora_one.errors import BatchError
 
-from .arrivals import Arrivals, Collector
+from .arrivals import Arrivals, Collector, Postponed
 from .batches import Evaluate, LossFn, check_depends, device_of, losses
 from .distributed import mean_over_processes, merge_over_processes, sum_over_processes
 from .folds import Folds, groups
@@ -25,6 +28,8 @@ from .own_gradients import own_gradients
 from .recompute import Recompute
 from .sums import Sums
 from .tap import NARROW_ROWS, Product, of_no_token, tap
+
+_Item = tuple[Evaluate, bool]
 
 
 class Passes:
@@ -47,7 +52,8 @@ class Passes:
         self._recompute = recompute
         self._processes = processes
         self._device = device_of(model)
-        self._scale = LossScale(model, self._device)
+        self._is_sharded = is_sharded(model)
+        self._scale = LossScale(model, self._device, can_repeat=not self._is_sharded)
 
     def forward(self) -> PassResult:
         """Run all batches forward."""
@@ -104,9 +110,10 @@ class Passes:
         self, collector: Collector, products: Mapping[str, Product], sides: Mapping[str, Sides]
     ) -> tuple[PassResult, list[str]]:
         self._scale.begin_pass()
-        arrivals = Arrivals(collector, self._scale)
+        # An error in the middle of a backward pass would leave the other processes waiting for its other layers.
+        arrivals = Arrivals(Postponed(collector) if self._is_sharded else collector, self._scale)
         with ExitStack() as stack:
-            for name, site in self.sites.items():
+            for name, site in self.sites.items() if not self._is_sharded else ():  # FSDP2 puts its own factors there
                 # Known from an earlier pass: where no code reads factors, zeros without memory will do.
                 given = sides.get(name) if self.read is None or name in self.read else None
                 sink = arrivals.add_read if given is not None else arrivals.noticed
@@ -131,6 +138,8 @@ class Passes:
             self._recompute.next_batch()
             loss, value = evaluate()
             check_depends(loss, index, called=bool(arrivals.seen), layer=next(iter(self.sites)))
+            if self._is_sharded:
+                self._processes.count()  # nobody waits in a backward pass for a process that has failed
             done = self._scale.backward(loss)
             del loss  # frees its graph before the next one is built
         arrivals.end_batch()
@@ -138,12 +147,28 @@ class Passes:
 
     def _run(self, on_batch: Callable[[Evaluate, int, bool], float]) -> PassResult:
         total, count = 0.0, 0
-        for evaluate, last in losses(self._model, self._batches, self._loss_fn):
+        of_process = losses(self._model, self._batches, self._loss_fn)
+        for evaluate, last in self._in_step(of_process) if self._is_sharded else of_process:
             self._processes.check()
             count += 1
             total += on_batch(evaluate, count, last)
         self._processes.count()
+        reshard(self._model)
         return PassResult(*mean_over_processes(total, count, self._device))
+
+    def _in_step(self, of_process: Iterator[_Item]) -> Iterator[_Item]:
+        """Yield the batches while all processes have one: with sharded weights each batch needs all of them."""
+        for count in itertools.count(1):
+            item = next(of_process, None)
+            going_on = self._processes.count(item is not None)
+            if going_on == 0:
+                return
+            if item is None or going_on < self._processes.size:
+                raise BatchError(
+                    "sharded weights need the same number of batches in every process, got no batch "
+                    f"{count} in {self._processes.size - going_on} of {self._processes.size}"
+                )
+            yield item
 
     def _in_any_process(self, names: set[str]) -> list[str]:
         """Return the layers that are among the names in any process, in the model's order."""

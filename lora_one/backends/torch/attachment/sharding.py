@@ -1,0 +1,126 @@
+"""Weights that FSDP2, `fully_shard`, spreads over processes: DTensors, of which each process has some rows.
+
+Their modules gather them for a forward and a backward pass, and may leave them whole after it. What is written into
+whole ones is lost, so they are put back into shards before anything reads or writes them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from lora_one.errors import ModelError
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether FSDP2 shards weights of a model."""
+    return bool(_sharded_modules(model))
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the weights that are whole after a forward pass back into shards."""
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def note_trainable(model: nn.Module) -> None:
+    """Let FSDP2 see which weights are trainable: in its first forward pass, while all were frozen, it saw none.
+
+    It would fail in the first backward pass of a training in mixed precision.
+    """
+    for module in _sharded_modules(model):
+        module.unshard()  # looks again, and gathers
+        module.reshard()
+
+
+def write(parameter: Tensor, values: Tensor) -> None:
+    """Copy values into a parameter, of which this process may have a shard. They are the same in every process."""
+    with torch.no_grad():
+        if not is_dtensor(parameter):
+            parameter.copy_(values)
+            return
+        from torch.distributed.tensor import distribute_tensor
+
+        own: Any = values
+        if not is_dtensor(values):
+            mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+            own = distribute_tensor(values.to(parameter.dtype).contiguous(), mesh, placements, src_data_rank=None)
+        parameter.to_local().copy_(own.to_local())  # type: ignore[attr-defined]
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return a tensor whole. Every process must call it, in the same order."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor, without importing what some builds of PyTorch do not have."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def check_sharding(model: nn.Module) -> None:
+    """Check that weights are spread over processes in the way of FSDP2, if at all.
+
+    Raises:
+        ModelError: they are not, with the remedy.
+    """
+    of_fsdp = {id(p) for module in _sharded_modules(model) for p in module.parameters()}
+    for name, parameter in model.named_parameters():
+        if is_dtensor(parameter) and (reason := _unsuitable(parameter, id(parameter) in of_fsdp)):
+            raise ModelError(f"{name}: its weights are {reason}")
+
+
+def check_attachable(model: nn.Module) -> None:
+    """Check that LoRA may be attached to a model.
+
+    Raises:
+        ModelError: FSDP2 shards the model already; it would neither shard the factors nor average their gradients.
+    """
+    if is_sharded(model):
+        raise ModelError(
+            "fully_shard was called before the model had LoRA, so that FSDP2 would not average the gradients of LoRA "
+            "that comes later: attach LoRA first, by lora_one.init or peft.get_peft_model, and shard then; init also "
+            "starts a model that was sharded with its LoRA"
+        )
+
+
+def check_separable(model: nn.Module, base: nn.Module) -> None:
+    """Check that a base model can be called without the model around it.
+
+    Raises:
+        ModelError: `fully_shard` was called on the outer one, which gathers weights of the base.
+    """
+    own = {id(p) for p in base.parameters() if is_dtensor(p)}
+    of_base = {id(p) for module in _sharded_modules(base) for p in module.parameters()}
+    if not own <= of_base:
+        raise ModelError(
+            "fully_shard was called on the PeftModel, and without that nothing would gather the weights of the base "
+            "model: save the adapter, then load it on the whole base model and merge there; or call fully_shard on "
+            "model.get_base_model() instead"
+        )
+
+
+def _unsuitable(parameter: Any, is_of_fsdp: bool) -> str | None:
+    mesh = parameter.device_mesh
+    if not is_of_fsdp or sum(not placement.is_replicate() for placement in parameter.placements) > 1:
+        return (
+            "split over processes by tensor parallelism, of which lora_one would see a part; init, save, load and "
+            "merge with whole weights, or with weights that only fully_shard shards"
+        )
+    if mesh.size() != dist.get_world_size():
+        return (
+            f"sharded over {mesh.size()} of {dist.get_world_size()} processes; a mesh of all of them is expected, as "
+            "gradients are summed over all: attach and start LoRA before sharding"
+        )
+    if parameter.device.type != mesh.device_type:
+        return (
+            f"offloaded to {parameter.device.type} by FSDP2, which computes on {mesh.device_type}: attach and start "
+            "LoRA before sharding, or shard without an offload policy"
+        )
+    return None
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    # By name: builds of PyTorch without processes do not have the class.
+    return [x for x in model.modules() if any(cls.__name__ == "FSDPModule" for cls in type(x).__mro__)]
