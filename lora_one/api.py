@@ -8,9 +8,8 @@ from typing import Any, overload
 from .backends import backend_of
 from .backends.checks import check_iterable, check_readings
 from .backends.interface import Backend
-from .backends.saving import saving
+from .backends.saving import save_adapter
 from .backends.waiting import check_no_optimizer, forget, new_report, remember, report_of
-from .checkpoint.metadata import write_metadata
 from .config import Config
 from .errors import ConfigError, UnfinishedStartWarning, warn_user
 from .initialization import assign_plain, check_rank, initialize
@@ -192,7 +191,8 @@ def save(model: Any, path: str | Path, report: Report | DeferredReport | None = 
     """Write the active adapter into a folder that PEFT and vLLM can open.
 
     Use it after `init` to train with another program, or after training to keep the result. The folder holds PEFT's
-    files, for MLX also mlx-lm's, and `lora_one.json` with the report and the versions of the packages in use.
+    files, for MLX also mlx-lm's, and `lora_one.json` with the report and the versions of the packages in use. If FSDP2
+    shards the weights, every process must call it, and one writes the folder.
 
     Args:
         model: a model with a LoRA adapter, of any of the frameworks.
@@ -215,10 +215,7 @@ def save(model: Any, path: str | Path, report: Report | DeferredReport | None = 
     """
     framework = backend_of(model)
     _warn_of_unfinished_start(model, "the folder holds")
-    with saving(framework, model, Path(path)) as folder:
-        if folder is not None:
-            framework.save(model, folder)
-            write_metadata(folder, framework.ops.name, report)
+    save_adapter(framework, model, Path(path), report)
 
 
 def load(model: Any, path: str | Path, trainable: bool = False) -> Any:

@@ -1,28 +1,30 @@
-"""How a folder is written where several processes save one model."""
+"""How an adapter is written into its folder, also where several processes save one model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from lora_one.checkpoint.folder import replacing_adapter
+from lora_one.checkpoint.metadata import write_metadata
+from lora_one.report import Report
+from lora_one.report.deferred import DeferredReport
 
 from .interface import Backend
 
 
-@contextmanager
-def saving(framework: Backend, model: Any, path: Path) -> Iterator[Path | None]:
-    """Yield an empty folder to write an adapter into; at the end it replaces the adapter in `path` in one step.
+def save_adapter(framework: Backend, model: Any, path: Path, report: Report | DeferredReport | None) -> None:
+    """Write a model's adapter, which replaces the one in the folder in one step.
 
-    Yield None where another process writes the same folder: a backend for several processes has a `one_writer`, a
-    context manager that takes the model and the path, and yields whether this process writes.
+    A backend for several processes has a `one_writer`, a context manager that takes the model and the path, and yields
+    whether this process writes.
 
     Raises:
-        CheckpointError: see `lora_one.files.atomic.replacing`.
+        ModelError, CheckpointError: see `lora_one.save`.
     """
     one_writer = getattr(framework, "one_writer", None)
-    with (
-        nullcontext(True) if one_writer is None else one_writer(model, path) as writes,
-        replacing_adapter(path) if writes else nullcontext() as folder,
-    ):
-        yield folder
+    with nullcontext(True) if one_writer is None else one_writer(model, path) as writes:
+        if not writes:
+            return
+        with replacing_adapter(path) as folder:
+            framework.save(model, folder)
+            write_metadata(folder, framework.ops.name, report)
