@@ -39,6 +39,7 @@ class Start(NamedTuple):
         most: steps that it takes at most. In between, `lora_one.core.deferred.settled` ends it.
         folds: path of a pair -> the number that its lora_b is over the spec's B, if that is not 1.
         telling: tells the host what is done; None for nobody.
+        mesh: that of the factors, if it is known.
     """
 
     gamma: float
@@ -46,6 +47,7 @@ class Start(NamedTuple):
     most: int
     folds: Mapping[Path, float] = MappingProxyType({})
     telling: Telling | None = None
+    mesh: Any = None
 
 
 class DeferredState(NamedTuple):
@@ -125,14 +127,16 @@ def _start_step(
     """Return the change of each factor, two for each pair of each kind, and the state after a step of the start."""
     changes, starts, read = [], [], jnp.zeros((), bool)
     for kind, before in zip(kinds, state.starts, strict=True):
-        pairs, gradients = kind.stacked(params, 1.0 / kind.fold), kind.stacked(updates, kind.fold)
+        pairs = kind.stacked(params, 1.0 / kind.fold, start.mesh)
+        gradients = kind.stacked(updates, kind.fold, start.mesh)
         # One after the other: batches of decompositions may wait for each other for ever on a CPU (jax 0.10.2).
         new, after = lax.map(partial(_start_of_one, start.gamma), (pairs, gradients, before))
         starts.append(after)
         read = read | jnp.any(readable(_OPS, gradients))
         for place, leaf in kind.leaves(new):
             old = _OPS.at_least_float32(params[place])
-            changes.append(resharded(leaf, old).astype(old.dtype) - old)
+            # Each is whole first, or else the sharding of one pair would become that of others of its kind.
+            changes.append(resharded(whole(leaf, start.mesh), old).astype(old.dtype) - old)
     steps = state.steps + read
     done = steps >= start.most
     if start.least < start.most:
@@ -167,12 +171,12 @@ class _Kind(NamedTuple):
         no_columns = jnp.zeros((n, self.rank, 0), self.dtype)  # the state knows the rank only
         return start_state(_OPS, Factors(no_columns, no_columns))
 
-    def stacked(self, leaves: list[Array], times_b: float) -> Factors:
-        """Return all pairs, (n, r, in) and (n, out, r), the second times a number."""
+    def stacked(self, leaves: list[Array], times_b: float, mesh: Any) -> Factors:
+        """Return all pairs, (n, r, in) and (n, out, r), whole on each device, the second times a number."""
         a, b = [], []
         for _, places, layout in self.pairs:
-            a.append(whole(leaves[places.a]).reshape(layout.count, layout.in_features, self.rank))
-            b.append(whole(leaves[places.b]).reshape(layout.count, self.rank, layout.out_features))
+            a.append(whole(leaves[places.a], mesh).reshape(layout.count, layout.in_features, self.rank))
+            b.append(whole(leaves[places.b], mesh).reshape(layout.count, self.rank, layout.out_features))
         lora_A, lora_B = (jnp.matrix_transpose(jnp.concatenate(x)) for x in (a, b))
         return Factors(lora_A, lora_B if times_b == 1.0 else lora_B * times_b)
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding
 
 from lora_one.backends.interface import Layer
 from lora_one.backends.waiting import deferred_start, report_of
@@ -47,7 +48,9 @@ def model_start(model: Any, start_steps: StartSteps | None) -> tuple[Start | Non
     decided.report.refresh = jax.effects_barrier  # what the last step told may be on its way
     folds = {path: pair.site.scaling / pair.site.native for path, pair in pairs.items()}
     telling = _telling(decided.report, pairs)
-    return Start(decided.gamma, decided.least, decided.most, folds, telling), stacks
+    shardings = [pair.leaves.b.sharding for pair in pairs.values()]
+    mesh = next((sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)), None)
+    return Start(decided.gamma, decided.least, decided.most, folds, telling, mesh), stacks
 
 
 def _telling(report: DeferredReport, pairs: Mapping[Path, ModelPair]) -> Callable[[list[Path]], Callable[..., None]]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-from jax import Array
+from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 
@@ -43,9 +43,20 @@ def explicit_sharding(x: Array) -> NamedSharding | None:
     return sharding if AxisType.Explicit in types else None
 
 
-def whole(x: Array) -> Array:
-    """Return a whole copy of x on each device of a mesh with Explicit axes; elsewhere the compiler sees to that."""
-    return x if explicit_sharding(x) is None else jax.sharding.reshard(x, PartitionSpec())
+def whole(x: Array, mesh: Any = None) -> Array:
+    """Return an array with a whole copy on each device, inside of jit.
+
+    Args:
+        x: the array.
+        mesh: where it is, if that is known; by default the mesh of `jax.set_mesh`. Without any, the compiler decides.
+    """
+    if explicit_sharding(x) is not None:
+        return jax.sharding.reshard(x, PartitionSpec())
+    current = jax.sharding.get_abstract_mesh()
+    if not current.empty:
+        auto = all(kind == AxisType.Auto for kind in current.axis_types)  # not inside of shard_map
+        return lax.with_sharding_constraint(x, PartitionSpec()) if auto else x
+    return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
 def resharded(x: Array, like: Array) -> Array:

@@ -5,6 +5,7 @@ import math
 import re
 import sys
 import time
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -123,12 +124,7 @@ def run(shape: tuple[int, int], kind: str, expected: dict[str, np.ndarray]) -> d
     mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Explicit if explicit else AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
         model = Net(nnx.Rngs(0), True, explicit)
-        # On an explicit mesh the batch axis must be sharded for the model to be called at all.
-        placed = [
-            (jax.device_put(x, NamedSharding(mesh, P("data", None))),
-             jax.device_put(y, NamedSharding(mesh, P("data", "model", None))))
-            for x, y in DATA
-        ]  # fmt: skip
+        placed = placed_data(mesh)
         bases = {name: getattr(model, name).kernel.get_raw_value() for name in ("up", "down", "heads")}
         with open_session(model, placed, loss_fn, CONFIG) as session:
             traces.clear()
@@ -177,6 +173,47 @@ def single_step(lora) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.tree.leaves(optax.apply_updates(alone, updates))]
 
 
+def placed_data(mesh) -> list:
+    """The batches, their rows sharded: on an explicit mesh they must be for the model to be called at all."""
+    shardings = NamedSharding(mesh, P("data", None)), NamedSharding(mesh, P("data", "model", None))
+    return [tuple(map(jax.device_put, batch, shardings)) for batch in DATA]
+
+
+def deferred_training(model, data) -> nnx.Optimizer:
+    """Two steps of the start, and two of AdamW."""
+    optimizer = nnx.Optimizer(model, lora_one.optimizer(model, 1e-3, start_steps=2), wrt=nnx.LoRAParam)
+
+    @nnx.jit
+    def step(model, optimizer, batch):
+        grads = nnx.grad(loss_fn, argnums=nnx.DiffState(0, nnx.LoRAParam))(model, batch)
+        optimizer.update(model, grads)
+
+    for batch in data * 2:
+        step(model, optimizer, batch)
+    return optimizer
+
+
+def deferred(kind: str) -> dict:
+    """A start by the optimizer and steps after it, beside those of one device."""
+    explicit = kind == "explicit"
+    alone, _ = lora_one.init(Net(nnx.Rngs(0), False, False), config=lora_one.Config(rank=4))
+    deferred_training(alone, DATA)
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit if explicit else AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        model, report = lora_one.init(Net(nnx.Rngs(0), True, explicit), config=lora_one.Config(rank=4))
+        before = [x.sharding for x in jax.tree.leaves(nnx.state(model, nnx.LoRAParam))]
+    with nullcontext() if kind == "no context" else jax.set_mesh(mesh):
+        optimizer = deferred_training(model, placed_data(mesh))
+    kept = [
+        x.sharding.is_equivalent_to(sharding, x.ndim)
+        for state in (nnx.state(model, nnx.LoRAParam), optimizer.opt_state.pairs.inner_state[1].mu)
+        for x, sharding in zip(jax.tree.leaves(state), before, strict=True)
+    ]
+    pairs = zip(products(model).values(), products(alone).values(), strict=True)
+    error = max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in pairs)
+    return {"error": error, "kept": all(kept), "report": report.summary()}
+
+
 def indivisible() -> str:
     """Logical axes that the mesh does not divide: what is said."""
     mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
@@ -199,6 +236,8 @@ if __name__ == "__main__":
         shape, kind = case.split(":")
         if shape == "indivisible":
             result[case] = indivisible()
+        elif shape == "deferred":
+            result[case] = deferred(kind)
         else:
             data, model = map(int, shape.split("x"))
             result[case] = run((data, model), kind, alone)

@@ -9,6 +9,7 @@ import pytest
 
 SHAPES = {"data-parallel": "8x1", "tensor-parallel": "1x8", "two-dimensional": "2x4"}
 CASES = [f"{shape}:{kind}" for shape in SHAPES.values() for kind in ("auto", "explicit")]
+DEFERRED = [f"deferred:{kind}" for kind in ("auto", "no context", "explicit")]
 WEIGHT = 64 * 64  # elements of each kernel, and of each full gradient
 THIN = 16 * 64  # of the activations, 16 rows; of a factor 8 columns wide, 8 * 64
 
@@ -17,7 +18,7 @@ THIN = 16 * 64  # of the activations, 16 rows; of a factor 8 columns wide, 8 * 6
 def results():
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     run = subprocess.run(
-        [sys.executable, "-m", "tests.backends.jax.mesh_script", *CASES, "indivisible:mesh"],
+        [sys.executable, "-m", "tests.backends.jax.mesh_script", *CASES, *DEFERRED, "indivisible:mesh"],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -71,6 +72,13 @@ def test_the_optimizer_keeps_the_sharding_and_sends_r_by_r_matrices_only(results
     assert max(sent.values(), default=0) <= 2 * 4 * 4
     assert results[case]["sharding_kept"]
     assert results[case]["stepped"] < 1e-6
+
+
+@pytest.mark.parametrize("case", DEFERRED)
+def test_a_start_without_data_is_that_of_one_device_and_keeps_each_pairs_sharding(results, case):
+    assert results[case]["error"] < 1e-4
+    assert results[case]["kept"]
+    assert "3 layers, started from the gradients of the first 2 steps" in results[case]["report"]
 
 
 def test_a_mesh_that_does_not_divide_is_an_error(results):
