@@ -9,10 +9,10 @@ from .backends import backend_of
 from .backends.checks import check_iterable, check_readings
 from .backends.interface import Backend
 from .backends.saving import save_adapter
-from .backends.waiting import check_no_optimizer, forget, new_report, remember, report_of
+from .backends.waiting import check_no_optimizer, forget, remember, warn_of_unfinished_start
 from .config import Config
-from .errors import ConfigError, UnfinishedStartWarning, warn_user
-from .initialization import assign_plain, check_rank, initialize
+from .errors import ConfigError
+from .initialization import initialize, initialize_without_data
 from .progress import shown
 from .report import Report
 from .report.deferred import DeferredReport, check_needs_no_data
@@ -52,8 +52,8 @@ def init(
 
     Call it once, before training, with a few batches of the training data. It looks at the gradient of the loss on
     them, and sets the factors of each layer to one gradient step along the gradient's best rank-r directions. Training
-    then continues as with any LoRA adapter. Without batches it attaches LoRA alone: `lora_one.optimizer` then makes the
-    start of the first steps of training.
+    then continues as with any LoRA adapter. Without batches it attaches LoRA, and `lora_one.optimizer` makes the start
+    of the first training steps.
 
     Args:
         model: a model of PyTorch, JAX or MLX. LoRA is attached in place.
@@ -94,11 +94,23 @@ def init(
     >>> [(layer.name, layer.rank, len(layer.singular_values)) for layer in report.layers]
     [('0', 2, 2), ('2', 2, 2)]
     """
-    began = time.perf_counter()
     config = Config() if config is None else config
     framework = backend_of(model, backend)
     if batches is None:
         return _init_without_data(framework, model, loss_fn, config)
+    return _init_from_batches(framework, model, batches, loss_fn, config, progress)
+
+
+def _init_from_batches(
+    framework: Backend,
+    model: Any,
+    batches: Iterable[Any],
+    loss_fn: Callable[[Any, Any], Any] | None,
+    config: Config,
+    progress: bool | None,
+) -> tuple[Any, Report]:
+    """Attach LoRA, and start it by the gradient of the loss on the batches."""
+    began = time.perf_counter()
     check_iterable(batches)
     with shown(batches, progress) as counted, framework.open_session(model, counted, loss_fn, config) as session:
         if isinstance(batches, Iterator):
@@ -117,12 +129,8 @@ def _init_without_data(
         raise ConfigError("loss_fn is for the gradient on batches, got it without batches: pass both or neither")
     check_needs_no_data(config)
     check_no_optimizer(model)
-    name = framework.ops.name
     with framework.open_session(model, None, None, config) as session:
-        for layer in session.layers:
-            check_rank(layer, name)
-            assign_plain(session, config, layer)
-        report = new_report(name, config, session.layers)
+        report = initialize_without_data(session, config, framework.ops.name)
     for known in (model, session.model):  # the user may keep either
         remember(known, report)
     return session.model, report
@@ -214,7 +222,7 @@ def save(model: Any, path: str | Path, report: Report | DeferredReport | None = 
     ['adapter_config.json', 'adapter_model.safetensors', 'lora_one.json']
     """
     framework = backend_of(model)
-    _warn_of_unfinished_start(model, "the folder holds")
+    warn_of_unfinished_start(model, "the folder holds")
     save_adapter(framework, model, Path(path), report)
 
 
@@ -281,18 +289,5 @@ def merge(model: Any, **options: Any) -> Any:
     ('Linear', True)
     """
     framework = backend_of(model)
-    _warn_of_unfinished_start(model, "the merged model has")
+    warn_of_unfinished_start(model, "the merged model has")
     return framework.merge(model, **options)
-
-
-def _warn_of_unfinished_start(model: Any, what_has: str) -> None:
-    report = report_of(model)
-    if report is None:
-        return
-    now = report.summary()  # fills the report in
-    if not report.done:
-        warn_user(
-            f"LoRA-One's start is not made yet, after {report.steps} steps, so {what_has} "
-            f"{'an unfinished start' if report.steps else 'plain LoRA, untrained'}: {now}",
-            UnfinishedStartWarning,
-        )

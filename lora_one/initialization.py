@@ -3,6 +3,7 @@
 import time
 
 from .backends.interface import Layer, Session
+from .backends.waiting import new_report
 from .config import Config
 from .core.factors import gradient_factors, normalized_factors, plain_factors
 from .core.omega import draw_omega
@@ -10,7 +11,7 @@ from .core.ops import as_one_program
 from .core.spectrum import Spectrum
 from .errors import BatchError, GammaWarning, ModelError, UnderflowWarning, ZeroGradientWarning, warn_user
 from .passes import Spectra, exact_gradients, sketch_gradients
-from .report import GammaTrial, LayerReport, Report, layer_report
+from .report import DeferredReport, GammaTrial, LayerReport, Report, layer_report
 
 ROUNDED_AWAY = 0.03  # share of a gradient's norm, 0.001 of its energy, from which on `init` warns of float16
 GAMMA_GROWTH = 4.0
@@ -29,7 +30,7 @@ def initialize(session: Session, config: Config, backend: str, began: float) -> 
         GradientError: a gradient that is not finite.
     """
     for layer in session.layers:
-        check_rank(layer, backend)
+        _check_rank(layer, backend)
     spectra = exact_gradients(session) if config.gradient == "exact" else sketch_gradients(session, config)
     entries = _layer_reports(session, spectra)
     _check_some_gradient(entries)
@@ -52,7 +53,19 @@ def initialize(session: Session, config: Config, backend: str, began: float) -> 
     return report
 
 
-def check_rank(layer: Layer, backend: str) -> None:
+def initialize_without_data(session: Session, config: Config, backend: str) -> DeferredReport:
+    """Give all LoRA layers plain LoRA's start, for the optimizer to make LoRA-One's of its first gradients.
+
+    Raises:
+        ModelError: a rank above a layer's size.
+    """
+    for layer in session.layers:
+        _check_rank(layer, backend)
+        _assign_plain_to(session, config, layer)
+    return new_report(backend, config, session.layers)
+
+
+def _check_rank(layer: Layer, backend: str) -> None:
     """Raise ModelError for a rank above a layer's size."""
     limit = min(layer.out_features, layer.in_features)
     if layer.rank > limit:
@@ -110,10 +123,10 @@ def _assign_plain(session: Session, config: Config, entries: list[LayerReport]) 
     """Set the factors of the layers without a gradient."""
     for layer, entry in zip(session.layers, entries, strict=True):
         if entry.start == "plain":
-            assign_plain(session, config, layer)
+            _assign_plain_to(session, config, layer)
 
 
-def assign_plain(session: Session, config: Config, layer: Layer) -> None:
+def _assign_plain_to(session: Session, config: Config, layer: Layer) -> None:
     """Set the factors of a layer to plain LoRA's start, the same on every framework."""
     ops, like = session.ops, session.like(layer.name)
     omega = ops.asarray(draw_omega(config.seed, layer.name, layer.in_features, layer.rank), like=like)

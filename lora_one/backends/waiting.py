@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lora_one.config import Config
 from lora_one.core.deferred import LEAST_STEPS, MOST_STEPS
-from lora_one.errors import ModelError
+from lora_one.errors import ModelError, UnfinishedStartWarning, warn_user
 from lora_one.report.deferred import DeferredReport, LayerStart, StartSteps, check_start_steps
 
 from .interface import Layer
@@ -138,3 +138,21 @@ def _with_inner_models(model: Any) -> Iterator[Any]:
     while model is not None:
         yield model
         model = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+
+
+def warn_of_unfinished_start(model: Any, what_has: str) -> None:
+    """Warn if the optimizer has not made a model's start yet.
+
+    Args:
+        what_has: subject and verb of the sentence that says what this leaves.
+    """
+    report = report_of(model)
+    if report is None:
+        return
+    now = report.summary()  # fills the report in
+    if not report.done:
+        warn_user(
+            f"LoRA-One's start is not made yet, after {report.steps} steps, so {what_has} "
+            f"{'an unfinished start' if report.steps else 'plain LoRA, untrained'}: {now}",
+            UnfinishedStartWarning,
+        )

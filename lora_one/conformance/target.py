@@ -39,7 +39,7 @@ class Target:
         >>> from lora_one.conformance import applies, checks
         >>> target = Target("mine", "float32", NumpyOps(), like=np.zeros((), np.float32))
         >>> len([check for check in checks() if applies(check, target)])  # no compiler, no optimizer
-        28
+        30
     """
 
     name: str

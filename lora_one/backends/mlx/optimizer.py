@@ -38,9 +38,8 @@ def optimizer(
     The state exists from the start, so that a training step can be compiled at once. It is a tree of arrays: save it
     with mx.save_safetensors(path, dict(tree_flatten(optimizer.state))), and set it again before training is compiled.
 
-    With `start_steps`, the step that mx.compile makes is traced again for each step of the start. A step whose
-    gradients are zero counts as one of them. The report is filled in when it is printed, and warns then of layers that
-    no gradient has reached.
+    With `start_steps`, mx.compile traces each step of the start anew, and a step whose gradients are zero counts as
+    one. The report is filled in when it is printed, and warns then of layers without a gradient.
 
     >>> import mlx.nn as nn
     >>> from lora_one import Config
@@ -53,9 +52,7 @@ def optimizer(
     trainable = model.trainable_parameters()
     names = set(flat(trainable))
     if not names:
-        raise ModelError(
-            "the model must have trainable parameters, got none: was the adapter loaded with trainable=True?"
-        )
+        raise ModelError("the model must have trainable parameters, got none: load with trainable=True")
 
     def sites(purpose: str) -> list[Site]:
         of_pairs = _with_both_factors(find_sites(model), names)
@@ -73,17 +70,8 @@ def optimizer(
     )
     groups = groups_of(_with_both_factors(lora_sites(model), names))
     start = Start(groups, *(deferred[1:] if deferred else (0.0, 0, 0)))
-    adamw = DeferredAdamW(
-        learning_rate,
-        start,
-        trainable,
-        pairs=pairs,
-        reg=reg,
-        damping=damping,
-        betas=list(betas),
-        eps=eps,
-        weight_decay=weight_decay,
-    )
+    settings: dict[str, Any] = {"betas": list(betas), "eps": eps, "weight_decay": weight_decay}
+    adamw = DeferredAdamW(learning_rate, start, trainable, pairs=pairs, reg=reg, damping=damping, **settings)
     adamw.init(trainable)
     optimizer_made(model, adamw)
     if deferred:
