@@ -13,6 +13,7 @@ from lora_one.core.precondition import Damping
 from lora_one.errors import ModelError
 from lora_one.report.deferred import StartSteps
 
+from .attachment.optimizable import check_optimizable
 from .deferred import plan_starts
 from .directions import LoraPair
 from .lora_adamw import LoraOneAdamW
@@ -60,6 +61,7 @@ def optimizer(
     [0.001, 0.004]
     """
     check_optimizer_settings(reg, damping, loraplus_lr_ratio)
+    check_optimizable(model, precondition, loraplus_lr_ratio)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ModelError("the model must have trainable parameters, got none: load the adapter with trainable=True")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 import lora_one
 from lora_one.backends.torch import processes
@@ -74,6 +75,8 @@ def run_all(rank: int) -> dict[str, Any]:
     torch.distributed.barrier()
     outcomes["the other comes too late"] = outcome(lambda: start(1) if rank == 1 else None)
     processes.ARRIVAL_SECONDS = 60.0
+    around = DistributedDataParallel(mlp().model)
+    outcomes["around"] = outcome(lambda: lora_one.init(around, mlp().batches, mlp().loss_fn, CONFIG))
     outcomes["batches"] = start(rank).batches
     uneven = mlp().batches
     outcomes["uneven batches"] = start(rank, uneven[:1] if rank == 0 else uneven[1:]).batches
@@ -101,6 +104,14 @@ def test_a_process_alone_does_not_wait_for_ever(outcomes):
     assert "lora_one.init must be called by every process" in text and "rank 1 did not come" in text
     kind, text = outcomes[1]["the other comes too late"]
     assert kind == ProcessError.__name__ and "failed on rank 0: ProcessError" in text
+
+
+def test_a_model_without_lora_in_distributed_data_parallel_is_refused(outcomes):
+    """It would be returned without the wrapper, and its LoRA trained in each process by itself."""
+    for of_rank in outcomes:
+        assert (
+            "is in DistributedDataParallel without LoRA, whose gradients it would not average" in of_rank["around"][1]
+        )
 
 
 def test_after_errors_the_processes_start_models_again(outcomes):

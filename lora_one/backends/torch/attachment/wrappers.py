@@ -63,12 +63,12 @@ def check_open_to_writing(model: nn.Module) -> None:
     """Check that what is written into the factors stays there.
 
     Raises:
-        ModelError: DeepSpeed has copies of them in float32, which its next step would write over them.
+        ModelError: DeepSpeed has copies of them, which its next step would write over them.
     """
-    if any(getattr(parameter, "_hp_mapping", None) is not None for parameter in model.parameters()):
+    if any(hasattr(parameter, "_hp_mapping") for parameter in model.parameters()):
         raise ModelError(
-            "deepspeed.initialize has copied the trainable weights, and its first step would write the copies over the "
-            "start: call lora_one.init, or load, before deepspeed.initialize"
+            "deepspeed.initialize has copied the trainable weights, and its next step would write its copies over "
+            "others: call lora_one.init, load and optimizer before deepspeed.initialize"
         )
 
 

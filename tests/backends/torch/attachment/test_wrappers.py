@@ -12,6 +12,7 @@ from lora_one.errors import GradientError, ModelError
 from tests.backends.torch.models import llama, mlp
 
 CONFIG = lora_one.Config(rank=2, gradient="exact")
+CONFIG_OF_MLP = lora_one.Config(rank=2, targets=["up", "shared", "down"])
 OURS = dict(r=2, lora_alpha=16.0, use_rslora=True)
 
 
@@ -154,10 +155,53 @@ def test_wrappers_that_shard_or_that_would_miss_lora_are_refused():
 
     with pytest.raises(ModelError, match=r"is a FullyShardedDataParallel, which shards the weights .* before sharding"):
         lora_one.init(FullyShardedDataParallel(llama().model), llama().batches)
+
+    class DeepSpeedEngine(FullyShardedDataParallel):
+        pass
+
+    with pytest.raises(ModelError, match=r"has an optimizer of its own: make lora_one.optimizer\(model\) before"):
+        lora_one.optimizer(DeepSpeedEngine(attach_plain(mlp().model, CONFIG_OF_MLP)))
     case = mlp()
     case.model.up.weight.ds_id = 0
     with pytest.raises(ModelError, match="partitioned over processes by DeepSpeed ZeRO-3"):
         lora_one.init(case.model, case.batches, case.loss_fn)
+
+
+def test_weights_that_deepspeed_has_copied_are_refused(tmp_path):
+    """ZeRO-1 and ZeRO-2 leave the modules as they are, and mark the parameters that they have copies of."""
+    case = mlp()
+    model = attach_plain(case.model, CONFIG_OF_MLP)
+    lora_one.save(model, tmp_path)
+    model.base_model.model.up.lora_B["default"].weight._hp_mapping = None  # of another process's part
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for call in (
+        lambda: lora_one.init(model, case.batches, case.loss_fn),
+        lambda: lora_one.load(model, tmp_path),
+        lambda: lora_one.optimizer(model),
+    ):
+        with pytest.raises(ModelError, match=r"next step would write its copies .* before deepspeed.initialize"):
+            call()
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("setting", [{"precondition": True}, {"loraplus_lr_ratio": 16.0}])
+def test_settings_that_need_matrices_refuse_flat_factors(setting):
+    """FSDP1 flattens the factors, so that a rate for lora_B would apply to none."""
+    model = attach_plain(mlp().model, CONFIG_OF_MLP)
+    for factor in (model.base_model.model.up.lora_A["default"], model.base_model.model.up.lora_B["default"]):
+        factor.weight = nn.Parameter(factor.weight.detach().flatten())
+    with pytest.raises(ModelError, match=r"needs the factors of each layer as matrices, got 2 flattened ones"):
+        lora_one.optimizer(model, **setting)
+    assert len(lora_one.optimizer(model).param_groups) == 1
+
+
+def test_files_of_empty_tensors_are_not_written(tmp_path):
+    """ZeRO-3 leaves no numbers in the modules."""
+    model = attach_plain(mlp().model, CONFIG_OF_MLP)
+    model.base_model.model.up.lora_B["default"].weight.data = torch.empty(0)
+    with pytest.raises(ModelError, match=r"up.lora_B.weight: it holds no numbers, .* gather the weights"):
+        lora_one.save(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_distributed_data_parallel(tmp_path):

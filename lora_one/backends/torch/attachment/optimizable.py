@@ -1,0 +1,38 @@
+"""Whether an optimizer of PyTorch trains a model's factors, and can tell lora_A from lora_B."""
+
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lora_one.errors import ModelError
+
+from .wrappers import check_open_to_writing
+
+
+def check_optimizable(model: nn.Module, precondition: bool, loraplus_lr_ratio: float) -> None:
+    """Check that an optimizer of PyTorch can train a model's factors with these settings.
+
+    Raises:
+        ModelError: DeepSpeed's engine trains them, or a setting needs matrices and they are flat.
+    """
+    if any(cls.__name__ == "DeepSpeedEngine" for cls in type(model).__mro__):
+        raise ModelError(
+            "DeepSpeed's engine has an optimizer of its own: make lora_one.optimizer(model) before, and hand it to "
+            "deepspeed.initialize(model=model, optimizer=...)"
+        )
+    check_open_to_writing(model)
+    asked = {"precondition": (precondition, False), "loraplus_lr_ratio": (loraplus_lr_ratio, 1.0)}
+    settings = [f"{name}={value}" for name, (value, usual) in asked.items() if value != usual]
+    if settings and (flat := _flat_factors(model)):
+        raise ModelError(
+            f"{' and '.join(settings)} needs the factors of each layer as matrices, got {len(flat)} flattened ones: "
+            f"FullyShardedDataParallel and DeepSpeed ZeRO-3 keep them like that; shard with fully_shard, or leave "
+            f"{' and '.join(settings)} out"
+        )
+
+
+def _flat_factors(model: nn.Module) -> list[Tensor]:
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    linear = [
+        x for layer in layers for x in (*layer.lora_A.values(), *layer.lora_B.values()) if isinstance(x, nn.Linear)
+    ]
+    return [x.weight for x in linear if x.weight.requires_grad and x.weight.ndim != 2]
