@@ -1,6 +1,7 @@
 """Fine-tune a model with Flax NNX, optax and LoRA-One. The lines that LoRA-One adds are marked.
 
 python adapters/flax/finetune.py                                  # the embedded model and task
+python adapters/flax/finetune.py --deferred                       # no batches for init: the first steps start it
 python adapters/flax/finetune.py --model DIR --data FILE.jsonl    # a Llama, Mistral, Qwen2 or Qwen3 folder
 """
 
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--deferred", action="store_true", help="let the optimizer make the start, in its first steps")
     parser.add_argument("--out", default="runs/flax")
     options = parser.parse_args()
 
@@ -45,11 +47,13 @@ def main() -> None:
     sequences = [encode(tokenizer, example) for example in read_examples(options.data)]
     width = max(len(sequence.tokens) for sequence in sequences)
     size = options.batch_size
-    batches = [
-        collate(sequences[i : i + size], width) for i in range(0, min(len(sequences) - size, 8 * size) + 1, size)
-    ]
 
-    model, report = lora_one.init(model, batches, causal_lm_loss)  # LoRA-One: attach LoRA and start it
+    if options.deferred:
+        model, report = lora_one.init(model)  # LoRA-One, the short form: no batches, the optimizer makes the start
+    else:
+        starts = range(0, min(len(sequences) - size, 8 * size) + 1, size)
+        batches = [collate(sequences[i : i + size], width) for i in starts]
+        model, report = lora_one.init(model, batches, causal_lm_loss)  # LoRA-One: attach LoRA and start it
     print(report.summary())
     schedule = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, 10, options.steps)
     tx = lora_one.optimizer(model, learning_rate=schedule)  # LoRA-One: an optax.GradientTransformation
@@ -68,6 +72,8 @@ def main() -> None:
         loss = step(model, optimizer, collate([sequences[i] for i in chosen], width))
         if number % max(1, options.steps // 10) == 0:
             print(f"step {number}: loss {float(loss):.4f}")
+    if options.deferred:
+        print(report.summary())
     lora_one.save(model, options.out, report)  # LoRA-One: a folder that PEFT opens
     print(f"adapter: {options.out}")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
@@ -63,7 +64,8 @@ def _telling(report: DeferredReport, pairs: Mapping[Path, ModelPair]) -> Callabl
 
         def record(steps: Array, done: Array, starts: tuple[StartState, ...]) -> None:
             readings: list[Any] = [([0.0] * layer.rank, 0.0) for layer in report.layers]
-            read = [reading for kind in starts for reading in zip(*kind, strict=True)]
+            # As NumPy's: to index JAX's would start another computation in the middle of this one.
+            read = [reading for kind in starts for reading in zip(*map(np.asarray, kind), strict=True)]
             for place, reading in zip(order, read, strict=True):
                 readings[place] = reading
             report.record(int(steps), bool(done), readings)

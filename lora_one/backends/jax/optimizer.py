@@ -200,8 +200,8 @@ def optimizer(
 
     Args:
         start_steps: where a start is made, the transformation must be the last of its chain: clip before it. Each step
-            of the start tells the report on the host what it did (jax.debug.callback). A step that is compiled with
-            that is not kept in JAX's persistent cache, and jax.export does not take it. `lora_adamw` makes the same
+            of the start tells the report on the host what it did (jax.debug.callback). JAX calls a program with that
+            from Python, does not keep it in its persistent cache, and does not export it. `lora_adamw` makes the same
             start without a report.
 
     Raises:
