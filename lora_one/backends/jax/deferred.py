@@ -20,7 +20,7 @@ from lora_one.errors import ConfigError, ModelError
 
 from .layout import Layout
 from .ops import JaxOps
-from .pairs import PairPlaces, Path, find_pairs, pair_layouts
+from .pairs import PairPlaces, Path, entry_of, find_pairs, pair_layouts
 from .placement import resharded, whole
 
 _OPS = JaxOps()
@@ -81,7 +81,9 @@ def with_start(
     of_others = optax.masked(others_adam, _is_no_factor)
 
     def init(params: Any) -> DeferredState:
-        starts = tuple(kind.start_state() for kind in _kinds(params, stack_axes, start.folds))
+        kinds = _kinds(params, stack_axes, start.folds)
+        # Without params, as in optax.tree_map_params, a leaf stands for all of them.
+        starts: Any = tuple(kind.start_state() for kind in kinds) if kinds else 0.0
         return DeferredState(
             jnp.zeros((), jnp.int32),
             jnp.zeros((), bool),
@@ -197,7 +199,7 @@ def _kinds(params: Any, stack_axes: Mapping[Path, int] | None, folds: Mapping[Pa
     leaves = jax.tree.leaves(params)
     kinds: dict[Any, _Kind] = {}
     for path, (places, layout) in zip(find_pairs(params), pair_layouts(params, stack_axes), strict=True):
-        a, b, fold = leaves[places.a], leaves[places.b], folds.get(path, 1.0)
+        a, b, fold = leaves[places.a], leaves[places.b], entry_of(path, folds) or 1.0
         shape = layout.in_features, layout.out_features, a.shape[-1], a.dtype, b.dtype, fold
         kinds.setdefault(shape, _Kind([], a.shape[-1], a.dtype, fold)).pairs.append(_Pair(path, places, layout))
     return list(kinds.values())

@@ -19,7 +19,7 @@ from lora_one.errors import ModelError, ZeroGradientWarning
 from lora_one.report.deferred import DeferredReport, StartSteps
 
 from .deferred import Start
-from .pairs import ModelPair, Path, model_pairs
+from .pairs import ModelPair, Path, entry_of, model_pairs
 from .sites import check_concrete
 
 
@@ -60,7 +60,7 @@ def _telling(report: DeferredReport, pairs: Mapping[Path, ModelPair]) -> Callabl
     places = {path: [index[layer.name] for layer in pair.site.layers()] for path, pair in pairs.items()}
 
     def tell(paths: list[Path]) -> Callable[..., None]:
-        order = [place for path in paths for place in places[_in_model(path, places)]]
+        order = [place for path in paths for place in _place_of(path, places)]
 
         def record(steps: Array, done: Array, starts: tuple[StartState, ...]) -> None:
             readings: list[Any] = [([0.0] * layer.rank, 0.0) for layer in report.layers]
@@ -81,13 +81,13 @@ def _telling(report: DeferredReport, pairs: Mapping[Path, ModelPair]) -> Callabl
     return tell
 
 
-def _in_model(path: Path, places: Mapping[Path, Any]) -> Path:
-    """Return the path that a pair has in the model, by that in a tree that may hold the model's tree.
+def _place_of(path: Path, places: Mapping[Path, list[int]]) -> list[int]:
+    """Return the places of a pair's layers in the report.
 
     Raises:
         ModelError: the model has no such pair.
     """
-    for begin in range(len(path)):
-        if path[begin:] in places:
-            return path[begin:]
-    raise ModelError(f"the optimizer was made for another model: that has no {'.'.join(path)}_a")
+    of_layers = entry_of(path, places)
+    if of_layers is None:
+        raise ModelError(f"the optimizer was made for another model: that has no {'.'.join(path)}_a")
+    return of_layers

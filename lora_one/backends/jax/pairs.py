@@ -1,7 +1,7 @@
 """The LoRA pairs in a tree of parameters: where they are, and what their axes mean."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from flax import nnx
@@ -15,6 +15,7 @@ from .sites import Leaves, Site, key_names
 from .trees.models import AdaptedWeight, LinenModel, PytreeModel
 
 Path = tuple[str, ...]
+Entry = TypeVar("Entry")
 
 
 class PairPlaces(NamedTuple):
@@ -55,12 +56,18 @@ def find_pairs(tree: Any) -> dict[Path, PairPlaces]:
     return {path: PairPlaces(place, sides["b"][path]) for path, place in sides["a"].items()}
 
 
+def entry_of(path: Path, table: Mapping[Path, Entry]) -> Entry | None:
+    """Return a pair's entry in a table of a model's pairs; the model's tree may be a branch of the pair's tree."""
+    return next((table[path[begin:]] for begin in range(len(path)) if path[begin:] in table), None)
+
+
 def pair_layouts(tree: Any, stack_axes: Mapping[Path, int] | None) -> list[tuple[PairPlaces, Layout]]:
     """Return the LoRA pairs of a tree, each with the layout that its shapes give.
 
     Args:
         tree: parameters.
-        stack_axes: path of a pair -> number of axes in front that count matrices, where the shapes leave it open.
+        stack_axes: path of a pair, or its end -> number of axes in front that count matrices, where the shapes leave it
+            open.
 
     Raises:
         ModelError: a factor without its other, or shapes that do not fit each other or leave the layout open.
@@ -68,7 +75,7 @@ def pair_layouts(tree: Any, stack_axes: Mapping[Path, int] | None) -> list[tuple
     leaves = jax.tree.leaves(tree)
     stacked = stack_axes or {}
     return [
-        (pair, _layout_of(path, leaves[pair.a].shape, leaves[pair.b].shape, stacked.get(path)))
+        (pair, _layout_of(path, leaves[pair.a].shape, leaves[pair.b].shape, entry_of(path, stacked)))
         for path, pair in find_pairs(tree).items()
     ]
 

@@ -265,6 +265,14 @@ def test_steps_that_are_scanned_accumulated_clipped_and_donated_are_the_same():
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
 
 
+def test_optax_finds_what_belongs_to_the_parameters_in_the_state():
+    state = AUTO.init(factors())
+    mapped = optax.tree_map_params(AUTO, lambda x: x + 1, state)
+    moments = (mapped.pairs.inner_state[1].mu, mapped.pairs.inner_state[1].nu, mapped.others.inner_state.mu)
+    assert all((x == 1).all() for x in jax.tree.leaves(moments))
+    assert all((x == 0).all() for x in jax.tree.leaves(mapped.starts)) and len(mapped.starts) == 2
+
+
 def test_what_does_not_fit_is_refused():
     params = factors()
     state = AUTO.init(params)
