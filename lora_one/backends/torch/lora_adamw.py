@@ -11,6 +11,7 @@ from torch.optim.adamw import adamw
 from lora_one.core.precondition import Damping
 from lora_one.errors import ConfigError, ModelError
 
+from .attachment.sharding import is_dtensor
 from .deferred import PairStarts
 from .directions import LoraPair, directions
 from .linalg.precision import full_precision
@@ -122,19 +123,19 @@ class LoraOneAdamW(torch.optim.AdamW):
         self._check_capture()
         pairs, start = self.pairs, self._start if self.starting else None
         factors = {id(factor) for pair in (*pairs, *(start.pairs if start else ())) for factor in pair}
+        group_of = self._groups_of_factors()  # raises before anything is changed
         for group in self.param_groups:
             others = [p for p in group["params"] if p.grad is not None and id(p) not in factors]
             self._adamw(group, others, [p.grad for p in others])
         if start is not None:
             waiting = {id(pair.lora_A) for pair in start.pairs}
             pairs = [pair for pair in pairs if id(pair.lora_A) not in waiting]
-            self._take_step_of(start)
+            self._take_step_of(start, group_of)
         if pairs:
-            self._preconditioned(pairs)
+            self._preconditioned(pairs, group_of)
         return loss
 
-    def _preconditioned(self, pairs: Sequence[LoraPair]) -> None:
-        group_of = self._groups_of_factors()
+    def _preconditioned(self, pairs: Sequence[LoraPair], group_of: dict[int, int]) -> None:
         with full_precision(pairs[0].lora_A.device):  # once, instead of at each product
             for batch in directions(pairs, self.reg, self.damping):
                 batch_of_group: dict[int, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
@@ -143,8 +144,7 @@ class LoraOneAdamW(torch.optim.AdamW):
                 for index, group_batch in batch_of_group.items():
                     self._adamw(self.param_groups[index], *map(list, zip(*group_batch, strict=True)))
 
-    def _take_step_of(self, start: PairStarts) -> None:
-        group_of = self._groups_of_factors()
+    def _take_step_of(self, start: PairStarts, group_of: dict[int, int]) -> None:
         for factor in (factor for pair in start.pairs for factor in pair):
             self._state_of(factor, self.param_groups[group_of[id(factor)]])  # the same entries as after the start
         taken = self.param_groups[0]["start_taken"]
@@ -200,13 +200,23 @@ class LoraOneAdamW(torch.optim.AdamW):
         return state
 
     def _groups_of_factors(self) -> dict[int, int]:
-        """Return id of a parameter -> index of its group."""
+        """Return id of a parameter -> index of its group.
+
+        Raises:
+            ModelError: a factor of a pair is not in a group, or sharded.
+        """
         group_of = {id(p): index for index, group in enumerate(self.param_groups) for p in group["params"]}
         for pair in (*self.pairs, *(self._start.pairs if self._start else ())):
             for side, factor in pair._asdict().items():
                 if id(factor) not in group_of:
                     raise ModelError(
                         f"each factor of a pair must be in params, got a {side} {tuple(factor.shape)} that is not"
+                    )
+                if is_dtensor(factor):
+                    raise ModelError(
+                        f"the preconditioner and a start from the first steps need whole factors, got a {side} "
+                        f"{tuple(factor.shape)} that is sharded: pass precondition=False and start_steps=0, with "
+                        "lora_one.init(model, batches) for the start"
                     )
         return group_of
 

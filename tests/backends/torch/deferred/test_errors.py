@@ -15,6 +15,39 @@ from tests.backends.torch.deferred.runs import CONFIG, begun, same
 from tests.backends.torch.models import llama, mlp
 
 
+@pytest.fixture
+def sharding():
+    """A process group of one, and what shards a tensor over it."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    yield lambda x: distribute_tensor(x.detach(), mesh, [Shard(0)])
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{"start_steps": 2}, {"precondition": True, "start_steps": 0}])
+def test_sharded_factors_are_refused_before_anything_moves(sharding, options):
+    run = begun(**options)
+    for group in run.optimizer.param_groups:
+        group["params"] = [nn.Parameter(sharding(p)) for p in group["params"]]
+    sharded = [p for group in run.optimizer.param_groups for p in group["params"]]
+    pairs = [LoraPair(a, b) for a, b in zip(sharded[::2], sharded[1::2], strict=True)]
+    run.optimizer.pairs = pairs if "precondition" in options else []
+    if run.optimizer._start is not None:
+        run.optimizer._start.pairs = pairs
+    before = [p.full_tensor().clone() for p in sharded]
+    for p in sharded:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(
+        ModelError, match=r"need whole factors, got a lora_A .* that is sharded: pass precondition=False"
+    ):
+        run.optimizer.step()
+    assert all(torch.equal(p.full_tensor(), x) for p, x in zip(sharded, before, strict=True))
+
+
 def attached(**options) -> peft.PeftModel:
     return peft.get_peft_model(mlp().model, peft.LoraConfig(r=4, target_modules=["up", "down"], **options))
 
