@@ -204,7 +204,7 @@ def test_conformance_prints_tables_and_writes_json(tmp_path):
     assert "All 60 checks agree with the spec: numpy on cpu." in text
     assert "float64: error / allowed" in text
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["passed"] and len(result["results"]) == 56
+    assert result["passed"] and len(result["results"]) == 60
     assert {row["dtype"] for row in result["results"]} == {"float32", "float64"}
 
 

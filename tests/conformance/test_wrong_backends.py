@@ -290,7 +290,7 @@ WRONG_STEPS: list[tuple[str, Any, str, Callable[..., Any]]] = [
     ("start without data", deferred, "start_step", _negated_on_one_side),
     ("start without data", deferred, "add_both_sides", _one_side_added),
     ("start without data", deferred, "add_both_sides", _nothing_known),
-    ("start without data", deferred, "_finite", lambda ops, x: np.ones(x.shape[:-2], bool)),
+    ("start without data", deferred, "readable", lambda ops, g: np.ones(g.lora_A.shape[:-2], bool)),
     ("start without data", deferred, "_cosine", lambda ops, within, s: 0.99 * TRUE["_cosine"](ops, within, s)),
     ("start without data", deferred, "settled", lambda ops, steps, states: TRUE["settled"](ops, 0 * steps, states)),
     ("start without data", deferred, "NOISE", 1e-3),
