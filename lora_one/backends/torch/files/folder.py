@@ -20,7 +20,7 @@ from lora_one.backends.torch.attachment.adapters import (
     take_out_leftover,
 )
 from lora_one.backends.torch.attachment.quiet import quiet_peft
-from lora_one.backends.torch.attachment.sharding import gathered, is_sharded
+from lora_one.backends.torch.attachment.sharding import gathered, is_dtensor, is_sharded, write
 from lora_one.backends.torch.attachment.snapshot import Snapshot
 from lora_one.backends.torch.attachment.starts import base_weights_kept, check_start
 from lora_one.backends.torch.attachment.wrappers import (
@@ -123,6 +123,8 @@ def _load(
             # PEFT writes some weights of embeddings a second time, under a name that nothing reads.
             tensors = {key: tensor for key, tensor in load_file(folder.path / WEIGHTS).items() if key in state}
             overwritten += [(state[key], state[key].detach().clone()) for key in tensors if id(state[key]) in existing]
+            for key in [key for key in tensors if is_dtensor(state[key])]:  # PEFT 0.21.0 cannot write shards
+                write(state[key], tensors.pop(key))
             unused = dict.fromkeys(tokens_of_others(adapted, adapter), torch.empty(0))
             peft.set_peft_model_state_dict(adapted, {**tensors, **unused}, adapter)
         except BaseException:
