@@ -6,7 +6,7 @@ import pytest
 
 import lora_one
 from lora_one.errors import CheckpointError
-from lora_one.report import Report
+from lora_one.report import DeferredReport, LayerStart, Report
 from tests.backends.torch.models import mlp
 
 
@@ -58,3 +58,14 @@ def test_numbers_are_plain_python(report):
     assert report.peak_memory > 10**7
     assert isinstance(report.layers[0].singular_values[0], float)
     assert dataclasses.asdict(report.gamma_trials[0]) == {"gamma": 128.0, "loss": report.gamma_trials[0].loss}
+
+
+def test_a_deferred_report_is_read_as_it_was_written_and_nothing_else_is():
+    report = DeferredReport("torch", lora_one.Config(rank=2), [LayerStart("up", 24, 12, 2)], start_steps="auto")
+    report.refresh = lambda: report.record(6, True, [([2.0, 1.0], 0.5)])
+    written = json.loads(json.dumps(report.to_dict()))
+    assert DeferredReport.from_dict(written) == report and "refresh" not in written
+    assert (written["steps"], written["layers"][0]["singular_values"]) == (6, [1.0, 0.5])
+    for wrong in ({"start_steps": "soon"}, {"steps": "6"}, {"layers": [{"name": "up"}]}, {"more": 1}):
+        with pytest.raises(CheckpointError, match="not a report of lora-one"):
+            DeferredReport.from_dict({**written, **wrong})

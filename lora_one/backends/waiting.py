@@ -5,9 +5,10 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from lora_one.checks import shown_names
 from lora_one.config import Config
 from lora_one.core.deferred import LEAST_STEPS, MOST_STEPS
-from lora_one.errors import ModelError, UnfinishedStartWarning, warn_user
+from lora_one.errors import ModelError, UnfinishedStartWarning, ZeroGradientWarning, warn_user
 from lora_one.report.deferred import DeferredReport, LayerStart, StartSteps, check_start_steps
 
 from .interface import Layer
@@ -111,7 +112,7 @@ def deferred_start(
     if trained:
         raise ModelError(
             f"a start from the first steps needs plain LoRA's start, B = 0, got another B in {len(trained)} layers: "
-            f"{', '.join(trained[:3])}{', ...' if len(trained) > 3 else ''}; to train on from here, pass "
+            f"{shown_names(trained, 3)}; to train on from here, pass "
             "start_steps=0; to resume a start, make the optimizer before the factors are loaded, and load its state too"
         )
     if report is None or report.done:
@@ -138,6 +139,20 @@ def _with_inner_models(model: Any) -> Iterator[Any]:
     while model is not None:
         yield model
         model = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+
+
+def warn_of_plain_layers(report: DeferredReport, warn: Callable[[str, type[Warning]], None] = warn_user) -> None:
+    """Warn of the layers that no gradient reached while a start was made, if there are such.
+
+    Args:
+        warn: gets the message and its category.
+    """
+    if plain := report.plain_layers:
+        warn(
+            f"{len(plain)} of {len(report.layers)} layers had no gradient in the {report.steps} steps of LoRA-One's "
+            f"start and keep plain LoRA's: {shown_names(plain)}",
+            ZeroGradientWarning,
+        )
 
 
 def warn_of_unfinished_start(model: Any, what_has: str) -> None:

@@ -10,6 +10,8 @@ from lora_one.config import Config
 from lora_one.core.deferred import LEAST_STEPS, MOST_STEPS
 from lora_one.errors import CheckpointError, ConfigError
 
+from .typed import typed
+
 StartSteps = int | Literal["auto"]
 
 
@@ -105,7 +107,9 @@ class DeferredReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""
         self._refresh()
-        return dataclasses.asdict(dataclasses.replace(self, refresh=None))
+        values = dataclasses.asdict(dataclasses.replace(self, refresh=None))
+        del values["refresh"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DeferredReport":
@@ -115,8 +119,8 @@ class DeferredReport:
             CheckpointError: the data is not such a report.
         """
         try:
-            layers = [LayerStart(**layer) for layer in values["layers"]]
-            return cls(**{**values, "config": Config.from_dict(values["config"]), "layers": layers})
+            layers = [typed(LayerStart, layer) for layer in values["layers"]]
+            return typed(cls, {**values, "config": Config.from_dict(values["config"]), "layers": layers})
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"not a report of lora-one: {error}") from error
 

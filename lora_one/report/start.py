@@ -1,10 +1,9 @@
 """The report of an initialisation: plain data that prints as a table, saves as JSON, and plots."""
 
 import dataclasses
-import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +13,9 @@ from lora_one.core.spectrum import Spectrum
 from lora_one.errors import CheckpointError
 from lora_one.plots import Panel, draw
 
-ROUNDING = 1e-5  # of float32 sums of squares: a share as close to 1 as this is 1
+from .typed import typed
 
-_Plain = TypeVar("_Plain")
+ROUNDING = 1e-5  # of float32 sums of squares: a share as close to 1 as this is 1
 
 
 @dataclass(frozen=True)
@@ -142,10 +141,10 @@ class Report:
             CheckpointError: the data is not a report.
         """
         try:
-            layers = [_typed(LayerReport, _without_removed_fields(layer)) for layer in values["layers"]]
-            trials = [_typed(GammaTrial, trial) for trial in values["gamma_trials"]]
+            layers = [typed(LayerReport, _without_removed_fields(layer)) for layer in values["layers"]]
+            trials = [typed(GammaTrial, trial) for trial in values["gamma_trials"]]
             config = Config.from_dict(values["config"])
-            report = _typed(cls, {**values, "config": config, "layers": layers, "gamma_trials": trials})
+            report = typed(cls, {**values, "config": config, "layers": layers, "gamma_trials": trials})
         except (KeyError, TypeError, ValueError) as error:  # ConfigError is a ValueError
             raise CheckpointError(f"not a report of lora-one: {error}") from error
         for layer in report.layers:
@@ -222,30 +221,6 @@ def _without_removed_fields(layer: object) -> Any:
     if not isinstance(layer, dict):
         return layer
     return {name: value for name, value in layer.items() if name != "share_at_least"}
-
-
-def _typed(cls: type[_Plain], values: Any) -> _Plain:
-    """Return an instance of a dataclass whose fields have the types that it declares.
-
-    Raises:
-        TypeError: a field is missing, unknown, or of another type.
-    """
-    instance = cls(**values)
-    for name, hint in typing.get_type_hints(cls).items():
-        if not _has_type(getattr(instance, name), hint):
-            raise TypeError(f"{name} cannot be {shown(getattr(instance, name))}")
-    return instance
-
-
-def _has_type(value: object, hint: Any) -> bool:
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is list:
-        return isinstance(value, list) and all(_has_type(item, arguments[0]) for item in value)
-    if arguments:  # a union
-        return any(_has_type(value, member) for member in arguments)
-    if hint in (int, float) and isinstance(value, int):
-        return not isinstance(value, bool) and abs(value) < 2**63
-    return isinstance(value, hint)
 
 
 def layer_report(

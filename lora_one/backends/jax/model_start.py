@@ -11,11 +11,10 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from lora_one.backends.interface import Layer
-from lora_one.backends.waiting import deferred_start, report_of
-from lora_one.checks import shown_names
+from lora_one.backends.waiting import deferred_start, report_of, warn_of_plain_layers
 from lora_one.config import Config
 from lora_one.core.deferred import StartState
-from lora_one.errors import ModelError, ZeroGradientWarning
+from lora_one.errors import ModelError
 from lora_one.report.deferred import DeferredReport, StartSteps
 
 from .deferred import Start
@@ -69,12 +68,7 @@ def _telling(report: DeferredReport, pairs: Mapping[Path, ModelPair]) -> Callabl
             for place, reading in zip(order, read, strict=True):
                 readings[place] = reading
             report.record(int(steps), bool(done), readings)
-            if plain := report.plain_layers:
-                message = (
-                    f"{len(plain)} of {len(report.layers)} layers had no gradient in the {report.steps} steps of "
-                    f"LoRA-One's start and keep plain LoRA's: {shown_names(plain)}"
-                )
-                warnings.warn(message, ZeroGradientWarning, stacklevel=2)
+            warn_of_plain_layers(report, warnings.warn)  # no line of the user's is on this stack
 
         return record
 

@@ -8,10 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from lora_one.backends.checks import check_optimizer_settings
-from lora_one.backends.waiting import deferred_start, optimizer_made
-from lora_one.checks import shown_names
+from lora_one.backends.waiting import deferred_start, optimizer_made, warn_of_plain_layers
 from lora_one.core.precondition import Damping
-from lora_one.errors import ModelError, ZeroGradientWarning, warn_user
+from lora_one.errors import ModelError
 from lora_one.report.deferred import DeferredReport, StartSteps
 
 from .attach import Site, find_sites, lora_sites
@@ -106,9 +105,5 @@ def _fill_in(report: DeferredReport, groups: tuple[Group, ...], progress: Mappin
     report.record(
         int(progress["steps"].item()), is_done(progress), [of_layers.get(layer.name, unread) for layer in report.layers]
     )
-    if report.done and not was_done and report.plain_layers:
-        warn_user(
-            f"{len(report.plain_layers)} of {len(report.layers)} layers had no gradient in the {report.steps} steps of "
-            f"the start and keep plain LoRA's: {shown_names(report.plain_layers)}",
-            ZeroGradientWarning,
-        )
+    if report.done and not was_done:
+        warn_of_plain_layers(report)

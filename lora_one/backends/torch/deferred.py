@@ -18,7 +18,7 @@ from lora_one.checks import shown_names
 from lora_one.core.deferred import StartState, readable, settled, start_state, start_step
 from lora_one.core.factors import Factors
 from lora_one.core.stacking import stack_of, unstacked
-from lora_one.errors import ModelError, ZeroGradientWarning, warn_user
+from lora_one.errors import ModelError
 from lora_one.report.deferred import StartSteps
 
 from .attachment.adapters import opened
@@ -56,13 +56,15 @@ class PairStarts:
         for a, b in self.pairs:
             if "start_s" not in states[a]:
                 states[a]["start_s"], states[b]["start_agreement"] = start_state(_OPS, Factors(a, b))
-        read = [batch for batch in _batches(self.pairs) if bool(readable(_OPS, _gradient(batch)).any())]
-        if read:
-            self._check_factors(states)
+        counts = False
         with full_precision(self.pairs[0].lora_A.device):  # once, instead of at each product
-            for batch in read:
-                _step_together(batch, states, self.plan.gamma)
-        return bool(read)
+            for batch in _batches(self.pairs):
+                gradient = stack_of(_OPS, [gradient_of(pair) for pair in batch])  # (n, r, in), (n, out, r)
+                if bool(readable(_OPS, gradient).any()):
+                    self._check_factors(states)
+                    _step_together(batch, gradient, states, self.plan.gamma)
+                    counts = True
+        return counts
 
     @torch.compiler.disable
     def is_made(self, states: States, taken: int) -> bool:
@@ -79,14 +81,6 @@ class PairStarts:
         """Fill in the report."""
         readings = (_state_of(states, pair) for pair in self.pairs)
         self.plan.report.record(taken, done, [(s.tolist(), float(agreement)) for s, agreement in readings])
-
-    def warn_of_plain_layers(self) -> None:
-        if plain := self.plan.report.plain_layers:
-            warn_user(
-                f"{len(plain)} of {len(self.pairs)} layers had no gradient in the {self.plan.report.steps} steps of "
-                f"LoRA-One's start and keep plain LoRA's: {shown_names(plain)}",
-                ZeroGradientWarning,
-            )
 
     def _check_factors(self, states: States) -> None:
         """Check that the factors are those that the state belongs to: once, as only another program can change that."""
@@ -188,15 +182,11 @@ def _batches(pairs: Sequence[LoraPair]) -> Iterator[list[LoraPair]]:
             yield kind[start : start + count]
 
 
-def _gradient(pairs: list[LoraPair]) -> Factors:
-    return stack_of(_OPS, [gradient_of(pair) for pair in pairs])  # (n, r, in), (n, out, r)
-
-
-def _step_together(pairs: list[LoraPair], states: States, gamma: float) -> None:
+def _step_together(pairs: list[LoraPair], gradient: Factors, states: States, gamma: float) -> None:
     """Take the start's step for pairs of equal shapes."""
     stack = stack_of(_OPS, [Factors(*pair) for pair in pairs])  # (n, r, in), (n, out, r)
     before = stack_of(_OPS, [_state_of(states, pair) for pair in pairs])  # (n, r), (n,)
-    factors, state = start_step(_OPS, stack, _gradient(pairs), before, gamma)
+    factors, state = start_step(_OPS, stack, gradient, before, gamma)
     for pair, new in zip(pairs, unstacked(factors, len(pairs)), strict=True):
         pair.lora_A.copy_(new.lora_A)
         pair.lora_B.copy_(new.lora_B)

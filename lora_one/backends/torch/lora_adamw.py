@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from lora_one.backends.waiting import warn_of_plain_layers
 from lora_one.core.precondition import Damping
 from lora_one.errors import ConfigError, ModelError
 
@@ -123,7 +124,8 @@ class LoraOneAdamW(torch.optim.AdamW):
         self._check_capture()
         pairs, start = self.pairs, self._start if self.starting else None
         factors = {id(factor) for pair in (*pairs, *(start.pairs if start else ())) for factor in pair}
-        group_of = self._groups_of_factors()  # raises before anything is changed
+        # It raises before anything is changed.
+        group_of = self._groups_of_factors() if pairs or start is not None else {}
         for group in self.param_groups:
             others = [p for p in group["params"] if p.grad is not None and id(p) not in factors]
             self._adamw(group, others, [p.grad for p in others])
@@ -155,7 +157,7 @@ class LoraOneAdamW(torch.optim.AdamW):
             group.update(start_taken=taken + 1, start_done=done)
         start.record(self.state, taken + 1, done)
         if done:
-            start.warn_of_plain_layers()
+            warn_of_plain_layers(start.plan.report)
 
     def _check_capture(self) -> None:
         cuda = torch.cuda
@@ -206,7 +208,7 @@ class LoraOneAdamW(torch.optim.AdamW):
             ModelError: a factor of a pair is not in a group, or sharded.
         """
         group_of = {id(p): index for index, group in enumerate(self.param_groups) for p in group["params"]}
-        for pair in (*self.pairs, *(self._start.pairs if self._start else ())):
+        for pair in (*self.pairs, *(self._start.pairs if self._start is not None and self.starting else ())):
             for side, factor in pair._asdict().items():
                 if id(factor) not in group_of:
                     raise ModelError(
