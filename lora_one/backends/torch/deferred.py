@@ -23,9 +23,10 @@ from lora_one.report.deferred import StartSteps
 
 from .attachment.adapters import opened
 from .attachment.attach import Site, find_sites
-from .directions import LoraPair, gradient_of
+from .attachment.sharding import gathered, write
 from .linalg.precision import full_precision
 from .ops import TorchOps
+from .pairs import LoraPair, gradient_of
 
 _OPS = TorchOps()
 _ONE_BY_ONE = ("cpu",)  # types of devices that gain nothing by stacks of pairs
@@ -59,7 +60,7 @@ class PairStarts:
         counts = False
         with full_precision(self.pairs[0].lora_A.device):  # once, instead of at each product
             for batch in _batches(self.pairs):
-                gradient = stack_of(_OPS, [gradient_of(pair) for pair in batch])  # (n, r, in), (n, out, r)
+                gradient = stack_of(_OPS, [_whole(gradient_of(pair)) for pair in batch])  # (n, r, in), (n, out, r)
                 if bool(readable(_OPS, gradient).any()):
                     self._check_factors(states)
                     _step_together(batch, gradient, states, self.plan.gamma)
@@ -95,7 +96,7 @@ class PairStarts:
                     f"{tuple(a.shape)} and {tuple(b.shape)}: take the first steps before sharding"
                 )
         started = [bool(states[a]["start_s"][0] > 0) for a, _ in self.pairs]
-        nonzero = [bool(b.any()) for _, b in self.pairs]
+        nonzero = [bool(gathered(b).any()) for _, b in self.pairs]
         changed = [layer.name for layer, s, b in zip(layers, started, nonzero, strict=True) if b and not s]
         if changed:
             raise ModelError(
@@ -165,6 +166,11 @@ def _pair(site: Site) -> LoraPair:
     return LoraPair(site.module.lora_A[site.adapter].weight, site.module.lora_B[site.adapter].weight)
 
 
+def _whole(pair: LoraPair | Factors) -> Factors:
+    """Return a pair, or its gradient. What is spread over processes is gathered: a start reads the whole of both."""
+    return Factors(*map(gathered, pair))
+
+
 def _state_of(states: States, pair: LoraPair) -> StartState:
     return StartState(states[pair.lora_A]["start_s"], states[pair.lora_B]["start_agreement"])
 
@@ -184,12 +190,12 @@ def _batches(pairs: Sequence[LoraPair]) -> Iterator[list[LoraPair]]:
 
 def _step_together(pairs: list[LoraPair], gradient: Factors, states: States, gamma: float) -> None:
     """Take the start's step for pairs of equal shapes."""
-    stack = stack_of(_OPS, [Factors(*pair) for pair in pairs])  # (n, r, in), (n, out, r)
+    stack = stack_of(_OPS, [_whole(pair) for pair in pairs])  # (n, r, in), (n, out, r)
     before = stack_of(_OPS, [_state_of(states, pair) for pair in pairs])  # (n, r), (n,)
     factors, state = start_step(_OPS, stack, gradient, before, gamma)
     for pair, new in zip(pairs, unstacked(factors, len(pairs)), strict=True):
-        pair.lora_A.copy_(new.lora_A)
-        pair.lora_B.copy_(new.lora_B)
+        write(pair.lora_A, new.lora_A)
+        write(pair.lora_B, new.lora_B)
     for pair, (s, agreement) in zip(pairs, unstacked(state, len(pairs)), strict=True):
         states[pair.lora_A]["start_s"] = s.clone()  # not a part of the stack, which would be saved whole
         states[pair.lora_B]["start_agreement"] = agreement.clone()

@@ -10,16 +10,19 @@ that is used again while it is still in the cache, and factors that are wide eno
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_one.core.factors import Factors
 from lora_one.core.precondition import Damping, apply_inverses, damped_inverse, grams
 
+from .attachment.sharding import is_dtensor
 from .linalg.narrow import narrow_matmul
 from .ops import TorchOps
+from .pairs import Batch, LoraPair, gradient_of
+from .spread_directions import spread_directions
 
 _STACKED_BELOW_RANK = {"cpu": 16}  # per device type; on any other, pairs of every rank are stacked
 
@@ -29,16 +32,6 @@ _BATCH_BYTES = {"cpu": 4 * 2**20}
 _BATCH_BYTES_ELSEWHERE = 256 * 2**20
 
 
-class LoraPair(NamedTuple):
-    """The parameters of one LoRA layer."""
-
-    lora_A: nn.Parameter  # (r, in)
-    lora_B: nn.Parameter  # (out, r)
-
-
-Batch = list[tuple[nn.Parameter, Tensor]]  # factors that have a gradient, each with its direction
-
-
 def directions(pairs: Iterable[LoraPair], reg: float, damping: Damping) -> Iterator[Batch]:
     """Yield the gradients of LoRA pairs after `lora_one.core.precondition`, batch by batch.
 
@@ -46,9 +39,13 @@ def directions(pairs: Iterable[LoraPair], reg: float, damping: Damping) -> Itera
     one, which may overwrite its memory. The caller sets the precision of products (`full_precision`).
     """
     groups: dict[Any, list[LoraPair]] = defaultdict(list)
+    spread = []
     for pair in pairs:
         a, b = pair
         if a.grad is None and b.grad is None:
+            continue
+        if is_dtensor(a):
+            spread.append(pair)
             continue
         rank, stacked = a.shape[0], a.shape[0] < _STACKED_BELOW_RANK.get(a.device.type, a.shape[0] + 1)
         groups[stacked, rank, a.dtype, b.dtype, a.device, *((a.shape, b.shape) if stacked else ())].append(pair)
@@ -58,6 +55,7 @@ def directions(pairs: Iterable[LoraPair], reg: float, damping: Damping) -> Itera
         if kind not in arenas:
             arenas[kind] = _Arena(*kind)
         yield from (_stacked if stacked else _one_by_one)(arenas[kind], group, reg, damping)
+    yield from spread_directions(spread, reg, damping)
 
 
 def _stacked(arena: "_Arena", pairs: list[LoraPair], reg: float, damping: Damping) -> Iterator[Batch]:
@@ -97,11 +95,6 @@ def _one_by_one(arena: "_Arena", pairs: list[LoraPair], reg: float, damping: Dam
 def _wide_dtype(pair: LoraPair) -> torch.dtype:
     a, b = pair
     return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-
-
-def gradient_of(pair: LoraPair) -> Factors:
-    """Return the gradient of a pair; zeros for a factor without one."""
-    return Factors(*(torch.zeros_like(factor) if factor.grad is None else factor.grad for factor in pair))
 
 
 def _batch(pairs: list[LoraPair], pair_directions: Iterable[Sequence[Tensor]]) -> Batch:

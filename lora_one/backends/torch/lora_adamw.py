@@ -10,12 +10,13 @@ from torch.optim.adamw import adamw
 
 from lora_one.backends.waiting import warn_of_plain_layers
 from lora_one.core.precondition import Damping
-from lora_one.errors import ConfigError, ModelError
+from lora_one.errors import ConfigError
 
-from .attachment.sharding import is_dtensor
 from .deferred import PairStarts
-from .directions import LoraPair, directions
+from .directions import directions
 from .linalg.precision import full_precision
+from .pairs import LoraPair
+from .places import Places
 from .start_state import check_start_state, restore_start_state
 
 # Settings of a parameter group that `torch.optim.adamw.adamw` takes under the same name.
@@ -50,7 +51,7 @@ class LoraOneAdamW(torch.optim.AdamW):
 
     >>> import torch
     >>> from lora_one.backends.torch import LoraOneAdamW
-    >>> from lora_one.backends.torch.directions import LoraPair
+    >>> from lora_one.backends.torch.pairs import LoraPair
     >>> pair = LoraPair(torch.nn.Parameter(torch.ones(2, 5)), torch.nn.Parameter(torch.zeros(3, 2)))
     >>> optimizer = LoraOneAdamW(pair, [pair], lr=1e-2)
     >>> (pair.lora_B @ pair.lora_A).sub(1.0).square().sum().backward()
@@ -70,18 +71,22 @@ class LoraOneAdamW(torch.optim.AdamW):
     ):
         self._start = start
         super().__init__(params, **adamw)
-        self.pairs = _distinct(pairs)
+        self._places = Places(pairs, self.param_groups)
         self.reg = reg
         self.damping: Damping = damping
+        self._start_places = Places(() if start is None else start.pairs, self.param_groups)
         if start is not None:
-            _distinct(start.pairs)
             for group in (self.defaults, *self.param_groups):
                 group.update(start_taken=0, start_done=False)
-        self._groups_of_factors()
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = {"pairs": self.pairs, "reg": self.reg, "damping": self.damping, "_start": self._start}
-        return {**super().__getstate__(), **ours}
+        ours = ("_places", "reg", "damping", "_start", "_start_places")
+        return {**super().__getstate__(), **{name: vars(self)[name] for name in ours}}
+
+    @property
+    def pairs(self) -> list[LoraPair]:
+        """The pairs whose gradients are preconditioned, as they are in the parameter groups now."""
+        return self._places.pairs(self.param_groups)
 
     @property
     def starting(self) -> bool:
@@ -112,7 +117,7 @@ class LoraOneAdamW(torch.optim.AdamW):
         self._start.checked = False
         group = self.param_groups[0]
         if group["start_taken"]:
-            self._start.record(self.state, group["start_taken"], group["start_done"])
+            self._current_start().record(self.state, group["start_taken"], group["start_done"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -122,12 +127,11 @@ class LoraOneAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         self._check_capture()
-        pairs, start = self.pairs, self._start if self.starting else None
-        factors = {id(factor) for pair in (*pairs, *(start.pairs if start else ())) for factor in pair}
-        # It raises before anything is changed.
-        group_of = self._groups_of_factors() if pairs or start is not None else {}
+        pairs, start = self.pairs, self._current_start() if self.starting else None  # raises before anything is changed
+        group_of = self._places.group_of(self.param_groups)
+        group_of |= self._start_places.group_of(self.param_groups) if start is not None else {}
         for group in self.param_groups:
-            others = [p for p in group["params"] if p.grad is not None and id(p) not in factors]
+            others = [p for p in group["params"] if p.grad is not None and id(p) not in group_of]
             self._adamw(group, others, [p.grad for p in others])
         if start is not None:
             waiting = {id(pair.lora_A) for pair in start.pairs}
@@ -136,6 +140,12 @@ class LoraOneAdamW(torch.optim.AdamW):
         if pairs:
             self._preconditioned(pairs, group_of)
         return loss
+
+    def _current_start(self) -> PairStarts:
+        """Return the start, with its pairs as they are in the parameter groups now."""
+        assert self._start is not None
+        self._start.pairs = self._start_places.pairs(self.param_groups)
+        return self._start
 
     def _preconditioned(self, pairs: Sequence[LoraPair], group_of: dict[int, int]) -> None:
         with full_precision(pairs[0].lora_A.device):  # once, instead of at each product
@@ -200,39 +210,3 @@ class LoraOneAdamW(torch.optim.AdamW):
             for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]:
                 state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
-
-    def _groups_of_factors(self) -> dict[int, int]:
-        """Return id of a parameter -> index of its group.
-
-        Raises:
-            ModelError: a factor of a pair is not in a group, or sharded.
-        """
-        group_of = {id(p): index for index, group in enumerate(self.param_groups) for p in group["params"]}
-        for pair in (*self.pairs, *(self._start.pairs if self._start is not None and self.starting else ())):
-            for side, factor in pair._asdict().items():
-                if id(factor) not in group_of:
-                    raise ModelError(
-                        f"each factor of a pair must be in params, got a {side} {tuple(factor.shape)} that is not"
-                    )
-                if is_dtensor(factor):
-                    raise ModelError(
-                        f"the preconditioner and a start from the first steps need whole factors, got a {side} "
-                        f"{tuple(factor.shape)} that is sharded: pass precondition=False and start_steps=0, with "
-                        "lora_one.init(model, batches) for the start"
-                    )
-        return group_of
-
-
-def _distinct(pairs: Iterable[LoraPair]) -> list[LoraPair]:
-    """Return each pair once. Two pairs that share a single factor are an error: one's step would undo the other's."""
-    distinct = list({(id(pair.lora_A), id(pair.lora_B)): pair for pair in pairs}.values())
-    seen: set[int] = set()
-    for pair in distinct:
-        for side, factor in pair._asdict().items():
-            if id(factor) in seen:
-                raise ModelError(
-                    f"each pair needs factors of its own, got a {side} {tuple(factor.shape)} that two pairs share: "
-                    "untie it, or use precondition=False and start_steps=0"
-                )
-            seen.add(id(factor))
-    return distinct

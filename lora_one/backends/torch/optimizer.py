@@ -15,8 +15,8 @@ from lora_one.report.deferred import StartSteps
 
 from .attachment.optimizable import check_optimizable
 from .deferred import plan_starts
-from .directions import LoraPair
 from .lora_adamw import LoraOneAdamW
+from .pairs import LoraPair
 from .start_state import refuse_unfinished
 
 

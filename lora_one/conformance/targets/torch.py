@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_one.backends.torch.directions import LoraPair
 from lora_one.backends.torch.linalg.precision import no_reduced_matmul
 from lora_one.backends.torch.lora_adamw import LoraOneAdamW
 from lora_one.backends.torch.ops import TorchOps
+from lora_one.backends.torch.pairs import LoraPair
 from lora_one.conformance.computations import Problem
 from lora_one.conformance.target import Arrays, Target
 from lora_one.core.factors import Factors

@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import lora_one
 from lora_one.backends import torch as backend
 from lora_one.backends.torch import attach_plain
-from lora_one.backends.torch.attachment.attach import find_sites
 from lora_one.backends.torch.attachment.sharding import gathered
-from tests.backends.torch.models import causal_batches, llama
+from tests.backends.torch.models import llama
+from tests.backends.torch.sharded import BATCHES, assert_equal, factors, products, shard, trained
 from tests.backends.torch.spawning import in_processes
 
 RANK, PROCESSES = 3, 2  # a rank that the processes cannot share equally
@@ -35,51 +35,12 @@ POLICIES: dict[str, dict[str, Any]] = {
     "bfloat16": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
 }
 DTYPES = {"bfloat16": torch.bfloat16}
-BATCHES = causal_batches(4)
-FACTORS = "lora_A", "lora_B"
-
-
-def shard(model: nn.Module, name: str = "") -> nn.Module:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for layer in inner.model.layers:
-        fully_shard(layer, **POLICIES.get(name, {}))
-    return fully_shard(model, **POLICIES.get(name, {}))
-
-
-def factors(model) -> dict[str, np.ndarray]:
-    return {
-        f"{site.layer.name}.{side}": gathered(getattr(site, side).weight.detach()).double().numpy()
-        for site in find_sites(model)
-        for side in FACTORS
-    }
-
-
-def products(model) -> dict[str, np.ndarray]:
-    pairs = factors(model)
-    return {site.layer.name: pairs[f"{site.layer.name}.lora_B"] @ pairs[f"{site.layer.name}.lora_A"]
-            for site in find_sites(model)}  # fmt: skip
-
-
-def trained(model: nn.Module, rank: int = 0, processes: int = 1) -> list[float]:
-    """Train for some steps; return the mean losses of all processes' batches."""
-    optimizer, losses = lora_one.optimizer(model, learning_rate=1e-2), []
-    for batch in BATCHES[:3]:
-        own = {key: value[rank::processes] for key, value in batch.items()}
-        loss = model.train()(**own).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        mean = loss.detach().clone()
-        if processes > 1:
-            torch.distributed.all_reduce(mean)
-        losses.append(float(mean) / processes)
-    return losses
 
 
 def start(rank: int, name: str) -> dict[str, Any]:
     config, own = CONFIGS[name], BATCHES[rank::PROCESSES]
     whole, _ = lora_one.init(llama(DTYPES.get(name, torch.float32)).model, own, config=config)
-    model = shard(attach_plain(llama().model, config), name)
+    model = shard(attach_plain(llama().model, config), **POLICIES.get(name, {}))
     returned, report = lora_one.init(model, own, config=config)
     assert returned is model
     result = {"start": products(model), "whole": products(whole), "loss": report.base_loss, "batches": report.batches}
@@ -166,12 +127,6 @@ def alone() -> dict[str, Any]:
     model, report = lora_one.init(llama().model, BATCHES, config=EXACT)
     result = {"start": products(model), "loss": report.base_loss}
     return {**result, "losses": trained(model), "end": products(model)}
-
-
-def assert_equal(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = 1e-5) -> None:
-    assert got.keys() == expected.keys()
-    for key, x in expected.items():
-        np.testing.assert_allclose(got[key], x, atol=tolerance * np.abs(x).max(), err_msg=key)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

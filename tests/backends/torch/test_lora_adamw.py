@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_one.backends.numpy import ops as numpy_ops
 from lora_one.backends.torch import LoraOneAdamW, TorchOps, directions
-from lora_one.backends.torch.directions import LoraPair
 from lora_one.backends.torch.linalg.narrow import narrow_matmul
+from lora_one.backends.torch.pairs import LoraPair
 from lora_one.core import step
 from lora_one.core.factors import Factors
 from lora_one.core.precondition import precondition

@@ -9,7 +9,7 @@ from torch import nn
 
 import lora_one
 from lora_one.backends.torch import LoraOneAdamW
-from lora_one.backends.torch.directions import LoraPair
+from lora_one.backends.torch.pairs import LoraPair
 from lora_one.errors import AdapterWarning, ConfigError, ModelError, UnfinishedStartWarning
 from tests.backends.torch.deferred.runs import CONFIG, begun, same
 from tests.backends.torch.models import llama, mlp
@@ -29,23 +29,20 @@ def sharding():
 
 
 @pytest.mark.parametrize("options", [{"start_steps": 2}, {"precondition": True, "start_steps": 0}])
-def test_sharded_factors_are_refused_before_anything_moves(sharding, options):
-    run = begun(**options)
+def test_parameters_that_are_exchanged_for_sharded_ones_go_on(sharding, options):
+    """As accelerate exchanges them: each in its place, without a word to the optimizer."""
+    run, whole = begun(**options), begun(**options)
     for group in run.optimizer.param_groups:
         group["params"] = [nn.Parameter(sharding(p)) for p in group["params"]]
     sharded = [p for group in run.optimizer.param_groups for p in group["params"]]
-    pairs = [LoraPair(a, b) for a, b in zip(sharded[::2], sharded[1::2], strict=True)]
-    run.optimizer.pairs = pairs if "precondition" in options else []
-    if run.optimizer._start is not None:
-        run.optimizer._start.pairs = pairs
-    before = [p.full_tensor().clone() for p in sharded]
-    for p in sharded:
-        p.grad = torch.ones_like(p)
-    with pytest.raises(
-        ModelError, match=r"need whole factors, got a lora_A .* that is sharded: pass precondition=False"
-    ):
+    for batch in (0, 1, 2):
+        for got, p in zip(sharded, (p for group in whole.optimizer.param_groups for p in group["params"]), strict=True):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(batch))
+            got.grad = sharding(p.grad)
         run.optimizer.step()
-    assert all(torch.equal(p.full_tensor(), x) for p, x in zip(sharded, before, strict=True))
+        whole.optimizer.step()
+    for got, p in zip(sharded, (p for group in whole.optimizer.param_groups for p in group["params"]), strict=True):
+        torch.testing.assert_close(got.full_tensor(), p.detach(), rtol=1e-6, atol=1e-7)
 
 
 def attached(**options) -> peft.PeftModel:
@@ -154,17 +151,17 @@ def test_of_two_optimizers_that_make_the_start_of_a_model_the_second_one_to_step
     assert run.report.done and run.report.steps == 3
 
 
-def test_factors_that_are_sharded_or_not_in_the_optimizer_are_refused():
+def test_factors_that_are_flat_or_not_in_the_optimizer_are_refused():
     run = begun(start_steps=3)
     run.train(0, 1)
     run.optimizer.load_state_dict(run.optimizer.state_dict())  # as a checkpoint is loaded
     run.backward(1)
     a = run.pairs[1].lora_A
     a.data, a.grad = a.detach()[:, :12].clone(), a.grad[:, :12].clone()
-    with pytest.raises(ModelError, match=r"'shared': a start needs whole factors .* \(4, 24\) .* got \(4, 12\)"):
+    with pytest.raises(ModelError, match=r"lora_A must stay a matrix .* was \(4, 24\), got \(4, 12\): an engine that"):
         run.optimizer.step()
-    run.optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.zeros(2))  # another in a factor's place
-    with pytest.raises(ModelError, match=r"must be in params, got a lora_A \(4, 12\) that is not"):
+    run.optimizer.param_groups[0]["params"].clear()
+    with pytest.raises(ModelError, match=r"lora_A must stay a matrix .* was \(4, 12\), got None"):
         run.optimizer.step()
 
 
