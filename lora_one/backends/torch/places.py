@@ -1,4 +1,4 @@
-"""Where LoRA pairs are in an optimizer's parameter groups.
+"""The places of LoRA pairs in an optimizer's parameter groups.
 
 accelerate and DeepSpeed exchange the parameters in the groups for others, each in its place. So pairs are found by
 their places at each step, and not by the objects that they once were.

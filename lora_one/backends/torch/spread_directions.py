@@ -1,6 +1,6 @@
 """The preconditioned gradients of LoRA pairs whose factors are spread over processes, as DTensors.
 
-Of each factor the rank is gathered, and the other axis may stay where it is: (B^T B) and (A A^T) are then sums over
+Each factor is gathered along its rank, and the other axis may stay where it is: (B^T B) and (A A^T) are then sums over
 processes of r x r matrices, and each process computes its own part of the direction. FSDP2 spreads the first axis, so
 that of a stack of pairs the lora_A and their gradients are gathered, and of the lora_B only the r x r sums are sent.
 """
