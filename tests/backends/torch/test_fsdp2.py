@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -29,20 +30,28 @@ CONFIGS = {
     "gamma": lora_one.Config(rank=RANK, gradient="exact", gamma="auto"),
     "kept whole": EXACT,
     "bfloat16": EXACT,
+    "base": lora_one.Config(rank=RANK),
+    "base that was called": EXACT,
+    "base in bfloat16": EXACT,
 }
 POLICIES: dict[str, dict[str, Any]] = {
     "kept whole": {"reshard_after_forward": False},
     "bfloat16": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
 }
-DTYPES = {"bfloat16": torch.bfloat16}
+POLICIES["base in bfloat16"] = POLICIES["bfloat16"]
+DTYPES = dict.fromkeys(("bfloat16", "base in bfloat16"), torch.bfloat16)
 
 
 def start(rank: int, name: str) -> dict[str, Any]:
     config, own = CONFIGS[name], BATCHES[rank::PROCESSES]
     whole, _ = lora_one.init(llama(DTYPES.get(name, torch.float32)).model, own, config=config)
-    model = shard(attach_plain(llama().model, config), **POLICIES.get(name, {}))
+    plain = llama().model
+    model = shard(plain if "base" in name else attach_plain(plain, config), **POLICIES.get(name, {}))
+    if name == "base that was called":
+        model(**BATCHES[0])
     returned, report = lora_one.init(model, own, config=config)
-    assert returned is model
+    assert (returned is model) == ("base" not in name)
+    model = returned
     result = {"start": products(model), "whole": products(whole), "loss": report.base_loss, "batches": report.batches}
     return {**result, "losses": trained(model, rank, PROCESSES), "end": products(model)}
 
@@ -68,6 +77,8 @@ def files(rank: int) -> dict[str, Any]:
     result = {"shared": shared, "own": len(calls) - shared, "files": files, "factors": factors(model)}
     result |= {f"in {x}": load_file(f"{folder[0]}/{x}/adapter_model.safetensors") for x in ("shared", f"own-{rank}")}
 
+    alone = lora_one.load(shard(llama().model), f"{folder[0]}/shared")
+    result["loaded onto the base"] = factors(alone)
     other = attach_plain(llama().model, EXACT)
     shard(other.get_base_model())
     lora_one.load(other, f"{folder[0]}/shared")
@@ -99,7 +110,14 @@ def errors(rank: int) -> dict[str, str]:
     plain, model = shard(llama().model), shard(attach_plain(llama().model, EXACT))
     before = factors(model)
     own = BATCHES[rank::PROCESSES]
-    note("plain", lambda: lora_one.init(plain, own, config=EXACT))
+    note("head", lambda: lora_one.init(plain, own, config=lora_one.Config(rank=RANK, modules_to_save=("lm_head",))))
+    keys = list(plain.state_dict())
+    note("nan", lambda: lora_one.init(plain, own, lambda *x: loss_of(float("nan"), *x), config=EXACT))
+    texts["plain again"] = list(plain.state_dict()) == keys
+    texts["losses"] = trained(lora_one.init(plain, own, config=EXACT)[0], rank, PROCESSES)
+    late = peft.get_peft_model(shard(llama().model), peft.LoraConfig(target_modules="all-linear", r=RANK))
+    note("late", lambda: lora_one.init(late, own, lora_one.Config(rank=RANK)))
+    note("late optimizer", lambda: lora_one.optimizer(late))
     note("uneven", lambda: lora_one.init(model, BATCHES[: 1 + rank], config=EXACT))
     note("loss", lambda: lora_one.init(model, own, lambda *x: loss_of(float("nan"), *x), config=EXACT))
     note("gradient", lambda: lora_one.init(model, own, lambda *x: loss_of(1e38, *x), lora_one.Config(rank=RANK)))
@@ -137,7 +155,7 @@ def test_a_sharded_model_gets_the_start_of_a_whole_one(results, name):
         assert of_rank[name]["batches"] == len(BATCHES)
 
 
-@pytest.mark.parametrize("name", ["exact", "kept whole", "before"])
+@pytest.mark.parametrize("name", ["exact", "kept whole", "base that was called", "before"])
 def test_it_starts_and_trains_as_one_process(results, alone, name):
     for of_rank in results:
         got = of_rank[name]
@@ -149,7 +167,8 @@ def test_it_starts_and_trains_as_one_process(results, alone, name):
 
 
 def test_it_trains_in_mixed_precision(results, alone):
-    np.testing.assert_allclose(results[0]["bfloat16"]["losses"], alone["losses"], rtol=0.01)
+    for name in DTYPES:
+        np.testing.assert_allclose(results[0][name]["losses"], alone["losses"], rtol=0.01)
 
 
 def test_one_process_writes_a_folder_and_it_holds_whole_factors(results):
@@ -167,6 +186,7 @@ def test_one_process_writes_a_folder_and_it_holds_whole_factors(results):
 def test_a_sharded_model_loads_whole_factors(results):
     for of_rank in results:
         assert_equal(of_rank["files"]["loaded"], of_rank["files"]["factors"], 0.0)
+        assert_equal(of_rank["files"]["loaded onto the base"], of_rank["files"]["factors"], 0.0)
 
 
 def test_a_sharded_model_is_merged(results):
@@ -183,10 +203,14 @@ def test_a_sharded_model_is_merged(results):
             np.testing.assert_allclose(got["merged"][key].double().numpy(), expected, atol=1e-6)
 
 
-def test_errors_reach_all_processes_and_change_nothing(results):
+def test_errors_reach_all_processes_and_change_nothing(results, alone):
     first, second = (of_rank["errors"] for of_rank in results)
+    np.testing.assert_allclose(first["losses"], alone["losses"], rtol=1e-6)
     for texts in (first, second):
-        assert "attach LoRA first" in texts["plain"]
+        assert "modules_to_save.default: fully_shard was called before this was attached" in texts["head"]
+        assert "GradientError" in texts["nan"] and texts["plain again"] is True
+        assert texts["late"].startswith("ModelError: base_model.model.model.layers.0.self_attn.q_proj.lora_A.default: ")
+        assert "LoRA was attached after fully_shard" in texts["late"] and texts["late optimizer"] == texts["late"]
         assert "the same number of batches in every process, got no batch 2 in 1 of 2" in texts["uneven"]
         assert "float16 needs a loss scale" in texts["float16"]
         assert "fully_shard was called on the PeftModel" in texts["merge"]

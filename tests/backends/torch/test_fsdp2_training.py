@@ -26,20 +26,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def started(name: str, rank: int, processes: int, is_sharded: bool, first: bool = True) -> nn.Module:
-    """Return a model that is started before it is sharded, or after it."""
+ORDERS = "started first", "sharded first", "base sharded first"
+
+
+def started(name: str, order: str, rank: int, processes: int) -> nn.Module:
+    """Return a model that is started, and sharded before or after that if there are several processes."""
     model = llama().model
-    if is_sharded and not first:
-        model = shard(attach_plain(model, CONFIG))
+    if processes > 1 and order != "started first":
+        model = shard(model if order == "base sharded first" else attach_plain(model, CONFIG))
     if "start_steps" in OPTIONS[name]:
         model, _ = lora_one.init(model, config=lora_one.Config(rank=3))
     else:
         model, _ = lora_one.init(model, BATCHES[rank::processes], config=CONFIG)
-    return shard(model) if is_sharded and first else model
+    return shard(model) if processes > 1 and order == "started first" else model
 
 
-def run(rank: int, name: str, first: bool) -> dict[str, Any]:
-    model = started(name, rank, PROCESSES, True, first)
+def run(rank: int, name: str, order: str) -> dict[str, Any]:
+    model = started(name, order, rank, PROCESSES)
     losses = trained(model, rank, PROCESSES, STEPS, **OPTIONS[name])
     return {"losses": losses, "end": products(model)}
 
@@ -48,7 +51,7 @@ def resumed(rank: int, name: str) -> dict[str, Any]:
     """Stop after one step, which is in the middle of a start, and go on from torch.distributed.checkpoint's files."""
     folder = [tempfile.mkdtemp()]
     torch.distributed.broadcast_object_list(folder)
-    model = started(name, rank, PROCESSES, True)
+    model = started(name, ORDERS[0], rank, PROCESSES)
     optimizer = lora_one.optimizer(model, learning_rate=1e-2, **OPTIONS[name])
     train(model, optimizer, range(1), rank, PROCESSES)
     weights, state = get_state_dict(model, optimizer)
@@ -56,7 +59,7 @@ def resumed(rank: int, name: str) -> dict[str, Any]:
     expected = train(model, optimizer, range(1, STEPS), rank, PROCESSES)
     expected_end = factors(model)
 
-    model = started(name, rank, PROCESSES, True)
+    model = started(name, ORDERS[0], rank, PROCESSES)
     optimizer = lora_one.optimizer(model, learning_rate=1e-2, **OPTIONS[name])
     weights, state = get_state_dict(model, optimizer)
     saved = {"model": weights, "optimizer": state}
@@ -67,7 +70,7 @@ def resumed(rank: int, name: str) -> dict[str, Any]:
 
 
 def run_all(rank: int) -> dict[str, Any]:
-    runs = {(name, first): run(rank, name, first) for name in OPTIONS for first in (True, False)}
+    runs = {(name, order): run(rank, name, order) for name in OPTIONS for order in ORDERS}
     return {"runs": runs, "resumed": {name: resumed(rank, name) for name in OPTIONS}}
 
 
@@ -76,17 +79,17 @@ def results() -> list[dict[str, Any]]:
     return in_processes(run_all, PROCESSES)
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["started first", "sharded first"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_it_trains_as_one_process(results, name, first):
-    model = started(name, 0, 1, False)
+def test_it_trains_as_one_process(results, name, order):
+    model = started(name, ORDERS[0], 0, 1)
     losses = trained(model, steps=STEPS, **OPTIONS[name])
     end = products(model)
     for of_rank in results:
-        got = of_rank["runs"][name, first]
+        got = of_rank["runs"][name, order]
         np.testing.assert_allclose(got["losses"], losses, rtol=1e-5)
         assert_equal(got["end"], end, 1e-4)
-        assert_equal(got["end"], results[0]["runs"][name, first]["end"], 0.0)
+        assert_equal(got["end"], results[0]["runs"][name, order]["end"], 0.0)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

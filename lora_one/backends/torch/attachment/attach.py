@@ -23,7 +23,7 @@ from .adapters import mark_as_ours, require_lora, take_out_leftover
 from .all_linear import ALL_LINEAR, LINEAR, RefusedByPeft, on_all_linear
 from .quiet import quiet_peft
 from .refusals import refusal
-from .sharding import write
+from .sharding import shard_attached, write
 from .snapshot import Snapshot
 from .tasks import heads, task_type
 from .wrappers import check_open_to_lora, plain_names, unwrapped
@@ -97,8 +97,9 @@ def attach_lora(model: nn.Module, config: Config) -> peft.PeftModel:
     """Return a new PeftModel around a plain model, whose modules stay the same objects. A `Snapshot` undoes it."""
     take_out_leftover(model)
     _check_modules_to_save(model, config.modules_to_save)
-    attach = partial(_attached, model, config)
+    attach, known = partial(_attached, model, config), {id(p) for p in model.parameters()}
     attached = on_all_linear(model, attach) if config.targets == ALL_LINEAR else attach(config.targets)
+    shard_attached(attached, known)
     mark_as_ours(attached)
     return attached
 

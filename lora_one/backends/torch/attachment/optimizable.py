@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from lora_one.errors import ModelError
 
+from .sharding import check_factors_sharded
 from .wrappers import check_open_to_writing
 
 
@@ -12,7 +13,8 @@ def check_optimizable(model: nn.Module, precondition: bool, loraplus_lr_ratio: f
     """Check that an optimizer of PyTorch can train a model's factors with these settings.
 
     Raises:
-        ModelError: DeepSpeed's engine trains them, or a setting needs matrices and they are flat.
+        ModelError: DeepSpeed's engine trains them, FSDP2 does not know them, or a setting needs matrices and they are
+            flat.
     """
     if any(cls.__name__ == "DeepSpeedEngine" for cls in type(model).__mro__):
         raise ModelError(
@@ -20,6 +22,7 @@ def check_optimizable(model: nn.Module, precondition: bool, loraplus_lr_ratio: f
             "deepspeed.initialize(model=model, optimizer=...)"
         )
     check_open_to_writing(model)
+    check_factors_sharded(model)
     asked = {"precondition": (precondition, False), "loraplus_lr_ratio": (loraplus_lr_ratio, 1.0)}
     settings = [f"{name}={value}" for name, (value, usual) in asked.items() if value != usual]
     if settings and (flat := _flat_factors(model)):

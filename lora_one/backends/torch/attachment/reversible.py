@@ -12,7 +12,7 @@ from lora_one.core.factors import Factors
 from .adapters import adapter_of, is_leftover
 from .attach import Site, attach_lora, check_adapter_fits, find_sites
 from .quiet import nothing_drawn
-from .sharding import note_trainable, reshard
+from .sharding import check_factors_sharded, note_trainable, reshard
 from .snapshot import Snapshot
 from .starts import check_base_is_whole
 from .wrappers import check_open_to_lora, check_open_to_writing, plain_names, unwrapped
@@ -50,6 +50,7 @@ class ReversibleAttachment:
             self.had_adapter = True
             check_adapter_fits(adapted, self._config)
             check_base_is_whole(adapted)
+            check_factors_sharded(adapted)
         sites = find_sites(adapted)
         self.sites = {site.layer.name: site for site in sites}
         if self.had_adapter:

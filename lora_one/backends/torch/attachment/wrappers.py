@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lora_one.backends.torch.processes import is_parallel
 from lora_one.errors import ModelError
 
-from .sharding import check_attachable, check_sharding, reshard
+from .sharding import check_sharding, reshard
 
 # By name, because their packages may not be installed.
 _SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine")
@@ -49,7 +49,6 @@ def check_open_to_lora(model: nn.Module) -> None:
     Raises:
         ModelError: it may not.
     """
-    check_attachable(model)
     while (inner := _inside(model)) is not None:
         if isinstance(model, DistributedDataParallel) and is_parallel():
             raise ModelError(

@@ -20,7 +20,7 @@ from lora_one.backends.torch.attachment.adapters import (
     take_out_leftover,
 )
 from lora_one.backends.torch.attachment.quiet import quiet_peft
-from lora_one.backends.torch.attachment.sharding import gathered, is_dtensor, is_sharded, write
+from lora_one.backends.torch.attachment.sharding import gathered, is_dtensor, is_sharded, shard_attached, write
 from lora_one.backends.torch.attachment.snapshot import Snapshot
 from lora_one.backends.torch.attachment.starts import base_weights_kept, check_start
 from lora_one.backends.torch.attachment.wrappers import (
@@ -157,6 +157,7 @@ def _refuse(folder: AdapterFolder, problems: list[str]) -> None:
 def _attach(model: nn.Module, config: peft.LoraConfig, folder: AdapterFolder) -> peft.PeftModel:
     take_out_leftover(model)
     name, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT warns if it changes this
+    known = {id(p) for p in model.parameters()}
     with quiet_peft():
         try:
             adapted: Any = peft.get_peft_model(model, config)
@@ -165,6 +166,7 @@ def _attach(model: nn.Module, config: peft.LoraConfig, folder: AdapterFolder) ->
                 f"PEFT cannot attach the adapter in {folder.path} to the model: {type(error).__name__}: {error}"
             ) from error
     config.base_model_name_or_path = config.base_model_name_or_path or name
+    shard_attached(adapted, known)
     return adapted
 
 
