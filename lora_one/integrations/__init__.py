@@ -1,0 +1,1 @@
+"""LoRA-One in training loops that other libraries own. Each module needs the library that it is named after."""
