@@ -20,6 +20,7 @@ FACES = [
     "lora_one.backends.jax",
     "lora_one.backends.mlx",
     "lora_one.conformance",
+    "lora_one.integrations.transformers",
 ]
 
 

@@ -27,6 +27,8 @@ BASE = {"numpy", "safetensors"}  # the hard dependencies
 PER_FRAMEWORK = re.compile(
     r"lora_one\.(backends|conformance\.targets|estimate\.rates|finetune\.tuners)\.(numpy|torch|jax|mlx)(\..*)?"
 )
+# The library that an integration is named after, with those that it needs itself.
+INTEGRATIONS = {"lora_one.integrations.transformers": FRAMEWORKS["torch"]}
 # part of the package -> the other parts that it may import. The command may import everything.
 MAY_IMPORT = {
     "errors": set(),
@@ -45,6 +47,7 @@ MAY_IMPORT = {
     "initialization": {"backends", "config", "core", "errors", "passes", "report"},
     "api": {"backends", "checkpoint", "config", "errors", "initialization", "progress", "report"},
     "lora_one": {"api", "checkpoint", "config", "errors", "report"},
+    "integrations": {"api", "backends", "checks", "config", "errors", "report"},
     "finetune": {
         "api",
         "backends",
@@ -132,7 +135,7 @@ def test_core_imports_numpy_at_most():
 def test_a_framework_is_imported_in_its_own_modules_only():
     for module in FILES:
         match = PER_FRAMEWORK.fullmatch(module)
-        own = FRAMEWORKS[match[2]] if match else set()
+        own = FRAMEWORKS[match[2]] if match else INTEGRATIONS.get(module, set())
         if module.startswith("lora_one.finetune.tuners."):  # whose tokenizers all of them use
             own = own | {"transformers"}
         others = set().union(*FRAMEWORKS.values()) - own
@@ -152,7 +155,9 @@ def test_no_backend_imports_another(backend):
 
 def test_files_that_everybody_imports_need_the_hard_dependencies_only():
     for module in FILES:
-        if part(module) == "cli" or module.startswith("lora_one.conformance.making") or PER_FRAMEWORK.fullmatch(module):
+        if part(module) == "cli" or module.startswith("lora_one.conformance.making"):
+            continue
+        if PER_FRAMEWORK.fullmatch(module) or module in INTEGRATIONS:
             continue
         for name, top in imports(module):
             assert not top or standard(name) or name in BASE or name in FILES, f"{module}: {name}"

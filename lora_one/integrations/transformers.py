@@ -1,7 +1,4 @@
-"""LoRA-One in the Trainer of transformers, and in trl's trainers, which are made of it.
-
->>> from lora_one.integrations.transformers import LoraOneCallback, optimizer
-"""
+"""LoRA-One in the Trainer of transformers, and in trl's trainers, which are made of it."""
 
 import copy
 import logging
@@ -28,6 +25,7 @@ from lora_one.config import Config
 from lora_one.errors import BatchError, ConfigError, ModelError
 from lora_one.report import Report
 
+__all__ = ["LoraOneCallback", "optimizer"]
 _LOG = logging.getLogger(__name__)
 _METRICS = ("_metrics", "_total_train_tokens")  # what trl's trainers collect, while they compute a loss, to log it
 
@@ -36,9 +34,8 @@ class LoraOneCallback(TrainerCallback):
     """A callback that starts a model's LoRA by LoRA-One when training begins, from the Trainer's own data and loss.
 
     Attach LoRA with PEFT, make the Trainer, and add the callback to it. The start is that of `lora_one.init` on the
-    first batches of the training, weighted as in one step that accumulates them. Training then sees the same batches
-    and random numbers as without the callback. A run that resumes from a checkpoint, or whose lora_B is not zero any
-    more, keeps its factors.
+    first batches of the training, as one step would accumulate them. Training sees the same batches as without it. A
+    run that resumes from a checkpoint, or whose lora_B is not zero, keeps its factors.
 
     Args:
         trainer: the Trainer, which has the data loader and the loss.
@@ -54,15 +51,16 @@ class LoraOneCallback(TrainerCallback):
         ModelError: when training begins: the model has no LoRA, or an optimizer is to make its start.
         BatchError: when training begins: no data.
 
-    >>> import lora_one, peft, torch
+    >>> import peft
+    >>> from lora_one import demo
     >>> from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-    >>> model = AutoModelForCausalLM.from_pretrained(lora_one.demo.MODEL, dtype="float32")
+    >>> model = AutoModelForCausalLM.from_pretrained(demo.MODEL, dtype="float32")
     >>> model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     >>> rows = [{"input_ids": list(range(4, 20)), "labels": list(range(4, 20))} for _ in range(8)]
     >>> args = TrainingArguments("out", max_steps=1, report_to="none", disable_tqdm=True, use_cpu=True)
     >>> trainer = Trainer(model, args, train_dataset=rows)
     >>> trainer.add_callback(callback := LoraOneCallback(trainer))
-    >>> _ = trainer.train()  # doctest: +ELLIPSIS
+    >>> _ = trainer.train()
     {'train_runtime': ...}
     >>> callback.report.batches, len(callback.report.layers)
     (1, 8)
@@ -173,7 +171,7 @@ class _OptimizerFactory:
         self, model: nn.Module, param_groups: Iterable[dict[str, Any]] = (), **settings: Any
     ) -> torch.optim.Optimizer:
         groups = list(param_groups)
-        decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # no use of `self`
+        decaying = set(Trainer.get_decay_parameter_names(None, model))  # it makes no use of `self`
         taken = {id(parameter) for group in groups for parameter in group["params"]}
         taken |= {id(factor) for pair in lora_pairs(model) for factor in pair}
         others = [p for name, p in model.named_parameters() if name not in decaying and id(p) not in taken]

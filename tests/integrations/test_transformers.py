@@ -2,16 +2,18 @@
 
 import copy
 import random
+import re
+from pathlib import Path
 
 import numpy as np
 import peft
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoTokenizer, BertForSequenceClassification, Trainer
+from transformers import BertForSequenceClassification, Trainer
 
 import lora_one
-from lora_one import demo
+from lora_one.checkpoint.metadata import read_report
 from lora_one.errors import BatchError, ConfigError, ModelError
 from lora_one.integrations.transformers import LoraOneCallback, optimizer
 from tests.backends.torch.models import bert_config, llama, tokens
@@ -19,7 +21,6 @@ from tests.backends.torch.models import bert_config, llama, tokens
 from .trainers import (
     BATCH,
     EXACT,
-    LORA,
     SAMPLES,
     Recorder,
     Recording,
@@ -32,6 +33,7 @@ from .trainers import (
     rows,
 )
 
+PAGE = Path(__file__).parents[2] / "docs" / "transformers.md"
 COUNT = SAMPLES // BATCH  # batches that the start reads
 
 
@@ -237,54 +239,24 @@ def test_errors_say_what_to_do(tmp_path):
         LoraOneCallback(EXACT)
     with pytest.raises(ConfigError, match="samples must be an integer >= 1, got 0"):
         LoraOneCallback(Trainer(adapted(), arguments(tmp_path)), samples=0)
-    with pytest.raises(ModelError, match=r"must have LoRA before training begins, got a LlamaForCausalLM.*peft_config="):
+    with pytest.raises(
+        ModelError, match=r"must have LoRA before training begins, got a LlamaForCausalLM.*peft_config="
+    ):
         trained(tmp_path, model=llama().model)
     with pytest.raises(ModelError, match="leave out the callback, or"):
         trained(tmp_path, model=lora_one.init(llama().model)[0], options={})
+    trainer = Trainer(adapted(), arguments(tmp_path), train_dataset=rows())
+    trainer.add_callback(LoraOneCallback(trainer))
+    trainer.get_batch_samples = lambda *x: ([], None)
     with pytest.raises(BatchError, match="got none"):
-        trainer = Trainer(adapted(), arguments(tmp_path), train_dataset=rows())
-        trainer.add_callback(LoraOneCallback(trainer))
-        trainer.get_batch_samples = lambda *x: ([], None)
         trainer.train()
 
 
-def test_sft_trainer_starts_by_its_own_loss_and_logs_as_without(tmp_path):
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    texts = [{"prompt": f"copy {'ab' * (i % 5 + 1)}", "completion": "ab" * (i % 3 + 1)} for i in range(32)]
-    runs = {}
-    for name, steps, accumulated in (("without", 1, COUNT), ("with", 2, 1), ("plain", 2, 1)):
-        args = trl.SFTConfig(
-            str(tmp_path),
-            max_steps=steps,
-            gradient_accumulation_steps=accumulated,
-            per_device_train_batch_size=BATCH,
-            eval_strategy="steps",
-            eval_steps=1,
-            logging_steps=1,
-            bf16=False,
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-        )
-        data = datasets.Dataset.from_list(texts)
-        runs[name] = trl.SFTTrainer(
-            str(demo.MODEL),
-            args,
-            train_dataset=data,
-            eval_dataset=data.select(range(8)),
-            processing_class=AutoTokenizer.from_pretrained(demo.MODEL),
-            peft_config=peft.LoraConfig(**LORA),
-        )
-        start = LoraOneCallback(runs[name], EXACT, SAMPLES)
-        if name == "with":
-            runs[name].add_callback(start)
-            report = start
-        runs[name].train()
-    assert report.report.base_loss == pytest.approx(losses(runs["without"])[0], rel=1e-5)
-    tokens_seen = [
-        [entry[key] for entry in runs[name].state.log_history for key in entry if key.endswith("num_tokens")]
-        for name in ("with", "plain")
-    ]
-    assert tokens_seen[0] == tokens_seen[1] and len(tokens_seen[0]) == 4
-    assert all(np.abs(x).max() > 0 for x in factors(runs["with"].model).values())
+def test_the_page_runs_as_it_is_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL):
+        exec(compile(code, str(PAGE), "exec"), scope)
+    assert "28 layers, 1 pass over 8 batches" in capsys.readouterr().out
+    assert scope["trainer"].optimizer.param_groups[0]["start_done"]
+    assert read_report(tmp_path / "out" / "adapter").batches == 8

@@ -1,5 +1,6 @@
 """The callback and the optimizer of the Trainer in two processes get what they get in one."""
 
+import copy
 import os
 import tempfile
 from typing import Any
@@ -8,14 +9,18 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from torch import distributed as dist
 
+import lora_one
 from lora_one.integrations.transformers import LoraOneCallback, optimizer
+from tests.backends.torch.models import llama
 from tests.backends.torch.spawning import free_port, in_processes
 
 from .trainers import (
     BATCH,
     EXACT,
     SAMPLES,
+    STEPS,
     Recorder,
     Recording,
     adapted,
@@ -32,8 +37,14 @@ FSDP2: dict[str, Any] = {
     "fsdp": True,
     "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
 }
-ENGINES = {"DDP": {"ddp_backend": "gloo"}, "FSDP2": FSDP2}
-OPTIMIZERS: dict[str, dict[str, Any] | None] = {"AdamW": None, "LoRA+": {"loraplus_lr_ratio": 4.0}}
+ONE, FIRST_STEPS = "one process", "first steps"
+ENGINES: dict[str, dict[str, Any]] = {ONE: {}, "DDP": {"ddp_backend": "gloo"}, "FSDP2": FSDP2}
+KINDS = {"DDP": "DistributedDataParallel", "FSDP2": "FSDPPeftModelForCausalLM"}
+OPTIMIZERS: dict[str, dict[str, Any] | None] = {
+    "AdamW": None,
+    "preconditioned LoRA+": {"precondition": True, "reg": 1e-2, "loraplus_lr_ratio": 4.0},
+    FIRST_STEPS: {"start_steps": 4},  # one more than there are before the checkpoint
+}
 
 
 class Forced(Recording):
@@ -45,35 +56,53 @@ class Forced(Recording):
         super().create_accelerator_and_postprocess()
 
 
-def run(processes: int, engine: dict[str, Any], options: dict[str, Any] | None, **settings: Any) -> dict[str, Any]:
+def train(out: str, processes: int, engine: str, name: str, resume: str | None = None) -> tuple[Forced, Recorder, Any]:
     """Train on batches that are the same whatever the number of processes."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    with tempfile.TemporaryDirectory() as out:
-        usual = {"per_device_train_batch_size": BATCH // processes, "gradient_accumulation_steps": 2}
-        args = arguments(out, **{**usual, **engine, **settings})
-        factory = {} if options is None else {"optimizer_cls_and_kwargs": optimizer(args, **options)}
-        trainer = Forced(adapted(), args, train_dataset=rows(), **factory)
-        trainer.add_callback(callback := LoraOneCallback(trainer, EXACT, SAMPLES))
-        trainer.add_callback(recorder := Recorder())
-        trainer.train()
-    return {
-        "start": products(recorder.factors),
-        "base loss": callback.report.base_loss,
-        "batches": callback.report.batches,
-        "losses": losses(trainer),
-        "end": products(factors(trainer.model)),
-        "kind": type(trainer.model_wrapped).__name__,
-    }
+    of_process = {"per_device_train_batch_size": BATCH // processes, "gradient_accumulation_steps": 2}
+    saving = {"save_strategy": "steps", "save_steps": STEPS // 2}
+    args = arguments(out, **of_process, **saving, **copy.deepcopy(ENGINES[engine]))
+    options = OPTIMIZERS[name]
+    factory = {} if options is None else {"optimizer_cls_and_kwargs": optimizer(args, **options)}
+    trainer = Forced(adapted(), args, train_dataset=rows(), **factory)
+    callback, recorder = LoraOneCallback(trainer, EXACT, SAMPLES), Recorder()
+    for each in [callback] * (name != FIRST_STEPS) + [recorder]:
+        trainer.add_callback(each)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, recorder, callback.report
+
+
+def run(processes: int, engine: str, name: str) -> dict[str, Any]:
+    """Train, save, and resume from the middle."""
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        if processes > 1:
+            dist.broadcast_object_list(folder)
+        trainer, recorder, report = train(f"{folder[0]}/whole", processes, engine, name)
+        result = {
+            "kind": type(trainer.model_wrapped).__name__,
+            "start": products(recorder.factors),
+            "report": report,
+            "losses": losses(trainer),
+            "end": products(factors(trainer.model)),
+        }
+        lora_one.save(trainer.model, f"{folder[0]}/saved", report)
+        result["saved"] = products(factors(lora_one.load(llama().model, f"{folder[0]}/saved")))
+        resumed, _, again = train(
+            f"{folder[0]}/resumed", processes, engine, name, f"{folder[0]}/whole/checkpoint-{STEPS // 2}"
+        )
+        result |= {"resumed": products(factors(resumed.model)), "losses of resumed": losses(resumed)}
+        assert again is None
+        if processes > 1:
+            dist.barrier()
+    return result
 
 
 def run_all(rank: int) -> dict[str, Any]:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return {
-        engine: {name: run(PROCESSES, settings, options) for name, options in OPTIMIZERS.items()}
-        for engine, settings in ENGINES.items()
-    }
+    return {engine: {name: run(PROCESSES, engine, name) for name in OPTIMIZERS} for engine in ENGINES if engine != ONE}
 
 
 @pytest.fixture(scope="module")
@@ -83,19 +112,30 @@ def results() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    return {name: run(1, {}, options) for name, options in OPTIMIZERS.items()}
+    return {name: run(1, ONE, name) for name in OPTIMIZERS}
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", KINDS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_two_processes_start_and_train_as_one(results, alone, engine, name):
     expected = alone[name]
     for of_rank in results:
         got = of_rank[engine][name]
-        assert got["kind"] == {"DDP": "DistributedDataParallel", "FSDP2": "FSDPPeftModelForCausalLM"}[engine]
-        assert got["batches"] == PROCESSES * expected["batches"] == SAMPLES // (BATCH // PROCESSES)
+        assert got["kind"] == KINDS[engine]
+        if name != FIRST_STEPS:
+            assert got["report"].batches == PROCESSES * expected["report"].batches == SAMPLES // (BATCH // PROCESSES)
+            assert got["report"].base_loss == pytest.approx(expected["report"].base_loss, rel=1e-6)
         assert_equal(got["start"], expected["start"], 1e-5)
-        assert got["base loss"] == pytest.approx(expected["base loss"], rel=1e-6)
         np.testing.assert_allclose(got["losses"], expected["losses"], rtol=1e-5)
         assert_equal(got["end"], expected["end"], 1e-3)
         assert_equal(got["end"], results[0][engine][name]["end"], 0.0)
+        assert_equal(got["saved"], got["end"], 0.0)
+
+
+@pytest.mark.parametrize("engine", KINDS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(results, engine, name):
+    for of_rank in results:
+        got = of_rank[engine][name]
+        assert got["losses of resumed"] == got["losses"]
+        assert_equal(got["resumed"], got["end"], 0.0)
