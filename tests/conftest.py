@@ -7,6 +7,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed prints what it has found, when a Trainer imports it
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # matrices of tests are small: threads only wait for each other
 # On JAX tests compile hundreds of small programs and run each of them once: optimising them takes longer than they run.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")

@@ -14,6 +14,7 @@ from lora_one.errors import ModelError
 from lora_one.report.deferred import StartSteps
 
 from .attachment.optimizable import check_optimizable
+from .attachment.sharding import shape_of
 from .deferred import plan_starts
 from .lora_adamw import LoraOneAdamW
 from .pairs import LoraPair
@@ -28,7 +29,7 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
             continue
         for adapter in module.lora_A:
             pair = LoraPair(module.lora_A[adapter].weight, module.lora_B[adapter].weight)
-            if all(factor.ndim == 2 and factor.requires_grad for factor in pair):
+            if all(len(shape_of(factor)) == 2 and factor.requires_grad for factor in pair):
                 pairs.append(pair)
     return pairs
 

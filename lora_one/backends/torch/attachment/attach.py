@@ -23,7 +23,7 @@ from .adapters import mark_as_ours, require_lora, take_out_leftover
 from .all_linear import ALL_LINEAR, LINEAR, RefusedByPeft, on_all_linear
 from .quiet import quiet_peft
 from .refusals import refusal
-from .sharding import shard_attached, write
+from .sharding import own_part, shard_attached, write
 from .snapshot import Snapshot
 from .tasks import heads, task_type
 from .wrappers import check_open_to_lora, plain_names, unwrapped
@@ -46,8 +46,8 @@ class Site:
         return self.module.lora_B[self.adapter]
 
     def factors(self) -> Factors:
-        """Return a copy of the pair."""
-        return Factors(self.lora_A.weight.detach().clone(), self.lora_B.weight.detach().clone())
+        """Return a copy of the pair, or of this process's part of it, which `assign` takes too."""
+        return Factors(own_part(self.lora_A.weight), own_part(self.lora_B.weight))
 
     def assign(self, factors: Factors) -> None:
         write(self.lora_A.weight, factors.lora_A)

@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from lora_one.errors import ModelError
 
-from .sharding import check_factors_sharded
-from .wrappers import check_open_to_writing
+from .sharding import check_factors_sharded, shape_of
+from .wrappers import is_engine
+from .zero import has_engine
 
 
 def check_optimizable(model: nn.Module, precondition: bool, loraplus_lr_ratio: float) -> None:
@@ -16,19 +17,18 @@ def check_optimizable(model: nn.Module, precondition: bool, loraplus_lr_ratio: f
         ModelError: DeepSpeed's engine trains them, FSDP2 does not know them, or a setting needs matrices and they are
             flat.
     """
-    if any(cls.__name__ == "DeepSpeedEngine" for cls in type(model).__mro__):
+    if is_engine(model) or has_engine(model):
         raise ModelError(
             "DeepSpeed's engine has an optimizer of its own: make lora_one.optimizer(model) before, and hand it to "
             "deepspeed.initialize(model=model, optimizer=...)"
         )
-    check_open_to_writing(model)
     check_factors_sharded(model)
     asked = {"precondition": (precondition, False), "loraplus_lr_ratio": (loraplus_lr_ratio, 1.0)}
     settings = [f"{name}={value}" for name, (value, usual) in asked.items() if value != usual]
     if settings and (flat := _flat_factors(model)):
         raise ModelError(
             f"{' and '.join(settings)} needs the factors of each layer as matrices, got {len(flat)} flattened ones: "
-            f"FullyShardedDataParallel and DeepSpeed ZeRO-3 keep them like that; shard with fully_shard, or leave "
+            f"FullyShardedDataParallel keeps them like that; shard with fully_shard, or leave "
             f"{' and '.join(settings)} out"
         )
 
@@ -38,4 +38,4 @@ def _flat_factors(model: nn.Module) -> list[Tensor]:
     linear = [
         x for layer in layers for x in (*layer.lora_A.values(), *layer.lora_B.values()) if isinstance(x, nn.Linear)
     ]
-    return [x.weight for x in linear if x.weight.requires_grad and x.weight.ndim != 2]
+    return [x.weight for x in linear if x.weight.requires_grad and len(shape_of(x.weight)) != 2]

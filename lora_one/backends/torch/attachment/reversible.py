@@ -15,7 +15,7 @@ from .quiet import nothing_drawn
 from .sharding import check_factors_sharded, note_trainable, reshard
 from .snapshot import Snapshot
 from .starts import check_base_is_whole
-from .wrappers import check_open_to_lora, check_open_to_writing, plain_names, unwrapped
+from .wrappers import check_open_to_lora, plain_names, unwrapped
 
 
 class ReversibleAttachment:
@@ -41,7 +41,6 @@ class ReversibleAttachment:
     def attach(self) -> None:
         """Attach LoRA, or check and unfreeze the adapter that is there."""
         adapted = adapter_of(self.model)
-        check_open_to_writing(self.model)
         if adapted is None or is_leftover(self.model, adapted):
             check_open_to_lora(self._given)
             with nothing_drawn():  # every layer's factors are assigned

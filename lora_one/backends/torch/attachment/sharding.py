@@ -1,7 +1,8 @@
-"""Weights that FSDP2, `fully_shard`, spreads over processes: DTensors, of which each process has some rows.
+"""Weights that are spread over processes: by FSDP2, `fully_shard`, or by DeepSpeed, see `zero`.
 
-Their modules gather them for a forward and a backward pass, and may leave them whole after it. What is written into
-whole ones is lost, so they are put back into shards before anything reads or writes them.
+FSDP2's are DTensors, of which each process has some rows. Their modules gather them for a forward and a backward pass,
+and may leave them whole after it. What is written into whole ones is lost, so they are put back into shards before
+anything reads or writes them.
 """
 
 from collections.abc import Iterator
@@ -14,10 +15,12 @@ from torch import distributed as dist
 
 from lora_one.errors import ModelError
 
+from . import zero
+
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether FSDP2 shards weights of a model."""
-    return bool(_sharded_modules(model))
+    """Return whether processes have shards of a model's weights."""
+    return bool(_sharded_modules(model)) or any(map(zero.is_partitioned, model.parameters()))
 
 
 def reshard(model: nn.Module) -> None:
@@ -37,8 +40,14 @@ def note_trainable(model: nn.Module) -> None:
 
 
 def write(parameter: Tensor, values: Tensor) -> None:
-    """Copy values into a parameter, of which this process may have a shard. They are the same in every process."""
+    """Copy values into a parameter, of which this process may have a shard.
+
+    They are the same in every process, or what `own_part` has returned.
+    """
     with torch.no_grad():
+        if zero.is_partitioned(parameter) or zero.has_master(parameter):
+            zero.write(parameter, values)
+            return
         if not is_dtensor(parameter):
             parameter.copy_(values)
             return
@@ -53,7 +62,25 @@ def write(parameter: Tensor, values: Tensor) -> None:
 
 def gathered(tensor: Tensor) -> Tensor:
     """Return a tensor whole. Every process must call it, in the same order."""
+    if zero.is_partitioned(tensor):
+        return zero.gathered(tensor)
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def own_part(tensor: Any) -> Tensor:
+    """Return a copy of what this process has of a tensor, for `write`."""
+    part: Tensor = tensor.ds_tensor if zero.is_partitioned(tensor) else tensor
+    return part.detach().clone()
+
+
+def shape_of(tensor: Any) -> tuple[int, ...]:
+    """Return the shape of a tensor when it is whole."""
+    return tuple(tensor.ds_shape if zero.is_partitioned(tensor) else tensor.shape)
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Return whether only `write` can change a tensor."""
+    return is_dtensor(tensor) or zero.is_partitioned(tensor) or zero.has_master(tensor)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -85,7 +112,7 @@ def shard_attached(attached: nn.Module, known: set[int]) -> None:
     Raises:
         ModelError: something else than the two linear layers of plain LoRA was attached.
     """
-    if not is_sharded(attached):
+    if not _sharded_modules(attached):
         return
     new = {id(p) for p in attached.parameters()} - known
     units: dict[Any, list[nn.Module]] = {}  # module of FSDP2 -> what is new in it
@@ -114,7 +141,7 @@ def check_factors_sharded(model: nn.Module) -> None:
     Raises:
         ModelError: it was attached later.
     """
-    for path, module, _ in _with_units(model) if is_sharded(model) else ():
+    for path, module, _ in _with_units(model) if _sharded_modules(model) else ():
         outside = [p for p in module.parameters(recurse=False) if p.requires_grad and not is_dtensor(p)]
         if outside and any(part in ("lora_A", "lora_B") for part in path.split(".")):
             raise ModelError(
@@ -127,8 +154,14 @@ def check_separable(model: nn.Module, base: nn.Module) -> None:
     """Check that a base model can be called without the model around it.
 
     Raises:
-        ModelError: `fully_shard` was called on the outer one, which gathers weights of the base.
+        ModelError: `fully_shard` was called on the outer one, which gathers weights of the base; or DeepSpeed keeps
+            them in parts.
     """
+    if any(map(zero.is_partitioned, model.parameters())):
+        raise ModelError(
+            "DeepSpeed ZeRO-3 keeps the weights in parts, and its engine would not know the model without LoRA: save "
+            "the adapter, then load it on the whole base model, and merge there"
+        )
     own = {id(p) for p in base.parameters() if is_dtensor(p)}
     of_base = {id(p) for module in _sharded_modules(base) for p in module.parameters()}
     if not own <= of_base:

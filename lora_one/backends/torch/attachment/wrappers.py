@@ -1,4 +1,4 @@
-"""Wrappers around a model or its parts: torch.compile and DataParallel, and those that shard the weights."""
+"""Wrappers around a model or its parts: torch.compile, DataParallel, DeepSpeed, and those that are not understood."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +10,15 @@ from lora_one.backends.torch.processes import is_parallel
 from lora_one.errors import ModelError
 
 from .sharding import check_sharding, reshard
+from .zero import has_engine
 
 # By name, because their packages may not be installed.
-_SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine")
+_ENGINE, _PIPELINE = "DeepSpeedEngine", "PipelineEngine"
+_NOT_UNDERSTOOD = ("FullyShardedDataParallel", _PIPELINE)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside torch.compile, DataParallel and DistributedDataParallel, in whatever order.
+    """Return the model inside torch.compile, DataParallel, DistributedDataParallel and DeepSpeed's engine.
 
     If FSDP2 shards its weights, they are in shards afterwards, also where a forward pass has left them whole.
 
@@ -26,18 +28,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while (inner := _inside(model)) is not None:
         model = inner
     for path, module in model.named_modules():
-        sharded = {cls.__name__ for cls in type(module).__mro__}.intersection(_SHARDED)
+        sharded = _classes(module).intersection(_NOT_UNDERSTOOD)
         if sharded:
             raise ModelError(
                 f"{path or 'the model'} is a {min(sharded)}, which shards the weights over processes; whole ones are "
                 "expected: attach and start LoRA before sharding, and save or merge the model that it was made from, "
                 "with the weights gathered"
             )
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ModelError(
-            "the weights are partitioned over processes by DeepSpeed ZeRO-3; whole ones are expected: init, load, save "
-            "and merge before, or with the weights gathered"
-        )
     reshard(model)
     check_sharding(model)
     return model
@@ -49,6 +46,12 @@ def check_open_to_lora(model: nn.Module) -> None:
     Raises:
         ModelError: it may not.
     """
+    if has_engine(model) or any(map(is_engine, model.modules())):
+        raise ModelError(
+            "deepspeed.initialize was called before the model had LoRA, so that the engine would not train LoRA that "
+            "comes later: attach LoRA first, by lora_one.init or peft.get_peft_model, and call deepspeed.initialize "
+            "then; init also starts a model that has its LoRA and an engine"
+        )
     while (inner := _inside(model)) is not None:
         if isinstance(model, DistributedDataParallel) and is_parallel():
             raise ModelError(
@@ -58,17 +61,10 @@ def check_open_to_lora(model: nn.Module) -> None:
         model = inner
 
 
-def check_open_to_writing(model: nn.Module) -> None:
-    """Check that what is written into the factors stays there.
-
-    Raises:
-        ModelError: DeepSpeed has copies of them, which its next step would write over them.
-    """
-    if any(hasattr(parameter, "_hp_mapping") for parameter in model.parameters()):
-        raise ModelError(
-            "deepspeed.initialize has copied the trainable weights, and its next step would write its copies over "
-            "others: call lora_one.init, load and optimizer before deepspeed.initialize"
-        )
+def is_engine(model: nn.Module) -> bool:
+    """Return whether a model is in DeepSpeed's engine."""
+    classes = _classes(model)
+    return _ENGINE in classes and _PIPELINE not in classes
 
 
 @contextmanager
@@ -105,4 +101,9 @@ def _inside(module: nn.Module) -> nn.Module | None:
     # torch.compile's OptimizedModule, recognised without importing the compiler
     if (original := module._modules.get("_orig_mod")) is not None:
         return original
-    return module.module if isinstance(module, (nn.DataParallel, DistributedDataParallel)) else None
+    is_wrapper = isinstance(module, (nn.DataParallel, DistributedDataParallel)) or is_engine(module)
+    return module._modules["module"] if is_wrapper else None
+
+
+def _classes(module: nn.Module) -> set[str]:
+    return {cls.__name__ for cls in type(module).__mro__}

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_one.backends.torch.attachment.attach import find_sites
-from lora_one.backends.torch.attachment.sharding import gathered
+from lora_one.backends.torch.attachment.sharding import gathered, shape_of
 from lora_one.checkpoint.folder import WEIGHTS
 from lora_one.checkpoint.peft import PEFT_BASE_KEY, PEFT_KEY, AdapterFolder, check_factors, unknown_tensor
 from lora_one.checkpoint.plain_lora import settings_beyond
@@ -30,7 +30,7 @@ def problems_before(
         held: the settings of the adapter that the model has, if the folder's factors are to replace its factors.
     """
     tensors = (*base.named_parameters(remove_duplicate=False), *base.named_buffers(remove_duplicate=False))
-    shapes = {base_path(name): tuple(tensor.shape) for name, tensor in tensors if ".lora_" not in name}
+    shapes = {base_path(name): shape_of(tensor) for name, tensor in tensors if ".lora_" not in name}
     problems = []
     if not config.layer_replication:  # its paths belong to layers that do not exist yet
         problems += check_factors(folder, _linear_layers(base))
@@ -65,7 +65,7 @@ def problems_after(folder: AdapterFolder, config: peft.LoraConfig, model: peft.P
         elif site.layer.rank != folder.lora_A[name][0]:
             problems.append(f"{name}: the model has rank {site.layer.rank}, the file {folder.lora_A[name][0]}")
     # PEFT ignores what only one side has, so that a trained head would be lost without a message.
-    shapes = {key: tuple(tensor.shape) for key, tensor in adapter_state(model, adapter).items()}
+    shapes = {key: shape_of(tensor) for key, tensor in adapter_state(model, adapter).items()}
     kept = {key for key in shapes if ".lora_" not in key}
     problems += [f"{key}: the model keeps it whole, the file has none" for key in sorted(kept - set(folder.others))]
     embeddings = embedding_paths(model.get_base_model())
@@ -174,5 +174,6 @@ def _linear_layers(base: nn.Module) -> dict[str, tuple[int, int]]:
         if isinstance(module, (nn.Linear, LoraLayer)):
             shapes[name] = (int(module.out_features), int(module.in_features))
         elif isinstance(module, Conv1D):
-            shapes[name] = (module.weight.shape[1], module.weight.shape[0])
+            in_features, out_features = shape_of(module.weight)
+            shapes[name] = out_features, in_features
     return shapes

@@ -20,12 +20,18 @@ from lora_one.backends.torch.attachment.adapters import (
     take_out_leftover,
 )
 from lora_one.backends.torch.attachment.quiet import quiet_peft
-from lora_one.backends.torch.attachment.sharding import gathered, is_dtensor, is_sharded, shard_attached, write
+from lora_one.backends.torch.attachment.sharding import (
+    gathered,
+    is_sharded,
+    is_spread,
+    own_part,
+    shard_attached,
+    write,
+)
 from lora_one.backends.torch.attachment.snapshot import Snapshot
 from lora_one.backends.torch.attachment.starts import base_weights_kept, check_start
 from lora_one.backends.torch.attachment.wrappers import (
     check_open_to_lora,
-    check_open_to_writing,
     plain_names,
     unwrapped,
 )
@@ -44,7 +50,7 @@ from .state import active_adapter, adapter_state, tokens_of_others, train_adapte
 def one_writer(model: nn.Module, path: Path) -> Iterator[bool]:
     """Yield whether this process writes the adapter of a model into a folder, and wait until it is written.
 
-    A model whose weights FSDP2 shards is saved by all processes together. Of those of one machine that name the same
+    A model whose weights are in shards is saved by all processes together. Of those of one machine that name the same
     folder, the first writes it.
     """
     processes = Processes("lora_one.save", alone=not is_sharded(model))
@@ -93,7 +99,6 @@ def load(model: nn.Module, path: Path, trainable: bool) -> nn.Module:
         present = None if is_leftover(base, adapted) else adapted  # the adapter that gets the folder's factors
         if present is not None:
             require_lora(present, "load")
-        check_open_to_writing(base)
         if present is None:
             check_open_to_lora(model)
         plain = base if adapted is None else adapted.get_base_model()
@@ -122,17 +127,16 @@ def _load(
             state = {**adapted.state_dict(keep_vars=True), **adapter_state(adapted, adapter)}
             # PEFT writes some weights of embeddings a second time, under a name that nothing reads.
             tensors = {key: tensor for key, tensor in load_file(folder.path / WEIGHTS).items() if key in state}
-            overwritten += [(state[key], state[key].detach().clone()) for key in tensors if id(state[key]) in existing]
-            for key in [key for key in tensors if is_dtensor(state[key])]:  # PEFT 0.21.0 cannot write shards
+            overwritten += [(state[key], own_part(state[key])) for key in tensors if id(state[key]) in existing]
+            for key in [key for key in tensors if is_spread(state[key])]:  # PEFT 0.21.0 cannot write shards
                 write(state[key], tensors.pop(key))
             unused = dict.fromkeys(tokens_of_others(adapted, adapter), torch.empty(0))
             peft.set_peft_model_state_dict(adapted, {**tensors, **unused}, adapter)
         except BaseException:
             before.restore()
             set_attributes(getattr(base, "config", None), depth)
-            with torch.no_grad():
-                for tensor, original in overwritten:
-                    tensor.copy_(original)
+            for tensor, original in overwritten:
+                write(tensor, original)
             raise
     if present is None:
         mark_as_ours(adapted)

@@ -113,7 +113,7 @@ class Passes:
         # An error in the middle of a backward pass would leave the other processes waiting for its other layers.
         arrivals = Arrivals(Postponed(collector) if self._is_sharded else collector, self._scale)
         with ExitStack() as stack:
-            for name, site in self.sites.items() if not self._is_sharded else ():  # FSDP2 puts its own factors there
+            for name, site in self.sites.items() if not self._is_sharded else ():  # engines put their own there
                 # Known from an earlier pass: where no code reads factors, zeros without memory will do.
                 given = sides.get(name) if self.read is None or name in self.read else None
                 sink = arrivals.add_read if given is not None else arrivals.noticed

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_one.backends.torch.attachment.zero import gathering
 from lora_one.backends.torch.linalg.precision import no_reduced_matmul
 
 from .frozen_linear import frozen_linears
@@ -25,6 +26,7 @@ def settings_for_passes(model: nn.Module) -> Iterator[None]:
         # Passes over a few batches are not worth compiling for, and taps do not work in compiled graphs.
         torch.compiler.set_stance("force_eager"),
         frozen_linears(model),
+        gathering(model),
     ):
         yield
 
