@@ -44,7 +44,7 @@ def directions(pairs: Iterable[LoraPair], reg: float, damping: Damping) -> Itera
         a, b = pair
         if a.grad is None and b.grad is None:
             continue
-        if is_dtensor(a):
+        if is_dtensor(a) or is_dtensor(b):
             spread.append(pair)
             continue
         rank, stacked = a.shape[0], a.shape[0] < _STACKED_BELOW_RANK.get(a.device.type, a.shape[0] + 1)

@@ -15,6 +15,7 @@ from lora_one.errors import ModelError
 
 from .attachment.adapters import opened
 from .attachment.sharding import check_separable, is_sharded
+from .attachment.tensor_parallel import group_size
 from .processes import Processes
 
 _TIE = "tie_word_embeddings"
@@ -37,6 +38,11 @@ def merge(model: nn.Module) -> nn.Module:
 
 def _merged(adapted: peft.PeftModel) -> Any:
     base: Any = adapted.get_base_model()
+    if group_size(adapted) > 1:
+        raise ModelError(
+            "the weights are split by tensor parallelism, where PEFT cannot merge: save the adapter, then load it onto "
+            "the whole model and merge there"
+        )
     check_separable(adapted, base)
     shared = _shared_layers(adapted)
     flag_counts = _TIE in _source_of_forward(base)

@@ -14,7 +14,7 @@ from lora_one.errors import ModelError
 from lora_one.report.deferred import StartSteps
 
 from .attachment.optimizable import check_optimizable
-from .attachment.sharding import shape_of
+from .attachment.sharding import is_dtensor, shape_of
 from .deferred import plan_starts
 from .lora_adamw import LoraOneAdamW
 from .pairs import LoraPair
@@ -102,4 +102,7 @@ def _param_groups(
     faster = {id(pair.lora_B) for pair in pairs} if loraplus_lr_ratio != 1.0 else set()
     groups.append({"params": [p for p in remaining if id(p) not in faster]})
     groups.append({"params": [p for p in remaining if id(p) in faster], "lr": learning_rate * loraplus_lr_ratio})
-    return [group for group in groups if group["params"]]
+    # One launch does not take both kinds, which tensor parallelism mixes.
+    kinds = [{**group, "params": [p for p in group["params"] if is_dtensor(p) == kind]} for group in groups
+             for kind in (False, True)]  # fmt: skip
+    return [group for group in kinds if group["params"]]

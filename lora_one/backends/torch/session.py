@@ -26,7 +26,7 @@ from .passes.over_batches import Passes
 from .passes.recompute import Recompute
 from .passes.settings import settings_for_passes
 from .passes.tap import WHOLE, from_flat, product_of, rows
-from .processes import Processes, is_parallel
+from .processes import Processes
 
 
 class TorchSession:
@@ -136,7 +136,7 @@ class TorchSession:
 
         passes = self._passes
         # Where layers are stacked, multiplying out costs next to nothing, and a launch for each product costs a lot.
-        product = WHOLE if is_parallel() or self.stacks_layers else rows
+        product = WHOLE if passes.replicas.several or self.stacks_layers else rows
         result, read = passes.sums(dict.fromkeys(passes.sites, product), {}, consume_precisely, early=True)
         if read:
             _check_second_pass(self._batches, read)

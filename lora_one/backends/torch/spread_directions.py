@@ -3,6 +3,7 @@
 Each factor is gathered along its rank, and the other axis may stay where it is: (B^T B) and (A A^T) are then sums over
 processes of r x r matrices, and each process computes its own part of the direction. FSDP2 spreads the first axis, so
 that of a stack of pairs the lora_A and their gradients are gathered, and of the lora_B only the r x r sums are sent.
+Tensor parallelism splits the other axis of one factor.
 """
 
 from collections import defaultdict
@@ -15,6 +16,7 @@ from torch import Tensor
 from lora_one.core.factors import Factors
 from lora_one.core.precondition import Damping, apply_inverses, damped_inverse, grams
 
+from .attachment.sharding import is_dtensor
 from .ops import TorchOps
 from .pairs import Batch, LoraPair
 
@@ -28,7 +30,7 @@ def spread_directions(pairs: Sequence[LoraPair], reg: float, damping: Damping) -
     kinds: dict[Any, list[LoraPair]] = defaultdict(list)
     for pair in pairs:
         factors: tuple[Any, ...] = pair
-        kinds[tuple((x.device_mesh, x.placements, x.shape, x.dtype, x.grad is None) for x in factors)].append(pair)
+        kinds[tuple((_mesh(x), x.shape, x.dtype, x.grad is None) for x in factors)].append(pair)
     for kind in kinds.values():
         count = max(1, _BATCH_BYTES // sum(x.numel() * x.element_size() for x in kind[0]))
         for start in range(0, len(kind), count):
@@ -60,6 +62,7 @@ class _Stack:
     def __init__(self, factors: list[Any], long: int):
         self.factors = factors
         self.has_gradient = factors[0].grad is not None
+        self._is_spread = is_dtensor(factors[0])  # tensor parallelism splits one factor of a pair
         self._long = long + 1  # behind the axis of the stack
         self.local = self._gathered(factors)
 
@@ -67,11 +70,12 @@ class _Stack:
         """Return the gradients in the form of `local`; zeros if there are none."""
         if not self.has_gradient:
             return torch.zeros_like(self.local)
-        placements = self.factors[0].placements
-        return self._gathered([x.grad.redistribute(placements=placements) for x in self.factors])
+        return self._gathered([x.grad for x in self.factors])
 
     def summed(self, gram: Tensor) -> Tensor:
         """Return the sum of r x r matrices, (n, r, r), over the processes with different parts."""
+        if not self._is_spread:
+            return gram
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
         parts = [Replicate() if x.is_replicate() else Partial() for x in self._kept()]
@@ -80,10 +84,15 @@ class _Stack:
     def spread(self, local: Tensor) -> list[Tensor]:
         """Return directions in the form of `local` as DTensors in the form of their factors."""
         like = self.factors[0]
+        if not self._is_spread:
+            return list(local.to(like.dtype).unbind())
         stack = self._dtensor(local.to(like.dtype), self._kept()).redistribute(placements=self._placements())
         return [_dtensor(x, like, like.placements, like.shape) for x in stack.to_local().unbind()]
 
     def _gathered(self, xs: list[Any]) -> Tensor:
+        if not self._is_spread:
+            return torch.stack(xs)
+        xs = [x.redistribute(placements=self.factors[0].placements) for x in xs]
         stack = self._dtensor(torch.stack([x.to_local() for x in xs]), self._placements())
         return stack.redistribute(placements=self._kept()).to_local()
 
@@ -102,6 +111,10 @@ class _Stack:
         from torch.distributed.tensor import Replicate
 
         return [x if x.is_shard(self._long) else Replicate() for x in self._placements()]
+
+
+def _mesh(x: Any) -> Any:
+    return (x.device_mesh, x.placements) if is_dtensor(x) else None
 
 
 def _dtensor(local: Tensor, like: Any, placements: Sequence[Any], shape: Sequence[int]) -> Any:

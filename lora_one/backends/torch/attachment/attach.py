@@ -26,6 +26,7 @@ from .refusals import refusal
 from .sharding import own_part, shard_attached, write
 from .snapshot import Snapshot
 from .tasks import heads, task_type
+from .tensor_parallel import features_of
 from .wrappers import check_open_to_lora, plain_names, unwrapped
 
 
@@ -44,6 +45,11 @@ class Site:
     @property
     def lora_B(self) -> nn.Linear:
         return self.module.lora_B[self.adapter]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight of the base layer, quantised or spread over processes as it may be."""
+        return self.module.get_base_layer().weight
 
     def factors(self) -> Factors:
         """Return a copy of the pair, or of this process's part of it, which `assign` takes too."""
@@ -157,7 +163,7 @@ def find_sites(model: peft.PeftModel) -> list[Site]:
             problems.append(f"{path}: {reason}")
         else:
             rank, scaling = module.r[adapter], module.scaling[adapter]
-            layer = Layer(path, module.out_features, module.in_features, rank, scaling)
+            layer = Layer(path, *features_of(module), rank, scaling)
             sites.append(Site(layer, module, adapter))
     if problems:
         raise ModelError("LoRA-One starts plain LoRA on linear layers, got:\n  " + "\n  ".join(problems))

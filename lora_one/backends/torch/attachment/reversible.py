@@ -15,6 +15,7 @@ from .quiet import nothing_drawn
 from .sharding import check_factors_sharded, note_trainable, reshard
 from .snapshot import Snapshot
 from .starts import check_base_is_whole
+from .tensor_parallel import prepare_factors
 from .wrappers import check_open_to_lora, plain_names, unwrapped
 
 
@@ -51,6 +52,7 @@ class ReversibleAttachment:
             check_base_is_whole(adapted)
             check_factors_sharded(adapted)
         sites = find_sites(adapted)
+        prepare_factors(adapted, sites[0].adapter)
         self.sites = {site.layer.name: site for site in sites}
         if self.had_adapter:
             self._factors_before = {name: site.factors() for name, site in self.sites.items()}

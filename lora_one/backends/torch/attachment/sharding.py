@@ -19,8 +19,13 @@ from . import zero
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether processes have shards of a model's weights."""
-    return bool(_sharded_modules(model)) or any(map(zero.is_partitioned, model.parameters()))
+    """Return whether processes have parts of a model's weights."""
+    return any(is_dtensor(p) or zero.is_partitioned(p) for p in model.parameters())
+
+
+def has_units(model: nn.Module) -> bool:
+    """Return whether FSDP2 gathers weights of a model."""
+    return bool(_sharded_modules(model))
 
 
 def reshard(model: nn.Module) -> None:
@@ -83,13 +88,13 @@ def is_spread(tensor: Tensor) -> bool:
     return is_dtensor(tensor) or zero.is_partitioned(tensor) or zero.has_master(tensor)
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Any) -> bool:
     """Return whether a tensor is a DTensor, without importing what some builds of PyTorch do not have."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 def check_sharding(model: nn.Module) -> None:
-    """Check that weights are spread over processes in the way of FSDP2, if at all.
+    """Check that weights are spread over processes by FSDP2 or by tensor parallelism, if at all.
 
     Raises:
         ModelError: they are not, with the remedy.
@@ -112,7 +117,7 @@ def shard_attached(attached: nn.Module, known: set[int]) -> None:
     Raises:
         ModelError: something else than the two linear layers of plain LoRA was attached.
     """
-    if not _sharded_modules(attached):
+    if not has_units(attached):
         return
     new = {id(p) for p in attached.parameters()} - known
     units: dict[Any, list[nn.Module]] = {}  # module of FSDP2 -> what is new in it
@@ -141,7 +146,7 @@ def check_factors_sharded(model: nn.Module) -> None:
     Raises:
         ModelError: it was attached later.
     """
-    for path, module, _ in _with_units(model) if _sharded_modules(model) else ():
+    for path, module, _ in _with_units(model) if has_units(model) else ():
         outside = [p for p in module.parameters(recurse=False) if p.requires_grad and not is_dtensor(p)]
         if outside and any(part in ("lora_A", "lora_B") for part in path.split(".")):
             raise ModelError(
@@ -173,16 +178,16 @@ def check_separable(model: nn.Module, base: nn.Module) -> None:
 
 
 def _unsuitable(parameter: Any, is_of_fsdp: bool) -> str | None:
-    mesh = parameter.device_mesh
-    if not is_of_fsdp or sum(not placement.is_replicate() for placement in parameter.placements) > 1:
+    mesh, kind = parameter.device_mesh, "fully_shard" if is_of_fsdp else "tensor parallelism"
+    if sum(not placement.is_replicate() for placement in parameter.placements) > 1:
         return (
-            "split over processes by tensor parallelism, of which lora_one would see a part; init, save, load and "
-            "merge with whole weights, or with weights that only fully_shard shards"
+            "split over processes by fully_shard and tensor parallelism at once; one of them is expected: init, save, "
+            "load and merge with whole weights"
         )
     if mesh.size() != dist.get_world_size():
         return (
-            f"sharded over {mesh.size()} of {dist.get_world_size()} processes; a mesh of all of them is expected, as "
-            "gradients are summed over all: attach and start LoRA before sharding"
+            f"spread by {kind} over {mesh.size()} of {dist.get_world_size()} processes; a mesh of all of them is "
+            "expected: attach and start LoRA before that"
         )
     if parameter.device.type != mesh.device_type:
         return (

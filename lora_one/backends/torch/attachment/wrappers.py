@@ -10,6 +10,7 @@ from lora_one.backends.torch.processes import is_parallel
 from lora_one.errors import ModelError
 
 from .sharding import check_sharding, reshard
+from .tensor_parallel import check_visible
 from .zero import has_engine
 
 # By name, because their packages may not be installed.
@@ -37,6 +38,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             )
     reshard(model)
     check_sharding(model)
+    check_visible(model)
     return model
 
 

@@ -30,6 +30,7 @@ from lora_one.backends.torch.attachment.sharding import (
 )
 from lora_one.backends.torch.attachment.snapshot import Snapshot
 from lora_one.backends.torch.attachment.starts import base_weights_kept, check_start
+from lora_one.backends.torch.attachment.tensor_parallel import prepare_factors
 from lora_one.backends.torch.attachment.wrappers import (
     check_open_to_lora,
     plain_names,
@@ -123,6 +124,7 @@ def _load(
         try:
             adapted = _attach(base, config, folder) if present is None else present
             adapter = active_adapter(adapted, "load")
+            prepare_factors(adapted, adapter)
             _refuse(folder, problems_after(folder, config, adapted, adapter))
             state = {**adapted.state_dict(keep_vars=True), **adapter_state(adapted, adapter)}
             # PEFT writes some weights of embeddings a second time, under a name that nothing reads.

@@ -1,18 +1,20 @@
 """Passes over all batches: forward for the mean loss, backward for a product of each layer's gradient."""
 
 import itertools
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_one.backends.interface import PassResult
 from lora_one.backends.torch.attachment.attach import Site
 from lora_one.backends.torch.attachment.sharding import is_sharded, reshard
-from lora_one.backends.torch.processes import Processes, is_parallel
+from lora_one.backends.torch.attachment.tensor_parallel import group_size, whole_columns
+from lora_one.backends.torch.processes import Processes
 from lora_one.core.fold import FoldState, of_mean
 from lora_one.core.ops import Ops
 from lora_one.core.sides import Sides
@@ -21,7 +23,7 @@ from lora_one.errors import BatchError
 
 from .arrivals import Arrivals, Collector, Postponed
 from .batches import Evaluate, LossFn, check_depends, device_of, losses
-from .distributed import mean_over_processes, merge_over_processes, sum_over_processes
+from .distributed import Replicas
 from .folds import Folds, groups
 from .loss_scale import LossScale
 from .own_gradients import own_gradients
@@ -45,6 +47,7 @@ class Passes:
         processes: Processes,
     ):
         self.sites = sites
+        self.replicas = Replicas(alone=group_size(model) > 1)
         self.read: frozenset[str] | None = None  # layers whose factors some code reads; None before the first pass
         self._model = model
         self._batches = batches
@@ -52,7 +55,7 @@ class Passes:
         self._recompute = recompute
         self._processes = processes
         self._device = device_of(model)
-        self._is_sharded = is_sharded(model)
+        self._is_sharded, self._is_split = is_sharded(model), group_size(model) > 1
         self._scale = LossScale(model, self._device, can_repeat=not self._is_sharded)
 
     def forward(self) -> PassResult:
@@ -78,16 +81,16 @@ class Passes:
         Returns:
             The result, and the layers whose factors some code reads.
         """
-        sums = Sums(consume, early)
+        sums = Sums(consume, early and not self.replicas.several)
         result, read = self._backward(sums, products, sides)
         for name, product in products.items():
-            if is_parallel():
+            if self.replicas.several:
                 site = self.sites[name]
                 if name not in sums.pending:
                     sums.pending[name] = of_no_token(
                         product, site.layer.out_features, site.layer.in_features, site.like()
                     )
-                sum_over_processes(sums.pending[name])
+                self.replicas.sum(sums.pending[name])
             if name in sums.pending:
                 sums.hand_on(name, result.batches)
         return result, read
@@ -102,7 +105,7 @@ class Passes:
         reached = self._in_any_process(folds.reached)
         means: dict[str, FoldState | None] = dict.fromkeys(states)
         for names in groups(reached, kinds):
-            merged = merge_over_processes(ops, stack_of(ops, [states.pop(name) for name in names]))
+            merged = self.replicas.merge(ops, stack_of(ops, [states.pop(name) for name in names]))
             means.update(zip(names, unstacked(of_mean(ops, merged, result.batches), len(names)), strict=True))
         return result._replace(not_folded=frozenset(read)), means
 
@@ -120,6 +123,7 @@ class Passes:
                 stack.enter_context(own_gradients(site, given, partial(sink, name)))
             for name, product in products.items():
                 layer, on_call = self.sites[name].module, partial(arrivals.called, name)
+                product = partial(_of_whole_columns, product, self.sites[name]) if self._is_split else product
                 if not isinstance(layer.get_base_layer(), nn.MultiheadAttention):  # PEFT merges there, and unmerges
                     stack.enter_context(
                         tap(layer, layer.get_base_layer(), product, partial(arrivals.add, name), on_call)
@@ -137,6 +141,8 @@ class Passes:
             arrivals.next_attempt()
             self._recompute.next_batch()
             loss, value = evaluate()
+            if self._is_split:
+                self._check_same(value, index)
             check_depends(loss, index, called=bool(arrivals.seen), layer=next(iter(self.sites)))
             if self._is_sharded:
                 self._processes.count()  # nobody waits in a backward pass for a process that has failed
@@ -154,7 +160,7 @@ class Passes:
             total += on_batch(evaluate, count, last)
         self._processes.count()
         reshard(self._model)
-        return PassResult(*mean_over_processes(total, count, self._device))
+        return PassResult(*self.replicas.mean(total, count, self._device))
 
     def _in_step(self, of_process: Iterator[_Item]) -> Iterator[_Item]:
         """Yield the batches while all processes have one: with sharded weights each batch needs all of them."""
@@ -170,13 +176,26 @@ class Passes:
                 )
             yield item
 
+    def _check_same(self, value: float, index: int) -> None:
+        values = self._processes.gather(value)
+        if not all(math.isclose(x, value, rel_tol=1e-3) for x in values):
+            raise BatchError(
+                f"tensor parallelism needs the same batches in every process: batch {index} has losses of "
+                f"{', '.join(f'{x:.6g}' for x in values)}"
+            )
+
     def _in_any_process(self, names: set[str]) -> list[str]:
         """Return the layers that are among the names in any process, in the model's order."""
-        if is_parallel():
+        if self.replicas.several:
             mine = torch.tensor([name in names for name in self.sites], dtype=torch.int32, device=self._device)
-            counts = sum_over_processes(mine).tolist()
+            counts = self.replicas.sum(mine).tolist()
             names = {name for name, count in zip(self.sites, counts, strict=True) if count}
         return [name for name in self.sites if name in names]
+
+
+def _of_whole_columns(product: Product, site: Site, dy: Tensor, x: Tensor) -> Any:
+    layer, weight = site.layer, site.weight
+    return product(whole_columns(dy, layer.out_features, weight), whole_columns(x, layer.in_features, weight))
 
 
 def _kind(state: FoldState) -> Hashable:

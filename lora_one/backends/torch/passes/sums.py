@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from lora_one.backends.torch.processes import is_parallel
 from lora_one.core.gradient import RowProduct
 
 from .tap import whole
@@ -24,7 +23,7 @@ class Sums:
     def __init__(self, consume: Callable[[str, Any], None], early: bool):
         self.pending: dict[str, Any] = {}
         self._consume = consume
-        self._early = early and not is_parallel()
+        self._early = early
         self._last = False
         self._batches = 0
 
