@@ -170,5 +170,5 @@ def test_weights_that_are_split_without_a_word_are_refused():
     model = llama().model
     model.model.layers[0].self_attn.q_proj._hf_tp_plan = "colwise"
     for call in (lora_one.init, lambda model: attach_plain(model, lora_one.Config(rank=3))):
-        with pytest.raises(ModelError, match=r"0.self_attn.q_proj: .* by tensor parallelism .* transformers 5.17"):
+        with pytest.raises(ModelError, match=r"0.self_attn.q_proj: .* by tensor parallelism, .* transformers 5.17"):
             call(model)
