@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 
 import lora_one
 from lora_one.backends.torch import attach_plain
@@ -32,8 +33,10 @@ ORDERS = "started first", "sharded first", "base sharded first"
 def started(name: str, order: str, rank: int, processes: int) -> nn.Module:
     """Return a model that is started, and sharded before or after that if there are several processes."""
     model = llama().model
-    if processes > 1 and order != "started first":
-        model = shard(model if order == "base sharded first" else attach_plain(model, CONFIG))
+    if processes > 1 and order == "sharded first":
+        model = shard(attach_plain(model, CONFIG))
+    if processes > 1 and order == "base sharded first":  # on a mesh of replicas, under names of its own
+        model = shard(model, mesh=init_device_mesh("cpu", (1, processes), mesh_dim_names=("copies", "parts")))
     if "start_steps" in OPTIONS[name]:
         model, _ = lora_one.init(model, config=lora_one.Config(rank=3))
     else:

@@ -23,7 +23,8 @@ from .adapters import mark_as_ours, require_lora, take_out_leftover
 from .all_linear import ALL_LINEAR, LINEAR, RefusedByPeft, on_all_linear
 from .quiet import quiet_peft
 from .refusals import refusal
-from .sharding import own_part, shard_attached, write
+from .sharded_base import shard_attached
+from .sharding import own_part, write
 from .snapshot import Snapshot
 from .tasks import heads, task_type
 from .tensor_parallel import features_of

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from lora_one.errors import ModelError
 
-from .sharding import check_factors_sharded, shape_of
+from .sharded_base import check_factors_sharded
+from .sharding import shape_of
 from .wrappers import is_engine
 from .zero import has_engine
 

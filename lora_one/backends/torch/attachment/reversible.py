@@ -12,7 +12,8 @@ from lora_one.core.factors import Factors
 from .adapters import adapter_of, is_leftover
 from .attach import Site, attach_lora, check_adapter_fits, find_sites
 from .quiet import nothing_drawn
-from .sharding import check_factors_sharded, note_trainable, reshard
+from .sharded_base import check_factors_sharded
+from .sharding import note_trainable, reshard
 from .snapshot import Snapshot
 from .starts import check_base_is_whole
 from .tensor_parallel import prepare_factors

@@ -5,8 +5,6 @@ and may leave them whole after it. What is written into whole ones is lost, so t
 anything reads or writes them.
 """
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,14 +21,20 @@ def is_sharded(model: nn.Module) -> bool:
     return any(is_dtensor(p) or zero.is_partitioned(p) for p in model.parameters())
 
 
-def has_units(model: nn.Module) -> bool:
-    """Return whether FSDP2 gathers weights of a model."""
-    return bool(_sharded_modules(model))
+def units(model: nn.Module) -> list[Any]:
+    """Return the modules whose weights FSDP2 gathers."""
+    return [x for x in model.modules() if is_unit(x)]
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Return whether FSDP2 gathers weights of a module at its calls."""
+    # By name: builds of PyTorch without processes do not have the class.
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
 def reshard(model: nn.Module) -> None:
     """Put the weights that are whole after a forward pass back into shards."""
-    for module in _sharded_modules(model):
+    for module in units(model):
         module.reshard()
 
 
@@ -39,7 +43,7 @@ def note_trainable(model: nn.Module) -> None:
 
     It would fail in the first backward pass of a training in mixed precision.
     """
-    for module in _sharded_modules(model):
+    for module in units(model):
         module.unshard()  # looks again, and gathers
         module.reshard()
 
@@ -99,60 +103,10 @@ def check_sharding(model: nn.Module) -> None:
     Raises:
         ModelError: they are not, with the remedy.
     """
-    of_fsdp = {id(p) for module in _sharded_modules(model) for p in module.parameters()}
+    of_fsdp = {id(p) for module in units(model) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         if is_dtensor(parameter) and (reason := _unsuitable(parameter, id(parameter) in of_fsdp)):
             raise ModelError(f"{name}: its weights are {reason}")
-
-
-def shard_attached(attached: nn.Module, known: set[int]) -> None:
-    """Let FSDP2 shard what was attached to a model that it shards already, in the way of the module around it.
-
-    Otherwise nobody would average its gradients: FSDP2 knows the parameters that were there when it was called.
-
-    Args:
-        attached: the model with its LoRA.
-        known: ids of the parameters that it had before.
-
-    Raises:
-        ModelError: something else than the two linear layers of plain LoRA was attached.
-    """
-    if not has_units(attached):
-        return
-    new = {id(p) for p in attached.parameters()} - known
-    units: dict[Any, list[nn.Module]] = {}  # module of FSDP2 -> what is new in it
-    for path, module, unit in _with_units(attached):
-        if not new.isdisjoint(map(id, module.parameters(recurse=False))):
-            if not isinstance(module, nn.Linear) or path.split(".")[-2] not in ("lora_A", "lora_B"):
-                raise ModelError(
-                    f"{path}: fully_shard was called before this was attached, and can be told of the factors of "
-                    "linear layers alone: attach first, by lora_one.init, load or peft.get_peft_model, and shard then"
-                )
-            units.setdefault(unit, []).append(module)
-    from torch.distributed.fsdp import fully_shard
-
-    for unit, modules in units.items():
-        mesh = next(p for p in unit.parameters() if is_dtensor(p)).device_mesh
-        fully_shard(modules, mesh=mesh, mp_policy=replace(unit._get_fsdp_state()._mp_policy, output_dtype=None))
-    for module in _sharded_modules(attached):  # FSDP2 lists its modules in the first forward pass: let it do so again
-        state = module._get_fsdp_state()
-        state._is_root = None
-        state._state_ctx.all_states.clear()
-
-
-def check_factors_sharded(model: nn.Module) -> None:
-    """Check that FSDP2 knows the LoRA of a model that it shards.
-
-    Raises:
-        ModelError: it was attached later.
-    """
-    for path, module, _ in _with_units(model) if has_units(model) else ():
-        outside = [p for p in module.parameters(recurse=False) if p.requires_grad and not is_dtensor(p)]
-        if outside and any(part in ("lora_A", "lora_B") for part in path.split(".")):
-            raise ModelError(
-                f"{path}: LoRA was attached after fully_shard, which would not average its gradients: attach it "
-                "before, or call lora_one.init or load on the sharded model without LoRA, where its LoRA is sharded too"
-            )
 
 
 def check_separable(model: nn.Module, base: nn.Module) -> None:
@@ -168,7 +122,7 @@ def check_separable(model: nn.Module, base: nn.Module) -> None:
             "the adapter, then load it on the whole base model, and merge there"
         )
     own = {id(p) for p in base.parameters() if is_dtensor(p)}
-    of_base = {id(p) for module in _sharded_modules(base) for p in module.parameters()}
+    of_base = {id(p) for module in units(base) for p in module.parameters()}
     if not own <= of_base:
         raise ModelError(
             "fully_shard was called on the PeftModel, and without that nothing would gather the weights of the base "
@@ -195,20 +149,3 @@ def _unsuitable(parameter: Any, is_of_fsdp: bool) -> str | None:
             "LoRA before sharding, or shard without an offload policy"
         )
     return None
-
-
-def _with_units(model: nn.Module, path: str = "", unit: Any = None) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Yield all modules, with their paths and the module of FSDP2 that each is in."""
-    unit = model if _is_unit(model) else unit
-    yield path, model, unit
-    for name, child in model.named_children():
-        yield from _with_units(child, f"{path}.{name}" if path else name, unit)
-
-
-def _sharded_modules(model: nn.Module) -> list[Any]:
-    return [x for x in model.modules() if _is_unit(x)]
-
-
-def _is_unit(module: nn.Module) -> bool:
-    # By name: builds of PyTorch without processes do not have the class.
-    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)

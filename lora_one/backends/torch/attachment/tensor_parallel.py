@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_one.errors import ModelError
 
-from .sharding import has_units, is_dtensor
+from .sharding import is_dtensor, units
 
 _SPLIT = {0: "lora_B", 1: "lora_A"}  # axis of W that is split -> the factor that is split along the same axis
 
@@ -19,7 +19,7 @@ _SPLIT = {0: "lora_B", 1: "lora_A"}  # axis of W that is split -> the factor tha
 def group_size(model: nn.Module) -> int:
     """Return how many processes read the same batches: 1 without tensor parallelism."""
     meshes = [p.device_mesh for p in model.parameters() if is_dtensor(p)]  # type: ignore[attr-defined]
-    return meshes[0].size() if meshes and not has_units(model) else 1
+    return meshes[0].size() if meshes and not units(model) else 1
 
 
 def check_visible(model: nn.Module) -> None:

@@ -20,12 +20,12 @@ from lora_one.backends.torch.attachment.adapters import (
     take_out_leftover,
 )
 from lora_one.backends.torch.attachment.quiet import quiet_peft
+from lora_one.backends.torch.attachment.sharded_base import shard_attached
 from lora_one.backends.torch.attachment.sharding import (
     gathered,
     is_sharded,
     is_spread,
     own_part,
-    shard_attached,
     write,
 )
 from lora_one.backends.torch.attachment.snapshot import Snapshot
