@@ -108,7 +108,7 @@ class LoraOneCallback(TrainerCallback):
                 "pass peft.get_peft_model(model, peft.LoraConfig(...)) to the Trainer, or peft_config= to trl's"
             )
         with opened(model, "LoraOneCallback") as adapted:
-            started = [bool(gathered(site.lora_B.weight.detach()).any()) for site in find_sites(adapted)]
+            started = [bool(gathered(site.lora_B.weight).any()) for site in find_sites(adapted)]
         return "lora_B is not zero, so that the adapter is started or trained already" if any(started) else ""
 
     def _batches_and_loss(self) -> tuple[list[Any], Any]:

@@ -13,7 +13,7 @@ from lora_one.core.precondition import Damping
 from lora_one.errors import ModelError
 from lora_one.report.deferred import StartSteps
 
-from .attachment.optimizable import check_optimizable
+from .attachment.optimizable import check_optimizable, check_stays_whole
 from .attachment.sharding import is_dtensor, shape_of
 from .deferred import plan_starts
 from .lora_adamw import LoraOneAdamW
@@ -74,6 +74,8 @@ def optimizer(
     adamw: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay, "betas": betas, "eps": eps}
     adamw["fused"] = has_fused if fused is None else fused
     start = plan_starts(model, start_steps)
+    if precondition or start is not None:
+        check_stays_whole(model)
     made: torch.optim.AdamW
     if precondition or start is not None:
         made = LoraOneAdamW(groups, pairs if precondition else (), reg, damping, start, **adamw)

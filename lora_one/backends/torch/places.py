@@ -11,6 +11,10 @@ from lora_one.errors import ModelError
 
 from .pairs import LoraPair
 
+FLATTENED = (
+    "DeepSpeed's ZeRO, and other engines that flatten weights, train with precondition=False and start_steps=0 only: "
+    "make the start by lora_one.init(model, batches)"
+)
 Groups = Sequence[Mapping[str, Any]]
 
 
@@ -57,14 +61,13 @@ class Places:
 
 
 def _parameter(groups: Groups, place: _Place) -> Any:
-    params = groups[place.group]["params"]
+    params = groups[place.group]["params"] if place.group < len(groups) else ()  # DeepSpeed steps one by one
     parameter = params[place.position] if place.position < len(params) else None
     if parameter is None or tuple(parameter.shape) != place.shape:
         shape = None if parameter is None else tuple(parameter.shape)
         raise ModelError(
             f"each {place.side} must stay a matrix in its place in the optimizer's groups; parameter {place.position} "
-            f"of group {place.group} was {place.shape}, got {shape}: an "
-            "engine that flattens weights trains with precondition=False and start_steps=0 only"
+            f"of group {place.group} was {place.shape}, got {shape}. {FLATTENED}"
         )
     return parameter
 

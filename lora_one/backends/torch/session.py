@@ -17,6 +17,7 @@ from lora_one.core.sides import Products, Sides, whole_gradient, whole_sides
 from lora_one.environment import process_peak
 from lora_one.errors import BatchError
 
+from .attachment.optimizable import check_no_engine
 from .attachment.reversible import ReversibleAttachment
 from .linalg.precision import full_precision
 from .ops import TorchOps
@@ -79,6 +80,8 @@ class TorchSession:
         with ExitStack() as stack:
             processes = Processes("lora_one.init", alone=not self._makes_passes)
             stack.enter_context(processes.together())
+            if not self._makes_passes:
+                check_no_engine(self._given)  # the start would be left to an optimizer that cannot be made any more
             attachment = ReversibleAttachment(self._given, self._config)
             stack.push(attachment.close)
             attachment.attach()

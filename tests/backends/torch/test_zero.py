@@ -182,6 +182,32 @@ def files(rank: int, folder: str) -> dict[str, Any]:
     return result
 
 
+class FailsLate:
+    """A loss that fails in one process, at a time when the factors are written."""
+
+    def __init__(self, rank: int):
+        self.calls_left = len(BATCHES) // PROCESSES + 1 if rank == 1 else 10**9
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        self.calls_left -= 1
+        loss = model(**batch).loss
+        if self.calls_left == 0:
+            raise OSError("no data left")
+        return loss
+
+
+def resumed(rank: int, folder: str, stage: int) -> list[list[float]]:
+    """The losses of a training, and of one that continues from its checkpoint."""
+    case, losses = Case(stage, "after"), []
+    engine, _, _ = started(case, rank, folder)
+    trained(engine, rank)
+    engine.save_checkpoint(f"{folder}/checkpoint-{stage}")
+    losses.append(trained(engine, rank))
+    engine = engine_of(attach_plain(llama().model, EXACT), case)
+    engine.load_checkpoint(f"{folder}/checkpoint-{stage}")
+    return [*losses, trained(engine, rank)]
+
+
 def errors(rank: int, folder: str) -> dict[str, Any]:
     texts: dict[str, Any] = {}
 
@@ -200,6 +226,8 @@ def errors(rank: int, folder: str) -> dict[str, Any]:
         engine, model, _ = started(Case(stage, "after"), rank, folder)
         before = factors(model), masters(model)
         note(f"{stage} loss", lambda: lora_one.init(engine, own, loss_of, EXACT))  # noqa: B023
+        fails = FailsLate(rank)
+        note(f"{stage} late", lambda: lora_one.init(engine, own, fails, SETTINGS["gamma"]))  # noqa: B023
         after = factors(model), masters(model)
         texts[f"{stage} unchanged"] = all(
             np.array_equal(x[key], y[key]) for x, y in zip(before, after, strict=True) for key in x
@@ -212,8 +240,24 @@ def errors(rank: int, folder: str) -> dict[str, Any]:
         plain = llama().model
         adam = torch.optim.AdamW(plain.parameters())
         engine = deepspeed.initialize(model=plain, optimizer=adam, config=settings_of(Case(stage, "after")))[0]
+        model = attach_plain(llama().model, EXACT)
+        adam = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+        deepspeed.initialize(model=model, optimizer=adam, config=settings_of(Case(stage, "after")))
+        note(f"{stage} without data", lambda: lora_one.init(model))  # noqa: B023
         note(f"{stage} plain", lambda: lora_one.init(plain, own, config=EXACT))  # noqa: B023
         note(f"{stage} plain engine", lambda: lora_one.init(engine, own, config=EXACT))  # noqa: B023
+    for stage in (1, 2, 3):
+        for name, options in {"precondition": {"precondition": True}, "start": {"start_steps": 2}}.items():
+            case = Case(stage, "after", NOT_PERSISTENT, options={**options, "loraplus_lr_ratio": 2.0})
+            model = attach_plain(llama().model, EXACT)
+            engine, before = engine_of(model, case), factors(model)
+            note(f"{stage} {name}", lambda: trained(engine, rank))  # noqa: B023
+            texts[f"{stage} {name} unchanged"] = all(
+                np.array_equal(before[key], x) for key, x in factors(model).items()
+            )
+    in_parts, _ = lora_one.init(base_model(Case(3, "before", in_parts=True), folder))
+    note("start in parts", lambda: lora_one.optimizer(in_parts))
+    note("precondition in parts", lambda: lora_one.optimizer(in_parts, precondition=True, start_steps=0))
     return texts
 
 
@@ -228,7 +272,13 @@ def run_all(rank: int) -> dict[str, Any]:
     own = BATCHES[rank::PROCESSES]
     folded = {name: products(lora_one.init(llama().model, own, config=SETTINGS[name])[0]) for name in FOLDED}
     results = {name: run(case, rank, folder[0]) for name, case in CASES.items()}
-    return {**results, "folded": folded, "files": files(rank, folder[0]), "errors": errors(rank, folder[0])}
+    return {
+        **results,
+        "folded": folded,
+        "files": files(rank, folder[0]),
+        "errors": errors(rank, folder[0]),
+        "resumed": {stage: resumed(rank, folder[0], stage) for stage in (1, 2, 3)},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -295,14 +345,34 @@ def test_an_engine_saves_whole_factors_and_others_load_them(results, alone):
             np.testing.assert_allclose(got[f"losses, {name}"], expected["losses"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_training_continues_from_deepspeeds_checkpoint_to_the_bit(results, stage):
+    for of_rank in results:
+        whole, continued = of_rank["resumed"][stage]
+        assert whole == continued
+        assert whole[0] < of_rank[f"{stage} after"]["losses"][0]
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_errors_reach_all_processes_and_change_nothing(results, stage):
     for of_rank in results:
         texts = of_rank["errors"]
         assert "the loss must be finite" in texts[f"{stage} loss"]
+        assert "OSError: no data left" in texts[f"{stage} late"]
         assert texts[f"{stage} unchanged"] is True
         assert "make lora_one.optimizer(model) before" in texts[f"{stage} optimizer"]
         assert "make lora_one.optimizer(model) before" in texts[f"{stage} optimizer of the engine"]
+        assert "lora_one.init(model, batches) starts a model in an engine" in texts[f"{stage} without data"]
         assert texts["3 merge"].startswith("ModelError: DeepSpeed ZeRO-3 keeps the weights in parts")
         assert "deepspeed.initialize was called before the model had LoRA" in texts[f"{stage} plain"]
         assert "deepspeed.initialize was called before the model had LoRA" in texts[f"{stage} plain engine"]
+
+
+def test_what_needs_whole_factors_in_each_step_is_refused_before_anything_changes(results):
+    for of_rank in results:
+        texts = of_rank["errors"]
+        for name in ("precondition", "start"):
+            for stage in (1, 2, 3):
+                assert "flatten weights, train with precondition=False" in texts[f"{stage} {name}"]
+                assert texts[f"{stage} {name} unchanged"] is True
+            assert "in parts, by deepspeed.zero.Init" in texts[f"{name} in parts"]

@@ -3,12 +3,13 @@
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from lora_one.backends.torch.places import FLATTENED
 from lora_one.errors import ModelError
 
 from .sharded_base import check_factors_sharded
 from .sharding import shape_of
 from .wrappers import is_engine
-from .zero import has_engine
+from .zero import has_engine, is_partitioned
 
 
 def check_optimizable(model: nn.Module, precondition: bool, loraplus_lr_ratio: float) -> None:
@@ -18,11 +19,7 @@ def check_optimizable(model: nn.Module, precondition: bool, loraplus_lr_ratio: f
         ModelError: DeepSpeed's engine trains them, FSDP2 does not know them, or a setting needs matrices and they are
             flat.
     """
-    if is_engine(model) or has_engine(model):
-        raise ModelError(
-            "DeepSpeed's engine has an optimizer of its own: make lora_one.optimizer(model) before, and hand it to "
-            "deepspeed.initialize(model=model, optimizer=...)"
-        )
+    check_no_engine(model)
     check_factors_sharded(model)
     asked = {"precondition": (precondition, False), "loraplus_lr_ratio": (loraplus_lr_ratio, 1.0)}
     settings = [f"{name}={value}" for name, (value, usual) in asked.items() if value != usual]
@@ -32,6 +29,30 @@ def check_optimizable(model: nn.Module, precondition: bool, loraplus_lr_ratio: f
             f"FullyShardedDataParallel keeps them like that; shard with fully_shard, or leave "
             f"{' and '.join(settings)} out"
         )
+
+
+def check_no_engine(model: nn.Module) -> None:
+    """Check that an optimizer may still be made for a model.
+
+    Raises:
+        ModelError: DeepSpeed's engine has one.
+    """
+    if is_engine(model) or has_engine(model):
+        raise ModelError(
+            "DeepSpeed's engine has an optimizer of its own: make lora_one.optimizer(model) before, and hand it to "
+            "deepspeed.initialize(model=model, optimizer=...); lora_one.init(model, batches) starts a model in an "
+            "engine"
+        )
+
+
+def check_stays_whole(model: nn.Module) -> None:
+    """Check that an optimizer will find the factors whole in its steps.
+
+    Raises:
+        ModelError: the model is loaded in parts, for DeepSpeed's engine of ZeRO-3, which flattens them.
+    """
+    if any(map(is_partitioned, model.parameters())):
+        raise ModelError(f"the model's weights are in parts, by deepspeed.zero.Init. {FLATTENED}")
 
 
 def _flat_factors(model: nn.Module) -> list[Tensor]:
