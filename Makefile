@@ -13,7 +13,7 @@ test: .venv/dev
 	LORA_ONE_BACKENDS=numpy,torch,jax,mlx OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 # The lowest versions that pyproject.toml admits: the main job, conformance, and what touches a framework.
-OLDEST_TESTS ?= tests/conformance tests/backends
+OLDEST_TESTS ?= tests/conformance tests/backends tests/integrations/test_transformers.py
 test-oldest: .venv-oldest/dev
 	$(OLDEST)/lora-one finetune --steps 20 --out .venv-oldest/adapter
 	LORA_ONE_BACKENDS=numpy,torch,jax,mlx OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -q -n 2 $(OLDEST_TESTS)

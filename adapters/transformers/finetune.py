@@ -6,11 +6,13 @@ python adapters/transformers/finetune.py --model DIR --data FILE.jsonl
 
 import argparse
 
+import peft
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import lora_one
 from lora_one import demo
 from lora_one.finetune import encode, read_examples
+from lora_one.integrations.transformers import LoraOneCallback
 
 
 def main() -> None:
@@ -28,13 +30,9 @@ def main() -> None:
     rows = [
         {"input_ids": s.tokens, "labels": [-100] * s.prompt_length + s.tokens[s.prompt_length :]} for s in sequences
     ]
-    collate = DataCollatorForSeq2Seq(tokenizer)
-    batches = [collate([dict(row) for row in rows[i : i + 32]]) for i in range(0, min(len(rows), 256), 32)]
 
-    model, report = lora_one.init(model, batches)  # LoRA-One, instead of peft.get_peft_model
-    print(report.summary())
-    optimizer = lora_one.optimizer(model, learning_rate=options.learning_rate)  # LoRA-One: goes to the Trainer
-
+    lora = peft.LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, lora)
     trainer = Trainer(
         model,
         TrainingArguments(
@@ -47,11 +45,13 @@ def main() -> None:
             report_to="none",
         ),
         train_dataset=rows,
-        data_collator=collate,
-        optimizers=(optimizer, None),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
+    callback = LoraOneCallback(trainer, samples=256)  # LoRA-One
+    trainer.add_callback(callback)  # LoRA-One: starts the model when training begins
     trainer.train()
-    lora_one.save(model, options.out, report)  # LoRA-One: a folder that PEFT opens
+    print(callback.report.summary())
+    lora_one.save(trainer.model, options.out, callback.report)  # LoRA-One: a folder that PEFT opens
     print(f"adapter: {options.out}")
 
 

@@ -24,13 +24,13 @@ LORA = {"r": RANK, "lora_alpha": 16, "use_rslora": True, "target_modules": "all-
 def rows() -> list[dict[str, Tensor]]:
     all_rows = [{key: x[i].clone() for key, x in batch.items()} for batch in causal_batches(8) for i in range(4)]
     for i, row in enumerate(all_rows):
-        row["labels"][: i % 7] = -100
+        row["labels"][: 1 + i % 8] = -100  # so that the gradients have a gap behind their third direction
     return all_rows
 
 
-def adapted(**settings: Any) -> peft.PeftModel:
+def adapted(base: Any = None, **settings: Any) -> peft.PeftModel:
     torch.manual_seed(0)
-    return peft.get_peft_model(llama().model, peft.LoraConfig(**{**LORA, **settings}))
+    return peft.get_peft_model(base or llama().model, peft.LoraConfig(**{**LORA, **settings}))
 
 
 class Recorder(TrainerCallback):
@@ -71,7 +71,7 @@ def arguments(out: Path, **settings: Any) -> TrainingArguments:
 
 def factors(model: Any) -> dict[str, np.ndarray]:
     return {
-        f"{site.layer.name}.{side}": gathered(getattr(site, side).weight.detach()).double().numpy().copy()
+        f"{site.layer.name}.{side}": gathered(getattr(site, side).weight).detach().double().numpy().copy()
         for site in find_sites(model)
         for side in ("lora_A", "lora_B")
     }

@@ -40,6 +40,12 @@ def check_start_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, An
     ours, saved = ([len(group["params"]) for group in x] for x in (optimizer.param_groups, state_dict["param_groups"]))
     if ours != saved:
         raise CheckpointError(f"the state is of another model: parameter groups of {ours} are expected, got {saved}")
+    taken = state_dict["param_groups"][0]["start_taken"]
+    if taken and not any(field in state for _, state in _saved_states(optimizer, state_dict) for field in _FIELDS):
+        raise CheckpointError(
+            f"the state must have what the {taken} steps of LoRA-One's start have read, got nothing of it: older "
+            "versions of accelerate load no optimizer's state from FSDP2's checkpoints, so upgrade accelerate"
+        )
     problems = []
     for index, (parameter, state) in enumerate(_saved_states(optimizer, state_dict)):
         shapes = {"step": (), "start_agreement": (), "start_s": parameter.shape[:1]}  # the others have the parameter's

@@ -230,3 +230,9 @@ def test_the_state_of_a_start_that_is_made_continues_without_one():
     run.train(4, END)
     again.train(4, END)
     assert same(run.model, again.model)
+
+
+def test_a_state_without_what_its_start_has_read_is_refused():
+    saved = in_the_middle().optimizer.state_dict()
+    with pytest.raises(CheckpointError, match="must have what the 2 steps of LoRA-One's start have read, got nothing"):
+        in_the_middle().optimizer.load_state_dict({**saved, "state": {}})
