@@ -144,7 +144,7 @@ def test_a_framework_is_imported_in_its_own_modules_only():
 
 @pytest.mark.parametrize("backend", FRAMEWORKS)
 def test_no_backend_imports_another(backend):
-    shared = {"lora_one.backends." + name for name in ("interface", "checks", "targets", "waiting")}
+    shared = {"lora_one.backends." + name for name in ("interface", "checks", "processes", "targets", "waiting")}
     for module in FILES:
         if module.startswith(f"lora_one.backends.{backend}"):
             for name in own_imports(module):

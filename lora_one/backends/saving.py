@@ -16,15 +16,15 @@ def save_adapter(framework: Backend, model: Any, path: Path, report: Report | De
     """Write a model's adapter, which replaces the one in the folder in one step.
 
     A backend for several processes has a `one_writer`, a context manager that takes the model and the path, and yields
-    whether this process writes.
+    what this process hands to the backend's `save`: the model, or what was gathered of it; None where another writes.
 
     Raises:
         ModelError, CheckpointError: see `lora_one.save`.
     """
     one_writer = getattr(framework, "one_writer", None)
-    with nullcontext(True) if one_writer is None else one_writer(model, path) as writes:
-        if not writes:
+    with nullcontext(model) if one_writer is None else one_writer(model, path) as whole:
+        if whole is None:
             return
         with replacing_adapter(path) as folder:
-            framework.save(model, folder)
+            framework.save(whole, folder)
             write_metadata(folder, framework.ops.name, report)

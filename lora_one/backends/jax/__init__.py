@@ -1,6 +1,7 @@
 """JAX: arrays, Flax models, and the optimizer."""
 
 from .files import load, merge, save, unload
+from .files import one_writer as one_writer
 from .llama.files import load_llama
 from .nnx.binding import attach_plain
 from .nnx.layers import register_layer

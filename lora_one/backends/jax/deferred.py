@@ -145,7 +145,9 @@ def _start_step(
         done = done | ((steps >= start.least) & settled(_OPS, steps, starts))
     if start.telling is not None:
         tell = start.telling([pair.path for kind in kinds for pair in kind.pairs])
-        jax.debug.callback(tell, steps, done, tuple(starts))
+        # Each device of several processes tells its own process, and for that must have all of it.
+        told = jax.tree.map(lambda x: whole(x, start.mesh), tuple(starts))
+        jax.debug.callback(tell, steps, done, told, partitioned=jax.process_count() > 1)
     return changes, state._replace(steps=steps, done=done, starts=tuple(starts))
 
 

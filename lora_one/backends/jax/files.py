@@ -1,5 +1,9 @@
 """Adapters of JAX models on disk: in PEFT's format, with the model's own paths as names."""
 
+import hashlib
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +14,7 @@ from flax import nnx
 
 from lora_one.backends.interface import Layer
 from lora_one.checkpoint.adapter import Adapter, LoraLayer
+from lora_one.checkpoint.folder import CONFIG, WEIGHTS
 from lora_one.checkpoint.peft import AdapterFolder, check_folder, read_adapter, read_folder, write_peft
 from lora_one.checkpoint.plain_lora import setting_problems
 from lora_one.checkpoint.tensors import STORED_NAMES
@@ -22,6 +27,7 @@ from .nnx.adopt import find_adapters
 from .nnx.inject import inject, linear_layers, take_out
 from .nnx.layers import adapted_kind, kind_of
 from .nnx.removal import remove
+from .processes import Processes
 from .sites import Leaves, Site, check_concrete
 from .trees.binding import adapted_weights, tree_sites
 from .trees.linear import Linear, find_layers
@@ -38,10 +44,11 @@ class _SiteFactors(NamedTuple):
 
 def merge(model: Any) -> Any:
     """See `lora_one.merge`. An NNX model is changed in place; a `LinenModel` or `PytreeModel` is a new one."""
-    if isinstance(model, nnx.Module):
-        return remove(model, merge=True)
-    check_concrete("merge", model, traced=True)
-    return merged(model)
+    with Processes("lora_one.merge", model).together():
+        if isinstance(model, nnx.Module):
+            return remove(model, merge=True)
+        check_concrete("merge", model, traced=True)
+        return merged(model)
 
 
 def unload(model: Any) -> Any:
@@ -72,8 +79,32 @@ def unload(model: Any) -> Any:
     return remove(model, merge=False) if isinstance(model, nnx.Module) else model.replace(lora={}, layouts=())
 
 
+@contextmanager
+def one_writer(model: Any, path: Path) -> Iterator[Adapter | None]:
+    """Yield the adapter in the process that writes it into a folder, and wait until it is written.
+
+    A model that is spread over several processes is saved by all of them together. Of those of one machine that name
+    the same folder, the first to come writes it.
+    """
+    processes = Processes("lora_one.save", model)
+    with processes.together():
+        adapter = _adapter(model)  # all of them gather it, before one may fail to write
+        yield adapter if processes.is_first(f"{socket.gethostname()} {path.absolute()}") else None
+        processes.count()
+
+
 def save(model: Any, path: Path) -> None:
-    """See `lora_one.save`. Llama-family models have PEFT's names; a scanned stack is written layer by layer."""
+    """See `lora_one.save`. Llama-family models have PEFT's names; a scanned stack is written layer by layer.
+
+    Args:
+        model: the model, or its adapter.
+        path: an empty folder.
+    """
+    write_peft(path, model if isinstance(model, Adapter) else _adapter(model))
+
+
+def _adapter(model: Any) -> Adapter:
+    """Return a model's adapter, whole. Every process of those that the model is spread over must call it."""
     lora = _find_lora(model)
     if not lora:
         raise ModelError(
@@ -86,12 +117,20 @@ def save(model: Any, path: Path) -> None:
         for layer, pair in zip(site.layers(), site.spec_pairs(leaves), strict=True)
     }
     task = "CAUSAL_LM" if isinstance(model, LlamaForCausalLM) else None
-    write_peft(path, Adapter(layers, task=task, notes=note_of(model) if isinstance(model, LinenModel) else {}))
+    return Adapter(layers, task=task, notes=note_of(model) if isinstance(model, LinenModel) else {})
 
 
 def load(model: Any, path: Path, trainable: bool) -> Any:
     """See `lora_one.load`. An NNX model gets its layers in place; `wrt=nnx.LoRAParam` says what trains."""
-    folder = read_folder(path)
+    processes = Processes("lora_one.load", model)
+    with processes.together():
+        folder = read_folder(path)
+        if processes.size > 1 and not processes.agree(_fingerprint(path)):
+            raise CheckpointError(f"the adapter in {path} must be the same in all processes, got another one in some")
+        return _load(model, path, folder)
+
+
+def _load(model: Any, path: Path, folder: AdapterFolder) -> Any:
     own_sites = {site.name: site for site, _ in _find_lora(model)}
     linear, problems = ({}, []) if isinstance(model, nnx.Module) else _tree_layers(model, folder)
     if not problems:
@@ -117,6 +156,14 @@ def load(model: Any, path: Path, trainable: bool) -> Any:
         for weight, site in zip(weights, sites.values(), strict=True)
     }
     return model.replace(lora=lora, scaling=scaling, layouts=weights)
+
+
+def _fingerprint(folder: Path) -> str:
+    digests = []
+    for name in (CONFIG, WEIGHTS):
+        with open(folder / name, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return " ".join(digests)
 
 
 def _load_nnx(

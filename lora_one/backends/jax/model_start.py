@@ -62,6 +62,8 @@ def _telling(report: DeferredReport, pairs: Mapping[Path, ModelPair]) -> Callabl
         order = [place for path in paths for place in _place_of(path, places)]
 
         def record(steps: Array, done: Array, starts: tuple[StartState, ...]) -> None:
+            if (int(steps), bool(done)) == (report.steps, report.done):
+                return  # another device of this process has told it
             readings: list[Any] = [([0.0] * layer.rank, 0.0) for layer in report.layers]
             # As NumPy's: to index JAX's would start another computation in the middle of this one.
             read = [reading for kind in starts for reading in zip(*map(np.asarray, kind), strict=True)]

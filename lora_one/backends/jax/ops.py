@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_one.core.ops import Ops
 
-from .placement import full_spec, replicated
+from .placement import full_spec, put, replicated
 
 _NARROW = ("bfloat16", "float16")  # NumPy lacks the first, and computes slowly in the second
 
@@ -45,7 +45,7 @@ class JaxOps(Ops):
         # A tracer has no device, and an array beside one on JAX's default device should not be bound to that device.
         if isinstance(like, jax.core.Tracer) or not like.committed:
             return jnp.asarray(narrow)
-        return jax.device_put(narrow, replicated(like.sharding))
+        return put(narrow, replicated(like.sharding))
 
     def to_numpy(self, x: Array) -> np.ndarray:
         host = np.array(x)

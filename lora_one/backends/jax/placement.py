@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
@@ -31,9 +32,19 @@ def replicated(sharding: Sharding | None) -> Sharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
 
 
-def put(x: Array, sharding: Sharding | None) -> Array:
-    """Return `x` with the given sharding; None leaves it where it is."""
-    return x if sharding is None else jax.device_put(x, sharding)
+def put(x: Any, sharding: Sharding | None) -> Any:
+    """Return `x` with the given sharding; None leaves it where it is.
+
+    Args:
+        x: an array; every process must hand in the same where the sharding is of several processes.
+        sharding: the place.
+    """
+    if sharding is None:
+        return x
+    if jax.process_count() == 1 or sharding.is_fully_addressable or not _is_on_host(x):
+        return jax.device_put(x, sharding)
+    host = np.asarray(x)  # device_put would send it to all other processes, to compare it
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def explicit_sharding(x: Array) -> NamedSharding | None:
@@ -63,6 +74,11 @@ def resharded(x: Array, like: Array) -> Array:
     """Return x, of the shape of another array, sharded as that is on a mesh with Explicit axes."""
     sharding = explicit_sharding(like)
     return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
+def _is_on_host(x: Any) -> bool:
+    """Return whether this process holds all of an array."""
+    return isinstance(x, np.ndarray) or (not isinstance(x, jax.core.Tracer) and x.is_fully_addressable)
 
 
 def _is_placed(kernel: Any) -> bool:

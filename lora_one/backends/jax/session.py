@@ -29,6 +29,7 @@ from .passes.sides import column_turns, installed_sides, products_by_layer
 from .passes.totals import mean_folds
 from .passes.uses import warn_of_left_out
 from .placement import put, replicated
+from .processes import Processes, spans_processes
 from .sites import Binding, Site, check_concrete
 from .trees.binding import TreeBinding
 from .trees.models import LinenModel, PytreeModel
@@ -40,6 +41,7 @@ class Attached(NamedTuple):
     binding: Binding
     gradient_function: GradientFunction
     places: dict[str, tuple[Site, int]]  # layer -> its site, and its index in the site's stack
+    processes: Processes
 
 
 class JaxSession:
@@ -53,7 +55,7 @@ class JaxSession:
         self._batches: Iterable[Any] = () if batches is None else batches
         self._loss_fn = _no_pass if batches is None else loss_fn
         self._config = config
-        self._context = ExitStack()
+        self._exit = ExitStack()
         self._attached: Attached | None = None
         self._pending: dict[str, dict[int, Factors]] = {}  # site -> index in its stack -> factors still to be written
         self._warned = False
@@ -74,30 +76,29 @@ class JaxSession:
         check_no_torch_settings(self._config, "JAX")
         if self._loss_fn is None:
             raise BatchError("a Flax model has no loss of its own: pass loss_fn=(model, batch) -> mean loss")
-        binding = self._bind(self._loss_fn)
-        try:
-            self._enter_mesh(binding)
+        with ExitStack() as stack:
+            processes = self._processes()
+            stack.enter_context(processes.together())
+            binding = self._bind(self._loss_fn)
+            stack.push(lambda kind, error, trace: binding.undo() if kind is not None else binding.finish())
+            self._enter_mesh(binding, stack)
             check_concrete("init", binding.frozen)
             self._check_stacks(binding, self._loss_fn)
-        except BaseException:
-            self._context.close()
-            binding.undo()
-            raise
-        places = {
-            layer.name: (site, index) for site in binding.sites.values() for index, layer in enumerate(site.layers())
-        }
-        self._attached = Attached(binding, GradientFunction(binding, self._loss_fn), places)
-        self.layers += [layer for site in binding.sites.values() for layer in site.layers()]
+            places = {
+                layer.name: (site, index)
+                for site in binding.sites.values()
+                for index, layer in enumerate(site.layers())
+            }
+            function = GradientFunction(binding, self._loss_fn, processes)
+            self._attached = Attached(binding, function, places, processes)
+            self.layers += [layer for site in binding.sites.values() for layer in site.layers()]
+            self._exit = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
-        binding = self.attached.binding
-        self._context.close()
-        if kind is not None:
-            binding.undo()
-        else:
-            binding.finish()
-            self.model = binding.model
+        self._exit.__exit__(kind, error, traceback)
+        if kind is None:
+            self.model = self.attached.binding.model
 
     def like(self, layer: str) -> Array:
         site, _ = self.attached.places[layer]
@@ -140,7 +141,7 @@ class JaxSession:
         return PassResult(*self.attached.gradient_function.mean_loss(self._batches))
 
     def all_agree(self, decision: bool) -> bool:
-        return decision  # one program computes it for all devices and hosts
+        return self.attached.processes.agree(str(decision)) and decision
 
     def assign(self, layer: str, factors: Factors) -> None:
         site, index = self.attached.places[layer]
@@ -154,6 +155,11 @@ class JaxSession:
         device = jax.devices()[0]
         statistics = device.memory_stats() if device.platform != "cpu" else None
         return statistics.get("peak_bytes_in_use") if statistics else process_peak()
+
+    def _processes(self) -> Processes:
+        """Return the processes that the model is spread over, or the batches of a model that each process has."""
+        is_one_of_several = jax.process_count() > 1 and not spans_processes(self.model)
+        return Processes("lora_one.init", self._first_batch() if is_one_of_several else self.model)
 
     def _bind(self, loss_fn: LossFn) -> Binding:
         """Attach LoRA to the model, or find it there.
@@ -176,13 +182,13 @@ class JaxSession:
             f"{PytreeModel.__name__} of lora_one.backends.jax, got {type(model).__name__}"
         )
 
-    def _enter_mesh(self, binding: Binding) -> None:
+    def _enter_mesh(self, binding: Binding, stack: ExitStack) -> None:
         """Use the mesh of the model's kernels, unless the user has set one."""
         shardings = [site.sharding for site in binding.sites.values()]
         meshes = [sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)]
         if meshes and jax.sharding.get_abstract_mesh().empty:
             mesh: Any = meshes[0]
-            self._context.enter_context(jax.set_mesh(mesh))
+            stack.enter_context(jax.set_mesh(mesh))
 
     def _check_stacks(self, binding: Binding, loss_fn: LossFn) -> None:
         if not (isinstance(binding, NnxBinding) and binding.attached):

@@ -25,6 +25,7 @@ from .passes.folding import Folding
 from .passes.loss_scale import LossScale
 from .passes.over_batches import Passes
 from .passes.sums import Arrays, Sums
+from .processes import Processes
 from .tree import Snapshot, train_without_dropout
 
 
@@ -34,7 +35,6 @@ class _Entered:
 
     before: Snapshot  # the model as it was given
     attached: Snapshot  # the model with LoRA, before anything was frozen for the passes
-    context: ExitStack
     passes: Passes
     sites: dict[str, Site]  # by path
     pairs: dict[str, list[Factors]]  # by path; `_write` puts them into the model
@@ -80,9 +80,11 @@ class MlxSession:
         self.layers: list[Layer] = []
         self.stacks_layers = False
         self._batches: Iterable[Any] = () if batches is None else batches
+        self._makes_passes = batches is not None
         self._loss_fn = default_loss if loss_fn is None else loss_fn
         self._config = config
         self._state: _Entered | None = None  # set inside the `with` block only
+        self._exit = ExitStack()
 
     @property
     def _entered(self) -> _Entered:
@@ -96,29 +98,24 @@ class MlxSession:
         # The model runs on the user's device. What `core` computes with the gradients runs on the CPU: decompositions
         # exist only there, and float32 products are not TF32, as they are on some GPUs.
         device = mx.default_device()
-        context = ExitStack()
-        context.enter_context(mx.stream(mx.cpu))
-        try:
-            self._state = self._attach(before, context, device)
-        except BaseException:
-            _undo(context, before)
-            raise
+        with ExitStack() as stack:
+            processes = Processes("lora_one.init", alone=not self._makes_passes)
+            stack.enter_context(processes.together())
+            stack.push(lambda kind, error, trace: before.restore() if kind is not None else None)
+            stack.enter_context(mx.stream(mx.cpu))
+            self._state = self._attach(before, device, processes)
+            stack.push(lambda kind, error, trace: self._write() if kind is None else None)
+            self._exit = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
         entered = self._entered
         try:
-            if kind is None:
-                self._write()
-        except BaseException:
-            _undo(entered.context, entered.before)
-            raise
+            self._exit.__exit__(kind, error, traceback)
         finally:
             self._state = None
         if kind is not None:
-            _undo(entered.context, entered.before)
             return
-        entered.context.close()
         entered.attached.restore_frozen()
         sites = entered.sites.values()
         if not any(site.is_trainable for site in sites):  # an adapter that `load` has frozen
@@ -126,7 +123,7 @@ class MlxSession:
                 site.set_trainable(True)
         entered.before.restore_modes(self.model)
 
-    def _attach(self, before: Snapshot, context: ExitStack, device: mx.Device) -> _Entered:
+    def _attach(self, before: Snapshot, device: mx.Device, processes: Processes) -> _Entered:
         sites = find_sites(self.model)
         if sites:
             check_adapter_fits(sites, self._config)
@@ -139,8 +136,7 @@ class MlxSession:
         entered = _Entered(
             before=before,
             attached=Snapshot(self.model),
-            context=context,
-            passes=Passes(self.model, by_path, self._batches, self._loss_fn, device, LossScale(self.model)),
+            passes=Passes(self.model, by_path, self._batches, self._loss_fn, device, LossScale(self.model), processes),
             sites=by_path,
             pairs={site.path: read_pairs(site.module) for site in sites},
             position={layer.name: (site.path, index) for site in sites for index, layer in enumerate(site.layers)},
@@ -217,8 +213,3 @@ class MlxSession:
 def open_session(model: nn.Module, batches: Iterable[Any] | None, loss_fn: LossFn | None, config: Config) -> MlxSession:
     """See `lora_one.backends.interface.Backend`."""
     return MlxSession(model, batches, loss_fn, config)
-
-
-def _undo(context: ExitStack, before: Snapshot) -> None:
-    context.close()
-    before.restore()

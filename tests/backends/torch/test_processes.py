@@ -8,7 +8,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_one
-from lora_one.backends.torch import processes
+from lora_one.backends import processes
 from lora_one.errors import ProcessError
 from tests.backends.torch.models import mlp
 from tests.backends.torch.spawning import in_processes

@@ -1,5 +1,6 @@
 """Check batches and losses, and separate a batch's arrays from the rest of it."""
 
+import hashlib
 from typing import Any
 
 import jax
@@ -62,3 +63,17 @@ def rejoin(arrays: list[Any], rest: Any) -> Any:
 def is_array(leaf: Any) -> bool:
     """Return whether a leaf of a batch or of a model is data, not a setting."""
     return isinstance(leaf, (Array, np.ndarray, np.generic))
+
+
+def fingerprint(batch: Any) -> str:
+    """Return a text that is the same in all processes for one batch: of its shapes, and of the numbers on the host.
+
+    An array of several processes is the same for all of them.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if is_array(leaf):
+            digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+            if not isinstance(leaf, Array) or leaf.is_fully_addressable:
+                digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()

@@ -1,6 +1,7 @@
 """The loss of a model and its gradients, as compiled functions of factors and a batch."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,10 +10,12 @@ import numpy as np
 
 from lora_one.backends.checks import check_finite_loss, with_last
 from lora_one.backends.interface import LossFn
+from lora_one.backends.jax.processes import Processes
 from lora_one.backends.jax.sites import Binding
 from lora_one.core.fold import FoldState
+from lora_one.errors import BatchError
 
-from .batches import arrays_and_rest, check_loss, rejoin
+from .batches import arrays_and_rest, check_loss, fingerprint, rejoin
 from .loss_scale import STEP, LossScale, computes_in_float16
 from .totals import (
     FOLDS,
@@ -46,8 +49,9 @@ class GradientFunction:
         uses: what the loss does with the frozen arrays; filled by the first pass.
     """
 
-    def __init__(self, binding: Binding, loss_fn: LossFn):
+    def __init__(self, binding: Binding, loss_fn: LossFn, processes: Processes):
         self._binding = binding
+        self._processes = processes
         self._batch = 0  # the number of the current batch, for errors raised while tracing
         self._scale: LossScale | None = None  # set by the first pass
         self.uses = Uses(set(), set())
@@ -125,7 +129,12 @@ class GradientFunction:
     def mean_loss(self, batches: Iterable[Any]) -> tuple[float, int]:
         """Return the mean loss with the factors that are in the model, and the number of batches."""
         factors = self._binding.factors()
-        return self._over(batches, lambda arrays, rest: self.loss(factors, self._binding.frozen, arrays, rest))
+        frozen = self._binding.frozen
+        return self._over(
+            batches,
+            lambda arrays, rest: self.loss.trace(factors, frozen, arrays, rest),
+            lambda arrays, rest: self.loss(factors, frozen, arrays, rest),
+        )
 
     def _total(
         self, batches: Iterable[Any], step: Any, rule: Rule, total: Any, factors: Gradients
@@ -133,10 +142,14 @@ class GradientFunction:
         """Return the mean loss, the number of batches, and the total after the steps of all of them."""
         frozen = self._binding.frozen
 
+        def trace(arrays: list[Any], rest: Any) -> None:  # the call below reuses the trace made here
+            if self._scale is None:
+                self._look(step, total, factors, arrays, rest)
+            elif self._processes.size > 1:
+                step.trace(total, factors, frozen, _as_arrays(self._scale), arrays, rest)
+
         def run(arrays: list[Any], rest: Any) -> Any:
             nonlocal total
-            if self._scale is None:  # the call below reuses the trace made here
-                self._look(step, total, factors, arrays, rest)
             scale: Any = self._scale
             start = None if scale.checked else jax.tree.map(jnp.copy, total)
             while True:
@@ -152,7 +165,7 @@ class GradientFunction:
                 scale.check(relative_changes(rule.linear(again), rule.linear(total)))
             return value
 
-        loss, count = self._over(batches, run)
+        loss, count = self._over(batches, trace, run)
         return loss, count, total
 
     def _look(self, step: Any, total: Any, factors: Gradients, arrays: list[Any], rest: Any) -> Any:
@@ -165,13 +178,35 @@ class GradientFunction:
         self.uses = uses_of(program, range(before, before + len(jax.tree.leaves(frozen))))
         return program
 
-    def _over(self, batches: Iterable[Any], run: Callable[[list[Any], Any], Any]) -> tuple[float, int]:
+    def _over(
+        self,
+        batches: Iterable[Any],
+        trace: Callable[[list[Any], Any], object],
+        run: Callable[[list[Any], Any], Any],
+    ) -> tuple[float, int]:
+        """Return the mean of what `run` returns for each batch, and the number of batches.
+
+        A user's error arises in the batches or in `trace`. Then no process waits in `run`, a program of all of them.
+        """
         total = 0.0
         self._batch = 0
         for batch, _ in with_last(batches):
             self._batch += 1
-            total += check_finite_loss(float(run(*arrays_and_rest(batch))), self._batch)
-        return total / self._batch, self._batch
+            arrays, rest = arrays_and_rest(batch)
+            trace(arrays, rest)
+            self._check_same(partial(fingerprint, batch))
+            total += check_finite_loss(float(run(arrays, rest)), self._batch)
+        self._batch += 1
+        self._check_same(lambda: "end")
+        return total / (self._batch - 1), self._batch - 1
+
+    def _check_same(self, batch: Callable[[], str]) -> None:
+        if self._processes.size > 1 and not self._processes.agree(batch()):
+            raise BatchError(
+                f"batch {self._batch} must be the same in all {self._processes.size} processes, got another one, or "
+                "none, in some: make it of the processes' shares, jax.make_array_from_process_local_data(sharding, "
+                "share), or hand in the same numbers everywhere"
+            )
 
 
 def _as_arrays(scale: LossScale) -> Scale:

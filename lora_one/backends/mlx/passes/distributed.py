@@ -3,10 +3,7 @@
 import mlx.core as mx
 import numpy as np
 
-
-def is_parallel() -> bool:
-    """Return whether this is one of several processes."""
-    return mx.distributed.init().size() > 1
+from lora_one.backends.mlx.processes import is_parallel
 
 
 def sum_over_processes(x: mx.array) -> mx.array:

@@ -15,6 +15,7 @@ from lora_one.backends.checks import check_finite_loss, with_last
 from lora_one.backends.interface import Layer, PassResult
 from lora_one.backends.mlx.attach import Site
 from lora_one.backends.mlx.ops import MlxOps
+from lora_one.backends.mlx.processes import Processes
 from lora_one.core.gradient import RowProduct
 
 from .batches import LossFn, check_scalar, to_mlx
@@ -38,6 +39,7 @@ class Passes:
     loss_fn: LossFn
     device: mx.Device  # the user's default, on which the model runs
     scale: LossScale
+    processes: Processes
 
     def forward(self) -> PassResult:
         """Run all batches forward."""
@@ -107,6 +109,7 @@ class Passes:
             return {layer.name: np.array(summary(rows)) for layer, rows in self._rows(calls, scale)}
 
     def _result(self, total: float, count: int) -> PassResult:
+        self.processes.meet()  # nobody waits in a sum for a process that has failed
         return PassResult(*mean_over_processes(total, count), self.scale.rounded_away)
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from lora_one.backends.interface import Layer
+from lora_one.backends.mlx.processes import is_parallel
 from lora_one.core.gradient import RowProduct
 
-from .distributed import is_parallel, sum_over_processes
+from .distributed import sum_over_processes
 
 Arrays = tuple[mx.array, ...]
 Linear = Callable[[Layer, RowProduct], Arrays]

@@ -48,8 +48,8 @@ from .state import active_adapter, adapter_state, tokens_of_others, train_adapte
 
 
 @contextmanager
-def one_writer(model: nn.Module, path: Path) -> Iterator[bool]:
-    """Yield whether this process writes the adapter of a model into a folder, and wait until it is written.
+def one_writer(model: nn.Module, path: Path) -> Iterator[nn.Module | None]:
+    """Yield the model in the process that writes its adapter into a folder, and wait until it is written.
 
     A model whose weights are in shards is saved by all processes together. Of those of one machine that name the same
     folder, the first writes it.
@@ -61,7 +61,7 @@ def one_writer(model: nn.Module, path: Path) -> Iterator[bool]:
         if not writes:
             with opened(model, "save") as adapted:
                 _tensors(adapted)  # takes part in gathering them
-        yield writes
+        yield model if writes else None
         processes.count()
 
 

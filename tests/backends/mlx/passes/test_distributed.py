@@ -1,5 +1,6 @@
 """Data parallel over mx.distributed: two processes on the loopback, started by mlx.launch."""
 
+import json
 import os
 import subprocess
 import sys
@@ -77,6 +78,35 @@ def test_two_processes_read_both_sides_as_one_process_would_and_merge_their_fold
         expected = states[0] if len(states) == 1 else merge_folds(NUMPY, *states)
         assert_same(FoldState(*(both[f"{layer.name}.{x}"] for x in FoldState._fields)), of_mean(NUMPY, expected, 4))
     assert alone > 0  # an expert that only one process has tokens for
+
+
+ERRORS = {
+    "a loss that is not finite": ("GradientError", "batch 1: the loss must be finite"),
+    "an exception of the loss": ("KeyError", "no such column"),
+    "an exception of the batches": ("OSError", "the disk is gone"),
+    "no batches": ("BatchError", "at least one batch, got none"),
+    "an unsuitable model": ("ModelError", "no such layer"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_in_one_process_is_an_error_in_both(folder, name):
+    first, failing = (json.loads((folder / rank / "errors.json").read_text()) for rank in "01")
+    error, message = ERRORS[name]
+    assert failing[name][0] == error and message in failing[name][1]
+    kind, text = first[name]
+    assert kind == "ProcessError"
+    assert f"lora_one.init failed on rank {distributed_worker.FAILING}: {error}: {failing[name][1]}"[:900] in text
+    assert first["after that"] == failing["after that"] == ["", ""]
+
+
+def test_a_process_alone_does_not_wait_for_ever(folder):
+    kind, text = json.loads((folder / "0" / "errors.json").read_text())["one process alone"]
+    assert kind == "ProcessError" and "one did not come within 1 s" in text
+
+
+def test_both_processes_may_save_into_one_folder(folder):
+    assert sorted(x.name for x in (folder / "adapter").iterdir())[:2] == ["adapter_config.json", "adapters.safetensors"]
 
 
 def _product(file, path):
