@@ -1,10 +1,12 @@
 """Sums over the processes of a data-parallel run, so that all of them compute the same start."""
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from lora_one.backends.torch.processes import is_parallel
+from lora_one.backends.torch.processes import Processes, is_parallel
 from lora_one.core.fold import FoldState, merge_all
 from lora_one.core.ops import Ops
 
@@ -14,13 +16,17 @@ class Replicas:
 
     Attributes:
         several: whether there are others than this one.
+        size: how many there are.
 
     Args:
-        alone: whether all processes read the same batches, as with tensor parallelism.
+        processes: all that make this call.
+        alone: whether all of them read the same batches, as with tensor parallelism.
     """
 
-    def __init__(self, alone: bool):
+    def __init__(self, processes: Processes, alone: bool):
         self.several = is_parallel() and not alone
+        self.size = dist.get_world_size() if self.several else 1
+        self._processes = processes
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of `x` over all of them, in place. Every process must call it, in the same order."""
@@ -33,20 +39,28 @@ class Replicas:
         sums = self.sum(torch.tensor([total, float(count)], dtype=torch.float64, device=device))
         return float(sums[0] / sums[1]), int(sums[1])
 
-    def merge(self, ops: Ops, state: FoldState) -> FoldState:
-        """Return the state of the batches of all of them together, the same on each.
+    def merge(self, ops: Ops, states: Iterable[FoldState]) -> Iterator[FoldState]:
+        """Yield the states of the batches of all of them together, the same on each.
 
-        Rounding may differ from machine to machine, so the first process sends its result to the others.
+        The processes share the states out, and each merges its own: it gets what all have of them and sends the result
+        to all. So none holds or sends much more than twice its own states, however many processes there are.
         """
         if not self.several:
-            return state
-        own = torch.cat([x.reshape(-1) for x in state])
-        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, own)
-        together = merge_all(ops, [_unpacked(packed, state) for packed in gathered])
-        merged = torch.cat([x.reshape(-1) for x in together])
-        dist.broadcast(merged, src=0)
-        return _unpacked(merged, state)
+            yield from states
+            return
+        packed, shapes, rank = [], [], dist.get_rank()
+        for index, state in enumerate(states):
+            shapes.append([x.shape for x in state])
+            packed.append(torch.cat([x.reshape(-1) for x in state]))
+            parts = [torch.empty_like(packed[-1]) for _ in range(self.size)] if index % self.size == rank else None
+            dist.gather(packed[-1], parts, dst=index % self.size)
+            if parts is not None:
+                together = merge_all(ops, [_unpacked(part, shapes[-1]) for part in parts])
+                packed[-1] = torch.cat([x.reshape(-1) for x in together])
+        self._processes.count()  # nobody waits for the result of one that has failed
+        for index, merged in enumerate(packed):
+            dist.broadcast(merged, src=index % self.size)
+            yield _unpacked(merged, shapes[index])
 
 
 def all_agree(decision: bool, device: torch.device) -> bool:
@@ -57,6 +71,6 @@ def all_agree(decision: bool, device: torch.device) -> bool:
     return int(against) == 0
 
 
-def _unpacked(packed: Tensor, like: FoldState) -> FoldState:
-    parts = packed.split([x.numel() for x in like])
-    return FoldState(*(part.view(x.shape) for part, x in zip(parts, like, strict=True)))
+def _unpacked(packed: Tensor, shapes: Sequence[torch.Size]) -> FoldState:
+    parts = packed.split([shape.numel() for shape in shapes])
+    return FoldState(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))

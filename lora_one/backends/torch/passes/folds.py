@@ -111,12 +111,13 @@ class Folds:
         )
 
 
-def groups(names: Iterable[str], kinds: Mapping[str, Hashable]) -> list[list[str]]:
-    """Return the names in lists, one per kind."""
+def groups(names: Iterable[str], kinds: Mapping[str, Hashable], most: int | None = None) -> list[list[str]]:
+    """Return the names in lists of one kind, each of `most` names at most."""
     lists: dict[Hashable, list[str]] = defaultdict(list)
     for name in names:
         lists[kinds[name]].append(name)
-    return list(lists.values())
+    sizes = ((alike, most or len(alike)) for alike in lists.values())
+    return [alike[i : i + size] for alike, size in sizes for i in range(0, len(alike), size)]
 
 
 def _joined(rows: list[RowProduct]) -> RowProduct:

@@ -47,7 +47,7 @@ class Passes:
         processes: Processes,
     ):
         self.sites = sites
-        self.replicas = Replicas(alone=group_size(model) > 1)
+        self.replicas = Replicas(processes, alone=group_size(model) > 1)
         self.read: frozenset[str] | None = None  # layers whose factors some code reads; None before the first pass
         self._model = model
         self._batches = batches
@@ -104,9 +104,10 @@ class Passes:
         result, read = self._backward(folds, dict.fromkeys(states, NARROW_ROWS), {})
         reached = self._in_any_process(folds.reached)
         means: dict[str, FoldState | None] = dict.fromkeys(states)
-        for names in groups(reached, kinds):
-            merged = self.replicas.merge(ops, stack_of(ops, [states.pop(name) for name in names]))
-            means.update(zip(names, unstacked(of_mean(ops, merged, result.batches), len(names)), strict=True))
+        stacks = groups(reached, kinds, most=math.ceil(len(reached) / self.replicas.size))
+        merged = self.replicas.merge(ops, (stack_of(ops, [states.pop(name) for name in names]) for names in stacks))
+        for names, state in zip(stacks, merged, strict=True):
+            means.update(zip(names, unstacked(of_mean(ops, state, result.batches), len(names)), strict=True))
         return result._replace(not_folded=frozenset(read)), means
 
     def _backward(
