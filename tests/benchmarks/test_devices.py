@@ -32,6 +32,6 @@ def test_each_process_sends_about_the_same_however_many_there_are():
 
 
 def test_the_page_has_the_tables_of_the_result():
-    page = Path("docs/several-devices.md").read_text(encoding="utf-8")
+    page = Path("docs/guide/several-devices.md").read_text(encoding="utf-8")
     for table in devices.tables(json.loads(devices.RESULT.read_text(encoding="utf-8"))).split("\n\n"):
         assert table in page
