@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from transformers import AutoModelForCausalLM, __version__
 from transformers.distributed import DistributedConfig
 
@@ -75,6 +77,27 @@ def files(folder: str, rank: int) -> dict[str, Any]:
     return result
 
 
+def resumed(folder: str) -> dict[str, Any]:
+    """Stop after one step, which is in the middle of a start, and go on from torch.distributed.checkpoint's files."""
+
+    def begun() -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
+        model, _ = started(split(folder), "deferred")
+        optimizer = lora_one.optimizer(model, learning_rate=1e-2, **OPTIONS["deferred"])
+        return model, optimizer, dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+
+    model, optimizer, _ = begun()
+    train(model, optimizer, range(1))
+    weights, state = get_state_dict(model, optimizer)
+    checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/checkpoint")
+    expected = train(model, optimizer, range(1, STEPS))
+    end = factors(model)
+    model, optimizer, saved = begun()
+    checkpoint.load(saved, checkpoint_id=f"{folder}/checkpoint")
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    losses = train(model, optimizer, range(1, STEPS))
+    return {"losses": losses, "expected": expected, "end": factors(model), "expected end": end}
+
+
 def errors(folder: str, rank: int) -> dict[str, str]:
     texts = {}
 
@@ -107,7 +130,7 @@ def run_all(rank: int) -> dict[str, Any]:
     before, _ = lora_one.init(adapted, BATCHES, config=lora_one.Config(rank=3, gradient="exact"))
     kinds = {is_dtensor(p) for p in before.parameters() if p.requires_grad}
     return {"runs": runs, "adapted": products(before), "kinds": kinds, "files": files(folder, rank),
-            "errors": errors(folder, rank)}  # fmt: skip
+            "errors": errors(folder, rank), "resumed": resumed(folder)}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +176,14 @@ def test_a_folder_holds_whole_factors_and_loads(results, alone):
     model, _ = started(llama().model, "exact")
     losses = train(model, lora_one.optimizer(model, learning_rate=1e-2), range(STEPS))
     np.testing.assert_allclose(results[0]["files"]["losses"], losses, rtol=1e-5)
+
+
+@with_dtensors
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(results):
+    for of_rank in results:
+        got = of_rank["resumed"]
+        assert got["losses"] == got["expected"]
+        assert_equal(got["end"], got["expected end"], 0.0)
 
 
 @with_dtensors

@@ -182,6 +182,18 @@ def files(rank: int, folder: str) -> dict[str, Any]:
     return result
 
 
+def left_whole(rank: int, folder: str, stage: int) -> dict[str, Any]:
+    """Save and merge what an engine has trained that leaves the weights whole."""
+    engine, model, report = started(Case(stage, "before"), rank, folder)
+    trained(engine, rank)
+    lora_one.save(engine, f"{folder}/stage-{stage}-{rank}", report)
+    result = {"saved": load_file(f"{folder}/stage-{stage}-{rank}/adapter_model.safetensors"), "factors": factors(model)}
+    with torch.no_grad():
+        before = model.eval()(**BATCHES[0]).logits
+        result["difference"] = float((lora_one.merge(engine)(**BATCHES[0]).logits - before).abs().max())
+    return result
+
+
 class FailsLate:
     """A loss that fails in one process, at a time when the factors are written."""
 
@@ -277,6 +289,7 @@ def run_all(rank: int) -> dict[str, Any]:
         "folded": folded,
         "files": files(rank, folder[0]),
         "errors": errors(rank, folder[0]),
+        "left whole": {stage: left_whole(rank, folder[0], stage) for stage in (1, 2)},
         "resumed": {stage: resumed(rank, folder[0], stage) for stage in (1, 2, 3)},
     }
 
@@ -343,6 +356,16 @@ def test_an_engine_saves_whole_factors_and_others_load_them(results, alone):
         for name in ("present", "new", "2"):
             assert_equal(got[f"loaded, {name}"], got["factors"], 0.0)
             np.testing.assert_allclose(got[f"losses, {name}"], expected["losses"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_engine_that_leaves_weights_whole_is_saved_and_merged(results, stage):
+    for of_rank in results:
+        got = of_rank["left whole"][stage]
+        saved = {key.removeprefix("base_model.model.").removesuffix(".weight"): x.double().numpy()
+                 for key, x in got["saved"].items()}  # fmt: skip
+        assert_equal(saved, got["factors"], 0.0)
+        assert got["difference"] < 1e-5
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
