@@ -126,6 +126,7 @@ def errors(rank: int) -> dict[str, str]:
     texts["unchanged"] = all(np.array_equal(before[key], x) for key, x in factors(model).items())
     note("merge", lambda: lora_one.merge(model))
     note("start", lambda: lora_one.init(model, own, config=EXACT))
+    note("save", lambda: lora_one.save(model, f"{__file__}/adapter"))  # below a file, where no folder can be
     return texts
 
 
@@ -216,6 +217,8 @@ def test_errors_reach_all_processes_and_change_nothing(results, alone):
         assert "fully_shard was called on the PeftModel" in texts["merge"]
         assert texts["unchanged"] is True
         assert texts["start"] == ""
+    assert "adapter" in first["save"] and not first["save"].startswith("ProcessError")
+    assert second["save"].startswith("ProcessError: lora_one.save failed on rank 0: ")
     assert second["loss"].startswith("GradientError: batch 1: the loss must be finite")
     assert "lora_one.init failed on rank 1: GradientError: batch 1: the loss must be finite" in first["loss"]
     assert second["gradient"].startswith("GradientError: ")

@@ -4,7 +4,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
@@ -47,31 +47,39 @@ from .fit import problems_after, problems_before
 from .state import active_adapter, adapter_state, tokens_of_others, train_adapter
 
 
+class WholeAdapter(NamedTuple):
+    """What is written of an adapter."""
+
+    tensors: dict[str, Tensor]
+    config: peft.LoraConfig
+
+
 @contextmanager
-def one_writer(model: nn.Module, path: Path) -> Iterator[nn.Module | None]:
-    """Yield the model in the process that writes its adapter into a folder, and wait until it is written.
+def one_writer(model: nn.Module, path: Path) -> Iterator[WholeAdapter | None]:
+    """Yield the adapter of a model in the process that writes it into a folder, and wait until it is written.
 
     A model whose weights are in shards is saved by all processes together. Of those of one machine that name the same
     folder, the first writes it.
     """
     processes = Processes("lora_one.save", alone=not is_sharded(model))
     with processes.together():
+        whole = _whole(model)  # all of them gather it, before one may fail to write
         mine = socket.gethostname(), str(path.absolute())
-        writes = processes.gather(mine).index(mine) == processes.rank
-        if not writes:
-            with opened(model, "save") as adapted:
-                _tensors(adapted)  # takes part in gathering them
-        yield model if writes else None
+        yield whole if processes.gather(mine).index(mine) == processes.rank else None
         processes.count()
 
 
-def save(model: nn.Module, path: Path) -> None:
+def save(model: nn.Module | WholeAdapter, path: Path) -> None:
     """See `lora_one.save`. It saves the active adapter, with the embeddings if tokens were added to the base model."""
+    whole = model if isinstance(model, WholeAdapter) else _whole(model)
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(_separate(whole.tensors), path / WEIGHTS, metadata={"format": "pt"})
+    whole.config.save_pretrained(str(path))
+
+
+def _whole(model: nn.Module) -> WholeAdapter:
     with opened(model, "save") as adapted:
-        tensors, config = _tensors(adapted), config_to_save(adapted, active_adapter(adapted, "save"))
-        path.mkdir(parents=True, exist_ok=True)
-        save_file(_separate(tensors), path / WEIGHTS, metadata={"format": "pt"})
-        config.save_pretrained(str(path))
+        return WholeAdapter(_tensors(adapted), config_to_save(adapted, active_adapter(adapted, "save")))
 
 
 def _tensors(adapted: peft.PeftModel) -> dict[str, Tensor]:
