@@ -8,33 +8,42 @@ from lora_one.errors import CheckpointError, ConfigError
 
 from .adapter import Adapter
 from .folder import METADATA, is_file, replacing_adapter
+from .llama_cpp import read_base, write_gguf
 from .mlx_lm import is_mlx_lm, read_mlx_lm, write_mlx_lm
 from .peft import check_factors, own_shapes, read_adapter, read_folder, write_peft
 from .plain_lora import setting_problems, tensor_reason
 
-LAYOUTS = ("peft", "mlx", "flax")
+LAYOUTS = ("peft", "mlx", "flax", "gguf")
 # mlx-lm names an embedding's factors like a linear layer's. Only the order of axes differs, so the name must tell.
 _EMBEDDINGS = {"embed_tokens", "embed_in", "embedding", "embeddings", "tok_embeddings", "word_embeddings", "wte", "wpe"}
 
 
-def convert(src: str | Path, dst: str | Path, to: str, rename: Mapping[str, str] | None = None) -> None:
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    to: str,
+    rename: Mapping[str, str] | None = None,
+    base: str | Path | None = None,
+) -> None:
     """Write a copy of an adapter folder in the layout that another library opens.
 
     Use it to train an adapter with one library and run it with another, without the model at hand. Every tensor keeps
-    its values and its dtype, with one exception: mlx-lm has one scale for all layers, so a layer with another scale
-    gets the ratio multiplied into its lora_b, which is then written in float32 or wider.
+    its values and its dtype, with these exceptions: mlx-lm and llama.cpp have one scale for all layers, so a layer with
+    another scale gets the ratio multiplied into its lora_b, in float32 or wider. gguf files are float32 throughout.
 
     Args:
         src: folder that PEFT, mlx-lm or lora-one wrote. If it has both layouts, mlx-lm's is read, since mlx-lm may
             have continued to train in it.
-        dst: folder to write; it must not exist, or be empty.
+        dst: folder to write; it must not exist, or be empty. With "gguf" it is a file, which must not exist.
         to: the layout to write. "peft": for PEFT, vLLM and `lora_one.load` on PyTorch. "flax": the same layout, for
-            `lora_one.load` on JAX. "mlx": mlx-lm's layout, and PEFT's beside it.
+            `lora_one.load` on JAX. "mlx": mlx-lm's layout, and PEFT's beside it. "gguf": one file, for llama.cpp.
         rename: old prefix -> new prefix of module paths, where the two libraries name the base model's modules
             differently, such as {"transformer": "model"} for GPT-2 from transformers to mlx-lm. Default: none.
+        base: folder with the base model's config.json, for "gguf" alone. Default: the one that the adapter names.
 
     Raises:
-        ConfigError: an invalid `to` or `rename`.
+        ConfigError: an invalid `to`, `rename` or `base`.
+        BackendError: "gguf" without the package gguf.
         CheckpointError: all that is wrong with the source, or that the destination cannot hold, at once. Nothing was
             written.
 
@@ -51,8 +60,13 @@ def convert(src: str | Path, dst: str | Path, to: str, rename: Mapping[str, str]
     src, dst = Path(src), Path(dst)
     if to not in LAYOUTS:
         raise ConfigError(f"to must be one of {', '.join(LAYOUTS)}, got {to!r}")
-    _check_free(dst)
+    if base is not None and to != "gguf":
+        raise ConfigError(f'base is for to="gguf" alone, got base={str(base)!r} with to={to!r}: leave it out')
+    _check_free(dst, to == "gguf")
     adapter = _renamed(_read_mlx_lm(src) if is_mlx_lm(src) else _read_peft(src), rename or {})
+    if to == "gguf":
+        write_gguf(dst, adapter, read_base(src, None if base is None else Path(base)))
+        return
     metadata = _metadata(src)
     with replacing_adapter(dst) as folder:
         if to == "mlx":
@@ -63,13 +77,14 @@ def convert(src: str | Path, dst: str | Path, to: str, rename: Mapping[str, str]
             (folder / METADATA).write_bytes(metadata)
 
 
-def _check_free(dst: Path) -> None:
+def _check_free(dst: Path, is_for_a_file: bool) -> None:
     try:
-        free = not dst.exists() or (dst.is_dir() and not any(dst.iterdir()))
+        free = not dst.exists() or (not is_for_a_file and dst.is_dir() and not any(dst.iterdir()))
     except OSError as error:
         raise CheckpointError(f"the folder {dst} cannot be written: {error.strerror or error}") from error
     if not free:
-        raise CheckpointError(f"{dst} must not exist, or be an empty folder: convert overwrites nothing")
+        what = " yet: gguf is one file, such as adapter.gguf, and" if is_for_a_file else ", or be an empty folder:"
+        raise CheckpointError(f"{dst} must not exist{what} convert overwrites nothing")
 
 
 def _metadata(src: Path) -> bytes | None:

@@ -26,6 +26,7 @@ PARTS = {
     "jax": ("JAX", "fine-tuning Flax models (NNX, Linen) and any pytree, on TPU, GPU or CPU"),
     "mlx": ("MLX", "fine-tuning mlx-lm models, float or quantised, on Apple silicon, CUDA or CPU"),
     "cli": ("Command", "the `lora-one` command, recipes in YAML, plots"),
+    "gguf": ("GGUF", "`lora-one convert --to gguf`: adapters for llama.cpp"),
     "recipes": ("Recipes", "data sets of the hub or in its layout, benchmarks after the training"),
 }
 # package -> module, where the names differ
