@@ -20,6 +20,7 @@ def in_processes(function: Callable[[int], Any], count: int = 2) -> list[Any]:
 def _worker(rank: int, function: Callable[[int], Any], count: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+    # The function's DistributedDataParallel dies before the group: the other way round PyTorch may wait for itself.
     torch.save(function(rank), Path(folder, str(rank)))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

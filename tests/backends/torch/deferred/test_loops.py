@@ -6,7 +6,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
@@ -18,7 +17,7 @@ import lora_one
 from lora_one.errors import ConfigError
 from tests.backends.torch.deferred.runs import begun, same
 from tests.backends.torch.models import causal_batches, llama, mlp, squared_error
-from tests.backends.torch.passes.test_distributed import free_port
+from tests.backends.torch.spawning import in_processes
 
 STEPS = 3
 
@@ -183,9 +182,7 @@ def test_the_trainer_makes_the_start_that_a_plain_loop_makes(tmp_path):
         torch.testing.assert_close(x, y, rtol=0, atol=2e-4)
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def of_process(rank: int) -> tuple[int, list[np.ndarray]]:
     run = begun(mlp, torch.float64, start_steps=STEPS)
     model = DistributedDataParallel(run.model)
     for i in range(6):
@@ -193,21 +190,17 @@ def worker(rank: int, port: int, folder: str) -> None:
         squared_error(model, (x[rank::2], y[rank::2])).backward()
         run.optimizer.step()
         run.optimizer.zero_grad()
-    factors = {f"{i}{j}": f.detach().numpy() for i, pair in enumerate(run.pairs) for j, f in enumerate(pair)}
-    np.savez(f"{folder}/{rank}.npz", steps=run.report.steps, **factors)
-    torch.distributed.destroy_process_group()
+    return run.report.steps, [factor.detach().numpy() for pair in run.pairs for factor in pair]
 
 
-def test_two_processes_make_the_start_of_one(tmp_path):
-    mp.spawn(worker, args=(free_port(), str(tmp_path)), nprocs=2)
-    one, other = (dict(np.load(tmp_path / f"{rank}.npz")) for rank in range(2))
+def test_two_processes_make_the_start_of_one():
+    (steps, one), (_, other) = in_processes(of_process)
     run = begun(mlp, torch.float64, start_steps=STEPS)
     run.train(0, 6)
-    assert one["steps"] == run.report.steps == STEPS
-    for i, pair in enumerate(run.pairs):
-        for j, factor in enumerate(pair):
-            np.testing.assert_array_equal(one[f"{i}{j}"], other[f"{i}{j}"])
-            np.testing.assert_allclose(one[f"{i}{j}"], factor.detach().numpy(), atol=1e-9)
+    assert steps == run.report.steps == STEPS
+    for x, y, factor in zip(one, other, (factor for pair in run.pairs for factor in pair), strict=True):
+        np.testing.assert_array_equal(x, y)
+        np.testing.assert_allclose(x, factor.detach().numpy(), atol=1e-9)
 
 
 def test_hooks_run_once_a_step_during_and_after_the_start():
