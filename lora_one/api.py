@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from .backends import backend_of
-from .backends.checks import check_iterable, check_readings
+from .backends.checks import check_iterable, check_readings, check_takes
 from .backends.interface import Backend
 from .backends.saving import save_adapter
 from .backends.waiting import check_no_optimizer, forget, remember, warn_of_unfinished_start
@@ -157,8 +157,8 @@ def optimizer(model: Any, learning_rate: float = 2e-4, weight_decay: float = 0.0
             eigenvalue of each r x r matrix, so that it does not depend on the factors' scale.
         betas: two floats in [0, 1), default (0.9, 0.999). Adam's decay rates of the mean and of the mean square.
         eps: float, default 1e-8. Adam's term in the denominator.
-        loraplus_lr_ratio: float > 0, default 1. lora_B's learning rate over lora_A's (LoRA+, arXiv 2402.12354). PyTorch
-            and JAX only.
+        loraplus_lr_ratio: float > 0, default 1. lora_B's learning rate over lora_A's (LoRA+, arXiv 2402.12354). It
+            multiplies schedules, too, and lora_B's weight decay follows its rate.
         param_groups: groups of parameters with settings of their own, as torch.optim takes them, default none. All
             parameters not in them form the remaining groups. PyTorch only.
         fused: bool or None (default), as in torch.optim.AdamW. None chooses the fused kernel where there is one, but
@@ -192,7 +192,9 @@ def optimizer(model: Any, learning_rate: float = 2e-4, weight_decay: float = 0.0
     >>> bool(mean_square(model, batches[0]) < loss)
     True
     """
-    return backend_of(model).optimizer(model, learning_rate=learning_rate, weight_decay=weight_decay, **options)
+    framework = backend_of(model)
+    check_takes(framework.optimizer, options, framework.ops.name)
+    return framework.optimizer(model, learning_rate=learning_rate, weight_decay=weight_decay, **options)
 
 
 def save(model: Any, path: str | Path, report: Report | DeferredReport | None = None) -> None:

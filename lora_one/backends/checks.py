@@ -1,7 +1,8 @@
 """Checks of batches, losses and optimizer settings, the same for every framework."""
 
+import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from lora_one.config import Config
@@ -9,6 +10,12 @@ from lora_one.errors import BatchError, ConfigError, GradientError, UnderflowWar
 
 AGAINST_OVERFLOW = "a float16 model overflows easily: use bfloat16 or float32, or look at the batches"
 TOLERATED_UNDERFLOW = 0.01  # share of a layer's gradient norm that float16 may lose without a warning
+# Options of `lora_one.optimizer` that only PyTorch's backend has -> what to do elsewhere.
+_TORCH_OPTIONS = {
+    "param_groups": ", and give these parameters an optimizer of their own beside it, by optax.partition or "
+    "mlx.optimizers.MultiOptimizer",
+    "fused": "",
+}
 
 
 def check_iterable(batches: Any) -> None:
@@ -52,8 +59,16 @@ def check_optimizer_settings(reg: Any, damping: str, loraplus_lr_ratio: float = 
         raise ConfigError(f"reg must be >= 0, got {reg}")
     if damping not in ("absolute", "relative"):
         raise ConfigError(f'damping must be "absolute" or "relative", got {damping!r}')
-    if loraplus_lr_ratio <= 0:
+    if not loraplus_lr_ratio > 0:  # not <=, which lets NaN through
         raise ConfigError(f"loraplus_lr_ratio must be > 0, got {loraplus_lr_ratio}")
+
+
+def check_takes(optimizer: Callable[..., Any], options: Iterable[str], framework: str) -> None:
+    """Raise ConfigError for options that PyTorch's optimizer has and a framework's has not."""
+    for name in sorted(_TORCH_OPTIONS.keys() & set(options) - inspect.signature(optimizer).parameters.keys()):
+        raise ConfigError(
+            f"{name} is for PyTorch models, got it for the {framework} backend: leave it out{_TORCH_OPTIONS[name]}"
+        )
 
 
 def check_finite_loss(value: float, index: int) -> float:

@@ -91,7 +91,7 @@ def lora_adamw(
     weight_decay: float = 0.0,
     reg: float | Array | None = 1e-6,
     damping: Damping = "absolute",
-    loraplus_lr_ratio: float = 1.0,
+    loraplus_lr_ratio: float | Array = 1.0,
     stack_axes: Mapping[Path, int] | None = None,
     start_steps: StartSteps | None = None,
     gamma: float = Config().first_gamma,
@@ -109,7 +109,8 @@ def lora_adamw(
         weight_decay: decoupled weight decay, 0 by default.
         reg: the preconditioner's `reg`, 1e-6 by default; None leaves the preconditioner out.
         damping: see `scale_by_lora_preconditioner`.
-        loraplus_lr_ratio: learning rate of lora_B divided by that of lora_A, 1 by default (LoRA+, arXiv 2402.12354).
+        loraplus_lr_ratio: learning rate of lora_B divided by that of lora_A, > 0, 1 by default (LoRA+, arXiv
+            2402.12354); may be traced.
         stack_axes: see `scale_by_lora_preconditioner`.
         start_steps: of `lora_one.optimizer`; None (default) and 0 make no start. Otherwise the factors must be plain
             LoRA's, B = 0, and the transformation must be the last of its chain, since the changes that make the start
@@ -134,6 +135,7 @@ def lora_adamw(
         >>> round(float(optax.apply_updates(params, updates)["kernel_lora_a"][0, 0]), 4)
         0.9
     """
+    check_optimizer_settings(reg, damping, 1.0 if isinstance(loraplus_lr_ratio, Array) else loraplus_lr_ratio)
     start = None
     if start_steps is not None:
         check_start_steps(start_steps)
@@ -149,7 +151,7 @@ def _adamw(
     weight_decay: float,
     reg: float | Array | None,
     damping: Damping,
-    loraplus_lr_ratio: float,
+    loraplus_lr_ratio: float | Array,
     stack_axes: Mapping[Path, int] | None,
     start: Start | None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -251,7 +253,7 @@ def _mirrored(layout: Layout, leaves: Leaves) -> Factors:
     )
 
 
-def _scale_b(ratio: float) -> optax.GradientTransformation:
+def _scale_b(ratio: float | Array) -> optax.GradientTransformation:
     if isinstance(ratio, (int, float)) and ratio == 1.0:
         return optax.identity()
 

@@ -194,7 +194,7 @@ class DeferredAdamW(LoraOneAdamW):
         dtypes = {_OPS.at_least_float32(child(parameters, name)).dtype for name in gradients}
         self._corrections = {dtype: self._bias_corrections(steps.astype(dtype)) for dtype in dtypes}
         return {
-            name: self.apply_single(gradient, child(parameters, name), child(self.state, name))
+            name: self._apply_named(name, gradient, child(parameters, name), child(self.state, name))
             for name, gradient in gradients.items()
         }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.optimizers import AdamW
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_map_with_path, tree_unflatten
 
 from lora_one.core.factors import Factors
 from lora_one.core.precondition import Damping, apply_inverses, damped_inverse, grams
@@ -35,6 +35,8 @@ class LoraOneAdamW(AdamW):
         reg: damping of the inverses, >= 0, default 1e-6.
         damping: "absolute" adds reg I, "relative" reg times the mean eigenvalue; default "absolute". See
             `lora_one.core.precondition.damped_inverse`.
+        loraplus_lr_ratio: learning rate of all `lora_b` divided by that of the other parameters, default 1 (LoRA+,
+            arXiv 2402.12354).
         adamw: betas, eps and weight_decay of mlx.optimizers.AdamW.
 
     Source: Zhang, Liu and Chen, "LoRA-One" (ICML 2025, arXiv 2502.01235), Algorithm 1.
@@ -56,12 +58,14 @@ class LoraOneAdamW(AdamW):
         pairs: Iterable[str] = (),
         reg: float = 1e-6,
         damping: Damping = "absolute",
+        loraplus_lr_ratio: float = 1.0,
         **adamw: Any,
     ):
         super().__init__(learning_rate, bias_correction=True, **adamw)
         self.pairs = tuple(pairs)
         self.reg = reg
         self.damping: Damping = damping
+        self.loraplus_lr_ratio = loraplus_lr_ratio
 
     def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
         super().init_single(_OPS.at_least_float32(parameter), state)
@@ -70,12 +74,23 @@ class LoraOneAdamW(AdamW):
         if self.pairs:
             gradients = self._preconditioned(gradients, parameters)
         self._corrections: dict[mx.Dtype, tuple[mx.array, mx.array]] = {}
-        updated: dict[str, Any] = super().apply_gradients(gradients, parameters)
+        if not self._initialized:
+            self.init(gradients)
+        super().apply_gradients({}, {})  # the schedules and the count of steps: MLX's own tells no names
+        updated: dict[str, Any] = tree_map_with_path(self._apply_named, gradients, parameters, self.state)
         return updated
 
-    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
+    def _apply_named(self, name: str, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
+        """Return a parameter after a step with its own learning rate."""
+        ratio = self.loraplus_lr_ratio if name.rpartition(".")[2] == "lora_b" else 1.0
+        return self.apply_single(gradient, parameter, state, ratio)
+
+    def apply_single(
+        self, gradient: mx.array, parameter: mx.array, state: dict[str, Any], ratio: float = 1.0
+    ) -> mx.array:
         gradient, wide = _OPS.at_least_float32(gradient), _OPS.at_least_float32(parameter)
         (b1, b2), rate = self.betas, self.learning_rate
+        rate = rate if ratio == 1.0 else ratio * rate
         # Once for all parameters: otherwise mx.compile would put it into its loops over the entries.
         if wide.dtype not in self._corrections:
             self._corrections[wide.dtype] = self._bias_corrections(self.step.astype(wide.dtype))

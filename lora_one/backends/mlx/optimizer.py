@@ -29,6 +29,7 @@ def optimizer(
     damping: Damping = "absolute",
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    loraplus_lr_ratio: float = 1.0,
     start_steps: StartSteps | None = None,
 ) -> LoraOneAdamW:
     """See `lora_one.optimizer` for the arguments. Here is only what is special to MLX.
@@ -47,7 +48,7 @@ def optimizer(
     >>> optimizer(model, learning_rate=1e-3, precondition=True).pairs
     ('layers.0',)
     """
-    check_optimizer_settings(reg, damping)
+    check_optimizer_settings(reg, damping, loraplus_lr_ratio)
     trainable = model.trainable_parameters()
     names = set(flat(trainable))
     if not names:
@@ -70,7 +71,8 @@ def optimizer(
     groups = groups_of(_with_both_factors(lora_sites(model), names))
     start = Start(groups, *(deferred[1:] if deferred else (0.0, 0, 0)))
     settings: dict[str, Any] = {"betas": list(betas), "eps": eps, "weight_decay": weight_decay}
-    adamw = DeferredAdamW(learning_rate, start, trainable, pairs=pairs, reg=reg, damping=damping, **settings)
+    settings |= {"pairs": pairs, "reg": reg, "damping": damping, "loraplus_lr_ratio": loraplus_lr_ratio}
+    adamw = DeferredAdamW(learning_rate, start, trainable, **settings)
     adamw.init(trainable)
     optimizer_made(model, adamw)
     if deferred:

@@ -133,7 +133,7 @@ def run(shape: tuple[int, int], kind: str, expected: dict[str, np.ndarray]) -> d
             counts = [len(traces), session.attached.gradient_function.step._cache_size()]
             gradients = collectives(compiled_step(session, placed[0], probes(session)))
         got = products(model)
-        tx = lora_one.optimizer(model, 1e-3, precondition=True, reg=1e-2)
+        tx = lora_one.optimizer(model, 1e-3, precondition=True, reg=1e-2, loraplus_lr_ratio=4.0)
         lora = nnx.state(model, nnx.LoRAParam)
         state = tx.init(lora)
 
@@ -168,7 +168,7 @@ def run(shape: tuple[int, int], kind: str, expected: dict[str, np.ndarray]) -> d
 def single_step(lora) -> list[np.ndarray]:
     """The same step on one device."""
     alone = jax.tree.map(jnp.asarray, lora)
-    tx = lora_adamw(1e-3, reg=1e-2)
+    tx = lora_adamw(1e-3, reg=1e-2, loraplus_lr_ratio=4.0)
     updates, _ = tx.update(jax.tree.map(lambda x: 0.1 * x, alone), tx.init(alone), alone)
     return [np.asarray(x) for x in jax.tree.leaves(optax.apply_updates(alone, updates))]
 
@@ -181,7 +181,8 @@ def placed_data(mesh) -> list:
 
 def deferred_training(model, data) -> nnx.Optimizer:
     """Two steps of the start, and two of AdamW."""
-    optimizer = nnx.Optimizer(model, lora_one.optimizer(model, 1e-3, start_steps=2), wrt=nnx.LoRAParam)
+    tx = lora_one.optimizer(model, 1e-3, start_steps=2, loraplus_lr_ratio=4.0)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
 
     @nnx.jit
     def step(model, optimizer, batch):

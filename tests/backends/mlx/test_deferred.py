@@ -156,12 +156,12 @@ def test_each_step_equals_core_in_float64(start_steps, noise, steps, compiled):
         assert layer.agreement == pytest.approx(float(agreement), abs=1e-5)
 
 
-@pytest.mark.parametrize("precondition", [False, True])
+@pytest.mark.parametrize(("precondition", "ratio"), [(False, 1.0), (True, 1.0), (True, 4.0)])
 @pytest.mark.parametrize("start_steps", [2, "auto"])
-def test_after_the_start_pairs_are_trained_as_by_a_new_optimizer(start_steps, precondition):
+def test_after_the_start_pairs_are_trained_as_by_a_new_optimizer(start_steps, precondition, ratio):
     model, steps = Mixed(), LEAST_STEPS if start_steps == "auto" else start_steps
     batches = gradients_of_weights(MOST_STEPS + 2, 0.05)
-    settings = {"weight_decay": 0.1, "precondition": precondition, "reg": 1e-3}
+    settings = {"weight_decay": 0.1, "precondition": precondition, "reg": 1e-3, "loraplus_lr_ratio": ratio}
     optimizer = lora_one.optimizer(model, RATE, start_steps=start_steps, **settings)
     run(model, optimizer, batches[:steps])
     fresh = Mixed()

@@ -246,6 +246,7 @@ def test_layers_of_different_rank_and_dtype_step_together():
     [
         ({"reg": -1.0}, ConfigError, "reg must be >= 0"),
         ({"loraplus_lr_ratio": 0.0}, ConfigError, "loraplus_lr_ratio must be > 0, got 0.0"),
+        ({"loraplus_lr_ratio": float("nan")}, ConfigError, "loraplus_lr_ratio must be > 0, got nan"),
         ({"damping": "none"}, ConfigError, 'must be "absolute" or "relative", got \'none\''),
     ],
 )
