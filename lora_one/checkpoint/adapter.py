@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
+
 from lora_one.core.factors import Factors
 
 
@@ -18,6 +20,15 @@ class LoraLayer(NamedTuple):
     @property
     def rank(self) -> int:
         return int(self.pairs[0].lora_A.shape[0])
+
+    def with_scale(self, scaling: float, rank: int) -> "LoraLayer":
+        """Return a layer that computes the same, with another scale and as many ranks, the new ones zero."""
+        missing, ratio = rank - self.rank, self.scaling / scaling
+        pairs = [
+            Factors(np.pad(a, [(0, missing), (0, 0)]), np.pad((b * ratio).astype(b.dtype), [(0, 0), (0, missing)]))
+            for a, b in self.pairs
+        ]
+        return self._replace(pairs=pairs, scaling=scaling)
 
 
 class Adapter(NamedTuple):

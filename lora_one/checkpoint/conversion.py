@@ -7,13 +7,14 @@ from pathlib import Path
 from lora_one.errors import CheckpointError, ConfigError
 
 from .adapter import Adapter
+from .diffusers import check_component, write_diffusers
 from .folder import METADATA, is_file, replacing_adapter
 from .llama_cpp import read_base, write_gguf
 from .mlx_lm import is_mlx_lm, read_mlx_lm, write_mlx_lm
 from .peft import check_factors, own_shapes, read_adapter, read_folder, write_peft
 from .plain_lora import setting_problems, tensor_reason
 
-LAYOUTS = ("peft", "mlx", "flax", "gguf")
+LAYOUTS = ("peft", "mlx", "flax", "diffusers", "gguf")
 # mlx-lm names an embedding's factors like a linear layer's. Only the order of axes differs, so the name must tell.
 _EMBEDDINGS = {"embed_tokens", "embed_in", "embedding", "embeddings", "tok_embeddings", "word_embeddings", "wte", "wpe"}
 
@@ -24,25 +25,28 @@ def convert(
     to: str,
     rename: Mapping[str, str] | None = None,
     base: str | Path | None = None,
+    component: str | None = None,
 ) -> None:
     """Write a copy of an adapter folder in the layout that another library opens.
 
     Use it to train an adapter with one library and run it with another, without the model at hand. Every tensor keeps
-    its values and its dtype, with these exceptions: mlx-lm and llama.cpp have one scale for all layers, so a layer with
-    another scale gets the ratio multiplied into its lora_b, in float32 or wider. gguf files are float32 throughout.
+    its values and its dtype, with these exceptions: mlx-lm, diffusers and llama.cpp have one scale for all layers, so a
+    layer with another gets the ratio multiplied into its lora_b, in float32 or wider. gguf is float32 throughout.
 
     Args:
         src: folder that PEFT, mlx-lm or lora-one wrote. If it has both layouts, mlx-lm's is read, since mlx-lm may
             have continued to train in it.
         dst: folder to write; it must not exist, or be empty. With "gguf" it is a file, which must not exist.
         to: the layout to write. "peft": for PEFT, vLLM and `lora_one.load` on PyTorch. "flax": the same layout, for
-            `lora_one.load` on JAX. "mlx": mlx-lm's layout, and PEFT's beside it. "gguf": one file, for llama.cpp.
+            `lora_one.load` on JAX. "mlx": mlx-lm's layout, and PEFT's beside it. "diffusers": for its pipelines.
+            "gguf": one file, for llama.cpp.
         rename: old prefix -> new prefix of module paths, where the two libraries name the base model's modules
             differently, such as {"transformer": "model"} for GPT-2 from transformers to mlx-lm. Default: none.
         base: folder with the base model's config.json, for "gguf" alone. Default: the one that the adapter names.
+        component: the pipeline's model that the adapter is for, such as "unet" or "transformer"; "diffusers" needs it.
 
     Raises:
-        ConfigError: an invalid `to`, `rename` or `base`.
+        ConfigError: an invalid `to`, `rename`, `base` or `component`.
         BackendError: "gguf" without the package gguf.
         CheckpointError: all that is wrong with the source, or that the destination cannot hold, at once. Nothing was
             written.
@@ -58,10 +62,7 @@ def convert(
     ['adapter_config.json', 'adapter_model.safetensors', 'adapters.safetensors', 'lora_one.json']
     """
     src, dst = Path(src), Path(dst)
-    if to not in LAYOUTS:
-        raise ConfigError(f"to must be one of {', '.join(LAYOUTS)}, got {to!r}")
-    if base is not None and to != "gguf":
-        raise ConfigError(f'base is for to="gguf" alone, got base={str(base)!r} with to={to!r}: leave it out')
+    _check_layout(to, base, component)
     _check_free(dst, to == "gguf")
     adapter = _renamed(_read_mlx_lm(src) if is_mlx_lm(src) else _read_peft(src), rename or {})
     if to == "gguf":
@@ -71,10 +72,24 @@ def convert(
     with replacing_adapter(dst) as folder:
         if to == "mlx":
             write_mlx_lm(folder, adapter, _blocks(adapter))
+        elif component is not None:
+            write_diffusers(folder, adapter, component)
         else:
             write_peft(folder, adapter)
         if metadata is not None:
             (folder / METADATA).write_bytes(metadata)
+
+
+def _check_layout(to: str, base: str | Path | None, component: str | None) -> None:
+    if to not in LAYOUTS:
+        raise ConfigError(f"to must be one of {', '.join(LAYOUTS)}, got {to!r}")
+    for name, value, layout in (("base", base, "gguf"), ("component", component, "diffusers")):
+        if value is not None and to != layout:
+            raise ConfigError(
+                f"{name} is for to={layout!r} alone, got {name}={str(value)!r} with to={to!r}: leave it out"
+            )
+    if to == "diffusers":
+        check_component(component)
 
 
 def _check_free(dst: Path, is_for_a_file: bool) -> None:

@@ -157,8 +157,7 @@ def _common_alpha(adapter: Adapter) -> float:
 
 def _factors(path: str, layer: LoraLayer, alpha: float, base: BaseModel) -> tuple[Any, Any]:
     """Return the layer's factors as llama.cpp expects them: the scale alpha / r, and rows in its order."""
-    a, b = (np.asarray(factor, np.float64) for factor in layer.pairs[0])  # (r, in), (out, r)
-    b = b * (plain_alpha(layer.scaling, layer.rank) / alpha)  # 1 for most layers
+    a, b = layer.with_scale(alpha / layer.rank, layer.rank).pairs[0]  # (r, in), (out, r)
     if base.architecture in _ROTATES_NEIGHBOURS and path.endswith((".q_proj", ".k_proj")):
         halves = b.reshape(-1, 2, base.head_dim // 2, layer.rank)  # (heads, 2, d / 2, r)
         b = halves.swapaxes(1, 2).reshape(b.shape)  # row i of a half becomes row 2i or 2i + 1

@@ -149,11 +149,10 @@ def write_mlx_lm(path: Path, adapter: Adapter, num_layers: int) -> None:
 
 def _tensors(name: str, layer: LoraLayer, rank: int, scale: float) -> dict[str, Tensor]:
     """Return the layer's factors, converted to the rank and the scale of the whole folder."""
-    missing, ratio = rank - layer.rank, layer.scaling / scale
-    a = np.stack([np.pad(pair.lora_A, [(0, missing), (0, 0)]) for pair in layer.pairs])  # (experts, r, in)
-    b = np.stack([np.pad(pair.lora_B, [(0, 0), (0, missing)]) for pair in layer.pairs])  # (experts, out, r)
-    dtype = layer.dtype
-    if ratio != 1.0:
-        b, dtype = (b * ratio).astype(b.dtype), wider(dtype, "F32")  # in bfloat16 the product would be rounded again
+    pairs = layer.with_scale(scale, rank).pairs
+    a = np.stack([pair.lora_A for pair in pairs])  # (experts, r, in)
+    b = np.stack([pair.lora_B for pair in pairs])  # (experts, out, r)
+    # In bfloat16 the product with the ratio of the scales would be rounded again.
+    dtype = layer.dtype if layer.scaling == scale else wider(layer.dtype, "F32")
     a, b = (a, b) if layer.is_switch else (a[0].T, b[0].T)
     return {f"{name}.lora_a": Tensor(a, layer.dtype), f"{name}.lora_b": Tensor(b, dtype)}

@@ -145,10 +145,13 @@ def estimate(
 def convert(
     src: Annotated[Path, typer.Argument(help="An adapter folder, of PEFT, mlx-lm or lora-one.")],
     dst: Annotated[Path, typer.Argument(help="The folder to make; for gguf the file.")],
-    to: Annotated[str, typer.Option("--to", help="peft, mlx, flax or gguf: what is to open it.")],
+    to: Annotated[str, typer.Option("--to", help="peft, mlx, flax, diffusers or gguf: what opens it.")],
     rename: Annotated[list[str] | None, typer.Option(help="OLD=NEW prefix of module paths; may be repeated.")] = None,
     base: Annotated[
         Path | None, typer.Option(help="For gguf: folder with the base model's config.json; default: the adapter's.")
+    ] = None,
+    component: Annotated[
+        str | None, typer.Option(help="For diffusers: the pipeline's model, such as unet or transformer.")
     ] = None,
 ) -> None:
     """Convert an adapter folder to the layout that another library opens."""
@@ -158,7 +161,7 @@ def convert(
     if not all(equals for _, equals, _ in pairs):
         raise typer.BadParameter(f"--rename must be OLD=NEW, got {' '.join(rename or ())}")
     with quiet(console):
-        run(src, dst, to, {old: new for old, _, new in pairs}, base)
+        run(src, dst, to, {old: new for old, _, new in pairs}, base, component)
     console.print(f"Adapter: {dst}", soft_wrap=True)
 
 

@@ -301,7 +301,7 @@ def test_stacks_of_experts_are_refused_one_by_one(tmp_path):
 def test_folders_that_convert_does_not_read_or_write(base, tmp_path):
     src = tmp_path / "src"
     write_peft(torch_model(base), src, target_modules=["q_proj"])
-    with pytest.raises(ConfigError, match=r"to must be one of peft, mlx, flax, gguf, got 'onnx'"):
+    with pytest.raises(ConfigError, match=r"to must be one of peft, mlx, flax, diffusers, gguf, got 'onnx'"):
         lora_one.convert(src, tmp_path / "dst", "onnx")
     with pytest.raises(CheckpointError, match="convert overwrites nothing"):
         lora_one.convert(src, src, "peft")

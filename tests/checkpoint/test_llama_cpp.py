@@ -245,7 +245,7 @@ def test_the_base_models_configuration_must_be_there_and_usable(tmp_path):
     text = refusal(tmp_path, base=tmp_path / "base")
     assert "base is" in text and "no folder here that has one. Give the folder: --base FOLDER" in text
     text = refusal(tmp_path, ConfigError, base=tmp_path / "base", to="peft")
-    assert 'base is for to="gguf" alone' in text and "leave it out" in text
+    assert "base is for to='gguf' alone" in text and "leave it out" in text
 
 
 def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatch):
