@@ -11,7 +11,7 @@ from lora_one.backends.torch.attachment.attach import find_sites
 from tests.backends.torch.models import Case, causal_batches, llama
 from tests.backends.torch.test_init import gradients
 
-RANK, PROCESSES = 4, 4
+RANK, PROCESSES = 4, 3  # not a power of two: one of them is left over where they merge in pairs
 CONFIGS = {
     "exact": lora_one.Config(rank=RANK, gradient="exact"),
     "one pass": lora_one.Config(rank=RANK),
