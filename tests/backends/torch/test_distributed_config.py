@@ -1,4 +1,7 @@
-"""Tensor parallelism of transformers: processes that have parts of each layer start and train it as one does."""
+"""Models that transformers spreads over processes when it loads them start and train as in one process.
+
+By tensor parallelism, where each has parts of each layer; and by its own use of FSDP2.
+"""
 
 import os
 import tempfile
@@ -128,9 +131,18 @@ def run_all(rank: int) -> dict[str, Any]:
         split(folder), peft.LoraConfig(r=3, target_modules="all-linear", lora_alpha=16 / 3**0.5 * 3)
     )
     before, _ = lora_one.init(adapted, BATCHES, config=lora_one.Config(rank=3, gradient="exact"))
+    sharded = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=PROCESSES))
+    sharded, _ = lora_one.init(sharded, BATCHES[rank::PROCESSES], config=CONFIGS["exact"])
+    optimizer = lora_one.optimizer(sharded, learning_rate=1e-2, **OPTIONS["exact"])
+    start = products(sharded)
+    by_fsdp2 = {
+        "start": start,
+        "losses": train(sharded, optimizer, range(STEPS), rank, PROCESSES),
+        "end": products(sharded),
+    }
     kinds = {is_dtensor(p) for p in before.parameters() if p.requires_grad}
     return {"runs": runs, "adapted": products(before), "kinds": kinds, "files": files(folder, rank),
-            "errors": errors(folder, rank), "resumed": resumed(folder)}  # fmt: skip
+            "errors": errors(folder, rank), "resumed": resumed(folder), "fsdp2": by_fsdp2}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +166,15 @@ def test_it_starts_and_trains_as_one_process(results, alone, name):
         if name != "deferred":
             assert got["report"].batches == len(BATCHES)
             assert got["report"].base_loss == pytest.approx(alone[name]["report"].base_loss, rel=1e-6)
+
+
+@with_dtensors
+def test_a_model_that_transformers_shards_by_fsdp2_starts_and_trains_as_one_process(results, alone):
+    for of_rank in results:
+        got = of_rank["fsdp2"]
+        assert_equal(got["start"], alone["exact"]["start"], 1e-5)
+        np.testing.assert_allclose(got["losses"], alone["exact"]["losses"], rtol=1e-5)
+        assert_equal(got["end"], alone["exact"]["end"], 1e-4)
 
 
 @with_dtensors
