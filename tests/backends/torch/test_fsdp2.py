@@ -11,12 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import lora_one
 from lora_one.backends import torch as backend
 from lora_one.backends.torch import attach_plain
 from lora_one.backends.torch.attachment.sharding import gathered
+from lora_one.errors import ModelError
 from tests.backends.torch.models import llama
 from tests.backends.torch.sharded import BATCHES, assert_equal, factors, products, shard, trained
 from tests.backends.torch.spawning import in_processes
@@ -59,6 +62,28 @@ def start(rank: int, name: str) -> dict[str, Any]:
 def before_sharding(rank: int) -> dict[str, Any]:
     model, _ = lora_one.init(llama().model, BATCHES[rank::PROCESSES], config=EXACT)
     return {"losses": trained(shard(model), rank, PROCESSES), "end": products(model)}
+
+
+def under_fsdp1(rank: int) -> dict[str, Any]:
+    """FSDP2's predecessor: a start before it trains right, and more is refused."""
+    own, texts = BATCHES[rank::PROCESSES], {}
+    model, _ = lora_one.init(llama().model, own, config=EXACT)
+    blocks = ModuleWrapPolicy({LlamaDecoderLayer})
+    model = FullyShardedDataParallel(
+        model, auto_wrap_policy=blocks, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    for name, call in {
+        "init": lambda: lora_one.init(model, own, config=EXACT),
+        "save": lambda: lora_one.save(model, "adapter"),
+        "merge": lambda: lora_one.merge(model),
+        "precondition": lambda: lora_one.optimizer(model, precondition=True),
+        "LoRA+": lambda: lora_one.optimizer(model, loraplus_lr_ratio=4.0),
+        "without data": lambda: lora_one.optimizer(model, start_steps=2),
+    }.items():
+        with pytest.raises(ModelError) as error:
+            call()
+        texts[name] = str(error.value)
+    return {"losses": trained(model, rank, PROCESSES), "texts": texts}
 
 
 def files(rank: int) -> dict[str, Any]:
@@ -132,7 +157,13 @@ def errors(rank: int) -> dict[str, str]:
 
 def run_all(rank: int) -> dict[str, Any]:
     starts = {name: start(rank, name) for name in CONFIGS}
-    return {**starts, "before": before_sharding(rank), "files": files(rank), "errors": errors(rank)}
+    return {
+        **starts,
+        "before": before_sharding(rank),
+        "FSDP1": under_fsdp1(rank),
+        "files": files(rank),
+        "errors": errors(rank),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +196,17 @@ def test_it_starts_and_trains_as_one_process(results, alone, name):
             assert got["loss"] == pytest.approx(alone["loss"], rel=1e-6)
         np.testing.assert_allclose(got["losses"], alone["losses"], rtol=1e-6)
         assert_equal(got["end"], alone["end"], 1e-4)
+
+
+def test_fsdp1_trains_a_model_that_was_started_before_and_no_more(results, alone):
+    for of_rank in results:
+        np.testing.assert_allclose(of_rank["FSDP1"]["losses"], alone["losses"], rtol=1e-6)
+        texts = of_rank["FSDP1"]["texts"]
+        for name in ("init", "save", "merge"):
+            assert "is a FullyShardedDataParallel, which shards the weights over processes" in texts[name]
+        for name in ("precondition", "LoRA+"):
+            assert "needs the factors of each layer as matrices, got 28 flattened ones" in texts[name]
+        assert "FullyShardedDataParallel" in texts["without data"] or "whole factors" in texts["without data"]
 
 
 def test_it_trains_in_mixed_precision(results, alone):
