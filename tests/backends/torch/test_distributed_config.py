@@ -75,7 +75,7 @@ def files(folder: str, rank: int) -> dict[str, Any]:
     result["losses"] = train(loaded, lora_one.optimizer(loaded, learning_rate=1e-2), range(STEPS))
     try:
         lora_one.merge(model)
-    except ModelError as error:
+    except LoraOneError as error:  # its own, or that of the process that came first
         result["error"] = str(error)
     return result
 

@@ -386,7 +386,7 @@ def test_errors_reach_all_processes_and_change_nothing(results, stage):
         assert "make lora_one.optimizer(model) before" in texts[f"{stage} optimizer"]
         assert "make lora_one.optimizer(model) before" in texts[f"{stage} optimizer of the engine"]
         assert "lora_one.init(model, batches) starts a model in an engine" in texts[f"{stage} without data"]
-        assert texts["3 merge"].startswith("ModelError: DeepSpeed ZeRO-3 keeps the weights in parts")
+        assert "DeepSpeed ZeRO-3 keeps the weights in parts" in texts["3 merge"]
         assert "deepspeed.initialize was called before the model had LoRA" in texts[f"{stage} plain"]
         assert "deepspeed.initialize was called before the model had LoRA" in texts[f"{stage} plain engine"]
 
