@@ -26,11 +26,10 @@ from .attachment.attach import Site, find_sites
 from .attachment.sharding import gathered, write
 from .linalg.precision import full_precision
 from .ops import TorchOps
-from .pairs import LoraPair, gradient_of
+from .pairs import STACK_BYTES, LoraPair, gradient_of, stacks
 
 _OPS = TorchOps()
 _ONE_BY_ONE = ("cpu",)  # types of devices that gain nothing by stacks of pairs
-_STACK_BYTES = 256 * 2**20  # of factors that are stacked at most, which bounds the memory that this takes
 States = Mapping[Tensor, dict[str, Any]]
 
 
@@ -183,9 +182,7 @@ def _batches(pairs: Sequence[LoraPair]) -> Iterator[list[LoraPair]]:
         alone = a.device.type in _ONE_BY_ONE
         kinds[index if alone else (a.device, a.dtype, b.dtype, a.shape, b.shape)].append(pair)
     for kind in kinds.values():
-        count = max(1, _STACK_BYTES // sum(factor.nbytes for factor in kind[0]))
-        for start in range(0, len(kind), count):
-            yield kind[start : start + count]
+        yield from stacks(kind, STACK_BYTES)
 
 
 def _step_together(pairs: list[LoraPair], gradient: Factors, states: States, gamma: float) -> None:

@@ -21,7 +21,7 @@ from lora_one.core.precondition import Damping, apply_inverses, damped_inverse, 
 from .attachment.sharding import is_dtensor
 from .linalg.narrow import narrow_matmul
 from .ops import TorchOps
-from .pairs import Batch, LoraPair, gradient_of
+from .pairs import STACK_BYTES, Batch, LoraPair, gradient_of, stacks
 from .spread_directions import spread_directions
 
 _STACKED_BELOW_RANK = {"cpu": 16}  # per device type; on any other, pairs of every rank are stacked
@@ -29,7 +29,6 @@ _STACKED_BELOW_RANK = {"cpu": 16}  # per device type; on any other, pairs of eve
 # Bytes of factors that are computed together, per device type. On a CPU few enough for AdamW to find their directions
 # in the cache. Elsewhere the bound limits the memory this takes; most models have less.
 _BATCH_BYTES = {"cpu": 4 * 2**20}
-_BATCH_BYTES_ELSEWHERE = 256 * 2**20
 
 
 def directions(pairs: Iterable[LoraPair], reg: float, damping: Damping) -> Iterator[Batch]:
@@ -59,9 +58,7 @@ def directions(pairs: Iterable[LoraPair], reg: float, damping: Damping) -> Itera
 
 
 def _stacked(arena: "_Arena", pairs: list[LoraPair], reg: float, damping: Damping) -> Iterator[Batch]:
-    count = max(1, arena.batch_bytes // sum(factor.nbytes for factor in pairs[0]))
-    for start in range(0, len(pairs), count):
-        batch = pairs[start : start + count]
+    for batch in stacks(pairs, arena.batch_bytes):
         arena.clear()
         factors = Factors(*map(arena.stack, zip(*batch, strict=True)))  # (n, r, in), (n, out, r)
         inverse_b, inverse_a = damped_inverse(arena, torch.stack(grams(arena, factors)), reg, damping)  # each (n, r, r)
@@ -114,7 +111,7 @@ class _Arena(TorchOps):
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
-        self.batch_bytes = _BATCH_BYTES.get(device.type, _BATCH_BYTES_ELSEWHERE)
+        self.batch_bytes = _BATCH_BYTES.get(device.type, STACK_BYTES)
         # Twice: for factors and their directions, or gradients and directions. Other devices' allocators keep freed
         # memory themselves, so that there the arena stays empty.
         count = 2 * self.batch_bytes // dtype.itemsize if device.type in _BATCH_BYTES else 0

@@ -128,8 +128,8 @@ class LoraOneAdamW(torch.optim.AdamW):
                 loss = closure()
         self._check_capture()
         pairs, start = self.pairs, self._current_start() if self.starting else None  # raises before anything is changed
-        group_of = self._places.group_of(self.param_groups)
-        group_of |= self._start_places.group_of(self.param_groups) if start is not None else {}
+        group_of = self._places.group_of(pairs)
+        group_of |= self._start_places.group_of(start.pairs) if start is not None else {}
         for group in self.param_groups:
             others = [p for p in group["params"] if p.grad is not None and id(p) not in group_of]
             self._adamw(group, others, [p.grad for p in others])

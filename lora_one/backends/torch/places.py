@@ -55,9 +55,10 @@ class Places:
         """
         return [LoraPair(*(_parameter(groups, place) for place in places)) for places in self._places]
 
-    def group_of(self, groups: Groups) -> dict[int, int]:
-        """Return id of a factor that is there now -> index of its group."""
-        return {id(_parameter(groups, place)): place.group for places in self._places for place in places}
+    def group_of(self, pairs: Sequence[LoraPair]) -> dict[int, int]:
+        """Return id of a factor of these pairs, as `pairs` has returned them -> index of its group."""
+        both = zip(self._places, pairs, strict=True)
+        return {id(x): place.group for places, pair in both for place, x in zip(places, pair, strict=True)}
 
 
 def _parameter(groups: Groups, place: _Place) -> Any:

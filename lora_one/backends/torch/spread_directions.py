@@ -16,13 +16,12 @@ from torch import Tensor
 from lora_one.core.factors import Factors
 from lora_one.core.precondition import Damping, apply_inverses, damped_inverse, grams
 
-from .attachment.sharding import is_dtensor
+from .attachment.sharding import from_part, is_dtensor
 from .ops import TorchOps
-from .pairs import Batch, LoraPair
+from .pairs import STACK_BYTES, Batch, LoraPair, stacks
 
 _OPS = TorchOps()
 _LONG = Factors(1, 0)  # the axis that is not the rank
-_BATCH_BYTES = 256 * 2**20  # of whole factors that are computed together at most
 
 
 def spread_directions(pairs: Sequence[LoraPair], reg: float, damping: Damping) -> Iterator[Batch]:
@@ -32,9 +31,8 @@ def spread_directions(pairs: Sequence[LoraPair], reg: float, damping: Damping) -
         factors: tuple[Any, ...] = pair
         kinds[tuple((_mesh(x), x.shape, x.dtype, x.grad is None) for x in factors)].append(pair)
     for kind in kinds.values():
-        count = max(1, _BATCH_BYTES // sum(x.numel() * x.element_size() for x in kind[0]))
-        for start in range(0, len(kind), count):
-            yield _of_stack(kind[start : start + count], reg, damping)
+        for stack in stacks(kind, STACK_BYTES):
+            yield _of_stack(stack, reg, damping)
 
 
 def _of_stack(pairs: list[LoraPair], reg: float, damping: Damping) -> Batch:
@@ -87,7 +85,7 @@ class _Stack:
         if not self._is_spread:
             return list(local.to(like.dtype).unbind())
         stack = self._dtensor(local.to(like.dtype), self._kept()).redistribute(placements=self._placements())
-        return [_dtensor(x, like, like.placements, like.shape) for x in stack.to_local().unbind()]
+        return [from_part(x, like, like.placements, like.shape) for x in stack.to_local().unbind()]
 
     def _gathered(self, xs: list[Any]) -> Tensor:
         if not self._is_spread:
@@ -98,7 +96,7 @@ class _Stack:
 
     def _dtensor(self, local: Tensor, placements: Sequence[Any]) -> Any:
         like = self.factors[0]
-        return _dtensor(local, like, placements, (len(local), *like.shape))
+        return from_part(local, like, placements, (len(local), *like.shape))
 
     def _placements(self) -> list[Any]:
         """Return the placements of the stack."""
@@ -115,11 +113,3 @@ class _Stack:
 
 def _mesh(x: Any) -> Any:
     return (x.device_mesh, x.placements) if is_dtensor(x) else None
-
-
-def _dtensor(local: Tensor, like: Any, placements: Sequence[Any], shape: Sequence[int]) -> Any:
-    from torch.distributed.tensor import DTensor
-
-    size = torch.Size(shape)
-    stride = torch.empty(size, device="meta").stride()
-    return DTensor.from_local(local, like.device_mesh, placements, run_check=False, shape=size, stride=stride)

@@ -5,6 +5,7 @@ and may leave them whole after it. What is written into whole ones is lost, so t
 anything reads or writes them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -95,6 +96,16 @@ def is_spread(tensor: Tensor) -> bool:
 def is_dtensor(tensor: Any) -> bool:
     """Return whether a tensor is a DTensor, without importing what some builds of PyTorch do not have."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def from_part(part: Tensor, like: Any, placements: Sequence[Any], shape: Sequence[int]) -> Any:
+    """Return the DTensor of this shape, on the mesh of another one, of which this process has a part."""
+    from torch.distributed.tensor import DTensor
+
+    whole = torch.empty(shape, device="meta")
+    return DTensor.from_local(
+        part, like.device_mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 def check_sharding(model: nn.Module) -> None:

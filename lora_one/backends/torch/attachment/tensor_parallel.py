@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_one.errors import ModelError
 
-from .sharding import is_dtensor, units
+from .sharding import from_part, is_dtensor, units
 
 _SPLIT = {0: "lora_B", 1: "lora_A"}  # axis of W that is split -> the factor that is split along the same axis
 
@@ -28,8 +28,10 @@ def check_visible(model: nn.Module) -> None:
     Raises:
         ModelError: they are smaller weights, of which nothing tells that they are parts.
     """
+    if any(map(is_dtensor, model.parameters())):
+        return
     for path, module in model.named_modules():
-        if getattr(module, "_hf_tp_plan", None) and not any(map(is_dtensor, model.parameters())):
+        if getattr(module, "_hf_tp_plan", None):
             raise ModelError(
                 f"{path}: it is split over processes by tensor parallelism, and its weight does not show it: load the "
                 "model by transformers 5.17 or newer, or whole"
@@ -55,14 +57,10 @@ def whole_columns(x: Tensor, features: int, weight: Any) -> Tensor:
     """
     if x.shape[-1] == features:
         return x
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import Shard
 
-    whole = x.new_empty((*x.shape[:-1], features), device="meta")
-    split = [Shard(x.ndim - 1)]
-    parts = DTensor.from_local(
-        x.contiguous(), weight.device_mesh, split, run_check=False, shape=whole.shape, stride=whole.stride()
-    )
-    return parts.full_tensor()
+    whole: Tensor = from_part(x.contiguous(), weight, [Shard(x.ndim - 1)], (*x.shape[:-1], features)).full_tensor()
+    return whole
 
 
 def prepare_factors(adapted: nn.Module, adapter: str) -> None:

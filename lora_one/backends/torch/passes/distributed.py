@@ -15,7 +15,6 @@ class Replicas:
     """The processes with batches of their own, which compute one start together.
 
     Attributes:
-        several: whether there are others than this one.
         size: how many there are.
 
     Args:
@@ -24,9 +23,13 @@ class Replicas:
     """
 
     def __init__(self, processes: Processes, alone: bool):
-        self.several = is_parallel() and not alone
-        self.size = dist.get_world_size() if self.several else 1
+        self.size = dist.get_world_size() if is_parallel() and not alone else 1
         self._processes = processes
+
+    @property
+    def several(self) -> bool:
+        """Whether there are others than this one."""
+        return self.size > 1
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of `x` over all of them, in place. Every process must call it, in the same order."""

@@ -62,7 +62,7 @@ def test_each_step_is_that_of_core_in_float64_numpy(monkeypatch, make, dtype, to
 
 def test_stacks_in_parts_are_stacks(monkeypatch):
     monkeypatch.setattr(deferred, "_ONE_BY_ONE", ())
-    monkeypatch.setattr(deferred, "_STACK_BYTES", 3 * 4 * 4 * (32 + 32))  # of three pairs of 32 x 32
+    monkeypatch.setattr(deferred, "STACK_BYTES", 3 * 4 * 4 * (32 + 32))  # of three pairs of 32 x 32
     assert_steps_of_core(begun(llama), 1e-4)
 
 
