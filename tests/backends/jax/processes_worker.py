@@ -27,6 +27,7 @@ from lora_one.backends import processes
 from lora_one.backends.jax import LinenModel, PytreeModel
 from tests.backends.jax.mesh_script import Unfolded, collectives
 from tests.backends.jax.models import regression
+from tests.outcome import outcome
 
 RANK = jax.process_index()
 FAILING = 1  # the rank
@@ -226,15 +227,6 @@ def trees(folder: Path) -> dict[str, Arrays]:
     results["the same numbers on each host"] = products(lora_one.init(net_on(mesh, "tensor"), DATA, loss_fn, EXACT)[0])
     results["a model on each host"] = products(lora_one.init(net, data, loss_fn, EXACT)[0])
     return results
-
-
-def outcome(call: Callable[[], object]) -> tuple[str, str]:
-    """Return the class of the error, and its message."""
-    try:
-        call()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "", ""
 
 
 def raising(*_):

@@ -25,7 +25,7 @@ def shard(model: nn.Module, **settings: Any) -> nn.Module:
 
 def factors(model) -> dict[str, np.ndarray]:
     return {
-        f"{site.layer.name}.{side}": gathered(getattr(site, side).weight.detach()).double().numpy()
+        f"{site.layer.name}.{side}": gathered(getattr(site, side).weight).detach().double().numpy()
         for site in find_sites(model)
         for side in FACTORS
     }

@@ -23,6 +23,7 @@ from lora_one.errors import LoraOneError
 from tests.backends.torch.models import llama
 from tests.backends.torch.sharded import BATCHES, assert_equal, factors, products, shard, trained
 from tests.backends.torch.spawning import in_processes
+from tests.outcome import error_of
 
 RANK, PROCESSES = 3, 2  # a rank that the processes cannot share equally
 EXACT = lora_one.Config(rank=RANK, gradient="exact")
@@ -123,11 +124,7 @@ def errors(rank: int) -> dict[str, str]:
     texts = {}
 
     def note(name: str, call: Callable[[], Any]) -> None:
-        try:
-            call()
-            texts[name] = ""
-        except Exception as error:
-            texts[name] = f"{type(error).__name__}: {error}"
+        texts[name] = error_of(call)
 
     def loss_of(factor: float, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return model(**batch).loss * (factor if rank == 1 else 1.0)

@@ -12,6 +12,7 @@ from lora_one.backends import processes
 from lora_one.errors import ProcessError
 from tests.backends.torch.models import mlp
 from tests.backends.torch.spawning import in_processes
+from tests.outcome import outcome
 
 CONFIG = lora_one.Config(rank=2, gradient="exact")
 FAILING = 1  # the rank
@@ -55,15 +56,6 @@ CASES: dict[str, tuple[Callable[[], object], str, str]] = {
     "an unsuitable model": (
         lambda: lora_one.init(torch.nn.Tanh(), [1], config=CONFIG), "ModelError", ""),
 }  # fmt: skip
-
-
-def outcome(call: Callable[[], object]) -> tuple[str, str]:
-    """Return the class of the error, and its message."""
-    try:
-        call()
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "", ""
 
 
 def run_all(rank: int) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import lora_one
 from lora_one.backends.torch import attach_plain
-from lora_one.backends.torch.attachment.attach import find_sites
-from lora_one.backends.torch.attachment.sharding import gathered
 from tests.backends.torch.models import causal_batches, llama
+from tests.backends.torch.sharded import assert_equal, factors, products
 from tests.backends.torch.spawning import in_processes
+from tests.outcome import error_of
 
 RANK, PROCESSES, LEARNING_RATE = 3, 2, 1e-2
 EXACT = lora_one.Config(rank=RANK, gradient="exact")
@@ -71,20 +71,6 @@ CASES |= {
     "2 bfloat16": Case(2, "after", settings={"bf16": {"enabled": True}}),
     "3 bfloat16": Case(3, "after", settings={"bf16": {"enabled": True}}),
 }
-
-
-def factors(model: nn.Module) -> dict[str, np.ndarray]:
-    return {
-        f"{site.layer.name}.{side}": gathered(getattr(site, side).weight).detach().double().numpy()
-        for site in find_sites(model)
-        for side in ("lora_A", "lora_B")
-    }
-
-
-def products(model: nn.Module) -> dict[str, np.ndarray]:
-    pairs = factors(model)
-    return {site.layer.name: pairs[f"{site.layer.name}.lora_B"] @ pairs[f"{site.layer.name}.lora_A"]
-            for site in find_sites(model)}  # fmt: skip
 
 
 def masters(model: nn.Module) -> dict[str, np.ndarray]:
@@ -224,11 +210,7 @@ def errors(rank: int, folder: str) -> dict[str, Any]:
     texts: dict[str, Any] = {}
 
     def note(name: str, call: Callable[[], Any]) -> None:
-        try:
-            call()
-            texts[name] = ""
-        except Exception as error:
-            texts[name] = f"{type(error).__name__}: {error}"
+        texts[name] = error_of(call)
 
     def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return model(**batch).loss * (float("nan") if rank == 1 else 1.0)
@@ -320,12 +302,6 @@ def alone() -> Callable[[Case], dict[str, Any]]:
         return kept[key]
 
     return of
-
-
-def assert_equal(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = 1e-5) -> None:
-    assert got.keys() == expected.keys()
-    for key, x in expected.items():
-        np.testing.assert_allclose(got[key], x, atol=tolerance * np.abs(x).max(), err_msg=key)
 
 
 @pytest.mark.parametrize("name", CASES)
