@@ -30,7 +30,7 @@ def initialize(session: Session, config: Config, backend: str, began: float) -> 
         GradientError: a gradient that is not finite.
     """
     for layer in session.layers:
-        _check_rank(layer, backend)
+        _check_rank(layer)
     spectra = exact_gradients(session) if config.gradient == "exact" else sketch_gradients(session, config)
     entries = _layer_reports(session, spectra)
     _check_some_gradient(entries)
@@ -60,21 +60,20 @@ def initialize_without_data(session: Session, config: Config, backend: str) -> D
         ModelError: a rank above a layer's size.
     """
     for layer in session.layers:
-        _check_rank(layer, backend)
+        _check_rank(layer)
         _assign_plain_to(session, config, layer)
     return new_report(backend, config, session.layers)
 
 
-def _check_rank(layer: Layer, backend: str) -> None:
+def _check_rank(layer: Layer) -> None:
     """Raise ModelError for a rank above a layer's size."""
     limit = min(layer.out_features, layer.in_features)
     if layer.rank > limit:
         head = layer.name.rpartition(".")[2]
-        # Only PyTorch's backend has modules_to_save.
-        whole = f", or, where it is a new head, train it whole: Config(modules_to_save=[{head!r}])"
         raise ModelError(
             f"layer {layer.name!r}: rank must be <= min(out, in) = {limit}, got {layer.rank}; lower the rank, "
-            f"leave the layer out of the targets{whole if backend == 'torch' else ''}"
+            f"leave the layer out of the targets, or, where it is a new head, train it whole: "
+            f"Config(modules_to_save=[{head!r}])"
         )
 
 

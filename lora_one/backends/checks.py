@@ -39,13 +39,17 @@ def check_readings(batches: Iterator[Any], config: Config, folds: bool) -> None:
         )
 
 
-def check_no_torch_settings(config: Config, framework: str) -> None:
-    """Raise ConfigError for settings that only PyTorch's backend has: `modules_to_save` and `recompute=True`."""
+def check_no_whole_modules(config: Config, framework: str) -> None:
+    """Raise ConfigError for `modules_to_save`, in a backend that trains LoRA alone."""
     if config.modules_to_save:
         raise ConfigError(
-            f"modules_to_save is for PyTorch models, got {config.modules_to_save} for a model of {framework}: leave it "
-            "out, and train the head as your own parameters beside the LoRA ones"
+            f"modules_to_save must be empty for a model of {framework}, got {config.modules_to_save}: leave it out, "
+            "and train the head as your own parameters beside the LoRA ones"
         )
+
+
+def check_no_torch_settings(config: Config, framework: str) -> None:
+    """Raise ConfigError for the setting that only PyTorch's backend has, `recompute=True`."""
     if config.recompute is True:
         raise ConfigError(
             f"recompute=True is for PyTorch models, got it for a model of {framework}: leave it out, and checkpoint in "

@@ -8,6 +8,8 @@ import numpy as np
 
 from lora_one.core.factors import Factors
 
+from .tensors import Tensor
+
 
 class LoraLayer(NamedTuple):
     """The LoRA factors of one layer: they add scaling * B A to its weight."""
@@ -38,3 +40,5 @@ class Adapter(NamedTuple):
     dropout: float = 0.0
     task: str | None = None  # PEFT's task_type
     notes: Mapping[str, str] = MappingProxyType({})  # a backend's own entries in the header of PEFT's file
+    modules_to_save: tuple[str, ...] = ()  # paths of the modules that were trained whole
+    whole: Mapping[str, Tensor] = MappingProxyType({})  # their parameters, by path: see `whole`

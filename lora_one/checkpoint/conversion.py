@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from lora_one.errors import CheckpointError, ConfigError
 
@@ -13,6 +14,7 @@ from .llama_cpp import read_base, write_gguf
 from .mlx_lm import is_mlx_lm, read_mlx_lm, write_mlx_lm
 from .peft import check_factors, own_shapes, read_adapter, read_folder, write_peft
 from .plain_lora import setting_problems, tensor_reason
+from .whole import PREFIX
 
 LAYOUTS = ("peft", "mlx", "flax", "diffusers", "gguf")
 # mlx-lm names an embedding's factors like a linear layer's. Only the order of axes differs, so the name must tell.
@@ -65,6 +67,8 @@ def convert(
     _check_layout(to, base, component)
     _check_free(dst, to == "gguf")
     adapter = _renamed(_read_mlx_lm(src) if is_mlx_lm(src) else _read_peft(src), rename or {})
+    if to in ("mlx", "diffusers", "gguf") and adapter.modules_to_save:
+        _refuse(src, setting_problems({"modules_to_save": list(adapter.modules_to_save)}))
     if to == "gguf":
         write_gguf(dst, adapter, read_base(src, None if base is None else Path(base)))
         return
@@ -113,11 +117,13 @@ def _metadata(src: Path) -> bytes | None:
 
 def _read_peft(src: Path) -> Adapter:
     folder = read_folder(src)
-    problems = setting_problems(folder.config)
-    problems += [f"{name}: {tensor_reason(name)}" for name in sorted(folder.others)]
+    problems = setting_problems(folder.config, allowed=("modules_to_save",))
+    whole = folder.whole
+    unknown = [name for name in sorted(folder.others) if name.removeprefix(PREFIX) not in whole]
+    problems += [f"{name}: {tensor_reason(name)}" for name in unknown]
     problems += check_factors(folder, own_shapes(folder))
     if problems:
-        raise CheckpointError(f"the adapter in {src} is more than plain LoRA on linear layers", problems)
+        _refuse(src, problems)
     return read_adapter(folder)
 
 
@@ -130,25 +136,33 @@ def _read_mlx_lm(src: Path) -> Adapter:
         elif name.rpartition(".")[2] in _EMBEDDINGS:
             problems.append(f"{name}: LoRA on an embedding: its factors are looked up, not multiplied")
     if problems:
-        raise CheckpointError(f"the adapter in {src} is more than plain LoRA on linear layers", problems)
+        _refuse(src, problems)
     return adapter
 
 
+def _refuse(src: Path, problems: list[str]) -> NoReturn:
+    raise CheckpointError(f"the adapter in {src} is more than plain LoRA on linear layers", problems)
+
+
 def _renamed(adapter: Adapter, prefixes: Mapping[str, str]) -> Adapter:
-    layers, used = {}, set()
-    for name, layer in adapter.layers.items():
+    used = set()
+
+    def renamed(name: str) -> str:
         for old, new in prefixes.items():
             if name == old or name.startswith(f"{old}."):
                 used.add(old)
-                name = f"{new}{name.removeprefix(old)}".removeprefix(".")
-                break
-        layers[name] = layer
+                return f"{new}{name.removeprefix(old)}".removeprefix(".")
+        return name
+
+    layers = {renamed(name): layer for name, layer in adapter.layers.items()}
+    whole = {renamed(name): tensor for name, tensor in adapter.whole.items()}
     unused = sorted(prefixes.keys() - used)
     if unused:
         raise ConfigError(f"rename must name prefixes of module paths, got {unused}; paths are as {next(iter(layers))}")
     if len(layers) != len(adapter.layers):
         raise ConfigError(f"rename must keep module paths apart, got {dict(prefixes)}: two would have one name")
-    return adapter._replace(layers=layers)
+    modules = tuple(map(renamed, adapter.modules_to_save))
+    return adapter._replace(layers=layers, modules_to_save=modules, whole=whole)
 
 
 def _blocks(adapter: Adapter) -> int:

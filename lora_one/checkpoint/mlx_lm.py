@@ -14,9 +14,10 @@ from lora_one.files.json_files import read_object
 
 from .adapter import Adapter, LoraLayer
 from .folder import CONFIG, MLX_WEIGHTS, WEIGHTS, is_file
-from .peft import peft_config, peft_tensors, write_config
-from .peft_config import LARGEST_ALPHA, is_dropout, is_rank
+from .peft import peft_config, peft_tensors, write_config, write_peft
+from .peft_config import LARGEST_ALPHA, config_problems, is_dropout, is_rank
 from .tensors import Tensor, read_tensors, tensor_names, wider, write_tensors
+from .whole import channels_first, channels_last, whole_module, whole_modules
 
 Shapes = Mapping[str, tuple[int, ...]]  # path -> (out, in), or (experts, out, in)
 
@@ -61,13 +62,19 @@ def read_mlx_lm(path: Path, model: Shapes | None = None) -> Adapter:
         problems += wrong_shapes
         if not wrong_shapes:
             layers[name] = _layer(a, b, scale)
-    problems += [f"{key}: neither lora_a nor lora_b of a linear layer" for key in tensors]
+    names = _names_to_save(path)
+    whole = {
+        key: Tensor(channels_first(key, array), dtype)
+        for key, (array, dtype) in tensors.items()
+        if key.rpartition(".")[2] not in ("lora_a", "lora_b") and whole_module(key, names)
+    }
+    problems += [f"{key}: neither lora_a nor lora_b of a linear layer" for key in tensors if key not in whole]
     if not layers and not problems:
         problems.append(f"{MLX_WEIGHTS}: no LoRA factors in it")
     if problems:
         verdict = "cannot be read" if model is None else "does not fit the model"
         raise CheckpointError(f"the adapter in {path} {verdict}", problems)
-    return Adapter(layers, dropout)
+    return Adapter(layers, dropout, modules_to_save=whole_modules(whole, names), whole=whole)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -103,6 +110,15 @@ def _read_parameters(path: Path) -> tuple[int, float, float]:
     return rank, float(scale), float(dropout)
 
 
+def _names_to_save(path: Path) -> list[str]:
+    """Return the modules that were trained whole, of which only a configuration in both dialects tells."""
+    config = _read_config(path)
+    problems = config_problems({"modules_to_save": config.get("modules_to_save")})
+    if problems:
+        raise CheckpointError(f"{path / CONFIG}: its settings cannot be used", problems)
+    return config.get("modules_to_save") or []
+
+
 def _shape_problems(name: str, a: tuple[int, ...], b: tuple[int, ...], rank: int, model: Shapes | None) -> list[str]:
     if model is not None and name not in model:
         return [f"{name}: the model has no such linear layer"]
@@ -127,21 +143,29 @@ def _layer(a: Tensor, b: Tensor, scale: float) -> LoraLayer:
 def write_mlx_lm(path: Path, adapter: Adapter, num_layers: int) -> None:
     """Write an adapter into an empty folder, as mlx-lm opens it, and in PEFT's layout beside it.
 
-    PEFT's layout is left out for a stack of experts, which PEFT cannot name.
+    PEFT's layout is left out for a stack of experts, which PEFT cannot name, and mlx-lm's where modules were trained
+    whole, since mlx-lm opens nothing but factors. With both in one adapter, `lora_one.load` alone opens the folder.
 
     Args:
         num_layers: the number of blocks of the model, which mlx-lm's configuration must hold.
     """
+    has_experts = any(layer.is_switch for layer in adapter.layers.values())
+    if adapter.modules_to_save and not has_experts:
+        write_peft(path, adapter)
+        return
     rank = max(layer.rank for layer in adapter.layers.values())
     scales = Counter(layer.scaling for layer in adapter.layers.values() if layer.scaling)
     scale = scales.most_common(1)[0][0] if scales else 1.0  # layers of scale 0 get a lora_b of zeros
     parameters = {"rank": rank, "scale": scale, "dropout": adapter.dropout, "keys": list(adapter.layers)}
     config: dict[str, Any] = {"fine_tune_type": "lora", "num_layers": num_layers, "lora_parameters": parameters}
+    config["modules_to_save"] = list(adapter.modules_to_save) or None
     tensors = {}
     for name, layer in adapter.layers.items():
         tensors.update(_tensors(name, layer, rank, scale))
+    for name, (array, dtype) in adapter.whole.items():
+        tensors[name] = Tensor(channels_last(name, array), dtype)
     write_tensors(path / MLX_WEIGHTS, tensors, "mlx")
-    if not any(layer.is_switch for layer in adapter.layers.values()):
+    if not has_experts:
         config.update(peft_config(adapter))
         write_tensors(path / WEIGHTS, peft_tensors(adapter), "pt")
     write_config(path, config)

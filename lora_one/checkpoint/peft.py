@@ -2,9 +2,10 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,7 @@ from .peft_config import check_patterns, config_problems
 from .plain_lora import remedy, tensor_reason
 from .scales import layer_ranks, layer_scalings, plain_settings
 from .tensors import Tensor, read_tensors, wider, write_tensors
+from .whole import PREFIX, whole_in_file, whole_modules, whole_problems
 
 PEFT_KEY = "base_model.model.{path}.lora_{side}.weight"
 PEFT_BASE_KEY = "base_model.model.{path}.base_layer.weight"
@@ -41,6 +43,16 @@ class AdapterFolder:
     ranks: dict[str, int]  # layer -> its rank by the configuration
     scalings: dict[str, float]  # layer -> the factor s by the configuration
     others: Mapping[str, Shape]  # tensors that are no LoRA factors: key -> shape
+
+    @property
+    def whole(self) -> dict[str, Shape]:
+        """The parameters of modules that were trained whole: path in the base model -> shape."""
+        return whole_in_file(self.config, self.others)
+
+    @property
+    def modules_to_save(self) -> tuple[str, ...]:
+        """The paths of the modules that were trained whole."""
+        return whole_modules(self.whole, self.config.get("modules_to_save") or ())
 
 
 def read_folder(path: Path) -> AdapterFolder:
@@ -104,7 +116,7 @@ def _read_shapes(file: Path) -> tuple[dict[str, dict[str, Shape]], dict[str, Sha
 
 
 def read_adapter(folder: AdapterFolder) -> Adapter:
-    """Read the factors of a folder in PEFT's layout, with each layer's own scale.
+    """Read the factors of a folder in PEFT's layout, with each layer's own scale, and what was trained whole.
 
     Raises:
         CheckpointError: factors do not have the configuration's ranks, lack a partner, or are not floating point.
@@ -113,12 +125,21 @@ def read_adapter(folder: AdapterFolder) -> Adapter:
     if problems:
         raise CheckpointError(f"{folder.path / WEIGHTS} does not hold what {CONFIG} says", problems)
     names = {layer: [PEFT_KEY.format(path=layer, side=side) for side in "AB"] for layer in folder.lora_A}
-    tensors = read_tensors(folder.path / WEIGHTS, {name for pair in names.values() for name in pair})
+    of_modules = {path: f"{PREFIX}{path}" for path in folder.whole}
+    tensors = read_tensors(
+        folder.path / WEIGHTS, {name for pair in (*names.values(), of_modules.values()) for name in pair}
+    )
     layers = {}
     for layer, (a, b) in names.items():
         pair = Factors(tensors[a].array, tensors[b].array)
         layers[layer] = LoraLayer([pair], folder.scalings[layer], wider(tensors[a].dtype, tensors[b].dtype))
-    return Adapter(layers, float(folder.config.get("lora_dropout") or 0.0), folder.config.get("task_type"))
+    return Adapter(
+        layers,
+        float(folder.config.get("lora_dropout") or 0.0),
+        folder.config.get("task_type"),
+        modules_to_save=folder.modules_to_save,
+        whole={path: tensors[key] for path, key in of_modules.items()},
+    )
 
 
 def own_shapes(folder: AdapterFolder) -> dict[str, tuple[int, int]]:
@@ -130,18 +151,25 @@ def own_shapes(folder: AdapterFolder) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def check_folder(folder: AdapterFolder, linear: LinearShapes) -> list[str]:
+def check_folder(
+    folder: AdapterFolder,
+    linear: LinearShapes,
+    parameters: Mapping[str, Shape | str] = MappingProxyType({}),
+    held: Collection[str] | None = None,
+) -> list[str]:
     """Return all reasons why an adapter does not belong to a model: its factors, and other tensors in the file.
 
     Args:
         linear: the model's linear layers.
+        parameters: those that can be trained whole, default none; and `held`: see `whole_problems`.
 
     Returns:
         One sentence per problem; empty if there is none.
     """
-    trained_whole = tuple(folder.config.get("modules_to_save") or ())
-    unknown = [key for key in folder.others if not any(f".{name}." in f".{key}." for name in trained_whole)]
-    return check_factors(folder, linear) + [unknown_tensor(key) for key in unknown]
+    whole = folder.whole
+    unknown = [key for key in folder.others if key.removeprefix(PREFIX) not in whole]
+    problems = check_factors(folder, linear) + [unknown_tensor(key) for key in unknown]
+    return problems + whole_problems(whole, folder.modules_to_save, parameters, held)
 
 
 def check_factors(folder: AdapterFolder, linear: LinearShapes) -> list[str]:
@@ -185,7 +213,7 @@ def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
         PEFT_KEY.format(path=name, side=side): Tensor(factor, layer.dtype)
         for name, layer in adapter.layers.items()
         for side, factor in zip("AB", layer.pairs[0], strict=True)
-    }
+    } | {f"{PREFIX}{path}": tensor for path, tensor in adapter.whole.items()}
 
 
 def peft_config(adapter: Adapter) -> dict[str, Any]:
@@ -199,7 +227,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
         "lora_dropout": adapter.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
-        "modules_to_save": None,
+        "modules_to_save": list(adapter.modules_to_save) or None,
         "target_modules": list(adapter.layers),
     }
 

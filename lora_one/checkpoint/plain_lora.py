@@ -1,7 +1,7 @@
 """What a PEFT adapter can hold besides plain LoRA on linear layers, and why other libraries cannot open it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_one.checks import shown
@@ -37,11 +37,17 @@ _TENSORS = (
 )
 
 
-def setting_problems(config: Mapping[str, Any]) -> list[str]:
-    """Return one sentence per setting of adapter_config.json that is not plain LoRA's; unknown settings count."""
+def setting_problems(config: Mapping[str, Any], allowed: Collection[str] = ()) -> list[str]:
+    """Return one sentence per setting of adapter_config.json that is not plain LoRA's; unknown settings count.
+
+    Args:
+        allowed: settings that are not plain LoRA's, and no problem for the caller.
+    """
     unknown = "not known here, and it may change what is computed"
     problems = [
-        f"{name}={shown(value)}: {_REASONS.get(name, unknown)}" for name, value in settings_beyond(config).items()
+        f"{name}={shown(value)}: {_REASONS.get(name, unknown)}"
+        for name, value in settings_beyond(config).items()
+        if name not in allowed
     ]
     start = config.get("init_lora_weights")
     if not keeps_base(start):

@@ -204,10 +204,6 @@ REFUSED_PEFT = {
         {"lora_bias": True, "target_modules": ["q_proj"]},
         ["lora_bias=True: LoRA with a bias", *(f"layers.{i}.self_attn.q_proj.lora_B.bias: a bias" for i in (0, 1))],
     ),
-    "modules-to-save": (
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-        ["modules_to_save=['lm_head']: layers that were trained whole", "base_model.model.lm_head.weight: a weight"],
-    ),
     "embedding": (
         {"target_modules": ["embed_tokens", "q_proj"]},
         ["embed_tokens.lora_embedding_A: LoRA on an embedding", "embed_tokens.lora_embedding_B: LoRA on an embedding"],
@@ -246,10 +242,21 @@ def test_what_is_more_than_lora_is_refused_with_every_reason(name, base, tmp_pat
             assert reason in text
 
 
+def test_modules_that_were_trained_whole_go_where_they_have_a_place(base, tmp_path):
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    write_peft(torch_model(base), src, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    assert "modules_to_save=['lm_head']: layers that were trained whole" in refusal(src, "mlx")
+    lora_one.convert(src, dst, "peft", rename={"lm_head": "head"})
+    before, after = (read_tensors(folder / "adapter_model.safetensors") for folder in (src, dst))
+    key = "base_model.model.{}.weight"
+    np.testing.assert_array_equal(after[key.format("head")].array, before[key.format("lm_head")].array)
+    assert json.loads((dst / "adapter_config.json").read_text())["modules_to_save"] == ["head"]
+
+
 @pytest.mark.parametrize("backend", ["jax", "mlx"])
 def test_load_leaves_out_no_more_than_convert_does(backend, base, tmp_path):
-    write_peft(torch_model(base), tmp_path, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    with pytest.raises(CheckpointError, match=r"modules_to_save=\['lm_head'\]: layers that were trained whole"):
+    write_peft(torch_model(base), tmp_path, target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    with pytest.raises(CheckpointError, match=r"trainable_token_indices=\[1, 2\]: embeddings of single tokens"):
         opened_by_lora_one(backend, base, tmp_path)
 
 

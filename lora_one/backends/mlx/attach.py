@@ -18,6 +18,7 @@ from lora_one.errors import ModelError
 from .layout import LoraModule, dropout_of, is_switch
 from .targets import SWITCH, find_targets, warn_of_left_out
 from .tree import Place, places
+from .whole import find_whole, train_whole, whole_modules
 
 LORA = (LoRALinear, LoRASwitchLinear)
 OTHER_ADAPTERS = (DoRALinear, DoRAEmbedding, LoRAEmbedding)
@@ -58,7 +59,8 @@ def attach_plain(model: nn.Module, config: Config) -> nn.Module:
 
     Args:
         model: an `mlx.nn.Module` without LoRA.
-        config: `rank`, `alpha`, `use_rslora`, `targets`, `dropout` and `seed` count. A is drawn by the seed.
+        config: `rank`, `alpha`, `use_rslora`, `targets`, `modules_to_save`, `dropout` and `seed` count. A is drawn by
+            the seed.
 
     Returns:
         The model itself.
@@ -82,15 +84,20 @@ def attach_plain(model: nn.Module, config: Config) -> nn.Module:
 def attach_lora(model: nn.Module, config: Config) -> nn.Module:
     """Freeze a plain model and put LoRA on its targets, in place, with its usual start. `Snapshot` can undo it.
 
+    The modules that are trained whole stay unfrozen.
+
     Warns:
         TargetsWarning: "all-linear" leaves weights out.
     """
-    targets = find_targets(model, config.targets)
+    whole = find_whole(model, config.modules_to_save)
+    paths = [place.path for place in whole]
+    targets = find_targets(model, config.targets, paths)
     if config.targets == "all-linear":
-        warn_of_left_out(model, targets)
+        warn_of_left_out(model, targets, paths)
     model.freeze()
     for place in targets:
         attach_layer(place, config.rank, config.scaling, config.dropout)
+    train_whole(place.module for place in whole)
     return model
 
 
@@ -148,7 +155,7 @@ def lora_sites(model: nn.Module) -> list[Site]:
     return [Site(place, _layers(place)) for place in places(model) if isinstance(place.module, LORA)]
 
 
-def check_adapter_fits(sites: list[Site], config: Config) -> None:
+def check_adapter_fits(model: nn.Module, sites: list[Site], config: Config) -> None:
     """Check that a `Config` asks for nothing else than the LoRA layers that the model has already.
 
     Raises:
@@ -167,6 +174,9 @@ def check_adapter_fits(sites: list[Site], config: Config) -> None:
             wrong[f"dropout {config.dropout} (the adapter's: {dropout:g})"] = None
     if config.targets != default.targets:
         wrong[f"targets {config.targets!r}"] = None
+    held = whole_modules(model)
+    if config.modules_to_save and not all(any(path.endswith(n) for path in held) for n in config.modules_to_save):
+        wrong[f"modules_to_save {config.modules_to_save} (the adapter's: {tuple(held)})"] = None
     if wrong:
         raise ModelError(
             "a model with LoRA layers keeps its adapter's own settings, but the Config asks for "

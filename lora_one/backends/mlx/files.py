@@ -1,5 +1,6 @@
 """Adapters of MLX models on disk: save them, and load them after checks. What is on disk is NumPy's until here."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from lora_one.checkpoint.peft import check_folder, read_folder
 from lora_one.checkpoint.peft import read_adapter as read_peft
 from lora_one.checkpoint.plain_lora import setting_problems
 from lora_one.checkpoint.tensors import STORED_NAMES
+from lora_one.checkpoint.whole import is_within, whole_problems
 from lora_one.checks import shown_names
 from lora_one.core.factors import Factors
 from lora_one.errors import CheckpointError, warn_user
@@ -22,6 +24,7 @@ from .layout import dropout_of, is_switch, read_pairs, set_dropout, write_pairs
 from .merge import require_sites
 from .targets import columns, is_linear
 from .tree import Snapshot, flat, places
+from .whole import fill_whole, parameter_shapes, train_whole, whole_modules, whole_parameters, whole_tensors
 
 
 class UnsavedWarning(UserWarning):
@@ -32,28 +35,32 @@ def save(model: nn.Module, path: Path) -> None:
     """See `lora_one.save`. The folder is in mlx-lm's layout and, unless a layer is a mixture of experts, in PEFT's."""
     sites = require_sites(model, "save")
     lora = {f"{site.path}.{name}" for site in sites for name in ("lora_a", "lora_b")}
-    others = [name for name in flat(model.trainable_parameters()) if name not in lora]
+    whole = tuple(whole_modules(model))
+    trainable = flat(model.trainable_parameters())
+    others = [name for name in trainable if name not in lora and not is_within(name, whole)]
     if others:
         warn_user(
             f"{len(others)} trainable parameters are no LoRA factors and are not saved with the adapter: "
-            f"{shown_names(others, 4)}; freeze what is not trained, or save it with model.save_weights",
+            f"{shown_names(others, 4)}; name their modules in Config(modules_to_save=...), freeze what is not trained, "
+            "or save it with model.save_weights",
             UnsavedWarning,
         )
     layers = {
         site.path: to_numpy(read_pairs(site.module), float(site.module.scale), is_switch(site.module)) for site in sites
     }
     dropout = max(dropout_of(site.module) for site in sites)
-    write_mlx_lm(path, Adapter(layers, dropout, "CAUSAL_LM"), len(getattr(model, "layers", ())))
+    adapter = Adapter(layers, dropout, "CAUSAL_LM", modules_to_save=whole, whole=whole_tensors(model))
+    write_mlx_lm(path, adapter, len(getattr(model, "layers", ())))
 
 
 def load(model: nn.Module, path: Path, trainable: bool) -> nn.Module:
     """See `lora_one.load`. Opens folders that lora-one, mlx-lm or PEFT wrote; attaches in place.
 
-    If the model has LoRA layers already, they get the factors, scale and dropout of the folder. Only the factors
-    become frozen or trainable.
+    If the model has LoRA layers already, they get the factors, scale and dropout of the folder. Only the factors, and
+    the modules that are trained whole, become frozen or trainable.
     """
     sites = find_sites(model)
-    adapter = read_adapter(path, _linear_shapes(model))
+    adapter = read_adapter(path, model, whole_parameters(model).keys() if sites else None)
     if sites:
         _check_same({site.path: site for site in sites}, adapter, path)
     snapshot = Snapshot(model)
@@ -64,6 +71,10 @@ def load(model: nn.Module, path: Path, trainable: bool) -> nn.Module:
         for site in sites:
             _fill(site, adapter.layers[site.path], adapter.dropout)
             site.set_trainable(trainable)
+        by_path = {place.path: place.module for place in places(model)}
+        whole = whole_modules(model) or {path: by_path[path] for path in adapter.modules_to_save}
+        fill_whole(whole, adapter.whole)
+        train_whole(whole.values(), trainable)
         mx.eval(model.parameters())
     except BaseException:
         snapshot.restore()
@@ -72,23 +83,30 @@ def load(model: nn.Module, path: Path, trainable: bool) -> nn.Module:
     return model
 
 
-def read_adapter(path: Path, model: Shapes) -> Adapter:
+def read_adapter(path: Path, model: nn.Module, held: Collection[str] | None) -> Adapter:
     """Read a folder that lora-one, mlx-lm or PEFT wrote.
 
     Args:
-        model: the linear layers that the adapter may be for.
+        model: the model that the adapter is for.
+        held: the parameters that the model trains whole; None for a model without LoRA.
 
     Raises:
         CheckpointError: all that is wrong with files, names, ranks and shapes, at once.
     """
+    linear, parameters = _linear_shapes(model), parameter_shapes(model)
     if is_mlx_lm(path):
-        return read_mlx_lm(path, model)
-    folder = read_folder(path)
-    dense = {name: (shape[0], shape[1]) for name, shape in model.items() if len(shape) == 2}
-    problems = check_folder(folder, dense) + setting_problems(folder.config)
+        adapter = read_mlx_lm(path, linear)
+        shapes = {name: tensor.array.shape for name, tensor in adapter.whole.items()}
+        problems = whole_problems(shapes, adapter.modules_to_save, parameters, held)
+    else:
+        folder = read_folder(path)
+        dense = {name: (shape[0], shape[1]) for name, shape in linear.items() if len(shape) == 2}
+        problems = check_folder(folder, dense, parameters, held)
+        problems += setting_problems(folder.config, allowed=("modules_to_save",))
+        adapter = Adapter({}) if problems else read_peft(folder)
     if problems:
         raise CheckpointError(f"the adapter in {path} does not fit the model", problems)
-    return read_peft(folder)
+    return adapter
 
 
 def to_numpy(pairs: list[Factors], scale: float, is_switch: bool) -> LoraLayer:

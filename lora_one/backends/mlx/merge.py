@@ -18,6 +18,7 @@ from .attach import Site, find_sites, random_stream_kept
 from .layout import LoraModule, read_pairs
 from .ops import MlxOps
 from .tree import flat
+from .whole import forget_whole
 
 _OPS = MlxOps()
 
@@ -55,6 +56,7 @@ def merge(model: nn.Module, dequantize: bool = False) -> nn.Module:
             layer.freeze()
         layer.train(site.module.training)
         site.place.container[site.place.key] = layer
+    forget_whole(model)
     _warn_of_losses(sites, merged)
     return model
 

@@ -27,6 +27,7 @@ from .passes.over_batches import Passes
 from .passes.sums import Arrays, Sums
 from .processes import Processes
 from .tree import Snapshot, train_without_dropout
+from .whole import train_whole, whole_modules
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,13 @@ class MlxSession:
         if not any(site.is_trainable for site in sites):  # an adapter that `load` has frozen
             for site in sites:
                 site.set_trainable(True)
+            train_whole(whole_modules(self.model).values())
         entered.before.restore_modes(self.model)
 
     def _attach(self, before: Snapshot, device: mx.Device, processes: Processes) -> _Entered:
         sites = find_sites(self.model)
         if sites:
-            check_adapter_fits(sites, self._config)
+            check_adapter_fits(self.model, sites, self._config)
         else:
             with random_stream_kept():
                 attach_lora(self.model, self._config)

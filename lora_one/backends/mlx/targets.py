@@ -1,14 +1,15 @@
 """The layers of an MLX model that get LoRA, and the weights that "all-linear" leaves out."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from lora_one.backends.targets import Targets, matches, no_match
+from lora_one.backends.targets import Targets, check_apart, matches, no_match
+from lora_one.checkpoint.whole import is_within
 from lora_one.checks import shown_names
 from lora_one.errors import ModelError, TargetsWarning, warn_user
 
@@ -46,22 +47,27 @@ def columns(module: Any) -> int:
     return packed * 32 // module.bits if "scales" in module else packed  # packed into 32-bit words
 
 
-def find_targets(model: nn.Module, targets: Targets) -> list[Place]:
+def find_targets(model: nn.Module, targets: Targets, whole: Sequence[str] = ()) -> list[Place]:
     """Return the linear layers that `Config.targets` means.
 
     "all-linear" is what mlx-lm converts by default: the linear layers inside `model.layers`, routers included; in a
     model without `layers`, all of them except an output layer. Gates with one output are left out, since they have no
     low-rank part.
 
+    Args:
+        whole: the paths of the modules that are trained whole, in which "all-linear" means no layer.
+
     Raises:
-        ModelError: no layer matches, or one that matches is not linear.
+        ModelError: no layer matches, or one that matches is not linear, or is in a module that is trained whole.
     """
     modules = list(places(model))
     linear = [place for place in modules if is_linear(place.module)]
     if targets == "all-linear":
-        chosen = [place for place in _inside_layers(model, linear) if place.module.weight.shape[-2] > 1]
+        inside = [place for place in _inside_layers(model, linear) if place.module.weight.shape[-2] > 1]
+        chosen = [place for place in inside if not is_within(place.path, whole)]
     else:
         chosen = [place for place in modules if matches(place.path, targets)]
+        check_apart((place.path for place in chosen), whole)
         wrong = [f"{place.path} ({type(place.module).__name__})" for place in chosen if place not in linear]
         if wrong:
             raise ModelError(
@@ -106,8 +112,8 @@ def last_layers(model: nn.Module, num_layers: int, targets: str | tuple[str, ...
     return paths
 
 
-def warn_of_left_out(model: nn.Module, targets: list[Place]) -> None:
-    """Warn of the weights that multiply activations and get no LoRA.
+def warn_of_left_out(model: nn.Module, targets: list[Place], whole: Sequence[str] = ()) -> None:
+    """Warn of the weights that multiply activations, get no LoRA and are not trained whole.
 
     Embeddings and the output layer are left out on purpose. Gates with one output and depthwise convolutions have no
     low-rank part.
@@ -117,6 +123,8 @@ def warn_of_left_out(model: nn.Module, targets: list[Place]) -> None:
     """
     alike: dict[tuple[str, str], list[str]] = {}  # weights whose paths differ only in numbers are named once
     for path, kind in _left_out(model, targets):
+        if is_within(path, whole):
+            continue
         alike.setdefault((re.sub(r"\d+", "*", path), kind), []).append(path)
     if not alike:
         return

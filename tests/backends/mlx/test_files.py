@@ -189,14 +189,14 @@ def test_what_peft_stores_besides_plain_lora_is_an_error(tmp_path):
     lora_one.save(model, tmp_path)
     (tmp_path / "adapters.safetensors").unlink()
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    settings.update(use_dora=True, modules_to_save=["lm_head"], r=3)
+    settings.update(use_dora=True, trainable_token_indices=[1], r=3)
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(lora_one.errors.CheckpointError) as caught:
         lora_one.load(tiny_llama(), tmp_path)
     text = str(caught.value)
     assert "q_proj: lora_A must be (3, 64), got (4, 64)" in text
     assert "use_dora" in text
-    assert "modules_to_save" in text
+    assert "trainable_token_indices" in text
 
 
 def test_adapters_of_other_shapes_ranks_and_kinds(tmp_path):

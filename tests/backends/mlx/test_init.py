@@ -288,11 +288,6 @@ BAD = {
         r"q_proj': rank must be <= min\(out, in\) = 64, got 65",
         {"config": lora_one.Config(rank=65)},
     ),
-    "modules_to_save": (
-        errors.ConfigError,
-        r"modules_to_save is for PyTorch models, got \(.lm_head.,\) for a model of MLX",
-        {"config": lora_one.Config(modules_to_save=["lm_head"])},
-    ),
     "targets": (errors.ModelError, "its linear layers are: model.layers.0", {"config": lora_one.Config(targets=["w"])}),
     "embedding": (
         errors.ModelError,

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_one.backends.interface import Layer
-from lora_one.backends.targets import no_match
+from lora_one.backends.targets import check_module_names, no_match
 from lora_one.checkpoint.scales import plain_alpha, scaling_of
 from lora_one.config import Config
 from lora_one.core.factors import Factors
@@ -103,7 +103,7 @@ def attach_plain(model: nn.Module, config: Config) -> peft.PeftModel:
 def attach_lora(model: nn.Module, config: Config) -> peft.PeftModel:
     """Return a new PeftModel around a plain model, whose modules stay the same objects. A `Snapshot` undoes it."""
     take_out_leftover(model)
-    _check_modules_to_save(model, config.modules_to_save)
+    check_module_names(config.modules_to_save, [path for path, _ in model.named_modules()])
     attach, known = partial(_attached, model, config), {id(p) for p in model.parameters()}
     attached = on_all_linear(model, attach) if config.targets == ALL_LINEAR else attach(config.targets)
     shard_attached(attached, known)
@@ -212,12 +212,3 @@ def _other_scale(config: Config, lora_config: Any) -> list[str]:
     if config.alpha != lora_config.lora_alpha:
         return [f"alpha {config.alpha} (the adapter's: {lora_config.lora_alpha})"]
     return [f"use_rslora {config.use_rslora}, so a scale of {asked:g} (the adapter's: {has:g})"]
-
-
-def _check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise ModelError for names that the model does not have. PEFT ignores them."""
-    paths = [path for path, _ in model.named_modules()]
-    unknown = [name for name in names if not any(f".{path}".endswith(f".{name}") for path in paths)]
-    if unknown:
-        children = ", ".join(name for name, _ in model.named_children())
-        raise ModelError(f"modules_to_save must name modules of the model, got {unknown}; at its top are: {children}")
