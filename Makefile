@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OLDEST := .venv-oldest/bin
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-oldest features lint clean
 
 demo: .venv/demo
 	$(BIN)/lora-one finetune
@@ -17,6 +17,10 @@ OLDEST_TESTS ?= tests/conformance tests/backends tests/integrations/test_transfo
 test-oldest: .venv-oldest/dev
 	$(OLDEST)/lora-one finetune --steps 20 --out .venv-oldest/adapter
 	LORA_ONE_BACKENDS=numpy,torch,jax,mlx OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -q -n 2 $(OLDEST_TESTS)
+
+# docs/features.md, the table of what works where, from the tests that show it.
+features: .venv/dev
+	LORA_ONE_BACKENDS=numpy,torch,jax,mlx OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m feature --write-features
 
 lint: .venv/dev
 	$(BIN)/ruff check .

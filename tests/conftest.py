@@ -5,12 +5,31 @@ import sys
 
 import pytest
 
+from tests import features
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed prints what it has found, when a Trainer imports it
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # matrices of tests are small: threads only wait for each other
 # On JAX tests compile hundreds of small programs and run each of them once: optimising them takes longer than they run.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-features", action="store_true", help="write docs/features.md from the tests that passed")
+
+
+def pytest_configure(config):
+    """The table of features is of the process that sees all reports: not of xdist's workers."""
+    if not hasattr(config, "workerinput"):
+        selected = config.option.keyword or config.option.markexpr or config.option.deselect
+        whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not selected
+        everywhere = len(os.environ.get("LORA_ONE_BACKENDS", "").split(",")) == 4
+        config.pluginmanager.register(features.FeaturePage(config.option.write_features, whole and everywhere))
+
+
+def pytest_collection_modifyitems(items):
+    features.name_features(items)
 
 
 @pytest.fixture(autouse=True)

@@ -69,6 +69,7 @@ def write_peft(model: torch.nn.Module, folder: Path, dtype: torch.dtype = torch.
         adapted.save_pretrained(folder, save_embedding_layers="lm_head" not in str(config.target_modules) and "auto")
 
 
+@pytest.mark.feature("mlx-lm opens the folder", "torch")
 @pytest.mark.parametrize("name", PEFT)
 def test_what_peft_wrote_opens_in_mlx_lm_in_flax_and_in_peft_again(name, base, tmp_path):
     src = tmp_path / "src"

@@ -112,6 +112,7 @@ def write(component: str, folder: Path, dtype: torch.dtype = torch.float32, **se
     return output(component, adapted.eval().float())
 
 
+@pytest.mark.feature("diffusers opens it", "torch")
 @pytest.mark.parametrize("settings", [{}, PATTERNS], ids=["one-scale", "scales-and-ranks"])
 @pytest.mark.parametrize("component", TARGETS)
 def test_diffusers_opens_the_folder_with_equal_outputs(component, settings, tmp_path):

@@ -77,6 +77,7 @@ def test_an_adapter_of_any_framework_opens_in_any_other(family, here, there, bas
     )
 
 
+@pytest.mark.feature("mlx-lm opens the folder", "jax")
 @pytest.mark.parametrize("here", MODELS)
 @pytest.mark.parametrize("family", ["embedded", "qwen2"])
 def test_peft_and_mlx_lm_themselves_open_the_same_folder(family, here, bases, adapters, tmp_path):

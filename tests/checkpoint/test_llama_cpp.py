@@ -99,6 +99,7 @@ def expected_row(row: int, head_dim: int) -> int:
     return head * head_dim + (2 * i if i < half else 2 * (i - half) + 1)
 
 
+@pytest.mark.feature("llama.cpp reads it", "torch")
 @pytest.mark.parametrize("settings", [ALL, PATTERNS], ids=["one-scale", "scales-and-ranks"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_file_holds_the_folders_product_in_llama_cpps_names_and_rows(name, settings, tmp_path):

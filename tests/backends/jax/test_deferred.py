@@ -110,6 +110,7 @@ def assert_step_of_the_spec(before, grads, state, after, new, tolerance) -> None
             np.testing.assert_allclose(state_after.agreement, expected_state.agreement, atol=10 * tolerance)
 
 
+@pytest.mark.feature("Start without data")
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12), ("bfloat16", 2e-2)])
 def test_the_start_is_the_specs_and_then_a_fresh_adamw_trains(dtype, tolerance):
     def schedule(count):

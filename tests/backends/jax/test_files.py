@@ -37,6 +37,7 @@ def llama(tmp_path_factory):
     return base, model, out
 
 
+@pytest.mark.feature("PEFT opens the folder")
 def test_peft_opens_the_folder_with_equal_logits(llama):
     base, model, out = llama
     reference = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out).eval()
@@ -75,6 +76,7 @@ def test_tensors_are_written_as_they_are_and_not_as_they_lie(llama):
     np.testing.assert_array_equal(tensors[name.format("B")], np.asarray(layer.kernel_lora_b[...]).T)
 
 
+@pytest.mark.feature("Save and load")
 def test_load_restores_the_model_and_an_adapter_of_peft(llama, tmp_path):
     base, model, out = llama
     loaded = lora_one.load(load_llama(base), out)

@@ -53,6 +53,7 @@ def labelled(tree: dict) -> dict:
     return jax.tree.map_with_path(lambda keys, _: "b" if keys[-1].key == "kernel_lora_b" else "rest", tree)
 
 
+@pytest.mark.feature("LoRA+")
 @pytest.mark.parametrize("reg", [None, 1e-2])
 def test_steps_are_those_of_pytorchs_optimizer_in_float64(reg):
     with jax.enable_x64(True):
@@ -110,6 +111,7 @@ def test_the_optimizer_of_a_model_moves_each_lora_b_by_its_own_rate():
     assert {name[-1] for name in moved} == {"a", "b"}
 
 
+@pytest.mark.feature("Parameter groups", refused=True)
 @pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan")])
 def test_an_invalid_ratio_is_an_error(ratio):
     model = attach_plain(mlp(), lora_one.Config(rank=1))

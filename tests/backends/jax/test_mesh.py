@@ -28,6 +28,7 @@ def results():
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.feature("Sharded weights")
 @pytest.mark.parametrize("case", CASES)
 def test_factors_are_those_of_one_device_and_the_base_stays(results, case):
     assert max(results[case]["error"].values()) < 1e-5

@@ -99,6 +99,7 @@ def small(scale):
     return lambda model, batch: scale * squared_error(model, batch)
 
 
+@pytest.mark.feature("Float16 and bfloat16")
 @pytest.mark.parametrize(("params", "compute"), [("float16", "float16"), ("float32", "float16")])
 @pytest.mark.parametrize("scale", [1e-7, 1.0, 3e4])
 def test_float16_gradients_neither_vanish_nor_overflow(params, compute, scale):

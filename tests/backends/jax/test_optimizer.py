@@ -35,6 +35,7 @@ def spec(leaves: dict) -> Factors:
     return Factors(a.T, b.T)
 
 
+@pytest.mark.feature("Preconditioned steps")
 @pytest.mark.parametrize("reg", [None, 1e-2])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_twenty_steps_are_the_specs_and_torchs(reg, weight_decay):
@@ -182,6 +183,7 @@ def model():
     return lora_one.init(mlp(), regression(1), squared_error, config)[0]
 
 
+@pytest.mark.feature("Resume")
 def test_nnx_optimizer_trains_without_compiling_again_and_orbax_restores_its_state(model, tmp_path):
     model = nnx.clone(model)
     model.eval()

@@ -53,6 +53,9 @@ SCALING = worker.EXACT.scaling
 CASES = {"fsdp": "two passes", "tensor": "exact, preconditioned", "without data": "without data"}
 
 
+@pytest.mark.feature("Several processes, whole model in each")
+@pytest.mark.feature("Sharded weights")
+@pytest.mark.feature("Tensor parallel")
 @pytest.mark.parametrize("case", CASES)
 def test_start_losses_and_training_are_those_of_one_device(results, case):
     alone = reference(results, CASES[case])

@@ -131,6 +131,7 @@ def assert_close(arrays, pairs, tolerance=2e-5):
             assert np.linalg.norm(got - expected) <= tolerance * np.linalg.norm(expected), name
 
 
+@pytest.mark.feature("Start without data")
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
 @pytest.mark.parametrize(
     ("start_steps", "noise", "steps"), [(3, 0.5, 3), ("auto", 0.05, LEAST_STEPS), ("auto", 20.0, MOST_STEPS)]

@@ -53,6 +53,8 @@ def assert_same(got, expected):
         np.testing.assert_array_equal(got[name], value)
 
 
+@pytest.mark.feature("Save and load")
+@pytest.mark.feature("mlx-lm opens the folder")
 @pytest.mark.parametrize("make", [tiny_llama, tiny_mixtral])
 def test_mlx_lm_and_lora_one_read_back_every_bit(make, tmp_path):
     model, report = adapted(make())
@@ -85,6 +87,7 @@ def test_trainable_or_frozen_modes_and_random_stream(tmp_path):
     assert not any(module.training for module in modules_of(trainable).values())
 
 
+@pytest.mark.feature("PEFT opens the folder")
 def test_peft_opens_the_folder_and_mlx_opens_pefts(tmp_path):
     write_llama(tmp_path / "base", rope_theta=500.0)
     model, _ = load_pretrained(tmp_path / "base")
@@ -311,6 +314,7 @@ def test_what_is_trained_besides_lora_is_not_lost_without_a_word(tmp_path):
         lora_one.save(model, tmp_path)
 
 
+@pytest.mark.feature("Merge")
 @pytest.mark.parametrize("make", [tiny_llama, tiny_mixtral])
 def test_merging_into_float_weights_changes_no_logit_and_freezes_as_before(make):
     model, _ = adapted(make())

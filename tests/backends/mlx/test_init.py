@@ -39,6 +39,9 @@ TWO_PASSES = lora_one.Config(passes=2)
 WHOLE = lora_one.Config(rank=4, oversample=60, passes=2)
 
 
+@pytest.mark.feature("Start in one pass")
+@pytest.mark.feature("Exact gradient")
+@pytest.mark.feature("Quantised base")
 @pytest.mark.parametrize("base", [None, *QUANTIZED], ids=str)
 @pytest.mark.parametrize("make", [tiny_llama, tiny_mixtral])
 def test_factors_are_those_of_the_dequantised_weights_gradient(make, base):
@@ -70,6 +73,7 @@ def test_batches_that_can_be_read_once_are_enough():
         np.testing.assert_array_equal(np.array(second[name]), np.array(factor))
 
 
+@pytest.mark.feature("Float16 and bfloat16")
 def test_bfloat16_base_is_sketched_in_float32():
     batches = token_batches()
     model = tiny_llama()
@@ -107,6 +111,7 @@ def test_base_weights_frozen_state_modes_and_random_stream():
     assert not model.training
 
 
+@pytest.mark.feature("Adapters attached by others")
 def test_an_adapted_model_keeps_its_own_rank_scale_and_frozen_state():
     def adapted():
         model = tiny_llama()
@@ -131,6 +136,7 @@ def test_an_adapted_model_keeps_its_own_rank_scale_and_frozen_state():
         lora_one.init(adapted(), batches, config=lora_one.Config(rank=5, targets="x"))
 
 
+@pytest.mark.feature("Experts")
 def test_experts_that_no_token_reached_start_plain_and_are_reported():
     batches = token_batches(count=1, sequences=1, length=5)  # at most 4 tokens x 2 of 16 experts
     gradients = mean_gradients(tiny_mixtral(experts=16), batches)
@@ -168,6 +174,7 @@ def test_checkpointed_blocks_give_the_same_start(config, monkeypatch):
             np.testing.assert_allclose(product(modules_of(model)[path]), product(module), atol=1e-6)
 
 
+@pytest.mark.feature("Linear layers")
 def test_targets_as_names_regex_and_last_layers():
     batches = token_batches(count=1)
 

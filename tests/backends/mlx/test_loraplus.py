@@ -45,6 +45,7 @@ def is_lora_b(name: str, _) -> bool:
     return name.endswith("lora_b")
 
 
+@pytest.mark.feature("LoRA+")
 @pytest.mark.parametrize("make", [tiny_llama, tiny_mixtral])
 @pytest.mark.parametrize("precondition", [False, True])
 def test_steps_are_those_of_pytorchs_optimizer(make, precondition):
@@ -103,6 +104,7 @@ def test_saved_and_resumed_training_is_the_same_to_the_bit(tmp_path):
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
+@pytest.mark.feature("Parameter groups")
 def test_other_parameters_have_the_rate_of_lora_a_or_an_optimizer_of_their_own():
     """The first step of Adam moves each entry by its learning rate."""
     rates = {"lora_a": 1.0, "lora_b": RATIO, "weight": 1.0}
@@ -119,6 +121,7 @@ def test_other_parameters_have_the_rate_of_lora_a_or_an_optimizer_of_their_own()
             np.testing.assert_allclose(value - before[name], moved, atol=2e-6, err_msg=name)
 
 
+@pytest.mark.feature("Parameter groups", refused=True)
 @pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan")])
 def test_invalid_ratios_and_options_of_pytorch_are_errors(ratio):
     model = adapted()

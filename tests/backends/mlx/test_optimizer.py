@@ -42,6 +42,7 @@ def pairs_of(model, arrays) -> dict[tuple[str, int | None], Factors]:
     return pairs
 
 
+@pytest.mark.feature("Preconditioned steps")
 @pytest.mark.parametrize("make", [tiny_llama, tiny_mixtral])
 @pytest.mark.parametrize(
     "options",
@@ -164,6 +165,7 @@ def test_mlx_lm_train_compiled_accumulating_checkpointed_with_a_schedule(make, p
         assert np.abs(got - expected[name]).max() < 1e-6 + 1e-3 * moved, name
 
 
+@pytest.mark.feature("Resume")
 @pytest.mark.parametrize("precondition", [False, True])
 def test_saved_and_resumed_training_is_the_same_to_the_bit(precondition, tmp_path):
     batches = token_batches(count=6)

@@ -155,6 +155,7 @@ def alone() -> dict[str, Any]:
     return {name: run(llama().model, name) for name in CONFIGS}
 
 
+@pytest.mark.feature("Tensor parallel")
 @with_dtensors
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_starts_and_trains_as_one_process(results, alone, name):

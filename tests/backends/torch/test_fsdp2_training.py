@@ -82,6 +82,7 @@ def results() -> list[dict[str, Any]]:
     return in_processes(run_all, PROCESSES)
 
 
+@pytest.mark.feature("Sharded weights")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_it_trains_as_one_process(results, name, order):

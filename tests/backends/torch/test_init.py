@@ -59,6 +59,7 @@ def assert_one_step(model: nn.Module, expected: dict[str, np.ndarray], tolerance
         assert np.linalg.norm(product - step) <= allowed * np.linalg.norm(step), name
 
 
+@pytest.mark.feature("Exact gradient")
 @pytest.mark.parametrize("name", CASES)
 def test_exact_start_is_the_truncated_svd_of_the_weight_gradients(name):
     """The reference is LAPACK on gradients of the plain model's weights, by autograd in float64."""
@@ -100,6 +101,7 @@ def test_sketch_agrees_with_the_exact_start(name):
     assert min(layer.share_of_best for layer in report.layers) > 0.999
 
 
+@pytest.mark.feature("Start in one pass")
 @pytest.mark.parametrize("name", CASES)
 def test_one_pass_holds_nearly_all_of_the_best_energy(name):
     """By default, and from a generator, which can be read once."""
@@ -197,6 +199,7 @@ def test_output_layer_and_embeddings_are_left_out_of_all_linear():
         assert not any(name.endswith(head) or "embed" in name or "wte" in name for name in names)
 
 
+@pytest.mark.feature("Linear layers")
 @pytest.mark.parametrize(
     ("targets", "count"),
     [(["q_proj", "v_proj"], 4), (("layers.1.mlp.up_proj",), 1), (r".*layers\.0\.self_attn\.(q|k)_proj", 2)],
@@ -222,6 +225,7 @@ def test_gradient_scale_is_a_gradient_step():
         np.testing.assert_allclose(product, -0.25 * SCALING * best_rank(expected[name], RANK), atol=1e-6)
 
 
+@pytest.mark.feature("Float16 and bfloat16")
 def test_bfloat16_base_gets_float32_factors_near_those_of_float32():
     case = llama(torch.bfloat16)
     expected = gradients(Case(llama(torch.bfloat16).model.float(), case.batches, None))
@@ -334,6 +338,7 @@ def test_gradient_checkpointing_stays_on_and_changes_nothing():
     assert len(calls) == 2 * 2 * (1 + 4)  # each layer forward twice a batch, in each pass
 
 
+@pytest.mark.feature("Adapters attached by others")
 def test_existing_adapter_is_started_again_in_place():
     case = llama()
     expected = gradients(case)

@@ -33,6 +33,7 @@ def float64(x) -> np.ndarray:
     return x.detach().double().numpy()
 
 
+@pytest.mark.feature("Preconditioned steps")
 @pytest.mark.parametrize("damping", ["absolute", "relative"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_equals_the_spec_in_float64_numpy(damping, weight_decay):
@@ -128,6 +129,7 @@ def test_gradients_are_left_as_the_backward_pass_made_them():
     )
 
 
+@pytest.mark.feature("Resume")
 def test_resume_is_bitwise_the_uninterrupted_run(tmp_path):
     model, case = adapted()
     optimizer = lora_one.optimizer(model, 1e-3, 0.01, precondition=True)
@@ -168,6 +170,7 @@ def test_parameters_of_no_pair_follow_plain_adamw():
     assert all(torch.equal(p, q) for p, q in zip(head, copies, strict=True))
 
 
+@pytest.mark.feature("LoRA+")
 def test_loraplus_ratio_is_pefts():
     model, _ = adapted()
     ours = lora_one.optimizer(model, 1e-3, loraplus_lr_ratio=16.0)
@@ -180,6 +183,7 @@ def test_loraplus_ratio_is_pefts():
     assert len(lora_one.optimizer(model, 1e-3).param_groups) == 1  # each is a launch more
 
 
+@pytest.mark.feature("Parameter groups")
 def test_param_groups_take_their_parameters_out_of_the_rest():
     model, _ = adapted(classifier)
     head = [p for name, p in model.named_parameters() if p.requires_grad and "classifier" in name]

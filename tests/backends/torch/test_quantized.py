@@ -42,6 +42,7 @@ def dequantized_gradients(quantized) -> dict[str, np.ndarray]:
     return {name: weight.grad.numpy() / 2 for name, weight in weights.items()}
 
 
+@pytest.mark.feature("Quantised base")
 @pytest.mark.parametrize(
     "config",
     [lora_one.Config(rank=RANK, gradient="exact"), lora_one.Config(rank=RANK, passes=8)],

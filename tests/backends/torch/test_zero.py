@@ -304,6 +304,7 @@ def alone() -> Callable[[Case], dict[str, Any]]:
     return of
 
 
+@pytest.mark.feature("Sharded weights")
 @pytest.mark.parametrize("name", CASES)
 def test_a_model_in_an_engine_starts_and_trains_as_one_process(results, alone, name):
     expected, narrow = alone(CASES[name]), "bf16" in CASES[name].settings

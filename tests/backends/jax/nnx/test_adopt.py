@@ -40,6 +40,7 @@ class Wrapped(nnx.Module):
         return self.down(jnp.tanh(self.up(x)))
 
 
+@pytest.mark.feature("Adapters attached by others")
 def test_flaxs_own_lora_is_started_with_the_scale_folded_into_b():
     model = Wrapped(nnx.Rngs(0))
     before = values(model)
@@ -89,6 +90,7 @@ def dequantised(adapted: nnx.Module) -> nnx.Module:
     return plain
 
 
+@pytest.mark.feature("Quantised base")
 @pytest.mark.parametrize("weight_qtype", [None, "int8", "nf4"])
 def test_qwix_models_are_started_on_the_weights_they_compute_with(weight_qtype):
     """Also where qwix fixes the width of the factors: more columns go in turns."""

@@ -46,6 +46,8 @@ def product(layer, ins: int, outs: int) -> np.ndarray:
     return (a.reshape(ins, -1) @ b.reshape(-1, outs)).T
 
 
+@pytest.mark.feature("Start in one pass")
+@pytest.mark.feature("Linear layers")
 def test_factors_are_one_gradient_step_in_every_kind_of_layer(started):
     """The sketch sees all directions of these small layers, so it must give the exact SVD's start."""
     plain, _, adapted, report = started
@@ -60,6 +62,7 @@ def test_factors_are_one_gradient_step_in_every_kind_of_layer(started):
         assert layer.gradient_norm == pytest.approx(norm, rel=1e-5)
 
 
+@pytest.mark.feature("Exact gradient")
 def test_exact_gradients_give_the_same_factors(started):
     _, _, sketched, _ = started
     adapted, report = lora_one.init(mlp(), BATCHES, squared_error, lora_one.Config(rank=3, gradient="exact"))
@@ -90,6 +93,7 @@ def test_the_layer_computes_w_x_plus_s_b_a_x(started):
     np.testing.assert_allclose(layer(x), expected, atol=1e-5)
 
 
+@pytest.mark.feature("Merge")
 def test_split_merge_clone_pickle_and_merge_keep_the_function(started):
     plain, before, adapted, _ = started
     x = BATCHES[0][0]
@@ -267,6 +271,7 @@ def test_layers_stacked_along_another_axis_are_an_error():
         lora_one.init(nnx.Sequential(model), BATCHES, squared_error, CONFIG)
 
 
+@pytest.mark.feature("Float16 and bfloat16")
 def test_narrow_models_are_sketched_and_trained_in_float32():
     model = mlp(jnp.bfloat16)
     before = values(model)

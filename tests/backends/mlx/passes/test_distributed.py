@@ -46,6 +46,7 @@ def files(folder, name):
     return one, first
 
 
+@pytest.mark.feature("Several processes, whole model in each")
 def test_two_processes_start_alike_and_as_one_process_would(folder):
     (folder / "alone").mkdir(exist_ok=True)
     distributed_worker.start(token_batches(count=4), folder / "alone")

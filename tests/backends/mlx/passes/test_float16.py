@@ -40,6 +40,7 @@ def times(factor):
     return lambda model, batch: default_loss(model, *batch)[0] * factor
 
 
+@pytest.mark.feature("Float16 and bfloat16")
 @pytest.mark.parametrize(("config", "factor", "quantised"), [
     (EXACT, 2.0**-14, False), (EXACT, 2.0**-30, False), (EXACT, 2.0**10, False), (EXACT, 2.0**-14, True),
     (WHOLE, 2.0**-14, False), (WHOLE, 2.0**10, False),

@@ -52,6 +52,7 @@ def assert_steps_of_core(run: Run, tolerance: float) -> None:
             assert s.untyped_storage().nbytes() == s.nbytes  # a part of a stack would be saved with all of it
 
 
+@pytest.mark.feature("Start without data")
 @pytest.mark.parametrize("make", [mlp, llama, gpt2, classifier])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("way", ["one by one", "stacks"])

@@ -35,6 +35,8 @@ def output(case, model) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else out[1 if "loss" in out else 0]
 
 
+@pytest.mark.feature("Save and load")
+@pytest.mark.feature("PEFT opens the folder")
 @pytest.mark.parametrize("name", CASES)
 def test_saved_folder_opens_in_peft_and_here_with_equal_outputs(name, tmp_path):
     case, model, report = trained(name)
@@ -83,6 +85,7 @@ def test_load_for_training_trains(tmp_path):
     lora_one.optimizer(again)
 
 
+@pytest.mark.feature("Merge")
 @pytest.mark.parametrize("name", CASES)
 def test_merge_is_w_plus_s_b_a_and_gives_the_plain_model_back(name):
     case, model, _ = trained(name)

@@ -52,6 +52,7 @@ def starts(tmp_path_factory) -> dict[str, list[dict[str, np.ndarray]]]:
     return {name: [dict(np.load(folder / f"{name}-{rank}.npz")) for rank in range(PROCESSES)] for name in CONFIGS}
 
 
+@pytest.mark.feature("Several processes, whole model in each")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_process_has_the_same_start_from_the_batches_of_all(starts, name):
     first, *others = starts[name]

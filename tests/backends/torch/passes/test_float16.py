@@ -44,6 +44,7 @@ def in_both(model, batches, loss_fn, config):
     return *lora_one.init(model, batches, loss_fn, config), expected
 
 
+@pytest.mark.feature("Float16 and bfloat16")
 @pytest.mark.parametrize("config", SETTINGS)
 @pytest.mark.parametrize("count", [2**-16, 40, 2**26], ids=["overflows", "tokens", "underflows"])
 def test_a_token_of_many_or_of_few(config, count):
