@@ -11,6 +11,25 @@ from lora_one.core.factors import Factors
 from .tensors import Tensor
 
 
+class Form(NamedTuple):
+    """The kind of layer that factors are for. As matrices they mean the same for all: see the backends' layers.
+
+    PEFT calls an embedding's factors by other names, and keeps a convolution's with the axes of its kernel.
+    """
+
+    is_embedding: bool = False  # W, (out, in), is the transposed table: in counts tokens
+    kernel: tuple[int, ...] = ()  # sizes of a convolution's kernel; lora_A is (r, channels * sizes)
+
+    @property
+    def name(self) -> str:
+        if self.is_embedding:
+            return "an embedding"
+        return f"a convolution of {self.kernel}" if self.kernel else "a linear layer"
+
+
+LINEAR = Form()
+
+
 class LoraLayer(NamedTuple):
     """The LoRA factors of one layer: they add scaling * B A to its weight."""
 
@@ -18,6 +37,7 @@ class LoraLayer(NamedTuple):
     scaling: float
     dtype: str = "F32"  # the dtype that the factors are stored in, by safetensors' name
     is_switch: bool = False  # a stack of experts, mlx-lm's SwitchLinear
+    form: Form = LINEAR
 
     @property
     def rank(self) -> int:

@@ -17,6 +17,15 @@ from .plain_lora import setting_problems, tensor_reason
 from .whole import PREFIX
 
 LAYOUTS = ("peft", "mlx", "flax", "diffusers", "gguf")
+_TIED = (
+    "which mlx-lm adds to a tied output layer too and PEFT does not: load it onto the model with lora_one.load, and "
+    "save it there"
+)
+_NO_EMBEDDING = {
+    "mlx": _TIED,
+    "gguf": "which gguf adapters are not written with here",
+    "diffusers": "which diffusers does not read",
+}
 # mlx-lm names an embedding's factors like a linear layer's. Only the order of axes differs, so the name must tell.
 _EMBEDDINGS = {"embed_tokens", "embed_in", "embedding", "embeddings", "tok_embeddings", "word_embeddings", "wte", "wpe"}
 
@@ -69,6 +78,7 @@ def convert(
     adapter = _renamed(_read_mlx_lm(src) if is_mlx_lm(src) else _read_peft(src), rename or {})
     if to in ("mlx", "diffusers", "gguf") and adapter.modules_to_save:
         _refuse(src, setting_problems({"modules_to_save": list(adapter.modules_to_save)}))
+    _check_forms(src, adapter, to)
     if to == "gguf":
         write_gguf(dst, adapter, read_base(src, None if base is None else Path(base)))
         return
@@ -121,7 +131,7 @@ def _read_peft(src: Path) -> Adapter:
     whole = folder.whole
     unknown = [name for name in sorted(folder.others) if name.removeprefix(PREFIX) not in whole]
     problems += [f"{name}: {tensor_reason(name)}" for name in unknown]
-    problems += check_factors(folder, own_shapes(folder))
+    problems += check_factors(folder, own_shapes(folder), folder.forms)
     if problems:
         _refuse(src, problems)
     return read_adapter(folder)
@@ -134,7 +144,7 @@ def _read_mlx_lm(src: Path) -> Adapter:
         if layer.is_switch:
             problems.append(f"{name}: a stack of {len(layer.pairs)} experts, which only mlx-lm has a layout for")
         elif name.rpartition(".")[2] in _EMBEDDINGS:
-            problems.append(f"{name}: LoRA on an embedding: its factors are looked up, not multiplied")
+            problems.append(f"{name}: LoRA on an embedding, {_TIED}")
     if problems:
         _refuse(src, problems)
     return adapter
@@ -142,6 +152,18 @@ def _read_mlx_lm(src: Path) -> Adapter:
 
 def _refuse(src: Path, problems: list[str]) -> NoReturn:
     raise CheckpointError(f"the adapter in {src} is more than plain LoRA on linear layers", problems)
+
+
+def _check_forms(src: Path, adapter: Adapter, to: str) -> None:
+    """Raise CheckpointError for layers that the other library computes in another way, or not at all."""
+    problems = []
+    for name, layer in adapter.layers.items():
+        if layer.form.is_embedding and to in _NO_EMBEDDING:
+            problems.append(f"{name}: LoRA on an embedding, {_NO_EMBEDDING[to]}")
+        elif layer.form.kernel and to in ("mlx", "gguf"):
+            problems.append(f"{name}: LoRA on a convolution, which {to} adapters have no place for")
+    if problems:
+        raise CheckpointError(f"the adapter in {src} cannot be written for {to}", problems)
 
 
 def _renamed(adapter: Adapter, prefixes: Mapping[str, str]) -> Adapter:

@@ -5,6 +5,7 @@ from pathlib import Path
 from lora_one.errors import ConfigError
 
 from .adapter import Adapter
+from .peft import with_kernel
 from .tensors import Tensor, wider, write_tensors
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")  # of a pipeline, those with LoRA
@@ -29,7 +30,8 @@ def write_diffusers(path: Path, adapter: Adapter, component: str) -> None:
     rank = max(layer.rank for layer in adapter.layers.values())
     tensors = {}
     for name, layer in adapter.layers.items():
-        a, b = layer.with_scale(1.0, rank).pairs[0]  # (r, in), (out, r)
+        pair = layer.with_scale(1.0, rank).pairs[0]  # (r, in), (out, r)
+        a, b = (with_kernel(factor, side, layer.form) for factor, side in zip(pair, "AB", strict=True))
         # In bfloat16 the product with the scale would be rounded again.
         dtype = layer.dtype if layer.scaling == 1.0 else wider(layer.dtype, "F32")
         tensors[f"{component}.{name}.lora_A.weight"] = Tensor(a, layer.dtype)

@@ -1,13 +1,15 @@
 """Read PEFT's layout of an adapter folder, check that it belongs to a model, and write it."""
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lora_one.checks import shown
@@ -15,7 +17,7 @@ from lora_one.core.factors import Factors
 from lora_one.errors import CheckpointError
 from lora_one.files.json_files import read_object
 
-from .adapter import Adapter, LoraLayer
+from .adapter import LINEAR, Adapter, Form, LoraLayer
 from .folder import CONFIG, MLX_WEIGHTS, PICKLED, WEIGHTS, is_file
 from .peft_config import check_patterns, config_problems
 from .plain_lora import remedy, tensor_reason
@@ -23,13 +25,17 @@ from .scales import layer_ranks, layer_scalings, plain_settings
 from .tensors import Tensor, read_tensors, wider, write_tensors
 from .whole import PREFIX, whole_in_file, whole_modules, whole_problems
 
-PEFT_KEY = "base_model.model.{path}.lora_{side}.weight"
 PEFT_BASE_KEY = "base_model.model.{path}.base_layer.weight"
 
-_FACTOR_KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
+_KEY = "base_model.model.{path}.lora_{side}.weight"
+_EMBEDDING_KEY = "base_model.model.{path}.lora_embedding_{side}"
+_FACTOR_KEY = re.compile(
+    r"base_model\.model\.(?P<layer>.+)\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<of_embedding>[AB]))"
+)
 
 Shape = tuple[int, ...]
 LinearShapes = Mapping[str, tuple[int, int]]  # layer -> (out, in)
+NO_FORMS: Mapping[str, Form] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,11 @@ class AdapterFolder:
     ranks: dict[str, int]  # layer -> its rank by the configuration
     scalings: dict[str, float]  # layer -> the factor s by the configuration
     others: Mapping[str, Shape]  # tensors that are no LoRA factors: key -> shape
+    forms: Mapping[str, Form] = field(default_factory=dict)  # of the layers that are not linear
+
+    def key(self, layer: str, side: str) -> str:
+        """Return the name of a factor in the file, "A" or "B"."""
+        return peft_key(layer, side, self.forms.get(layer, LINEAR))
 
     @property
     def whole(self) -> dict[str, Shape]:
@@ -55,6 +66,11 @@ class AdapterFolder:
         return whole_modules(self.whole, self.config.get("modules_to_save") or ())
 
 
+def peft_key(layer: str, side: str, form: Form = LINEAR) -> str:
+    """Return PEFT's name of a factor, "A" or "B"."""
+    return (_EMBEDDING_KEY if form.is_embedding else _KEY).format(path=layer, side=side)
+
+
 def read_folder(path: Path) -> AdapterFolder:
     """Read an adapter folder's configuration and shapes.
 
@@ -63,14 +79,14 @@ def read_folder(path: Path) -> AdapterFolder:
     """
     _check_files(path)
     config = _read_config(path / CONFIG)
-    shapes, others = _read_shapes(path / WEIGHTS)
+    shapes, others, forms = _read_shapes(path / WEIGHTS)
     try:
         ranks = layer_ranks(config, sorted(shapes["A"] | shapes["B"]))
         scalings = layer_scalings(config, ranks)
         check_patterns(config, list(ranks))
     except ValueError as error:
         raise CheckpointError(f"{path / CONFIG}: its settings cannot be used: {error}") from error
-    return AdapterFolder(path, config, shapes["A"], shapes["B"], ranks, scalings, others)
+    return AdapterFolder(path, config, shapes["A"], shapes["B"], ranks, scalings, others, forms)
 
 
 def _check_files(path: Path) -> None:
@@ -98,21 +114,29 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _read_shapes(file: Path) -> tuple[dict[str, dict[str, Shape]], dict[str, Shape]]:
-    """Return the shapes of the factors, side -> layer -> shape, and of all other tensors, key -> shape."""
+def _read_shapes(file: Path) -> tuple[dict[str, dict[str, Shape]], dict[str, Shape], dict[str, Form]]:
+    """Return the shapes of the factors as matrices, side -> layer -> shape, of other tensors, and the layers' forms."""
     shapes: dict[str, dict[str, Shape]] = {"A": {}, "B": {}}
     others: dict[str, Shape] = {}
+    forms: dict[str, Form] = {}
     try:
         with safe_open(file, framework="numpy") as tensors:
             for key in tensors.keys():  # noqa: SIM118  (not a mapping)
                 match, shape = _FACTOR_KEY.fullmatch(key), tuple(tensors.get_slice(key).get_shape())
                 if match is None:
                     others[key] = shape
-                else:
-                    shapes[match["side"]][match["layer"]] = shape
+                    continue
+                shapes[match["side"] or match["of_embedding"]][match["layer"]] = shape
+                if match["of_embedding"]:
+                    forms[match["layer"]] = Form(is_embedding=True)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-    return shapes, others
+    for layer, a in shapes["A"].items():
+        b = shapes["B"].get(layer, ())
+        if len(a) == len(b) > 2 and set(b[2:]) == {1} and layer not in forms:
+            forms[layer] = Form(kernel=a[2:])
+            shapes["A"][layer], shapes["B"][layer] = (a[0], math.prod(a[1:])), b[:2]
+    return shapes, others, forms
 
 
 def read_adapter(folder: AdapterFolder) -> Adapter:
@@ -121,18 +145,19 @@ def read_adapter(folder: AdapterFolder) -> Adapter:
     Raises:
         CheckpointError: factors do not have the configuration's ranks, lack a partner, or are not floating point.
     """
-    problems = check_factors(folder, own_shapes(folder))
+    problems = check_factors(folder, own_shapes(folder), folder.forms)
     if problems:
         raise CheckpointError(f"{folder.path / WEIGHTS} does not hold what {CONFIG} says", problems)
-    names = {layer: [PEFT_KEY.format(path=layer, side=side) for side in "AB"] for layer in folder.lora_A}
+    names = {layer: [folder.key(layer, side) for side in "AB"] for layer in folder.lora_A}
     of_modules = {path: f"{PREFIX}{path}" for path in folder.whole}
     tensors = read_tensors(
         folder.path / WEIGHTS, {name for pair in (*names.values(), of_modules.values()) for name in pair}
     )
     layers = {}
     for layer, (a, b) in names.items():
-        pair = Factors(tensors[a].array, tensors[b].array)
-        layers[layer] = LoraLayer([pair], folder.scalings[layer], wider(tensors[a].dtype, tensors[b].dtype))
+        pair = Factors(*(tensors[key].array.reshape(len(tensors[key].array), -1) for key in (a, b)))
+        dtype, form = wider(tensors[a].dtype, tensors[b].dtype), folder.forms.get(layer, LINEAR)
+        layers[layer] = LoraLayer([pair], folder.scalings[layer], dtype, form=form)
     return Adapter(
         layers,
         float(folder.config.get("lora_dropout") or 0.0),
@@ -156,11 +181,12 @@ def check_folder(
     linear: LinearShapes,
     parameters: Mapping[str, Shape | str] = MappingProxyType({}),
     held: Collection[str] | None = None,
+    forms: Mapping[str, Form] = NO_FORMS,
 ) -> list[str]:
     """Return all reasons why an adapter does not belong to a model: its factors, and other tensors in the file.
 
     Args:
-        linear: the model's linear layers.
+        linear: the model's layers that may have LoRA, and `forms`: the kinds of those that are not linear.
         parameters: those that can be trained whole, default none; and `held`: see `whole_problems`.
 
     Returns:
@@ -168,11 +194,11 @@ def check_folder(
     """
     whole = folder.whole
     unknown = [key for key in folder.others if key.removeprefix(PREFIX) not in whole]
-    problems = check_factors(folder, linear) + [unknown_tensor(key) for key in unknown]
+    problems = check_factors(folder, linear, forms) + [unknown_tensor(key) for key in unknown]
     return problems + whole_problems(whole, folder.modules_to_save, parameters, held)
 
 
-def check_factors(folder: AdapterFolder, linear: LinearShapes) -> list[str]:
+def check_factors(folder: AdapterFolder, linear: LinearShapes, forms: Mapping[str, Form] = NO_FORMS) -> list[str]:
     """Return the problems of `check_folder` that concern factors: partners, layers, ranks and shapes."""
     problems = []
     if not folder.lora_A and not folder.lora_B:
@@ -182,6 +208,10 @@ def check_factors(folder: AdapterFolder, linear: LinearShapes) -> list[str]:
     for layer in sorted(folder.lora_A.keys() | folder.lora_B.keys()):
         if layer not in linear:
             problems.append(f"{layer}: the model has no such linear layer")
+            continue
+        has, got = (x.get(layer, LINEAR) for x in (forms, folder.forms))
+        if has != got:
+            problems.append(f"{layer}: the model has {has.name} there, the file factors of {got.name}")
             continue
         out_features, in_features = linear[layer]
         rank = folder.ranks[layer]
@@ -210,10 +240,16 @@ def write_peft(path: Path, adapter: Adapter) -> None:
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """Return the tensors of `adapter_model.safetensors`, by PEFT's names."""
     return {
-        PEFT_KEY.format(path=name, side=side): Tensor(factor, layer.dtype)
+        peft_key(name, side, layer.form): Tensor(with_kernel(factor, side, layer.form), layer.dtype)
         for name, layer in adapter.layers.items()
         for side, factor in zip("AB", layer.pairs[0], strict=True)
     } | {f"{PREFIX}{path}": tensor for path, tensor in adapter.whole.items()}
+
+
+def with_kernel(factor: np.ndarray, side: str, form: Form) -> np.ndarray:
+    """Return a factor, a matrix, with the axes that PEFT keeps it with."""
+    sizes = form.kernel if side == "A" else (1,) * len(form.kernel)
+    return factor.reshape(len(factor), -1, *sizes) if sizes else factor
 
 
 def peft_config(adapter: Adapter) -> dict[str, Any]:

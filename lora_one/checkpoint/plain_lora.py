@@ -26,7 +26,6 @@ _REASONS = {
 }
 _STARTS_THAT_KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _TENSORS = (
-    (r"\.lora_embedding_[AB]$", "LoRA on an embedding: its factors are looked up, not multiplied"),
     (r"\.lora_magnitude_vector(\.weight)?$", "a magnitude of DoRA"),
     (r"\.lora_[AB]\.bias$", "a bias of LoRA's own"),
     (

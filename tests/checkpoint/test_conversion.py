@@ -205,10 +205,6 @@ REFUSED_PEFT = {
         {"lora_bias": True, "target_modules": ["q_proj"]},
         ["lora_bias=True: LoRA with a bias", *(f"layers.{i}.self_attn.q_proj.lora_B.bias: a bias" for i in (0, 1))],
     ),
-    "embedding": (
-        {"target_modules": ["embed_tokens", "q_proj"]},
-        ["embed_tokens.lora_embedding_A: LoRA on an embedding", "embed_tokens.lora_embedding_B: LoRA on an embedding"],
-    ),
     "resized-or-not": (
         {"target_modules": ["embed_tokens", "q_proj"]},
         ["embed_tokens.base_layer.weight: PEFT's copy of the base weight, which may have changed"],
@@ -252,6 +248,23 @@ def test_modules_that_were_trained_whole_go_where_they_have_a_place(base, tmp_pa
     key = "base_model.model.{}.weight"
     np.testing.assert_array_equal(after[key.format("head")].array, before[key.format("lm_head")].array)
     assert json.loads((dst / "adapter_config.json").read_text())["modules_to_save"] == ["head"]
+
+
+def test_embeddings_and_convolutions_keep_their_names_and_axes(tmp_path):
+    """In PEFT's layout. mlx-lm adds an embedding's LoRA to a tied output layer, and has no LoRA for convolutions."""
+    model = torch.nn.Sequential(torch.nn.Embedding(20, 6), torch.nn.Conv2d(3, 4, (2, 5)))
+    config = peft.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "src", save_embedding_layers=False)
+    before = read_tensors(tmp_path / "src" / "adapter_model.safetensors")
+    for to in ("peft", "flax"):
+        lora_one.convert(tmp_path / "src", tmp_path / to, to)
+        after = read_tensors(tmp_path / to / "adapter_model.safetensors")
+        assert before.keys() == after.keys()
+        for key, tensor in before.items():
+            np.testing.assert_array_equal(tensor.array, after[key].array)
+    text = refusal(tmp_path / "src")
+    assert "0: LoRA on an embedding, which mlx-lm adds to a tied output layer too and PEFT does not" in text
+    assert "1: LoRA on a convolution, which mlx adapters have no place for" in text
 
 
 @pytest.mark.parametrize("backend", ["jax", "mlx"])

@@ -218,7 +218,7 @@ def test_gemmas_output_layer_is_its_embedding(name, tmp_path):
 MORE_THAN_LORA = {
     "use_dora=True: DoRA": {"use_dora": True},
     "modules_to_save=['lm_head']: layers that were trained whole": {"modules_to_save": ["lm_head"]},
-    "embed_tokens.lora_embedding_A: LoRA on an embedding": {"target_modules": ["embed_tokens"]},
+    "embed_tokens: LoRA on an embedding, which gguf": {"target_modules": ["embed_tokens"]},
 }
 
 

@@ -23,10 +23,11 @@ from lora_one.report.deferred import StartSteps
 
 from .attachment.adapters import opened
 from .attachment.attach import Site, find_sites
+from .attachment.kinds import as_kept
 from .attachment.sharding import gathered, write
 from .linalg.precision import full_precision
 from .ops import TorchOps
-from .pairs import STACK_BYTES, LoraPair, gradient_of, stacks
+from .pairs import STACK_BYTES, LoraPair, as_matrix, gradient_of, stacks
 
 _OPS = TorchOps()
 _ONE_BY_ONE = ("cpu",)  # types of devices that gain nothing by stacks of pairs
@@ -55,7 +56,9 @@ class PairStarts:
         """
         for a, b in self.pairs:
             if "start_s" not in states[a]:
-                states[a]["start_s"], states[b]["start_agreement"] = start_state(_OPS, Factors(a, b))
+                states[a]["start_s"], states[b]["start_agreement"] = start_state(
+                    _OPS, Factors(as_matrix(a), as_matrix(b))
+                )
         counts = False
         with full_precision(self.pairs[0].lora_A.device):  # once, instead of at each product
             for batch in _batches(self.pairs):
@@ -89,7 +92,7 @@ class PairStarts:
         layers = self.plan.report.layers
         for layer, (a, b) in zip(layers, self.pairs, strict=True):
             expected = (layer.rank, layer.in_features), (layer.out_features, layer.rank)
-            if (tuple(a.shape), tuple(b.shape)) != expected:
+            if tuple(tuple(as_matrix(x).shape) for x in (a, b)) != expected:
                 raise ModelError(
                     f"layer {layer.name!r}: a start needs whole factors of shapes {expected[0]} and {expected[1]}, got "
                     f"{tuple(a.shape)} and {tuple(b.shape)}: take the first steps before sharding"
@@ -123,7 +126,7 @@ def plan_starts(model: nn.Module, start_steps: StartSteps | None) -> PairStarts 
     def sites() -> list[Site]:
         with opened(model, "a start from the first steps") as adapted:
             sites = find_sites(adapted)
-        frozen = [site.layer.name for site in sites if not all(factor.requires_grad for factor in _pair(site))]
+        frozen = [site.layer.name for site in sites if not all(factor.requires_grad for factor in site.parameters)]
         if frozen:
             raise ModelError(
                 f"a start from the first steps needs both factors trainable, got frozen ones in {shown_names(frozen)}; "
@@ -136,7 +139,7 @@ def plan_starts(model: nn.Module, start_steps: StartSteps | None) -> PairStarts 
         start_steps,
         _OPS.name,
         lambda: [site.layer for site in sites()],
-        lambda: [site.layer.name for site in sites() if bool(site.lora_B.weight.any())],
+        lambda: [site.layer.name for site in sites() if bool(site.parameters.lora_B.any())],
     )
     if plan is None:
         return None
@@ -146,7 +149,7 @@ def plan_starts(model: nn.Module, start_steps: StartSteps | None) -> PairStarts 
             f"the layers of the active adapter must be those that init has reported, {shown_names(expected)}; got "
             f"{shown_names(names)}: call init again, or activate that adapter"
         )
-    return PairStarts([_pair(site) for site in sites()], plan)
+    return PairStarts([site.parameters for site in sites()], plan)
 
 
 def _adapted_part(model: nn.Module) -> nn.Module:
@@ -161,13 +164,9 @@ def _adapted_part(model: nn.Module) -> nn.Module:
     return [*waiting, *parts, model][0]
 
 
-def _pair(site: Site) -> LoraPair:
-    return LoraPair(site.module.lora_A[site.adapter].weight, site.module.lora_B[site.adapter].weight)
-
-
 def _whole(pair: LoraPair | Factors) -> Factors:
-    """Return a pair, or its gradient. What is spread over processes is gathered: a start reads the whole of both."""
-    return Factors(*map(gathered, pair))
+    """Return a pair, or its gradient, as matrices. What is spread over processes is gathered: a start reads it all."""
+    return Factors(*(as_matrix(gathered(x)) for x in pair))
 
 
 def _state_of(states: States, pair: LoraPair) -> StartState:
@@ -191,8 +190,8 @@ def _step_together(pairs: list[LoraPair], gradient: Factors, states: States, gam
     before = stack_of(_OPS, [_state_of(states, pair) for pair in pairs])  # (n, r), (n,)
     factors, state = start_step(_OPS, stack, gradient, before, gamma)
     for pair, new in zip(pairs, unstacked(factors, len(pairs)), strict=True):
-        write(pair.lora_A, new.lora_A)
-        write(pair.lora_B, new.lora_B)
+        for parameter, values in zip(pair, new, strict=True):
+            write(parameter, as_kept(values, parameter))
     for pair, (s, agreement) in zip(pairs, unstacked(state, len(pairs)), strict=True):
         states[pair.lora_A]["start_s"] = s.clone()  # not a part of the stack, which would be saved whole
         states[pair.lora_B]["start_agreement"] = agreement.clone()

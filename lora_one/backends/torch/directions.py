@@ -21,7 +21,7 @@ from lora_one.core.precondition import Damping, apply_inverses, damped_inverse, 
 from .attachment.sharding import is_dtensor
 from .linalg.narrow import narrow_matmul
 from .ops import TorchOps
-from .pairs import STACK_BYTES, Batch, LoraPair, gradient_of, stacks
+from .pairs import STACK_BYTES, Batch, LoraPair, as_matrix, gradient_of, stacks
 from .spread_directions import spread_directions
 
 _STACKED_BELOW_RANK = {"cpu": 16}  # per device type; on any other, pairs of every rank are stacked
@@ -39,7 +39,8 @@ def directions(pairs: Iterable[LoraPair], reg: float, damping: Damping) -> Itera
     """
     groups: dict[Any, list[LoraPair]] = defaultdict(list)
     spread = []
-    for pair in pairs:
+    kept: dict[int, Tensor] = {}  # id of the matrix that stands for a factor of a convolution -> the factor
+    for pair in (_as_matrices(pair, kept) for pair in pairs):
         a, b = pair
         if a.grad is None and b.grad is None:
             continue
@@ -53,8 +54,27 @@ def directions(pairs: Iterable[LoraPair], reg: float, damping: Damping) -> Itera
         kind = group[0].lora_A.device, _wide_dtype(group[0])
         if kind not in arenas:
             arenas[kind] = _Arena(*kind)
-        yield from (_stacked if stacked else _one_by_one)(arenas[kind], group, reg, damping)
+        for batch in (_stacked if stacked else _one_by_one)(arenas[kind], group, reg, damping):
+            yield [_as_factor(kept, *each) for each in batch] if kept else batch
     yield from spread_directions(spread, reg, damping)
+
+
+def _as_matrices(pair: LoraPair, kept: dict[int, Tensor]) -> LoraPair:
+    """Return a pair as matrices, with their gradients, and note which factor each new one stands for."""
+    if all(factor.ndim <= 2 for factor in pair):
+        return pair
+    matrices = []
+    for factor in pair:
+        matrix: Any = as_matrix(factor.detach())
+        matrix.grad = None if factor.grad is None else as_matrix(factor.grad)
+        kept[id(matrix)] = factor
+        matrices.append(matrix)
+    return LoraPair(*matrices)
+
+
+def _as_factor(kept: dict[int, Tensor], matrix: Any, direction: Tensor) -> tuple[Any, Tensor]:
+    factor: Any = kept.get(id(matrix), matrix)
+    return factor, direction.view(factor.shape)
 
 
 def _stacked(arena: "_Arena", pairs: list[LoraPair], reg: float, damping: Damping) -> Iterator[Batch]:

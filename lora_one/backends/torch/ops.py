@@ -48,6 +48,8 @@ class TorchOps(Ops):
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         with full_precision(a.device):
+            if a.is_sparse:  # the rows of an embedding
+                return torch.sparse.mm(a, b)
             if a.dtype != b.dtype:  # rows in the model's dtype times directions in float32
                 return times_few_columns(a, b)
             return narrow_matmul(a, b)

@@ -13,6 +13,7 @@ from lora_one.core.precondition import Damping
 from lora_one.errors import ModelError
 from lora_one.report.deferred import StartSteps
 
+from .attachment.kinds import factors_of
 from .attachment.optimizable import check_optimizable, check_stays_whole
 from .attachment.sharding import is_dtensor, shape_of
 from .deferred import plan_starts
@@ -22,14 +23,14 @@ from .start_state import refuse_unfinished
 
 
 def lora_pairs(model: nn.Module) -> list[LoraPair]:
-    """Return the trainable LoRA pairs of a model's linear layers."""
+    """Return the trainable LoRA pairs of a model."""
     pairs = []
     for module in model.modules():
         if not isinstance(module, LoraLayer) or isinstance(module.lora_A, nn.ParameterDict):  # AdaLoRA: no pairs
             continue
-        for adapter in module.lora_A:
-            pair = LoraPair(module.lora_A[adapter].weight, module.lora_B[adapter].weight)
-            if all(len(shape_of(factor)) == 2 and factor.requires_grad for factor in pair):
+        for adapter in (*module.lora_A, *module.lora_embedding_A):
+            pair = factors_of(module, adapter)
+            if all(len(shape_of(factor)) >= 2 and factor.requires_grad for factor in pair):
                 pairs.append(pair)
     return pairs
 

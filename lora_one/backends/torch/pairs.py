@@ -12,10 +12,15 @@ STACK_BYTES = 256 * 2**20  # of factors that are computed together at most, whic
 
 
 class LoraPair(NamedTuple):
-    """The parameters of one LoRA layer."""
+    """The parameters of one LoRA layer; those of a convolution have more axes, see `as_matrix`."""
 
     lora_A: nn.Parameter  # (r, in)
     lora_B: nn.Parameter  # (out, r)
+
+
+def as_matrix(factor: Tensor) -> Tensor:
+    """Return a factor, or its gradient, as a matrix, (r, in) or (out, r): a convolution's has more axes."""
+    return factor if factor.ndim <= 2 else factor.flatten(1)
 
 
 Batch = list[tuple[nn.Parameter, Tensor]]  # factors that have a gradient, each with its direction
@@ -29,5 +34,5 @@ def stacks(pairs: list[LoraPair], most: int) -> Iterator[list[LoraPair]]:
 
 
 def gradient_of(pair: LoraPair) -> Factors:
-    """Return the gradient of a pair; zeros for a factor without one."""
-    return Factors(*(torch.zeros_like(factor) if factor.grad is None else factor.grad for factor in pair))
+    """Return the gradient of a pair, as matrices; zeros for a factor without one."""
+    return Factors(*(as_matrix(torch.zeros_like(x) if x.grad is None else x.grad) for x in pair))

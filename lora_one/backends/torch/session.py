@@ -17,6 +17,7 @@ from lora_one.core.sides import Products, Sides, whole_gradient, whole_sides
 from lora_one.environment import process_peak
 from lora_one.errors import BatchError
 
+from .attachment.kinds import without_padding
 from .attachment.optimizable import check_no_engine
 from .attachment.reversible import ReversibleAttachment
 from .linalg.precision import full_precision
@@ -160,7 +161,8 @@ class TorchSession:
         return all_agree(decision, self._device)
 
     def assign(self, layer: str, factors: Factors) -> None:
-        self._passes.sites[layer].assign(factors)
+        site = self._passes.sites[layer]
+        site.assign(Factors(without_padding(site.module, factors.lora_A), factors.lora_B))
 
     def peak_memory(self) -> int | None:
         if self._device.type == "cuda":

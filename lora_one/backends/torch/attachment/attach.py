@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_one.backends.interface import Layer
 from lora_one.backends.targets import check_module_names, no_match
+from lora_one.backends.torch.pairs import LoraPair
 from lora_one.checkpoint.scales import plain_alpha, scaling_of
 from lora_one.config import Config
 from lora_one.core.factors import Factors
@@ -21,13 +22,13 @@ from lora_one.errors import ModelError
 
 from .adapters import mark_as_ours, require_lora, take_out_leftover
 from .all_linear import ALL_LINEAR, LINEAR, RefusedByPeft, on_all_linear
+from .kinds import as_kept, factors_of, features_of, has_factors, lend_settings
 from .quiet import quiet_peft
 from .refusals import refusal
 from .sharded_base import shard_attached
 from .sharding import own_part, write
 from .snapshot import Snapshot
 from .tasks import heads, task_type
-from .tensor_parallel import features_of
 from .wrappers import check_open_to_lora, plain_names, unwrapped
 
 
@@ -48,21 +49,30 @@ class Site:
         return self.module.lora_B[self.adapter]
 
     @property
+    def parameters(self) -> LoraPair:
+        """The parameters of the pair, in the shapes that PEFT keeps them in."""
+        return factors_of(self.module, self.adapter)
+
+    @property
+    def is_embedding(self) -> bool:
+        return self.adapter in self.module.lora_embedding_A
+
+    @property
     def weight(self) -> torch.Tensor:
         """The weight of the base layer, quantised or spread over processes as it may be."""
         return self.module.get_base_layer().weight
 
     def factors(self) -> Factors:
         """Return a copy of the pair, or of this process's part of it, which `assign` takes too."""
-        return Factors(own_part(self.lora_A.weight), own_part(self.lora_B.weight))
+        return Factors(*map(own_part, self.parameters))
 
     def assign(self, factors: Factors) -> None:
-        write(self.lora_A.weight, factors.lora_A)
-        write(self.lora_B.weight, factors.lora_B)
+        for parameter, values in zip(self.parameters, factors, strict=True):
+            write(parameter, as_kept(values, parameter))
 
     def like(self) -> torch.Tensor:
         """Return an empty scalar on the layer's device, in float32 or wider."""
-        weight = self.lora_A.weight
+        weight = self.parameters.lora_A
         return torch.empty((), device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
@@ -107,6 +117,7 @@ def attach_lora(model: nn.Module, config: Config) -> peft.PeftModel:
     attach, known = partial(_attached, model, config), {id(p) for p in model.parameters()}
     attached = on_all_linear(model, attach) if config.targets == ALL_LINEAR else attach(config.targets)
     shard_attached(attached, known)
+    lend_settings(attached)
     mark_as_ours(attached)
     return attached
 
@@ -135,7 +146,11 @@ def _attached(
             if refused := re.search(r"Module '([^']+)' is incompatible with", reason):
                 raise RefusedByPeft(f"targets {config.targets!r}: {reason}", refused[1]) from error
             if "is not supported" in reason:
-                raise ModelError(f"targets must be linear layers, got {config.targets!r}: {reason}") from error
+                raise ModelError(
+                    f"targets must be linear layers, embeddings or convolutions, got {config.targets!r}: {reason}"
+                ) from error
+            if reason.startswith("Targeting a"):  # a convolution in groups, which do not divide the rank
+                raise ModelError(f"targets {config.targets!r}: {reason}") from error
             linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
             raise ModelError(f"{no_match(config.targets, linear)}. PEFT says: {reason}") from error
 
@@ -145,7 +160,7 @@ def find_sites(model: peft.PeftModel) -> list[Site]:
 
     Raises:
         ModelError: no LoRA, several active adapters, a merged one, or a kind of LoRA that LoRA-One cannot start: DoRA,
-            embeddings, convolutions, a bias in lora_B, routers and experts that are one parameter.
+            convolutions in groups, a bias in lora_B, routers and experts that are one parameter.
     """
     require_lora(model, "init")
     adapters = model.active_adapters
@@ -156,9 +171,7 @@ def find_sites(model: peft.PeftModel) -> list[Site]:
     for path, module in model.base_model.model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        if adapter in module.lora_embedding_A:
-            problems.append(f"{path}: LoRA on an embedding, whose gradient is a few rows; leave it out of the targets")
-        if adapter not in module.lora_A:
+        if not has_factors(module, adapter):
             continue
         if reason := refusal(module, adapter):
             problems.append(f"{path}: {reason}")
@@ -167,7 +180,7 @@ def find_sites(model: peft.PeftModel) -> list[Site]:
             layer = Layer(path, *features_of(module), rank, scaling)
             sites.append(Site(layer, module, adapter))
     if problems:
-        raise ModelError("LoRA-One starts plain LoRA on linear layers, got:\n  " + "\n  ".join(problems))
+        raise ModelError("LoRA-One starts plain LoRA, got:\n  " + "\n  ".join(problems))
     if not sites:
         raise ModelError(f"the model must have LoRA layers of adapter {adapter!r}, got none")
     return sites

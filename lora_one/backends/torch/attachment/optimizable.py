@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from lora_one.backends.torch.places import FLATTENED
 from lora_one.errors import ModelError
 
+from .kinds import factors_of
 from .sharded_base import check_factors_sharded
-from .sharding import shape_of
+from .sharding import is_dtensor, shape_of
 from .wrappers import is_engine
 from .zero import has_engine, is_partitioned
 
@@ -28,6 +29,11 @@ def check_optimizable(model: nn.Module, precondition: bool, loraplus_lr_ratio: f
             f"{' and '.join(settings)} needs the factors of each layer as matrices, got {len(flat)} flattened ones: "
             f"FullyShardedDataParallel keeps them like that; shard with fully_shard, or leave "
             f"{' and '.join(settings)} out"
+        )
+    if precondition and (spread := [x for x in _factors(model) if len(shape_of(x)) > 2 and is_dtensor(x)]):
+        raise ModelError(
+            f"precondition=True needs whole factors of convolutions, got {len(spread)} that fully_shard has split: "
+            "leave precondition=True out, or the convolutions out of the targets"
         )
 
 
@@ -56,8 +62,11 @@ def check_stays_whole(model: nn.Module) -> None:
 
 
 def _flat_factors(model: nn.Module) -> list[Tensor]:
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    linear = [
-        x for layer in layers for x in (*layer.lora_A.values(), *layer.lora_B.values()) if isinstance(x, nn.Linear)
-    ]
-    return [x.weight for x in linear if x.weight.requires_grad and len(shape_of(x.weight)) != 2]
+    return [x for x in _factors(model) if len(shape_of(x)) < 2]
+
+
+def _factors(model: nn.Module) -> list[Tensor]:
+    """Return the trainable factors of all LoRA pairs."""
+    layers = [x for x in model.modules() if isinstance(x, LoraLayer) and not isinstance(x.lora_A, nn.ParameterDict)]
+    adapters = [(layer, name) for layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)]
+    return [factor for layer, name in adapters for factor in factors_of(layer, name) if factor.requires_grad]

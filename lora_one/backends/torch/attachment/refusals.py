@@ -7,6 +7,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from .kinds import CONVOLUTIONS, factors_of, refusal_of_kind
+
 # Beginning of the name of PEFT's class -> what it is, and what to do.
 _VARIANTS = {
     "Dora": "DoRA, with a magnitude beside the factors; attach LoRA without use_dora",
@@ -31,17 +33,19 @@ def kind_of(model: peft.PeftModel) -> str | None:
 
 def refusal(module: LoraLayer, adapter: str) -> str | None:
     """Return why LoRA-One cannot start the adapter of a layer, and the remedy; None if it can."""
-    factor, base = module.lora_A[adapter], module.get_base_layer()
+    base = module.get_base_layer()
     if isinstance(module, ParamWrapper):
         # PEFT's "all-linear" gives this to a mixture of experts, whose router returns more than a product.
         return f"LoRA on its parameter {module.parameter_name!r}; name linear layers as targets"
-    if not isinstance(factor, nn.Linear):
-        return f"LoRA on a {type(base).__name__}; name linear layers as targets"
+    if adapter in module.lora_A and not isinstance(module.lora_A[adapter], (nn.Linear, *CONVOLUTIONS)):
+        return f"LoRA on a {type(base).__name__}; name linear layers, embeddings or convolutions as targets"
+    if reason := refusal_of_kind(base):
+        return reason
     if adapter in module.lora_variant:
         variant = type(module.lora_variant[adapter]).__name__
         texts = (text for name, text in _VARIANTS.items() if variant.startswith(name))
         return next(texts, f"a variant of LoRA, {variant}; attach plain LoRA")
-    if factor.weight.is_meta:
+    if factors_of(module, adapter).lora_A.is_meta:
         if base.weight.is_meta:
             return "offloaded, with LoRA weights that hold no numbers; load the model where it fits"
         return (

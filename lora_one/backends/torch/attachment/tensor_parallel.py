@@ -38,15 +38,6 @@ def check_visible(model: nn.Module) -> None:
             )
 
 
-def features_of(layer: LoraLayer) -> tuple[int, int]:
-    """Return (out, in) of a LoRA layer, where PEFT's own numbers may be those of this process's part."""
-    weight = getattr(layer.get_base_layer(), "weight", None)
-    if weight is None or not is_dtensor(weight):
-        return layer.out_features, layer.in_features
-    out_features, in_features = weight.shape
-    return out_features, in_features
-
-
 def whole_columns(x: Tensor, features: int, weight: Any) -> Tensor:
     """Return all columns of a layer's input or output, of which this process may have some.
 

@@ -9,9 +9,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_one.backends.torch.attachment.attach import find_sites
+from lora_one.backends.torch.attachment.kinds import CONVOLUTIONS, features_of
 from lora_one.backends.torch.attachment.sharding import gathered, shape_of
+from lora_one.checkpoint.adapter import Form
 from lora_one.checkpoint.folder import WEIGHTS
-from lora_one.checkpoint.peft import PEFT_BASE_KEY, PEFT_KEY, AdapterFolder, check_factors, unknown_tensor
+from lora_one.checkpoint.peft import PEFT_BASE_KEY, AdapterFolder, check_factors, unknown_tensor
 from lora_one.checkpoint.plain_lora import settings_beyond
 from lora_one.errors import ModelError
 
@@ -33,7 +35,7 @@ def problems_before(
     shapes = {base_path(name): shape_of(tensor) for name, tensor in tensors if ".lora_" not in name}
     problems = []
     if not config.layer_replication:  # its paths belong to layers that do not exist yet
-        problems += check_factors(folder, _linear_layers(base))
+        problems += check_factors(folder, _linear_layers(base), _forms(base))
     embeddings = embedding_paths(base)
     for key, shape in folder.others.items():
         path = base_path(key)
@@ -69,7 +71,7 @@ def problems_after(folder: AdapterFolder, config: peft.LoraConfig, model: peft.P
     kept = {key for key in shapes if ".lora_" not in key}
     problems += [f"{key}: the model keeps it whole, the file has none" for key in sorted(kept - set(folder.others))]
     embeddings = embedding_paths(model.get_base_model())
-    held = {PEFT_KEY.format(path=path, side=side) for path in folder.lora_A for side in "AB"}
+    held = {folder.key(path, side) for path in folder.lora_A for side in "AB"}
     for key, shape in folder.others.items():
         if key in shapes and shapes[key] != shape:
             problems.append(f"{key}: must be {shapes[key]}, got {shape}")
@@ -168,12 +170,24 @@ def _other_settings(config: peft.LoraConfig, held: peft.LoraConfig) -> list[str]
 
 
 def _linear_layers(base: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return name in the base model -> (out, in)."""
+    """Return name in the base model -> (out, in), of the layers that may have LoRA."""
     shapes = {}
     for name, module in base.named_modules():
-        if isinstance(module, (nn.Linear, LoraLayer)):
-            shapes[name] = (int(module.out_features), int(module.in_features))
+        if isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS, LoraLayer)):
+            shapes[name] = features_of(module)
         elif isinstance(module, Conv1D):
             in_features, out_features = shape_of(module.weight)
             shapes[name] = out_features, in_features
     return shapes
+
+
+def _forms(base: nn.Module) -> dict[str, Form]:
+    """Return name -> kind, of the layers that are not linear."""
+    forms = {}
+    for name, module in base.named_modules():
+        inner = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        if isinstance(inner, nn.Embedding):
+            forms[name] = Form(is_embedding=True)
+        elif isinstance(inner, CONVOLUTIONS):
+            forms[name] = Form(kernel=tuple(inner.kernel_size))
+    return forms

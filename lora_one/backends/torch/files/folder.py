@@ -19,6 +19,7 @@ from lora_one.backends.torch.attachment.adapters import (
     require_lora,
     take_out_leftover,
 )
+from lora_one.backends.torch.attachment.kinds import lend_settings
 from lora_one.backends.torch.attachment.quiet import quiet_peft
 from lora_one.backends.torch.attachment.sharded_base import shard_attached
 from lora_one.backends.torch.attachment.sharding import (
@@ -181,6 +182,7 @@ def _attach(model: nn.Module, config: peft.LoraConfig, folder: AdapterFolder) ->
             ) from error
     config.base_model_name_or_path = config.base_model_name_or_path or name
     shard_attached(adapted, known)
+    lend_settings(adapted)
     return adapted
 
 

@@ -8,7 +8,9 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
-from lora_one.checkpoint.peft import PEFT_KEY
+from lora_one.backends.torch.attachment.kinds import has_factors
+from lora_one.checkpoint.adapter import Form
+from lora_one.checkpoint.peft import peft_key
 from lora_one.errors import ModelError
 
 PREFIX = "base_model.model."  # what PEFT's keys have before a path in the base model
@@ -42,7 +44,8 @@ def adapter_state(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:
     for path, module in lora_layers(model, adapter):
         if bias == "lora_only" and (key := f"{PREFIX}{path}.base_layer.bias") in tensors:
             state[key] = tensors[key]  # PEFT before 0.21 looks where the bias was without LoRA, and misses it
-        if adapter in module.lora_A and PEFT_KEY.format(path=path, side="A") not in state:
+        form = Form(is_embedding=adapter in module.lora_embedding_A)
+        if has_factors(module, adapter) and peft_key(path, "A", form) not in state:
             others = sorted(model.peft_config.keys() - {adapter})
             raise ModelError(f"{path}: PEFT takes its LoRA for another adapter's; no adapter may be named as a module "
                              f"of the model is, got {others}")  # fmt: skip

@@ -15,7 +15,9 @@ BFLOAT16_PARTS = 3  # of 8 bits each: float32 has 24
 
 
 def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
-    """Return a^T b, (m, n), of large matrices (rows, m), (rows, n) of the same dtype."""
+    """Return a^T b, (m, n), of large matrices (rows, m), (rows, n) of the same dtype; b may be sparse."""
+    if b.is_sparse:
+        return torch.sparse.mm(b.mT, widened(a)).mT
     if _has_wide_sums(a) and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a.mT, b, out_dtype=torch.float32)
     return product_of_rows(widened(a).mT, widened(b).mT)

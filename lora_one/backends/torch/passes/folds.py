@@ -65,7 +65,7 @@ class Folds:
     def add(self, name: str, product: RowProduct, is_only: bool) -> None:
         self.reached.add(name)
         self._rows.setdefault(name, []).append(product)
-        self._bytes[name] += sum(x.nbytes for x in product)
+        self._bytes[name] += sum(0 if x.is_sparse else x.nbytes for x in product)
         if not self._in_stacks and self._is_due(name):
             self._fold([name])
         most = WAITING_BYTES_RECOMPUTED if self._recomputes() else WAITING_BYTES
@@ -125,7 +125,10 @@ def _joined(rows: list[RowProduct]) -> RowProduct:
 
 
 def _stacked(rows: list[RowProduct]) -> RowProduct:
-    """Stack rows, where fewer tokens are filled up by zeros. On a CPU all products are those of float32."""
+    """Stack rows, where fewer tokens are filled up by zeros. On a CPU all products are those of float32.
+
+    Embeddings come alone: their rows are sparse.
+    """
     if not rows[0].dy.is_cuda:
         rows = [RowProduct(*(widened(x) for x in pair)) for pair in rows]
     if len(rows) == 1:

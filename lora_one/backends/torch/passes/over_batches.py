@@ -99,7 +99,8 @@ class Passes:
         self, ops: Ops, states: dict[str, FoldState], in_stacks: bool
     ) -> tuple[PassResult, dict[str, FoldState | None]]:
         """Run all batches backward and renew the states: see `Session.fold_pass`; `in_stacks` as for `Folds`."""
-        kinds = {name: _kind(state) if in_stacks else name for name, state in states.items()}
+        alone = {name for name, site in self.sites.items() if not in_stacks or site.is_embedding}
+        kinds = {name: name if name in alone else _kind(state) for name, state in states.items()}
         folds = Folds(ops, states, kinds, in_stacks, lambda: self._recompute.active)
         result, read = self._backward(folds, dict.fromkeys(states, NARROW_ROWS), {})
         reached = self._in_any_process(folds.reached)

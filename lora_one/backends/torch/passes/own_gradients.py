@@ -12,8 +12,10 @@ from functools import partial
 from torch import Tensor, nn
 
 from lora_one.backends.torch.attachment.attach import Site
+from lora_one.backends.torch.attachment.kinds import as_kept, set_factors
 from lora_one.backends.torch.linalg.precision import widened
 from lora_one.backends.torch.ops import TorchOps
+from lora_one.backends.torch.pairs import LoraPair, as_matrix
 from lora_one.core.factors import Factors
 from lora_one.core.sides import Sides, products_of, sides_as_factors
 
@@ -32,28 +34,27 @@ def own_gradients(site: Site, sides: Sides | None, sink: Sink) -> Iterator[None]
         sink: gets the products at scale 1, flat, and the gradient as it is. Each factor delivers its own part, and
             zeros for the other's, once in each backward pass that reaches it.
     """
-    layers = site.lora_A, site.lora_B
-    before = Factors(*(layer.weight for layer in layers))
-    pair = _without_memory(before) if sides is None else sides_as_factors(_OPS, sides)
+    before = site.parameters
+    pair = _without_memory(Factors(*before)) if sides is None else sides_as_factors(_OPS, sides)
     columns = 0 if sides is None else sides.right.shape[1]
 
     def take(factor: Tensor, field: str) -> None:
         assert factor.grad is not None
         gradient, factor.grad = factor.grad, None
         at_scale_1 = widened(gradient) / site.module.scaling[site.adapter]
-        gradients = _without_memory(pair)._replace(**{field: at_scale_1})
+        gradients = _without_memory(pair)._replace(**{field: as_matrix(at_scale_1)})
         sink(flat(products_of(_OPS, gradients, columns)), gradient)
 
-    for layer, field, given in zip(layers, Factors._fields, pair, strict=True):
-        layer.weight = nn.Parameter(given.to(layer.weight.dtype))
-        layer.weight.register_post_accumulate_grad_hook(partial(take, field=field))
+    installed = LoraPair(*(nn.Parameter(as_kept(x.to(y.dtype), y)) for x, y in zip(pair, before, strict=True)))
+    for parameter, field in zip(installed, Factors._fields, strict=True):
+        parameter.register_post_accumulate_grad_hook(partial(take, field=field))
+    set_factors(site.module, site.adapter, installed)
     try:
         yield
     finally:
-        for layer, weight in zip(layers, before, strict=True):
-            layer.weight = weight
+        set_factors(site.module, site.adapter, before)
 
 
 def _without_memory(pair: Factors) -> Factors:
-    """Return zeros in the shapes of a pair, float32 or wider."""
-    return Factors(*(widened(x.detach().new_zeros(())).expand(x.shape) for x in pair))
+    """Return zeros in the shapes of a pair, as matrices, float32 or wider."""
+    return Factors(*(widened(x.detach().new_zeros(())).expand(as_matrix(x).shape) for x in pair))

@@ -1,4 +1,4 @@
-"""A tap forms a product of a linear layer's weight gradient G, even where the weight is frozen or quantised.
+"""A tap forms a product of a layer's weight gradient G, even where the weight is frozen or quantised.
 
 A tap leaves the layer's output as it is. In the backward pass it sees dL/dy beside x. From these it forms
 G = sum over tokens of dL/dy x^T, or only a few products with G: G V = dL/dy^T (x V) and G^T U = x^T (dL/dy U).
@@ -20,6 +20,8 @@ from lora_one.backends.torch.ops import TorchOps
 from lora_one.core.gradient import RowProduct
 from lora_one.core.sides import Products, Sides, products_with
 
+from .layer_rows import rows_of
+
 _OPS = TorchOps()
 
 Sink = Callable[[Any, Tensor], None]
@@ -33,8 +35,8 @@ NARROW_ROWS: Product = RowProduct  # G, not multiplied out, and in the model's o
 
 
 def rows(dy: Tensor, x: Tensor) -> RowProduct:
-    """Return G, not multiplied out."""
-    return RowProduct(widened(dy), widened(x))
+    """Return G, not multiplied out; of an embedding as a matrix, since few functions take its sparse x."""
+    return WHOLE(dy, x) if x.is_sparse else RowProduct(widened(dy), widened(x))
 
 
 def of_no_token(product: Product, out_features: int, in_features: int, like: Tensor) -> Tensor:
@@ -45,7 +47,8 @@ def of_no_token(product: Product, out_features: int, in_features: int, like: Ten
 
 def whole(product: RowProduct) -> Tensor:
     """Return G, (out, in)."""
-    g: Tensor = _apply(WHOLE, *product)
+    with full_precision(product.dy.device):
+        g: Tensor = WHOLE(*product)
     return g
 
 
@@ -78,12 +81,6 @@ class _Keep(torch.autograd.Function):
         return anchor.view_as(anchor)
 
 
-def _apply(function: Callable[..., Any], *xs: Tensor) -> Any:
-    """Apply a function of matrices (tokens, n) to tensors (..., n)."""
-    with full_precision(xs[0].device):
-        return function(*(x.reshape(-1, x.shape[-1]) for x in xs))
-
-
 @contextmanager
 def tap(
     layer: nn.Module, base: nn.Module, product: Product, sink: Sink, on_call: Callable[[bool], None]
@@ -92,13 +89,13 @@ def tap(
 
     Args:
         layer: the LoRA layer of PEFT.
-        base: its base layer, which computes y (..., out) from its first argument x (..., in). Nothing in it has to
+        base: its base layer, which computes y from its first argument x, as `rows_of` knows it. Nothing in it has to
             require a gradient.
         product: `WHOLE`, `rows`, `NARROW_ROWS`, or a result of `product_of`.
-        sink: gets the product and dL/dy, (..., out), in the backward pass: once per call that the loss depends on.
+        sink: gets the product and dL/dy in the backward pass: once per call that the loss depends on.
         on_call: gets whether a graph is recorded, at each forward pass that is not a repetition by checkpointing.
     """
-    forward_before = vars(layer).get("forward")
+    forward_before, as_rows = vars(layer).get("forward"), rows_of(base)
 
     @torch.compiler.disable  # it can trace neither the node's saved tensors nor the sink
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -117,7 +114,9 @@ def tap(
             (kept,) = keepers[0].grad_fn.saved_tensors
             if not torch.is_grad_enabled():  # otherwise this graph may run backward again
                 keepers.clear()
-            sink(_apply(product, dy, kept), dy)
+            with full_precision(dy.device):
+                formed = product(*as_rows(dy, kept))
+            sink(formed, dy)
 
         y = y if y.requires_grad else y + anchor
         y.register_hook(form)  # not a node of ours: its output would be a view, and the model may change y in place

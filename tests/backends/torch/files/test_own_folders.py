@@ -20,6 +20,7 @@ def base() -> torch.nn.Module:
 
 
 KINDS = {
+    "embedding": {"target_modules": ["embed_tokens"]},
     "tokens": {"trainable_token_indices": {"embed_tokens": [5, 6]}},
     "tokens in a list": {"trainable_token_indices": [5, 6]},
     "lora_only": {"bias": "lora_only"},
@@ -87,7 +88,6 @@ def test_what_is_missing_or_misshapen_is_told_and_nothing_stays(tmp_path, kind):
     ("settings", "reason"),
     [
         ({"use_dora": True}, "a magnitude of DoRA"),
-        ({"target_modules": ["embed_tokens"]}, "LoRA on an embedding"),
         ({"lora_bias": True, "init_lora_weights": True}, "a bias of LoRA's own"),
     ],
 )
