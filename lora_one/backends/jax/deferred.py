@@ -20,7 +20,7 @@ from lora_one.errors import ConfigError, ModelError
 
 from .layout import Layout
 from .ops import JaxOps
-from .pairs import PairPlaces, Path, entry_of, find_pairs, pair_layouts
+from .pairs import PairPlaces, Path, StackAxes, entry_of, find_pairs, pair_layouts
 from .placement import resharded, whole
 
 _OPS = JaxOps()
@@ -66,7 +66,7 @@ def with_start(
     others_adam: optax.GradientTransformation,
     after: optax.GradientTransformation,
     start: Start,
-    stack_axes: Mapping[Path, int] | None,
+    stack_axes: StackAxes,
 ) -> optax.GradientTransformationExtraArgs:
     """Return a transformation that makes the pairs' start first, and is `after` of Adam's directions then.
 
@@ -177,10 +177,11 @@ class _Kind(NamedTuple):
 
     def stacked(self, leaves: list[Array], times_b: float, mesh: Any) -> Factors:
         """Return all pairs, (n, r, in) and (n, out, r), whole on each device, the second times a number."""
-        a, b = [], []
+        a: list[Array] = []
+        b: list[Array] = []
         for _, places, layout in self.pairs:
-            a.append(whole(leaves[places.a], mesh).reshape(layout.count, layout.in_features, self.rank))
-            b.append(whole(leaves[places.b], mesh).reshape(layout.count, self.rank, layout.out_features))
+            for stacks, leaf in zip((a, b), layout.matrices(*(whole(leaves[p], mesh) for p in places)), strict=True):
+                stacks.append(leaf)
         lora_A, lora_B = (jnp.matrix_transpose(jnp.concatenate(x)) for x in (a, b))
         return Factors(lora_A, lora_B if times_b == 1.0 else lora_B * times_b)
 
@@ -188,22 +189,22 @@ class _Kind(NamedTuple):
         """Return the places and leaves of all pairs, a and b in turn, from (n, r, in) and (n, out, r)."""
         a, b = map(jnp.matrix_transpose, stack)  # (n, in, r), (n, r, out)
         b = b if self.fold == 1.0 else b * self.fold
-        leaves, begin = [], 0
+        leaves: list[tuple[int, Array]] = []
+        begin = 0
         for _, places, layout in self.pairs:
             end = begin + layout.count
-            leaves.append((places.a, a[begin:end].reshape(layout.a_shape(self.rank))))
-            leaves.append((places.b, b[begin:end].reshape(layout.b_shape(self.rank))))
+            leaves += zip(places, layout.from_matrices(a[begin:end], b[begin:end]), strict=True)
             begin = end
         return leaves
 
 
-def _kinds(params: Any, stack_axes: Mapping[Path, int] | None, folds: Mapping[Path, float]) -> list[_Kind]:
+def _kinds(params: Any, stack_axes: StackAxes, folds: Mapping[Path, float]) -> list[_Kind]:
     leaves = jax.tree.leaves(params)
     kinds: dict[Any, _Kind] = {}
     for path, (places, layout) in zip(find_pairs(params), pair_layouts(params, stack_axes), strict=True):
         a, b, fold = leaves[places.a], leaves[places.b], entry_of(path, folds) or 1.0
-        shape = layout.in_features, layout.out_features, a.shape[-1], a.dtype, b.dtype, fold
-        kinds.setdefault(shape, _Kind([], a.shape[-1], a.dtype, fold)).pairs.append(_Pair(path, places, layout))
+        shape = layout.in_features, layout.out_features, layout.rank(a), a.dtype, b.dtype, fold
+        kinds.setdefault(shape, _Kind([], layout.rank(a), a.dtype, fold)).pairs.append(_Pair(path, places, layout))
     return list(kinds.values())
 
 

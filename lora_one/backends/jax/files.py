@@ -24,14 +24,14 @@ from lora_one.errors import CheckpointError, ModelError
 
 from .llama.model import LlamaForCausalLM
 from .nnx.adopt import find_adapters
-from .nnx.inject import inject, linear_layers, take_out
+from .nnx.inject import dropout_of, inject, linear_layers, take_out, train_dropout
 from .nnx.layers import adapted_kind, kind_of
 from .nnx.removal import remove
 from .processes import Processes
 from .sites import Leaves, Site, check_concrete
-from .trees.binding import adapted_weights, tree_sites
+from .trees.binding import adapted_weights, ranks, tree_sites
 from .trees.linear import Linear, find_layers
-from .trees.linen_files import fresh_layers, note_of
+from .trees.linen_files import fresh_layers, note_of, read_note
 from .trees.models import LinenModel, PytreeModel, merged
 
 
@@ -117,7 +117,11 @@ def _adapter(model: Any) -> Adapter:
         for layer, pair in zip(site.layers(), site.spec_pairs(leaves), strict=True)
     }
     task = "CAUSAL_LM" if isinstance(model, LlamaForCausalLM) else None
-    return Adapter(layers, task=task, notes=note_of(model) if isinstance(model, LinenModel) else {})
+    if isinstance(model, LinenModel):
+        return Adapter(layers, model.dropout, task, note_of({site.name: site.layout for site, _ in lora}))
+    moved = {site.name: site.layout for site, _ in lora if any(site.layout.lifts)}
+    dropout = dropout_of(model) if isinstance(model, nnx.Module) else 0.0
+    return Adapter(layers, dropout, task, note_of(moved) if moved else {})
 
 
 def load(model: Any, path: Path, trainable: bool) -> Any:
@@ -127,10 +131,10 @@ def load(model: Any, path: Path, trainable: bool) -> Any:
         folder = read_folder(path)
         if processes.size > 1 and not processes.agree(_fingerprint(path)):
             raise CheckpointError(f"the adapter in {path} must be the same in all processes, got another one in some")
-        return _load(model, path, folder)
+        return _load(model, path, folder, trainable)
 
 
-def _load(model: Any, path: Path, folder: AdapterFolder) -> Any:
+def _load(model: Any, path: Path, folder: AdapterFolder, trainable: bool) -> Any:
     own_sites = {site.name: site for site, _ in _find_lora(model)}
     linear, problems = ({}, []) if isinstance(model, nnx.Module) else _tree_layers(model, folder)
     if not problems:
@@ -145,7 +149,7 @@ def _load(model: Any, path: Path, folder: AdapterFolder) -> Any:
         if first in factors:
             plan[name] = folder.lora_A[first][0], folder.scalings[first]
     if isinstance(model, nnx.Module):
-        return _load_nnx(model, folder, factors, {} if own_sites else plan)
+        return _load_nnx(model, folder, factors, {} if own_sites else plan, trainable)
     sites = own_sites or tree_sites(linear, plan)
     # One scale for all layers: the ratio of a layer's own scale to it goes into lora_b.
     scaling = model.scaling if own_sites else next(iter(plan.values()))[1]
@@ -155,7 +159,12 @@ def _load(model: Any, path: Path, folder: AdapterFolder) -> Any:
         weight.layer: weight.to_lora(site.trained(_pairs(site, folder, factors)))
         for weight, site in zip(weights, sites.values(), strict=True)
     }
-    return model.replace(lora=lora, scaling=scaling, layouts=weights)
+    new = model.replace(lora=lora, scaling=scaling, layouts=weights)
+    return new.replace(dropout=_dropout(folder)) if isinstance(model, LinenModel) and not own_sites else new
+
+
+def _dropout(folder: AdapterFolder) -> float:
+    return float(folder.config.get("lora_dropout") or 0.0)
 
 
 def _fingerprint(folder: Path) -> str:
@@ -167,10 +176,15 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _load_nnx(
-    model: nnx.Module, folder: AdapterFolder, factors: dict[str, Factors], plan: dict[str, tuple[int, float]]
+    model: nnx.Module,
+    folder: AdapterFolder,
+    factors: dict[str, Factors],
+    plan: dict[str, tuple[int, float]],
+    trainable: bool,
 ) -> nnx.Module:
     """Inject LoRA as planned, and put the folder's factors into all LoRA of the model."""
-    injected = inject(model, plan)
+    lifts = {name: layout.lifts for name, layout in read_note(folder).items() if name in plan}
+    injected = inject(model, plan, _dropout(folder), lifts=lifts)
     try:
         layers = find_adapters(model, Config())
         leaves = [layer.site.trained(_pairs(layer.site, folder, factors)) for layer in layers]
@@ -179,6 +193,7 @@ def _load_nnx(
         raise
     for layer, values in zip(layers, leaves, strict=True):
         layer.write(*values)
+    train_dropout(model, trainable)
     return model
 
 
@@ -242,7 +257,7 @@ def _find_lora(model: Any) -> list[_SiteFactors]:
     weights = {weight.layer: weight for weight in model.layouts}
     leaves = {name: weights[name].leaves(model.lora) for name in model.lora}
     linear = find_layers(model) if leaves else {}
-    sites = tree_sites(linear, {name: (x.a.shape[-1], model.scaling) for name, x in leaves.items()})
+    sites = tree_sites(linear, {name: (rank, model.scaling) for name, rank in ranks(model).items()})
     return [_SiteFactors(site, leaves[name]) for name, site in sites.items()]
 
 

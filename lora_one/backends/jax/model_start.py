@@ -18,12 +18,13 @@ from lora_one.errors import ModelError
 from lora_one.report.deferred import DeferredReport, StartSteps
 
 from .deferred import Start
+from .layout import Layout
 from .pairs import ModelPair, Path, entry_of, model_pairs
 from .sites import check_concrete
 
 
-def model_start(model: Any, start_steps: StartSteps | None) -> tuple[Start | None, dict[Path, int]]:
-    """Return the start that an optimizer is to make for a model, and the stacked axes of the model's pairs.
+def model_start(model: Any, start_steps: StartSteps | None) -> tuple[Start | None, dict[Path, Layout]]:
+    """Return the start that an optimizer is to make for a model, and the layouts of the model's pairs.
 
     Raises:
         ConfigError: an invalid number of steps.
@@ -41,16 +42,16 @@ def model_start(model: Any, start_steps: StartSteps | None) -> tuple[Start | Non
         nonzero = jax.device_get([jnp.any(b != 0) for b in factors])
         return [pair.site.name for pair, trained in zip(pairs.values(), nonzero, strict=True) if trained]
 
-    stacks = {path: len(pair.site.layout.stack) for path, pair in pairs.items()}
+    layouts = {path: pair.site.layout for path, pair in pairs.items()}
     decided = deferred_start(model, start_steps, "jax", layers, already_trained)
     if decided is None:
-        return None, stacks
+        return None, layouts
     decided.report.refresh = jax.effects_barrier  # what the last step told may be on its way
     folds = {path: pair.site.scaling / pair.site.native for path, pair in pairs.items()}
     telling = _telling(decided.report, pairs)
     shardings = [pair.leaves.b.sharding for pair in pairs.values()]
     mesh = next((sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)), None)
-    return Start(decided.gamma, decided.least, decided.most, folds, telling, mesh), stacks
+    return Start(decided.gamma, decided.least, decided.most, folds, telling, mesh), layouts
 
 
 def _telling(report: DeferredReport, pairs: Mapping[Path, ModelPair]) -> Callable[[list[Path]], Callable[..., None]]:

@@ -1,6 +1,5 @@
 """AdamW for LoRA, with the r x r preconditioner, as optax gradient transformations."""
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -21,14 +20,14 @@ from .deferred import Start, with_start
 from .layout import Layout
 from .model_start import model_start
 from .ops import JaxOps
-from .pairs import Path, find_pairs, pair_layouts
+from .pairs import StackAxes, find_pairs, pair_layouts
 from .sites import Leaves
 
 _OPS = JaxOps()
 
 
 def scale_by_lora_preconditioner(
-    reg: float | Array = 1e-6, damping: Damping = "absolute", stack_axes: Mapping[Path, int] | None = None
+    reg: float | Array = 1e-6, damping: Damping = "absolute", stack_axes: StackAxes = None
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition the gradients of LoRA pairs, in an `optax.chain` of your own; other leaves pass unchanged.
 
@@ -92,7 +91,7 @@ def lora_adamw(
     reg: float | Array | None = 1e-6,
     damping: Damping = "absolute",
     loraplus_lr_ratio: float | Array = 1.0,
-    stack_axes: Mapping[Path, int] | None = None,
+    stack_axes: StackAxes = None,
     start_steps: StartSteps | None = None,
     gamma: float = Config().first_gamma,
 ) -> optax.GradientTransformationExtraArgs:
@@ -152,7 +151,7 @@ def _adamw(
     reg: float | Array | None,
     damping: Damping,
     loraplus_lr_ratio: float | Array,
-    stack_axes: Mapping[Path, int] | None,
+    stack_axes: StackAxes,
     start: Start | None,
 ) -> optax.GradientTransformationExtraArgs:
     adam = (
@@ -238,7 +237,8 @@ def optimizer(
 @partial(jax.jit, static_argnames=("layout", "damping"))
 def _direction(layout: Layout, pair: Leaves, gradient: Leaves, reg: Any, damping: Damping) -> Leaves:
     direction = precondition(_OPS, _mirrored(layout, pair), _mirrored(layout, gradient), reg, damping)
-    return Leaves(direction.lora_B.reshape(pair.a.shape), direction.lora_A.reshape(pair.b.shape))
+    a, b = direction.lora_B, direction.lora_A  # (n, in, r), (n, r, out)
+    return Leaves(*layout.from_matrices(a, b))
 
 
 def _mirrored(layout: Layout, leaves: Leaves) -> Factors:
@@ -246,10 +246,10 @@ def _mirrored(layout: Layout, leaves: Leaves) -> Factors:
 
     The preconditioner treats both sides alike, so the numbers are the same, and no array is transposed.
     """
-    rank, stack = leaves.a.shape[-1], [layout.shape[axis] for axis in layout.stack]
+    rank, stack = layout.rank(leaves.a), [layout.shape[axis] for axis in layout.stack]
     return Factors(
-        leaves.b.reshape(*stack, rank, layout.out_features),
-        leaves.a.reshape(*stack, layout.in_features, rank),
+        layout.in_front(leaves.b).reshape(*stack, rank, layout.out_features),
+        layout.in_front(leaves.a).reshape(*stack, layout.in_features, rank),
     )
 
 

@@ -16,6 +16,8 @@ from .trees.models import AdaptedWeight, LinenModel, PytreeModel
 
 Path = tuple[str, ...]
 Entry = TypeVar("Entry")
+# The path of a pair, or its end -> the number of axes in front that count matrices, or the layout of its model.
+StackAxes = Mapping[Path, int | Layout] | None
 
 
 class PairPlaces(NamedTuple):
@@ -61,13 +63,12 @@ def entry_of(path: Path, table: Mapping[Path, Entry]) -> Entry | None:
     return next((table[path[begin:]] for begin in range(len(path)) if path[begin:] in table), None)
 
 
-def pair_layouts(tree: Any, stack_axes: Mapping[Path, int] | None) -> list[tuple[PairPlaces, Layout]]:
+def pair_layouts(tree: Any, stack_axes: StackAxes) -> list[tuple[PairPlaces, Layout]]:
     """Return the LoRA pairs of a tree, each with the layout that its shapes give.
 
     Args:
         tree: parameters.
-        stack_axes: path of a pair, or its end -> number of axes in front that count matrices, where the shapes leave it
-            open.
+        stack_axes: what the shapes leave open.
 
     Raises:
         ModelError: a factor without its other, or shapes that do not fit each other or leave the layout open.
@@ -108,11 +109,16 @@ def _stem(path: Path) -> Path:
 
 def _of_tree(model: LinenModel | PytreeModel, weight: AdaptedWeight) -> ModelPair:
     leaves, scaling = weight.leaves(model.lora), model.scaling
-    rank, dtype = leaves.a.shape[-1], leaves.a.dtype
+    rank, dtype = weight.layout.rank(leaves.a), leaves.a.dtype
     return ModelPair(Site(weight.layer, weight.layout, rank, scaling, scaling, None, dtype, None), leaves)
 
 
-def _layout_of(path: Path, a: tuple[int, ...], b: tuple[int, ...], stack: int | None) -> Layout:
+def _layout_of(path: Path, a: tuple[int, ...], b: tuple[int, ...], stack: int | Layout | None) -> Layout:
+    if isinstance(stack, Layout):
+        rank = stack.rank(jax.ShapeDtypeStruct(a, float))
+        if (a, b) == (stack.a_shape(rank), stack.b_shape(rank)):
+            return stack
+        stack = None
     most = min(len(a), len(b)) - 2
     fits = [n for n in range(most + 1) if a[:n] == b[:n] and a[-1] == b[n]]
     if stack is not None:

@@ -8,6 +8,9 @@ narrow product gets the sharding of x, whole along r, and the result gets that o
 In a fold pass a tap stands where lora_a stands: nothing is added then, and the backward pass reads x and dy.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -19,15 +22,31 @@ from .tap import Tap
 _PRECISION = lax.Precision.HIGHEST
 
 
+class Dropping(NamedTuple):
+    """A layer's lora_a while dropout is on. As in PEFT, the base layer sees the whole x, and lora_a what is left."""
+
+    a: Array  # (stack..., in..., r)
+    drop: Callable[[Array], Array]  # x -> x with zeros, divided by the share that is kept
+
+
+Narrow = Array | Tap | Dropping  # what a layer has as its lora_a
+
+
 def add_general(
-    y: Array, x: Array, a: Array | Tap, b: Array, scale: float, axis: tuple[int, ...], batch_axis: tuple[int, ...] = ()
+    y: Array,
+    x: Array,
+    a: Narrow,
+    b: Array,
+    scale: float,
+    axis: tuple[int, ...],
+    batch_axis: tuple[int, ...] = (),
 ) -> Array:
     """Return y + scale * x a b for a layer that contracts `axis` of x and shares `batch_axis` with its kernel.
 
     Args:
         y: the base layer's output, (batch..., rest..., out...); the result has its dtype.
         x: the layer's input.
-        a: lora_a, (stack..., in..., r).
+        a: lora_a, (stack..., in..., r), or what stands there.
         b: lora_b, (stack..., r, out...).
         scale: the factor s of the product.
         axis: contracted axes of x, not negative.
@@ -36,6 +55,8 @@ def add_general(
     kept = [i for i in range(x.ndim) if i not in axis and i not in batch_axis]
     if isinstance(a, Tap):
         return a.watch(y, jnp.transpose(x, (*kept, *axis)))
+    if isinstance(a, Dropping):
+        x, a = a.drop(x), a.a
     x, a, b = _widened(x, a, b)
     n = len(batch_axis)
     lead = tuple(range(n))
@@ -52,7 +73,7 @@ def add_general(
     return y + (scale * wide).astype(y.dtype)
 
 
-def add_einsum(y: Array, x: Array, a: Array | Tap, b: Array, scale: float, equation: str) -> Array:
+def add_einsum(y: Array, x: Array, a: Narrow, b: Array, scale: float, equation: str) -> Array:
     """Return y + scale * (the layer's own einsum of x with a b instead of the kernel), in the dtype of y."""
     inputs, result = equation.replace(" ", "").split("->")
     left = inputs.split(",")[0]
@@ -62,6 +83,8 @@ def add_einsum(y: Array, x: Array, a: Array | Tap, b: Array, scale: float, equat
         rows = jnp.einsum(f"{result}->{common}{new}", y)
         rows = a.watch(rows, jnp.einsum(f"{left}->{common}{contracted}", x))
         return jnp.einsum(f"{common}{new}->{result}", rows)
+    if isinstance(a, Dropping):
+        x, a = a.drop(x), a.a
     x, a, b = _widened(x, a, b)
     r = next(c for c in "rRzZqQ" if c not in equation)
     kept = "".join(c for c in left if c not in contracted)

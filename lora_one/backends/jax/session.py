@@ -21,7 +21,7 @@ from lora_one.environment import process_peak
 from lora_one.errors import BatchError, ModelError
 
 from .nnx.binding import NnxBinding
-from .nnx.stacks import check_stacks, is_ambiguous
+from .nnx.stacks import ambiguous_stacks, find_stacks
 from .ops import JaxOps
 from .passes.folds import abstract_states, folds_once, has_rows
 from .passes.gradients import GradientFunction
@@ -84,7 +84,7 @@ class JaxSession:
             stack.push(lambda kind, error, trace: binding.undo() if kind is not None else binding.finish())
             self._enter_mesh(binding, stack)
             check_concrete("init", binding.frozen)
-            self._check_stacks(binding, self._loss_fn)
+            self._find_stacks(binding, self._loss_fn)
             places = {
                 layer.name: (site, index)
                 for site in binding.sites.values()
@@ -191,12 +191,11 @@ class JaxSession:
             mesh: Any = meshes[0]
             stack.enter_context(jax.set_mesh(mesh))
 
-    def _check_stacks(self, binding: Binding, loss_fn: LossFn) -> None:
-        if not (isinstance(binding, NnxBinding) and binding.attached):
+    def _find_stacks(self, binding: Binding, loss_fn: LossFn) -> None:
+        if not (isinstance(binding, NnxBinding) and binding.attached and (stacks := ambiguous_stacks(binding))):
             return
-        if any(is_ambiguous(site.layout) for site in binding.sites.values()):
-            for first in self._first_batch():  # the first pass raises the error for no batches
-                check_stacks(binding, loss_fn, first)
+        for first in self._first_batch():  # the first pass raises the error for no batches
+            binding.attach_again(find_stacks(binding, stacks, loss_fn, first))
 
     def _can_fold(self) -> bool:
         sites, function = self.attached.binding.sites, self.attached.gradient_function

@@ -142,7 +142,7 @@ class JaxTuner:
 
 
 def _store(folder: Path, model: LlamaForCausalLM, optimizer: nnx.Optimizer) -> None:
-    """Write the factors and the optimizer's state, each array under its path."""
+    """Write factors, the positions of dropout's streams and the optimizer's state, each array under its path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(_state(model, optimizer))
     save_file({jax.tree_util.keystr(path): leaf for path, leaf in leaves}, folder / STATE)
 
@@ -158,7 +158,7 @@ def _restore(folder: Path, model: LlamaForCausalLM, optimizer: nnx.Optimizer) ->
 
 
 def _state(model: LlamaForCausalLM, optimizer: nnx.Optimizer) -> tuple[Any, Any]:
-    return nnx.state(model, nnx.LoRAParam), nnx.state(optimizer)
+    return nnx.state(model, (nnx.LoRAParam, nnx.RngCount)), nnx.state(optimizer)
 
 
 @nnx.jit

@@ -69,11 +69,11 @@ def find_adapters(model: nnx.Module, config: Config) -> list[AdaptedLayer]:
 def _by_us(path: Path, layer: Any, kind: AdapterKind) -> AdaptedLayer:
     a, b = (getattr(layer, f"{kind.param}_lora_{side}") for side in "ab")
     scale = getattr(layer, f"{kind.param}_lora_scale")
-    kernel = getattr(layer, kind.param)
+    kernel, layout = getattr(layer, kind.param), kind.layout(layer)
     site = Site(
         name=dotted(path),
-        layout=kind.layout(layer),
-        rank=a.shape[-1],
+        layout=layout,
+        rank=layout.rank(a),
         scaling=scale,
         native=scale,
         width=None,

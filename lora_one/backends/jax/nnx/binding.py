@@ -1,5 +1,9 @@
 """A Flax NNX model with LoRA: attached by path, or already there."""
 
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,10 +17,10 @@ from lora_one.backends.targets import select
 from lora_one.config import Config
 from lora_one.core.factors import plain_factors
 from lora_one.core.omega import draw_omega
-from lora_one.errors import ConfigError, ModelError
+from lora_one.errors import ModelError
 
 from .adopt import AdaptedLayer, Path, find_adapters
-from .inject import Injected, inject, linear_layers, take_out
+from .inject import Injected, Lifts, dropout_of, inject, linear_layers, take_out
 
 _MODES = ("deterministic", "use_running_average")  # True in evaluation mode
 
@@ -24,36 +28,47 @@ _MODES = ("deterministic", "use_running_average")  # True in evaluation mode
 class NnxBinding:
     """See `lora_one.backends.jax.sites.Binding`."""
 
-    def __init__(self, model: nnx.Module, config: Config):
-        self.model = model
-        self._modes = _modes(model)
+    def __init__(self, model: nnx.Module, config: Config, lifts: Mapping[str, Lifts] = MappingProxyType({})):
+        self.model, self._config = model, config
+        self.sites: dict[str, Site] = {}
+        self._modes: list[tuple[nnx.Module, str, bool]] = []
         self._injected: list[Injected] = []
         self._values: list[tuple[nnx.Variable, Any]] = []
         try:
             layers = find_adapters(model, config)
             if layers:
-                _check_settings(layers, config)
+                _check_settings(layers, dropout_of(model), config)
                 self._values = [(v, v.get_raw_value()) for layer in layers for v in (layer.a, layer.b)]
+                self._bind(layers)
             else:
-                self._inject(config)
-                layers = find_adapters(model, config)
+                self._inject(lifts)
             self.attached = bool(self._injected)
-            self._layers = {layer.site.name: layer for layer in layers}
-            self.sites: dict[str, Site] = {name: layer.site for name, layer in self._layers.items()}
-            for module, name, _ in self._modes:
-                setattr(module, name, True)
-            self._split()
         except BaseException:
             self.undo()
             raise
 
-    def _inject(self, config: Config) -> None:
-        if config.dropout:
-            raise ConfigError(
-                f"dropout must be 0 on JAX models, got {config.dropout}: its LoRA layers carry no random stream"
-            )
+    def _inject(self, lifts: Mapping[str, Lifts]) -> None:
+        config = self._config
         chosen = select(config.targets, linear_layers(self.model))
-        self._injected = inject(self.model, {name: (config.rank, config.scaling) for name in chosen})
+        plan = {name: (config.rank, config.scaling) for name in chosen}
+        self._injected = inject(self.model, plan, config.dropout, config.seed, lifts)
+        self._bind(find_adapters(self.model, config))
+
+    def alone(self, layer: str, lifts: Lifts) -> "NnxBinding":
+        """Return a binding of one layer that is stacked along these axes, while this one is undone."""
+        return NnxBinding(self.model, replace(self._config, targets=re.escape(layer)), {layer: lifts})
+
+    def attach_again(self, lifts: Mapping[str, Lifts]) -> None:
+        """Attach LoRA anew after `undo`, to layers that are stacked along these axes."""
+        self._inject(lifts)
+
+    def _bind(self, layers: list[AdaptedLayer]) -> None:
+        self._layers = {layer.site.name: layer for layer in layers}
+        self.sites = {name: layer.site for name, layer in self._layers.items()}
+        self._modes = _modes(self.model)
+        for module, name, _ in self._modes:
+            setattr(module, name, True)
+        self._split()
 
     def _split(self) -> None:
         places = {layer.a_path: (name, 0) for name, layer in self._layers.items()}
@@ -121,13 +136,12 @@ def attach_plain(model: nnx.Module, config: Config) -> nnx.Module:
 
     Args:
         model: changed in place. Layers that have LoRA already keep it and get new factors.
-        config: gives rank, alpha, targets, and the seed from which A is drawn, layer by layer.
+        config: gives rank, alpha, targets, dropout, and the seed from which A is drawn, layer by layer.
 
     Returns:
         The same model.
 
     Raises:
-        ConfigError: dropout > 0, which the JAX layers do not have.
         ModelError: no layer matches the targets, or one of them cannot have LoRA.
 
     Example:
@@ -161,7 +175,7 @@ def _modes(model: nnx.Module) -> list[tuple[nnx.Module, str, bool]]:
     ]
 
 
-def _check_settings(layers: list[AdaptedLayer], config: Config) -> None:
+def _check_settings(layers: list[AdaptedLayer], dropout: float, config: Config) -> None:
     """Raise ModelError where the Config asks for other settings than those of the LoRA that is in the model."""
     wrong = [
         f"{layer.site.name} has rank {layer.site.rank}"
@@ -173,6 +187,6 @@ def _check_settings(layers: list[AdaptedLayer], config: Config) -> None:
             f"the model's LoRA keeps its own rank, but the Config asks for {config.rank}: {'; '.join(wrong)}; "
             "leave the rank out of the Config, or hand in the model without LoRA"
         )
-    if config.targets != Config().targets or config.dropout:
+    if config.targets != Config().targets or config.dropout not in (Config().dropout, dropout):
         setting = f"targets {config.targets!r}" if config.targets != Config().targets else f"dropout {config.dropout}"
         raise ModelError(f"the model's LoRA keeps its own settings, but the Config asks for {setting}: leave it out")

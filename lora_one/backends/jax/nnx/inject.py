@@ -1,8 +1,12 @@
 """Put LoRA into the linear layers of an NNX model, in place, and take it out again."""
 
 import math
+import zlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -13,6 +17,8 @@ from lora_one.backends.jax.sites import dotted, factor_dtype
 from lora_one.errors import ModelError
 
 from .layers import AdapterKind, is_linear, kind_of
+
+Lifts = tuple[int, ...]  # see `Layout`
 
 
 class Injected(NamedTuple):
@@ -28,12 +34,21 @@ def linear_layers(model: nnx.Module) -> dict[str, nnx.Module]:
     return {dotted(path): layer for path, layer in nnx.iter_graph(model) if is_linear(layer)}
 
 
-def inject(model: nnx.Module, plan: dict[str, tuple[int, float]]) -> list[Injected]:
+def inject(
+    model: nnx.Module,
+    plan: dict[str, tuple[int, float]],
+    dropout: float = 0.0,
+    seed: int = 0,
+    lifts: Mapping[str, Lifts] = MappingProxyType({}),
+) -> list[Injected]:
     """Give layers their LoRA class and zero factors.
 
     Args:
         model: changed in place.
         plan: name -> (rank, scaling).
+        dropout: rate of the dropout before lora_a; 0 makes none.
+        seed: of its random numbers.
+        lifts: name -> the axes of its stack, where they are not those of the first layout that its sizes admit.
 
     Returns:
         What `take_out` needs to restore the model.
@@ -45,12 +60,47 @@ def inject(model: nnx.Module, plan: dict[str, tuple[int, float]]) -> list[Inject
     problems, ready = [], []
     for name in plan:
         try:
-            ready.append((name, layers[name], *_checked(layers[name])))
+            ready.append((name, layers[name], *_checked(layers[name], lifts.get(name))))
         except ValueError as error:
             problems.append(f"{name}: {error}")
     if problems:
         raise ModelError("LoRA cannot be attached to these layers:\n  " + "\n  ".join(problems))
-    return [_inject(layer, kind, layout, *plan[name]) for name, layer, kind, layout in ready]
+    injected = []
+    for name, layer, kind, layout in ready:
+        injected.append(_inject(layer, kind, layout, *plan[name]))
+        if dropout:
+            _add(injected[-1], f"{kind.param}_lora_dropout", _dropout(dropout, layout, name, seed))
+        if name in lifts:
+            _add(injected[-1], kind.lifts, lifts[name])
+    return injected
+
+
+def _add(injected: Injected, name: str, value: Any) -> None:
+    injected.names.append(name)
+    setattr(injected.layer, name, value)
+
+
+def dropout_of(model: nnx.Module) -> float:
+    """Return the rate of the dropout before lora_a; the highest if the layers have several."""
+    return max((dropout.rate for dropout in _dropouts(model)), default=0.0)
+
+
+def train_dropout(model: nnx.Module, on: bool) -> None:
+    """Switch the dropout before lora_a on or off, as `model.train()` and `model.eval()` do."""
+    for dropout in _dropouts(model):
+        dropout.deterministic = not on
+
+
+def _dropouts(model: nnx.Module) -> list[Any]:
+    return [module for path, module in nnx.iter_modules(model) if path and str(path[-1]).endswith("_lora_dropout")]
+
+
+def _dropout(rate: float, layout: Layout, name: str, seed: int) -> nnx.Dropout:
+    """Return a layer's dropout. Each matrix of a stack has a stream of its own, which is cut along with it."""
+    key, sizes = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), layout.lifted_sizes
+    dropout = nnx.Dropout(rate)
+    dropout.rngs = nnx.RngStream(jax.random.split(key, sizes) if sizes else key, tag="dropout")
+    return dropout
 
 
 def take_out(injected: list[Injected]) -> None:
@@ -62,7 +112,7 @@ def take_out(injected: list[Injected]) -> None:
                 delattr(layer, name)
 
 
-def _checked(layer: nnx.Module) -> tuple[AdapterKind, Layout]:
+def _checked(layer: nnx.Module, lifts: Lifts | None) -> tuple[AdapterKind, Layout]:
     """Return how a layer is adapted; raise ValueError with the reason if it cannot be."""
     kind = kind_of(layer)
     if kind is None:
@@ -71,7 +121,7 @@ def _checked(layer: nnx.Module) -> tuple[AdapterKind, Layout]:
     if not jnp.issubdtype(kernel.dtype, jnp.floating):
         raise ValueError(f"its {kind.param} must be floating, got {kernel.dtype}")
     _check_divides(kernel)
-    return kind, kind.layout(layer)
+    return kind, kind.layout(layer) if lifts is None else kind.layout_of(layer, lifts)
 
 
 def _inject(layer: nnx.Module, kind: AdapterKind, layout: Layout, rank: int, scaling: float) -> Injected:

@@ -11,17 +11,24 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from lora_one.backends.jax.layout import Layout, einsum_layout, plain_layout
-from lora_one.backends.jax.product import add_einsum, add_general
+from lora_one.backends.jax.layout import Layout, einsum_layout, plain_layout, possible_layouts
+from lora_one.backends.jax.product import Dropping, add_einsum, add_general
+from lora_one.backends.jax.tap import Tap
 from lora_one.errors import ModelError
 
 PARAM = "kernel"
 
 
-def factors_of(layer: nnx.Module, param: str = PARAM) -> tuple[jax.Array, jax.Array, float]:
-    """Return (lora_a, lora_b, scale) of an adapted layer, for the `__call__` of its class."""
-    a, b = getattr(layer, f"{param}_lora_a"), getattr(layer, f"{param}_lora_b")
-    return a[...], b[...], getattr(layer, f"{param}_lora_scale")
+def factors_of(layer: nnx.Module, param: str = PARAM) -> tuple[Any, jax.Array, float]:
+    """Return (lora_a, lora_b, scale) of an adapted layer, for the `__call__` of its class.
+
+    While dropout is on, `Dropping` stands for lora_a: `add_general` and `add_einsum` know it.
+    """
+    a, b = (getattr(layer, f"{param}_lora_{side}")[...] for side in "ab")
+    dropout = getattr(layer, f"{param}_lora_dropout", None)
+    if dropout is not None and not dropout.deterministic and not isinstance(a, Tap):
+        a = Dropping(a, dropout)
+    return a, b, getattr(layer, f"{param}_lora_scale")
 
 
 class LoraLinear(nnx.Linear):
@@ -54,34 +61,52 @@ class AdapterKind(NamedTuple):
     """The way in which one class of layers is adapted."""
 
     adapted: type[nnx.Module]
-    layout: Callable[[Any], Layout]  # layer -> the layout of its weight
+    layouts: Callable[[Any], list[Layout]]  # layer -> the layouts that its weight may have, the first by default
     param: str  # the weight's name
 
+    @property
+    def lifts(self) -> str:
+        """The attribute of an adapted layer that holds the `lifts` of its layout, where it is not the first one."""
+        return f"{self.param}_lora_lifts"
 
-def _check_front(kernel: Any, expected: tuple[int, ...]) -> None:
-    """Raise ValueError where nnx.vmap or nnx.scan stack a layer along other axes than the first ones."""
-    shape = tuple(kernel.shape)
-    if shape[len(shape) - len(expected) :] != expected:
-        raise ValueError(
-            f"its kernel must be (stack..., {', '.join(map(str, expected))}), got {shape}: stack along axis 0"
-        )
+    def layout(self, layer: Any) -> Layout:
+        """Return the layout of a layer's weight.
+
+        Raises:
+            ValueError: the layer cannot have LoRA, with the reason.
+        """
+        lifts = getattr(layer, self.lifts, None)
+        return self.layouts(layer)[0] if lifts is None else self.layout_of(layer, lifts)
+
+    def layout_of(self, layer: Any, lifts: tuple[int, ...]) -> Layout:
+        """Return the layout of a layer's weight that is stacked along these axes.
+
+        Raises:
+            ValueError: the layer cannot have LoRA, with the reason.
+        """
+        layouts = self.layouts(layer)
+        for layout in layouts:
+            if layout.lifts == lifts:
+                return layout
+        raise ValueError(f"its {self.param} {layouts[0].shape} cannot be stacked along the axes {lifts}")
 
 
-def _linear(layer: nnx.Linear) -> Layout:
-    _check_front(layer.kernel, (layer.in_features, layer.out_features))
-    return plain_layout(layer.kernel.shape, 1, 1)
+def _linear(layer: nnx.Linear) -> list[Layout]:
+    inner = plain_layout((layer.in_features, layer.out_features), 1, 1)
+    return possible_layouts(layer.kernel.shape, inner)
 
 
-def _linear_general(layer: nnx.LinearGeneral) -> Layout:
-    _check_front(layer.kernel, (*layer.in_features, *layer.out_features))
-    return plain_layout(layer.kernel.shape, len(layer.in_features), len(layer.out_features))
+def _linear_general(layer: nnx.LinearGeneral) -> list[Layout]:
+    ins, outs = layer.in_features, layer.out_features
+    inner = plain_layout((*layer.batch_axis.values(), *ins, *outs), len(ins), len(outs))
+    return possible_layouts(layer.kernel.shape, inner)
 
 
-def _einsum(layer: nnx.Einsum) -> Layout:
+def _einsum(layer: nnx.Einsum) -> list[Layout]:
     if layer.einsum_str is None:
         raise ValueError("it gets its equation at each call; make it with einsum_str=...")
-    _check_front(layer.kernel, tuple(layer.kernel_shape))
-    return einsum_layout(layer.kernel.shape, layer.einsum_str)
+    inner = einsum_layout(tuple(layer.kernel_shape), layer.einsum_str)
+    return possible_layouts(layer.kernel.shape, inner)
 
 
 _KINDS: dict[type[nnx.Module], AdapterKind] = {
@@ -136,7 +161,7 @@ def register_layer(
     """
     if not (isinstance(adapted, type) and issubclass(adapted, layer)) or adapted is layer:
         raise ModelError(f"adapted must be a subclass of {layer.__name__}, got {adapted!r}")
-    _KINDS[layer] = AdapterKind(adapted, layout, param)
+    _KINDS[layer] = AdapterKind(adapted, lambda one: [layout(one)], param)
 
 
 def kind_of(layer: Any) -> AdapterKind | None:

@@ -72,7 +72,7 @@ def _removal(model: nnx.Module, adapted: AdaptedLayer) -> _Removal:
     known = adapted_kind(layer)
     if known is not None:
         plain, kind = known
-        names = [f"{kind.param}_lora_{part}" for part in ("a", "b", "scale")]
+        names = [name for name in vars(layer) if name.startswith(f"{kind.param}_lora_")]
         return _Removal(
             layer,
             kind.param,

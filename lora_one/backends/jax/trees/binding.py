@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
 from lora_one.backends.interface import LossFn
 from lora_one.backends.jax.passes.batches import arrays_and_rest, is_array, rejoin
@@ -23,22 +22,24 @@ class TreeBinding:
     """See `lora_one.backends.jax.sites.Binding`."""
 
     def __init__(self, model: LinenModel | PytreeModel, config: Config, batches: Iterable[Any], loss_fn: LossFn | None):
-        if config.dropout:
+        if config.dropout and isinstance(model, PytreeModel):
             raise ConfigError(
-                f"dropout must be 0 on JAX models, got {config.dropout}: its LoRA layers carry no random stream"
+                f"dropout must be 0 for a {PytreeModel.__name__}, got {config.dropout}: dropout acts on the input of a "
+                "layer, and only the layer's weight is known here; use an nnx.Module or a LinenModel"
             )
-        self.model: Any = model
+        is_new = isinstance(model, LinenModel) and not model.lora
+        self.model: Any = model.replace(dropout=config.dropout) if is_new else model
         linear = find_layers(model, batches, loss_fn)
         if model.lora:
             _check_settings(model, config)
-            plan = {name: (_rank(factors), model.scaling) for name, factors in model.lora.items()}
+            plan = {name: (rank, model.scaling) for name, rank in ranks(model).items()}
         else:
             plan = {name: (config.rank, config.scaling) for name in select(config.targets, linear)}
         self.sites = tree_sites(linear, plan)
         self._weights = adapted_weights(self.sites, linear)
         self._scaling = next(iter(plan.values()))[1]
         # Equinox modules hold functions beside their arrays.
-        self.frozen, others = arrays_and_rest(self._with_lora({}))
+        self.frozen, others = arrays_and_rest(self._without_dropout(self._with_lora({})))
         self.attached = not model.lora
         self._rebuild = lambda arrays: rejoin(arrays, others)
         self._written: dict[str, Leaves] = {}
@@ -69,6 +70,9 @@ class TreeBinding:
     def undo(self) -> None:
         """Do nothing: the caller's model is a value that was not changed."""
 
+    def _without_dropout(self, model: Any) -> Any:
+        return model.replace(dropout=0.0) if isinstance(model, LinenModel) else model
+
     def _with_lora(self, lora: Lora) -> Any:
         return self.model.replace(lora=lora, scaling=self._scaling, layouts=self._weights)
 
@@ -84,16 +88,20 @@ def adapted_weights(sites: dict[str, Site], linear: Linear) -> tuple[AdaptedWeig
 
 def _check_settings(model: LinenModel | PytreeModel, config: Config) -> None:
     """Raise ModelError where the Config asks for other settings than those of the LoRA that is in the model."""
-    wrong = [name for name, factors in model.lora.items() if _rank(factors) != config.rank != Config().rank]
-    if wrong or config.targets != Config().targets:
+    wrong = [name for name, rank in ranks(model).items() if rank != config.rank != Config().rank]
+    dropout = isinstance(model, LinenModel) and config.dropout not in (Config().dropout, model.dropout)
+    if wrong or dropout or config.targets != Config().targets:
+        other = ", ".join(wrong) or (f"dropout {config.dropout}" if dropout else config.targets)
         raise ModelError(
-            "the model's LoRA keeps its own rank and targets, but the Config asks for others: leave them out "
-            f"of the Config, or hand in the model without LoRA ({', '.join(wrong) or config.targets})"
+            "the model's LoRA keeps its own rank, targets and dropout, but the Config asks for others: leave them out "
+            f"of the Config, or hand in the model without LoRA ({other})"
         )
 
 
-def _rank(factors: dict[str, Array]) -> int:
-    return next(value.shape[-1] for name, value in factors.items() if name.endswith("_lora_a"))
+def ranks(model: LinenModel | PytreeModel) -> dict[str, int]:
+    """Return the rank of each layer with LoRA."""
+    weights = {weight.layer: weight for weight in model.layouts}
+    return {name: weights[name].layout.rank(weights[name].leaves(model.lora).a) for name in model.lora}
 
 
 def tree_sites(linear: Linear, plan: dict[str, tuple[int, float]]) -> dict[str, Site]:

@@ -1,21 +1,25 @@
 """LoRA in Linen layers by interception: factors lie beside the kernel in "params", so that nn.scan slices them too."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from flax import linen
+from flax import linen, nnx
 
-from lora_one.backends.jax.layout import Layout, einsum_layout, plain_layout
-from lora_one.backends.jax.product import add_einsum, add_general
-
-from .lifting import lifted
+from lora_one.backends.jax.layout import Layout, einsum_layout, lifted, plain_layout
+from lora_one.backends.jax.product import Dropping, add_einsum, add_general
 
 PARAM = "kernel"
 KINDS = (linen.Dense, linen.DenseGeneral, linen.Einsum)
 
 
-def intercepted(scaling: float) -> Callable[..., Any]:
-    """Return an interceptor for `linen.intercept_methods` that adds scaling * x a b where a layer has factors."""
+def intercepted(scaling: float, dropout: float) -> Callable[..., Any]:
+    """Return an interceptor for `linen.intercept_methods` that adds scaling * x a b where a layer has factors.
+
+    Args:
+        scaling: s.
+        dropout: the share of x that is dropped before a, by the layer's stream "dropout"; 0 needs no stream.
+    """
 
     def interceptor(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         y = call(*args, **kwargs)
@@ -23,6 +27,8 @@ def intercepted(scaling: float) -> Callable[..., Any]:
         if context.method_name != "__call__" or not layer.has_variable("params", f"{PARAM}_lora_a"):
             return y
         a, b = (layer.get_variable("params", f"{PARAM}_lora_{side}") for side in "ab")
+        if dropout:
+            a = Dropping(a, partial(nnx.Dropout(dropout), rngs=layer.make_rng("dropout")))
         x = args[0] if args else kwargs["inputs"]
         if isinstance(layer, linen.Einsum):
             return add_einsum(y, x, a, b, scaling, _equation(layer, args, kwargs))
@@ -63,15 +69,15 @@ def recording(
     return interceptor
 
 
-def with_factors(params: Any, lora: dict[str, dict[str, Any]], layouts: dict[str, Layout]) -> Any:
-    """Return the parameters with each layer's factors beside its kernel, stacked along the same axes as the kernel."""
+def with_factors(params: Any, lora: dict[str, dict[str, Any]]) -> Any:
+    """Return the parameters with each layer's factors beside its kernel."""
     params = dict(params)
     for name, factors in lora.items():
         node = params
         for part in name.split("."):
             node[part] = dict(node[part])
             node = node[part]
-        node.update({key: layouts[name].cuttable(leaf) for key, leaf in factors.items()})
+        node.update(factors)
     return params
 
 

@@ -1,10 +1,12 @@
-"""Write and read the axes of a Linen model's kernels, for a model whose layers nobody has called yet.
+"""Write and read the axes of kernels, for a model whose layers nobody has called yet.
 
-A Linen layer shows them only when it is called. So `save` notes them in the header of the file of factors, and `load`
-reads them there. Without the note, `load` accepts only shapes that leave no doubt.
+A Linen layer shows them only when it is called, and so does the stack of an NNX layer. So `save` notes them in the
+header of the file of factors, and `load` reads them there. Without the note, `load` accepts only shapes that leave no
+doubt, and NNX stacks in front.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from safetensors import safe_open
@@ -22,15 +24,14 @@ NOTE = "lora_one.linen_kernels"  # in safetensors' __metadata__
 _GROUPS = ("shape", "stack", "ins", "outs", "lifts")
 
 
-def note_of(model: LinenModel) -> dict[str, str]:
-    """Return the note on a model's layers, as an entry of the header."""
-    axes = {weight.layer: {group: getattr(weight.layout, group) for group in _GROUPS} for weight in model.layouts}
-    return {NOTE: json.dumps(axes)}
+def note_of(layouts: Mapping[str, Layout]) -> dict[str, str]:
+    """Return the note on layers, by path, as an entry of the header."""
+    return {NOTE: json.dumps({name: {g: getattr(layout, g) for g in _GROUPS} for name, layout in layouts.items()})}
 
 
 def fresh_layers(model: LinenModel, folder: AdapterFolder) -> tuple[Linear, list[str]]:
     """Return the layers for which the folder has factors and the model a kernel, and the problems with them."""
-    notes = _read_note(folder)
+    notes = read_note(folder)
     linear: Linear = {}
     problems = []
     for name, kernel in kernels_of(model).items():
@@ -50,7 +51,12 @@ def fresh_layers(model: LinenModel, folder: AdapterFolder) -> tuple[Linear, list
     return linear, problems
 
 
-def _read_note(folder: AdapterFolder) -> dict[str, Layout]:
+def read_note(folder: AdapterFolder) -> dict[str, Layout]:
+    """Return the layouts in the note, by path; none without a note.
+
+    Raises:
+        CheckpointError: the note cannot be read.
+    """
     with safe_open(folder.path / WEIGHTS, framework="numpy") as file:
         text = (file.metadata() or {}).get(NOTE)
     if text is None:

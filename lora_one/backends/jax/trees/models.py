@@ -57,6 +57,7 @@ class LinenModel(struct.PyTreeNode):
         lora: the factors by layer, which you train; filled by `lora_one.init`, empty by default.
         scaling: s in W x + s B A x, a number; set by `lora_one.init`.
         layouts: the weights that have factors; set by `lora_one.init`.
+        dropout: rate of LoRA's dropout, in calls with `rngs={"dropout": key}`; set by `lora_one.init`.
 
     Example:
         >>> import jax
@@ -80,12 +81,17 @@ class LinenModel(struct.PyTreeNode):
     lora: Lora = struct.field(default_factory=dict)
     scaling: float = struct.field(pytree_node=False, default=1.0)
     layouts: tuple[AdaptedWeight, ...] = struct.field(pytree_node=False, default=())
+    dropout: float = struct.field(pytree_node=False, default=0.0)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return `module.apply(variables, ...)` with LoRA."""
-        layouts = {weight.layer: weight.layout for weight in self.layouts}
-        variables = {**self.variables, "params": with_factors(self.variables["params"], self.lora, layouts)}
-        with linen.intercept_methods(intercepted(self.scaling)):
+        """Return `module.apply(variables, ...)` with LoRA.
+
+        With `rngs={"dropout": key}`, dropout acts on the input of each lora_a. Without, it is off.
+        """
+        variables = {**self.variables, "params": with_factors(self.variables["params"], self.lora)}
+        rngs = kwargs.get("rngs")
+        training = "dropout" in rngs if isinstance(rngs, Mapping) else rngs is not None  # one key is for all streams
+        with linen.intercept_methods(intercepted(self.scaling, self.dropout if training else 0.0)):
             return self.module.apply(variables, *args, **kwargs)
 
 

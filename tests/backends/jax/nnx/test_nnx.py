@@ -195,8 +195,6 @@ def test_batches_targets_and_settings_that_cannot_be():
         lora_one.init(mlp(), [{"x": {1}}], squared_error, CONFIG)
     with pytest.raises(ModelError, match=r"got 'nothing'; its linear layers are: .*fused"):
         lora_one.init(mlp(), BATCHES, squared_error, lora_one.Config(targets="nothing"))
-    with pytest.raises(ConfigError, match="dropout must be 0 on JAX models"):
-        lora_one.init(mlp(), BATCHES, squared_error, lora_one.Config(rank=2, dropout=0.1))
     with pytest.raises(ConfigError, match=r"modules_to_save must be empty for a model of JAX, got \('down',\)"):
         lora_one.init(mlp(), BATCHES, squared_error, lora_one.Config(rank=2, modules_to_save=["down"]))
 
