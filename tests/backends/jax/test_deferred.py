@@ -110,6 +110,7 @@ def assert_step_of_the_spec(before, grads, state, after, new, tolerance) -> None
             np.testing.assert_allclose(state_after.agreement, expected_state.agreement, atol=10 * tolerance)
 
 
+@pytest.mark.feature("Learning-rate schedules")
 @pytest.mark.feature("Start without data")
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12), ("bfloat16", 2e-2)])
 def test_the_start_is_the_specs_and_then_a_fresh_adamw_trains(dtype, tolerance):
@@ -244,6 +245,7 @@ def test_steps_without_a_gradient_do_not_count_and_pairs_without_one_stay_plain(
     np.testing.assert_allclose(history[-1][0]["two"]["kernel_lora_b"], -0.01 * np.sign(g_b), rtol=1e-4)  # Adam's first
 
 
+@pytest.mark.feature("Gradient accumulation")
 def test_steps_that_are_scanned_accumulated_clipped_and_donated_are_the_same():
     h = {name: jnp.asarray(x, jnp.float32) for name, x in weights(1).items()}
     tx = optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1e9), AUTO), every_k_schedule=2)

@@ -68,6 +68,7 @@ def test_steps_are_those_of_pytorchs_optimizer_in_float64(reg):
             np.testing.assert_allclose(ours, theirs, atol=1e-12, err_msg=str(name))
 
 
+@pytest.mark.feature("Learning-rate schedules")
 @pytest.mark.parametrize("rate", [1e-2, schedule], ids=["number", "schedule"])
 def test_steps_are_those_of_two_optimizers_of_optax(rate):
     params, gradients = drawn(0), [drawn(1 + i) for i in range(4)]

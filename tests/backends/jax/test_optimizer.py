@@ -145,6 +145,7 @@ def test_an_unpaired_factor_is_an_error_that_names_it():
         lora_adamw(damping="none")
 
 
+@pytest.mark.feature("Gradient accumulation")
 def test_it_composes_with_what_optax_has():
     """Clipping, accumulation, masks, partitions and injected hyperparameters give what they give around plain steps."""
     params, grads = tree(0), tree(1)

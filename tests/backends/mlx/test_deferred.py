@@ -188,6 +188,7 @@ def test_no_start_is_plain_adamw_of_mlx():
     assert report_of(model) is None
 
 
+@pytest.mark.feature("Learning-rate schedules")
 def test_parameters_outside_of_pairs_are_trained_from_the_first_step_and_the_schedule_runs_on():
     model = Mixed()
     schedule = mlx.optimizers.linear_schedule(1e-2, 0.0, 10)

@@ -71,6 +71,7 @@ def test_init_without_batches_gives_plain_lora(kind):
     assert trainable == flat_factors(model).keys()
 
 
+@pytest.mark.feature("Gradient accumulation")
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("kind", MODELS)
 def test_mlx_lm_train_equals_a_plain_loop(kind, accumulate, tmp_path, monkeypatch):

@@ -257,6 +257,7 @@ def test_init_on_an_adapter_that_was_loaded_frozen_returns_it_ready_to_train(tmp
     assert trainable(again) == everything - {"model.layers.0.mlp.up_proj.lora_a"}
 
 
+@pytest.mark.feature("LoRA dropout")
 @pytest.mark.parametrize("make", [tiny_llama, tiny_mixtral])
 def test_loading_onto_an_adapter_of_another_scale_and_dtype_computes_what_the_folder_does(make, tmp_path):
     model, _ = adapted(make(), lora_one.Config(rank=4, gradient="exact", gamma=2.0, dropout=0.125))

@@ -154,6 +154,7 @@ def test_an_adapter_of_zeros_is_merged_without_a_word_and_the_random_stream_is_k
     np.testing.assert_array_equal(np.array(mx.random.uniform(shape=(2,))), expected)
 
 
+@pytest.mark.feature("Merging adopted layers")
 def test_an_output_layer_that_shares_its_array_with_the_embedding_leaves_the_embedding_alone():
     model = tiny_llama()
     model.lm_head.weight = model.model.embed_tokens.weight

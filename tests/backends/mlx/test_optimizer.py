@@ -138,6 +138,8 @@ def by_hand(model, optimizer, batches, accumulate=1):
         mx.eval(model.parameters(), optimizer.state)
 
 
+@pytest.mark.feature("Gradient accumulation")
+@pytest.mark.feature("Learning-rate schedules")
 @pytest.mark.parametrize("make", [tiny_llama, tiny_mixtral])
 @pytest.mark.parametrize("precondition", [False, True])
 def test_mlx_lm_train_compiled_accumulating_checkpointed_with_a_schedule(make, precondition, tmp_path, monkeypatch):

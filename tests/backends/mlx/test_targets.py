@@ -226,6 +226,7 @@ class WithDropout(nn.Module):
         return self.layers[1](self.dropout(mx.tanh(self.norm(self.layers[0](x)))))
 
 
+@pytest.mark.feature("LoRA dropout")
 @pytest.mark.parametrize("config", [EXACT, SKETCH, lora_one.Config(rank=2, gradient="exact", gamma="auto")])
 @pytest.mark.parametrize("training", [True, False])
 def test_passes_run_in_train_mode_without_dropout_and_modes_come_back(config, training):

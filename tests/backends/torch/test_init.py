@@ -177,6 +177,7 @@ def test_first_step_lowers_the_loss():
     assert loss < report.base_loss - 0.02
 
 
+@pytest.mark.feature("LoRA dropout")
 def test_evaluation_mode_is_kept_and_dropout_is_off_meanwhile():
     torch.manual_seed(0)
     case = llama(dropout=0.5)
@@ -184,6 +185,7 @@ def test_evaluation_mode_is_kept_and_dropout_is_off_meanwhile():
     case.model.train()
     model, _ = lora_one.init(case.model, case.batches, config=dataclasses.replace(EXACT, dropout=0.3))
     assert_one_step(model, expected, 1e-5)
+    assert model.peft_config["default"].lora_dropout == 0.3 and model.training
     case = llama()
     case.model.eval()
     model, _ = lora_one.init(case.model, case.batches, config=SKETCH)

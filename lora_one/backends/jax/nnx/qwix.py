@@ -1,7 +1,10 @@
-"""Read what qwix knows of a LoRA layer but does not write on it: the scale, alpha / rank of its rule."""
+"""What qwix keeps to itself: the scale of a LoRA layer, alpha / rank of its rule, and its quantised weights."""
 
 import re
 from typing import Any
+
+import jax
+from flax import nnx
 
 # The attribute by which qwix marks each module of a model that it has adapted.
 QWIX_PATH = "qwix_path"
@@ -24,6 +27,33 @@ def qwix_scale(model: Any, path: tuple[Any, ...], rank: int) -> float:
         "the qwix rule that made it is not found on the model, so its scale is unknown: hand in the model that "
         "qwix.apply_lora_to_model returned"
     )
+
+
+def is_quantised(weight: Any) -> bool:
+    """Return whether an attribute of a layer is a weight that qwix has quantised."""
+    return hasattr(getattr(weight, "array", None), "qvalue")
+
+
+def dequantise(model: nnx.Module) -> None:
+    """Make floating-point parameters of all weights that qwix has quantised. Layers that share one still do."""
+    import qwix
+
+    made: dict[int, Any] = {}
+    for _, module in nnx.iter_modules(model):
+        for name, weight in list(vars(module).items()):
+            if is_quantised(weight):
+                if id(weight.array) not in made:
+                    made[id(weight.array)] = nnx.Param(qwix.dequantize(_unboxed(weight.array)))
+                setattr(module, name, made[id(weight.array)])
+
+
+def _unboxed(tree: Any) -> Any:
+    """Return a tree of arrays from one of variables."""
+
+    def is_variable(leaf: Any) -> bool:
+        return isinstance(leaf, nnx.Variable)
+
+    return jax.tree.map(lambda leaf: leaf.get_value() if is_variable(leaf) else leaf, tree, is_leaf=is_variable)
 
 
 def plain_class(model: Any) -> type | None:

@@ -1,4 +1,7 @@
-"""Take LoRA out of an NNX model, in place: ours, flax's own and qwix's, after adding it to the kernels or without."""
+"""Take LoRA out of an NNX model, in place: ours, flax's own and qwix's, after adding it to the kernels or without.
+
+Merged kernels are floating-point, also where qwix had quantised them: its class is gone then, which alone reads these.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +17,7 @@ from lora_one.errors import ModelError
 from .adopt import AdaptedLayer, Path, find_adapters
 from .inject import Injected, take_out
 from .layers import adapted_kind, kind_of
-from .qwix import QWIX_ATTRIBUTES, plain_class
+from .qwix import QWIX_ATTRIBUTES, dequantise, is_quantised, plain_class
 
 
 class _Removal(NamedTuple):
@@ -40,7 +43,7 @@ def remove(model: nnx.Module, merge: bool) -> nnx.Module:
     removals, problems = [], []
     for layer in layers:
         try:
-            removals.append(_removal(model, layer))
+            removals.append(_removal(model, layer, merge))
         except ValueError as error:
             problems.append(f"{layer.site.name}: {error}")
     if problems and merge:
@@ -48,6 +51,8 @@ def remove(model: nnx.Module, merge: bool) -> nnx.Module:
     if problems:
         raise ModelError("LoRA of these layers cannot be taken out:\n  " + "\n  ".join(problems))
     if merge:
+        check_concrete("merge", nnx.state(model), traced=True)
+        dequantise(model)
         _merge(model, removals)
     for removal in removals:
         removal.clean()
@@ -57,7 +62,6 @@ def remove(model: nnx.Module, merge: bool) -> nnx.Module:
 def _merge(model: nnx.Module, removals: list[_Removal]) -> None:
     owners = _owners(model)
     kernels = [getattr(removal.layer, removal.param) for removal in removals]
-    check_concrete("merge", [kernel.get_raw_value() for kernel in kernels], traced=True)
     sums = [removal.added(kernel.get_raw_value()) for removal, kernel in zip(removals, kernels, strict=True)]
     for removal, kernel, value in zip(removals, kernels, sums, strict=True):
         if owners[id(kernel)] > 1:
@@ -66,7 +70,7 @@ def _merge(model: nnx.Module, removals: list[_Removal]) -> None:
             kernel.set_raw_value(value)
 
 
-def _removal(model: nnx.Module, adapted: AdaptedLayer) -> _Removal:
+def _removal(model: nnx.Module, adapted: AdaptedLayer, merge: bool) -> _Removal:
     """Return the steps for one layer; raise ValueError where the layer under the factors is unknown."""
     layer = _at(model, adapted.a_path[:-1])
     known = adapted_kind(layer)
@@ -84,9 +88,10 @@ def _removal(model: nnx.Module, adapted: AdaptedLayer) -> _Removal:
     param = adapted.a_path[-1].removesuffix("_lora_a")
     kernel = getattr(layer, param)
     under = kind_of(layer)
-    if not isinstance(kernel, nnx.Variable) or under is None or under.param != param:
-        what = "is quantised" if not isinstance(kernel, nnx.Variable) else f"belongs to a {type(layer).__name__}"
-        raise ValueError(f"its {param} {what}: keep the adapter beside it, and save that")
+    if is_quantised(kernel) and not merge:
+        raise ValueError(f"its {param} is quantised, and without qwix the layer cannot read it: merge makes it float")
+    if under is None or under.param != param:
+        raise ValueError(f"its {param} belongs to a {type(layer).__name__}: keep the adapter beside it, and save that")
     names = [name for name in vars(layer) if name.startswith(f"{param}_lora_")]
 
     def clean() -> None:
@@ -98,8 +103,7 @@ def _removal(model: nnx.Module, adapted: AdaptedLayer) -> _Removal:
 
 
 def _flax_removal(model: nnx.Module, adapted: AdaptedLayer, lora: nnx.LoRA) -> _Removal:
-    """Return the steps for an nnx.LoRALinear, or for an nnx.LoRA around an nnx.Linear."""
-    added = _added(adapted, lambda: adapted.site.layout)
+    """Return the steps for an nnx.LoRALinear, or for an nnx.LoRA around a linear layer."""
     if lora.base_module is None:
         holder = _at(model, adapted.a_path[:-2]) if len(adapted.a_path) > 1 else None
         if type(holder) is not nnx.LoRALinear:
@@ -109,10 +113,12 @@ def _flax_removal(model: nnx.Module, adapted: AdaptedLayer, lora: nnx.LoRA) -> _
             delattr(holder, "lora")
             object.__setattr__(holder, "__class__", nnx.Linear)
 
-        return _Removal(holder, "kernel", added, clean)
+        return _Removal(holder, "kernel", _added(adapted, lambda: adapted.site.layout), clean)
     base = lora.base_module
-    if type(base) is not nnx.Linear:
-        raise ValueError(f"it wraps a {type(base).__name__}, expected an nnx.Linear: keep it")
+    kind = kind_of(base)
+    if kind is None:
+        raise ValueError(f"it wraps a {type(base).__name__}, expected a linear layer: keep it")
+    added = _added(adapted, lambda: kind.layout(base))
 
     def become_base() -> None:  # every attribute that holds the wrapper then holds the layer
         state = vars(lora)["_pytree__state"]
@@ -120,7 +126,7 @@ def _flax_removal(model: nnx.Module, adapted: AdaptedLayer, lora: nnx.LoRA) -> _
         vars(lora).update({**vars(base), "_pytree__state": state})
         object.__setattr__(lora, "__class__", type(base))
 
-    return _Removal(base, "kernel", added, become_base)
+    return _Removal(base, kind.param, added, become_base)
 
 
 def _added(adapted: AdaptedLayer, layout: Callable[[], Layout]) -> Callable[[Array], Array]:

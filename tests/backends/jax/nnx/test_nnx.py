@@ -1,6 +1,5 @@
 import pickle
 import time
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -256,17 +255,6 @@ def test_scanned_layers_get_one_pair_a_slice():
     x = BATCHES[0][0]
     y = adapted(x)
     np.testing.assert_allclose(lora_one.merge(adapted)(x), y, atol=1e-5)
-
-
-def test_layers_stacked_along_another_axis_are_an_error():
-    @nnx.split_rngs(splits=3)
-    @partial(nnx.vmap, in_axes=(0,), out_axes=-1)
-    def stack(rngs):
-        return nnx.Linear(8, 7, rngs=rngs)
-
-    model = stack(nnx.Rngs(0))
-    with pytest.raises(ModelError, match=r"its kernel must be \(stack..., 8, 7\), got \(8, 7, 3\): stack along axis 0"):
-        lora_one.init(nnx.Sequential(model), BATCHES, squared_error, CONFIG)
 
 
 @pytest.mark.feature("Float16 and bfloat16")

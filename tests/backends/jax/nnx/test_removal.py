@@ -22,6 +22,7 @@ def with_numbers(model):
     return model
 
 
+@pytest.mark.feature("Merging adopted layers")
 def test_flaxs_own_lora_is_merged_and_taken_out():
     model = with_numbers(Wrapped(nnx.Rngs(0)))
     y = model(X)
@@ -37,8 +38,11 @@ def test_flaxs_own_lora_is_merged_and_taken_out():
     assert float(np.abs(plain(X) - y).max()) > 0.1
 
 
-def test_qwix_lora_is_merged_with_its_own_scale_and_stays_away():
-    model = with_numbers(by_qwix(Net(nnx.Rngs(0))))
+@pytest.mark.feature("Merging adopted layers")
+@pytest.mark.parametrize("weight_qtype", [None, "int8"])
+def test_qwix_lora_is_merged_with_its_own_scale_and_stays_away(weight_qtype):
+    """Quantised kernels become float ones: what they stand for, and the adapter."""
+    model = with_numbers(by_qwix(Net(nnx.Rngs(0)), **({"weight_qtype": weight_qtype} if weight_qtype else {})))
     y = model(X)
     merged = lora_one.merge(model)
     np.testing.assert_allclose(merged(X), y, atol=1e-5 * np.abs(y).max())
@@ -49,8 +53,8 @@ def test_qwix_lora_is_merged_with_its_own_scale_and_stays_away():
 def test_what_cannot_be_merged_says_so_and_stays():
     model = with_numbers(by_qwix(Net(nnx.Rngs(0)), weight_qtype="int8"))
     y = model(X)
-    with pytest.raises(ModelError, match="up: its kernel is quantised: keep the adapter beside it"):
-        lora_one.merge(model)
+    with pytest.raises(ModelError, match=r"up: its kernel is quantised, .*: merge makes it float"):
+        unload(model)
     np.testing.assert_array_equal(model(X), y)
     alone = nnx.Sequential(nnx.LoRA(8, RANK, 8, rngs=nnx.Rngs(0)))
     before = values(alone)
@@ -59,6 +63,17 @@ def test_what_cannot_be_merged_says_so_and_stays():
     assert_same(values(alone), before)
     with pytest.raises(ModelError, match="there is no LoRA in this Net"):
         lora_one.merge(Net(nnx.Rngs(0)))
+
+
+def test_flaxs_lora_around_other_linear_layers_is_merged():
+    rngs = nnx.Rngs(0)
+    general, einsum = nnx.LinearGeneral(8, 12, rngs=rngs), nnx.Einsum("bi,oi->bo", (7, 12), (7,), rngs=rngs)
+    lora = [nnx.LoRA(8, 2, 12, base_module=general, rngs=rngs), nnx.LoRA(12, 2, 7, base_module=einsum, rngs=rngs)]
+    model = with_numbers(nnx.Sequential(*lora))
+    y = model(X)
+    merged = lora_one.merge(model)
+    assert [type(layer) for layer in merged.layers] == [nnx.LinearGeneral, nnx.Einsum]
+    np.testing.assert_allclose(merged(X), y, atol=1e-5 * np.abs(y).max())
 
 
 class Tied(nnx.Module):

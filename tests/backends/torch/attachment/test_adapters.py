@@ -135,6 +135,7 @@ def wrapped_by_peft(model):
     return model
 
 
+@pytest.mark.feature("Merging adopted layers")
 @pytest.mark.parametrize("inject", [injected_by_peft, injected_by_transformers, wrapped_by_peft])
 def test_injected_layers_are_started_trained_saved_and_merged(inject, tmp_path):
     """They behave as the layers of a PeftModel, with the same numbers."""

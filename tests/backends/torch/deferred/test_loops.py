@@ -154,6 +154,7 @@ def test_accelerate_prepares_it_and_its_checkpoints_continue_to_the_bit(tmp_path
     assert same(again.model, plain.model) and again.report.to_dict() == plain.report.to_dict()
 
 
+@pytest.mark.feature("Gradient accumulation")
 def test_the_trainer_makes_the_start_that_a_plain_loop_makes(tmp_path):
     run = begun(llama, start_steps=STEPS)
     plain = begun(llama, start_steps=STEPS)

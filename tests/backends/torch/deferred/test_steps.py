@@ -137,6 +137,7 @@ def test_parameters_outside_of_pairs_train_from_the_first_step_by_adamw():
     assert [int(run.optimizer.state[p]["step"]) for p in (head[0], a, b)] == [4, 2, 2]
 
 
+@pytest.mark.feature("Learning-rate schedules")
 def test_rates_schedules_and_groups_hold_after_the_start_and_their_clock_runs_in_it():
     run = begun(start_steps=2, loraplus_lr_ratio=4.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0 / (1 + step))
