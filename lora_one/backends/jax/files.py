@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from lora_one.backends.interface import Layer
-from lora_one.checkpoint.adapter import Adapter, LoraLayer
+from lora_one.checkpoint.adapter import LINEAR, Adapter, Form, LoraLayer
 from lora_one.checkpoint.folder import CONFIG, WEIGHTS
 from lora_one.checkpoint.peft import AdapterFolder, check_folder, read_adapter, read_folder, write_peft
 from lora_one.checkpoint.plain_lora import setting_problems
@@ -22,6 +22,7 @@ from lora_one.config import Config
 from lora_one.core.factors import Factors
 from lora_one.errors import CheckpointError, ModelError
 
+from .forms import forms_of, in_flaxs_order, in_pefts_order
 from .llama.model import LlamaForCausalLM
 from .nnx.adopt import find_adapters
 from .nnx.inject import dropout_of, inject, linear_layers, take_out, train_dropout
@@ -111,8 +112,14 @@ def _adapter(model: Any) -> Adapter:
             f"save needs a model with LoRA layers, as lora_one.init returns it, got {type(model).__name__}"
         )
     check_concrete("save", [leaves for _, leaves in lora])
+    forms = forms_of(model, [site for site, _ in lora])
     layers = {
-        layer.name: LoraLayer([_to_numpy(pair)], layer.scaling, STORED_NAMES[leaves.a.dtype.name])
+        layer.name: LoraLayer(
+            [in_pefts_order(_to_numpy(pair), forms.get(layer.name, LINEAR))],
+            layer.scaling,
+            STORED_NAMES[leaves.a.dtype.name],
+            form=forms.get(layer.name, LINEAR),
+        )
         for site, leaves in lora
         for layer, pair in zip(site.layers(), site.spec_pairs(leaves), strict=True)
     }
@@ -139,7 +146,7 @@ def _load(model: Any, path: Path, folder: AdapterFolder, trainable: bool) -> Any
     linear, problems = ({}, []) if isinstance(model, nnx.Module) else _tree_layers(model, folder)
     if not problems:
         sites = own_sites or _possible_sites(model, linear)
-        problems = _fit_problems(folder, sites, has_lora=bool(own_sites))
+        problems = _fit_problems(folder, sites, forms_of(model, sites.values()), has_lora=bool(own_sites))
     if problems:
         raise CheckpointError(f"the adapter in {path} does not fit the model", problems)
     factors = {name: layer.pairs[0] for name, layer in read_adapter(folder).layers.items()}
@@ -206,24 +213,27 @@ def _pairs(site: Site, folder: AdapterFolder, factors: dict[str, Factors]) -> li
     """Return the folder's pairs of a site, with the ratio of the folder's scale to the site's in lora_B."""
     pairs = []
     for layer in site.layers():
-        a, b = factors[layer.name]
+        a, b = in_flaxs_order(factors[layer.name], folder.forms.get(layer.name, LINEAR))
         ratio = folder.scalings[layer.name] / site.scaling
         pairs.append(Factors(jnp.asarray(a), jnp.asarray(b if ratio == 1.0 else b * np.float32(ratio))))
     return pairs
 
 
-def _fit_problems(folder: AdapterFolder, sites: dict[str, Site], has_lora: bool) -> list[str]:
+def _fit_problems(folder: AdapterFolder, sites: dict[str, Site], forms: dict[str, Form], has_lora: bool) -> list[str]:
     """Return everything that keeps the folder's factors from going to these sites.
 
     Args:
         folder: the adapter.
         sites: the sites of the model.
+        forms: the kinds of those of their layers that are not linear.
         has_lora: whether the sites have LoRA already, whose rank must be the folder's.
     """
     stacks = {name: site.layers() for name, site in sites.items()}
     layers = [layer for stack in stacks.values() for layer in stack]
     shapes = {layer.name: (layer.out_features, layer.in_features) for layer in layers}
-    problems = setting_problems(folder.config) + check_folder(folder, shapes) or _stack_problems(folder, stacks)
+    problems = setting_problems(folder.config) + check_folder(folder, shapes, forms=forms) or _stack_problems(
+        folder, stacks
+    )
     if has_lora and not problems:
         problems = [
             f"{layer.name}: the model has rank {layer.rank}, the file {_rank(folder, layer) or 'none'}"

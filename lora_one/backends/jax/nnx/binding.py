@@ -21,6 +21,7 @@ from lora_one.errors import ModelError
 
 from .adopt import AdaptedLayer, Path, find_adapters
 from .inject import Injected, Lifts, dropout_of, inject, linear_layers, take_out
+from .layers import is_linear
 
 _MODES = ("deterministic", "use_running_average")  # True in evaluation mode
 
@@ -49,7 +50,10 @@ class NnxBinding:
 
     def _inject(self, lifts: Mapping[str, Lifts]) -> None:
         config = self._config
-        chosen = select(config.targets, linear_layers(self.model))
+        layers = linear_layers(self.model)
+        if config.targets == "all-linear":
+            layers = {name: layer for name, layer in layers.items() if is_linear(layer)}
+        chosen = select(config.targets, layers)
         plan = {name: (config.rank, config.scaling) for name in chosen}
         self._injected = inject(self.model, plan, config.dropout, config.seed, lifts)
         self._bind(find_adapters(self.model, config))

@@ -16,7 +16,7 @@ from lora_one.backends.jax.placement import full_spec, kernel_sharding
 from lora_one.backends.jax.sites import dotted, factor_dtype
 from lora_one.errors import ModelError
 
-from .layers import AdapterKind, is_linear, kind_of
+from .layers import AdapterKind, kind_of, may_have_lora
 
 Lifts = tuple[int, ...]  # see `Layout`
 
@@ -31,7 +31,7 @@ class Injected(NamedTuple):
 
 def linear_layers(model: nnx.Module) -> dict[str, nnx.Module]:
     """Return the layers that LoRA may go to, adapted or not, by path."""
-    return {dotted(path): layer for path, layer in nnx.iter_graph(model) if is_linear(layer)}
+    return {dotted(path): layer for path, layer in nnx.iter_graph(model) if may_have_lora(layer)}
 
 
 def inject(

@@ -16,6 +16,8 @@ from lora_one.backends.jax.product import Dropping, add_einsum, add_general
 from lora_one.backends.jax.tap import Tap
 from lora_one.errors import ModelError
 
+from .lookups import KERNEL, TABLE, LoraConv, LoraEmbed, kernel_layouts, table_layouts
+
 PARAM = "kernel"
 
 
@@ -113,6 +115,8 @@ _KINDS: dict[type[nnx.Module], AdapterKind] = {
     nnx.Linear: AdapterKind(LoraLinear, _linear, PARAM),
     nnx.LinearGeneral: AdapterKind(LoraLinearGeneral, _linear_general, PARAM),
     nnx.Einsum: AdapterKind(LoraEinsum, _einsum, PARAM),
+    nnx.Embed: AdapterKind(LoraEmbed, table_layouts, TABLE),
+    nnx.Conv: AdapterKind(LoraConv, kernel_layouts, KERNEL),
 }
 
 
@@ -188,6 +192,11 @@ def adapted_kind(layer: Any) -> tuple[type[nnx.Module], AdapterKind] | None:
     return None
 
 
-def is_linear(layer: Any) -> bool:
+def may_have_lora(layer: Any) -> bool:
     """Return whether a layer is one of the known kinds, adapted or not."""
     return isinstance(layer, tuple(_KINDS))
+
+
+def is_linear(layer: Any) -> bool:
+    """Return whether "all-linear" means a layer: embeddings and convolutions must be named."""
+    return may_have_lora(layer) and not isinstance(layer, (nnx.Embed, nnx.Conv))

@@ -55,7 +55,8 @@ def warn_of_left_out(names: Sequence[str | None], adapted: Iterable[str], uses: 
         patterns = sorted({re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name) for name in left})
         warn_user(
             f"no LoRA on {', '.join(patterns)}: the loss multiplies by these weights, but they are in no layer that is "
-            f"known to be linear; it is on {len(adapted)} weights. To have it there: register_layer for an NNX layer "
+            f"known to be linear; it is on {len(adapted)} weights. To have it there: name an nnx.Conv in targets, "
+            "register_layer for an NNX layer "
             "of your own, axes={...} for a PytreeModel; to leave them out knowingly, name the targets",
             TargetsWarning,
         )
