@@ -38,8 +38,9 @@ class Config:
         eta: float > 0, default 1. The step size of scale="gradient", in units of a learning rate.
         targets: the layers that get LoRA, default "all-linear": every linear layer except the output layer, and on
             PyTorch and MLX except gates with one output. Or a sequence of module names, or a regular expression that
-            must match the whole module path, as in PEFT: these may name embeddings and convolutions too; but the
-            routers and stacked experts of a mixture of experts stay as they are where they are no linear layers.
+            must match the whole module path, as in PEFT: these may name embeddings and convolutions too. On PyTorch a
+            name may also be the end of a parameter's path that holds the weights of all experts, such as
+            "experts.down_proj"; routers stay as they are where they are no linear layers.
         modules_to_save: sequence of names, default (). Modules to train whole beside the LoRA layers and to keep with
             the adapter, such as a new head, as in PEFT. PyTorch and MLX. Fit a new head before `init`: docs/heads.md.
         gradient: "sketch" (default) or "exact". "sketch" never forms the gradient of a weight: each layer keeps a

@@ -201,7 +201,7 @@ def check_folder(
 def check_factors(folder: AdapterFolder, linear: LinearShapes, forms: Mapping[str, Form] = NO_FORMS) -> list[str]:
     """Return the problems of `check_folder` that concern factors: partners, layers, ranks and shapes."""
     problems = []
-    if not folder.lora_A and not folder.lora_B:
+    if not folder.ranks:
         problems.append(f"{WEIGHTS}: no LoRA factors in it")
     for layer in sorted(folder.lora_A.keys() ^ folder.lora_B.keys()):
         problems.append(f"{layer}: lora_{'B' if layer in folder.lora_A else 'A'} is missing")

@@ -24,6 +24,7 @@ from lora_one.report.deferred import StartSteps
 from .attachment.adapters import opened
 from .attachment.attach import Site, find_sites
 from .attachment.kinds import as_kept
+from .attachment.optimizable import check_no_experts
 from .attachment.sharding import gathered, write
 from .linalg.precision import full_precision
 from .ops import TorchOps
@@ -126,6 +127,7 @@ def plan_starts(model: nn.Module, start_steps: StartSteps | None) -> PairStarts 
     def sites() -> list[Site]:
         with opened(model, "a start from the first steps") as adapted:
             sites = find_sites(adapted)
+        check_no_experts(sites)
         frozen = [site.layer.name for site in sites if not all(factor.requires_grad for factor in site.parameters)]
         if frozen:
             raise ModelError(

@@ -18,7 +18,7 @@ from lora_one.environment import process_peak
 from lora_one.errors import BatchError
 
 from .attachment.kinds import without_padding
-from .attachment.optimizable import check_no_engine
+from .attachment.optimizable import check_no_engine, check_no_experts
 from .attachment.reversible import ReversibleAttachment
 from .linalg.precision import full_precision
 from .ops import TorchOps
@@ -88,6 +88,8 @@ class TorchSession:
             attachment.attach()
             self.model, self._had_adapter = attachment.model, attachment.had_adapter
             self.layers = [site.layer for site in attachment.sites.values()]
+            if not self._makes_passes:
+                check_no_experts(attachment.sites.values())
             stack.enter_context(settings_for_passes(self.model))
             recompute = stack.enter_context(Recompute(self.model, self._config.recompute, self._device))
             passes = Passes(self.model, attachment.sites, self._batches, self._loss_fn, recompute, processes)

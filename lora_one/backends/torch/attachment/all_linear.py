@@ -51,7 +51,7 @@ def on_all_linear(model: nn.Module, attach: Attach) -> peft.PeftModel:
         warn_user(
             f"no LoRA on {', '.join(patterns)}: gates of one output, routers, experts that are one parameter, what "
             f"PEFT takes for these, and layers of state-space models that their kernels do not call; it is on "
-            f"{len(started)} linear layers. To have it elsewhere, name the targets",
+            f"{len(started)} linear layers. To have it elsewhere, name the targets, such as 'experts.down_proj'",
             TargetsWarning,
         )
     return attached

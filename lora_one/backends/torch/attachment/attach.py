@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from lora_one.backends.interface import Layer
@@ -22,6 +23,7 @@ from lora_one.errors import ModelError
 
 from .adapters import mark_as_ours, require_lora, take_out_leftover
 from .all_linear import ALL_LINEAR, LINEAR, RefusedByPeft, on_all_linear
+from .experts import layer_path, pair_of, split_targets
 from .kinds import as_kept, factors_of, features_of, has_factors, lend_settings
 from .quiet import quiet_peft
 from .refusals import refusal
@@ -39,6 +41,7 @@ class Site:
     layer: Layer
     module: LoraLayer
     adapter: str
+    expert: int | None = None  # its number, where the weights of all experts are one parameter
 
     @property
     def lora_A(self) -> nn.Linear:
@@ -50,7 +53,9 @@ class Site:
 
     @property
     def parameters(self) -> LoraPair:
-        """The parameters of the pair, in the shapes that PEFT keeps them in."""
+        """The parameters of the pair, in the shapes that PEFT keeps them in; of an expert, views of its part."""
+        if self.expert is not None:
+            return LoraPair(*pair_of(self.module, self.adapter, self.expert))
         return factors_of(self.module, self.adapter)
 
     @property
@@ -126,6 +131,7 @@ def _attached(
     model: nn.Module, config: Config, targets: str | Sequence[str], excluded: Sequence[str] = ()
 ) -> peft.PeftModel:
     task = task_type(model)
+    modules, experts = (targets, None) if isinstance(targets, str) else split_targets(model, targets)
     lora_config = peft.LoraConfig(
         r=config.rank,
         lora_alpha=plain_alpha(
@@ -133,7 +139,8 @@ def _attached(
         ),  # rsLoRA's scale by the plain rule, which every reader of the adapter knows
         use_rslora=False,
         lora_dropout=config.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=modules,
+        target_parameters=experts or None,
         exclude_modules=list(excluded) or None,
         modules_to_save=list(dict.fromkeys([*config.modules_to_save, *(heads(model) if task is None else ())])) or None,
         task_type=task,
@@ -149,7 +156,8 @@ def _attached(
                 raise ModelError(
                     f"targets must be linear layers, embeddings or convolutions, got {config.targets!r}: {reason}"
                 ) from error
-            if reason.startswith("Targeting a"):  # a convolution in groups, which do not divide the rank
+            # a convolution in groups, which do not divide the rank; or dropout on experts
+            if reason.startswith("Targeting a") or "ParamWrapper" in reason:
                 raise ModelError(f"targets {config.targets!r}: {reason}") from error
             linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
             raise ModelError(f"{no_match(config.targets, linear)}. PEFT says: {reason}") from error
@@ -160,7 +168,7 @@ def find_sites(model: peft.PeftModel) -> list[Site]:
 
     Raises:
         ModelError: no LoRA, several active adapters, a merged one, or a kind of LoRA that LoRA-One cannot start: DoRA,
-            convolutions in groups, a bias in lora_B, routers and experts that are one parameter.
+            convolutions in groups, a bias in lora_B, routers.
     """
     require_lora(model, "init")
     adapters = model.active_adapters
@@ -175,10 +183,13 @@ def find_sites(model: peft.PeftModel) -> list[Site]:
             continue
         if reason := refusal(module, adapter):
             problems.append(f"{path}: {reason}")
+            continue
+        rank, scaling = module.r[adapter], module.scaling[adapter]
+        if isinstance(module, ParamWrapper):
+            name, sizes = layer_path(path, module), (module.out_features, module.in_features, rank, scaling)
+            sites += [Site(Layer(f"{name}.{i}", *sizes), module, adapter, i) for i in range(module.num_experts)]
         else:
-            rank, scaling = module.r[adapter], module.scaling[adapter]
-            layer = Layer(path, *features_of(module), rank, scaling)
-            sites.append(Site(layer, module, adapter))
+            sites.append(Site(Layer(path, *features_of(module), rank, scaling), module, adapter))
     if problems:
         raise ModelError("LoRA-One starts plain LoRA, got:\n  " + "\n  ".join(problems))
     if not sites:

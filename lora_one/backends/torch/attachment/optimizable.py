@@ -1,11 +1,16 @@
 """Whether an optimizer of PyTorch trains a model's factors, and can tell lora_A from lora_B."""
 
+from collections.abc import Iterable
+
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from lora_one.backends.torch.places import FLATTENED
+from lora_one.checks import shown_names
 from lora_one.errors import ModelError
 
+from .attach import Site
 from .kinds import factors_of
 from .sharded_base import check_factors_sharded
 from .sharding import is_dtensor, shape_of
@@ -30,6 +35,14 @@ def check_optimizable(model: nn.Module, precondition: bool, loraplus_lr_ratio: f
             f"FullyShardedDataParallel keeps them like that; shard with fully_shard, or leave "
             f"{' and '.join(settings)} out"
         )
+    wrappers = [x for x in model.modules() if isinstance(x, ParamWrapper)]
+    if precondition and any(
+        p.requires_grad for x in wrappers for p in (*x.lora_A.parameters(), *x.lora_B.parameters())
+    ):
+        raise ModelError(
+            f"precondition=True takes one pair at a time, got the experts in {wrappers[0].parameter_name!r}, whose "
+            "pairs are one parameter: leave precondition=True out, or the experts out of the targets"
+        )
     if precondition and (spread := [x for x in _factors(model) if len(shape_of(x)) > 2 and is_dtensor(x)]):
         raise ModelError(
             f"precondition=True needs whole factors of convolutions, got {len(spread)} that fully_shard has split: "
@@ -48,6 +61,19 @@ def check_no_engine(model: nn.Module) -> None:
             "DeepSpeed's engine has an optimizer of its own: make lora_one.optimizer(model) before, and hand it to "
             "deepspeed.initialize(model=model, optimizer=...); lora_one.init(model, batches) starts a model in an "
             "engine"
+        )
+
+
+def check_no_experts(sites: Iterable[Site]) -> None:
+    """Check that no pair is a part of a parameter, which an optimizer could not start.
+
+    Raises:
+        ModelError: one is.
+    """
+    if experts := [site.layer.name for site in sites if site.expert is not None]:
+        raise ModelError(
+            f"the start of experts that are one parameter is made by lora_one.init(model, batches) alone, got "
+            f"{shown_names(experts, 2)} without batches: hand in batches, or leave the experts out of the targets"
         )
 
 

@@ -7,6 +7,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from .experts import refusal_of_experts
 from .kinds import CONVOLUTIONS, factors_of, refusal_of_kind
 
 # Beginning of the name of PEFT's class -> what it is, and what to do.
@@ -35,8 +36,7 @@ def refusal(module: LoraLayer, adapter: str) -> str | None:
     """Return why LoRA-One cannot start the adapter of a layer, and the remedy; None if it can."""
     base = module.get_base_layer()
     if isinstance(module, ParamWrapper):
-        # PEFT's "all-linear" gives this to a mixture of experts, whose router returns more than a product.
-        return f"LoRA on its parameter {module.parameter_name!r}; name linear layers as targets"
+        return refusal_of_experts(module, adapter) or _refusal_of_state(module, adapter)
     if adapter in module.lora_A and not isinstance(module.lora_A[adapter], (nn.Linear, *CONVOLUTIONS)):
         return f"LoRA on a {type(base).__name__}; name linear layers, embeddings or convolutions as targets"
     if reason := refusal_of_kind(base):
@@ -45,8 +45,13 @@ def refusal(module: LoraLayer, adapter: str) -> str | None:
         variant = type(module.lora_variant[adapter]).__name__
         texts = (text for name, text in _VARIANTS.items() if variant.startswith(name))
         return next(texts, f"a variant of LoRA, {variant}; attach plain LoRA")
+    return _refusal_of_state(module, adapter)
+
+
+def _refusal_of_state(module: LoraLayer, adapter: str) -> str | None:
+    base = module.get_base_layer()
     if factors_of(module, adapter).lora_A.is_meta:
-        if base.weight.is_meta:
+        if next(base.parameters()).is_meta:
             return "offloaded, with LoRA weights that hold no numbers; load the model where it fits"
         return (
             "LoRA weights that hold no numbers, as low_cpu_mem_usage=True makes them; attach the adapter without that, "

@@ -62,6 +62,8 @@ def config_to_save(model: peft.PeftModel, adapter: str) -> peft.LoraConfig:
     if isinstance(config.target_modules, (set, list)):
         # Names from a compiled model would match nothing in a plain one.
         config.target_modules = sorted({name.replace("_orig_mod.", "") for name in config.target_modules})
+    if config.target_parameters:
+        config.target_parameters = sorted(config.target_parameters)
     config.base_model_name_or_path = config.base_model_name_or_path or base.__dict__.get("name_or_path") or None
     if config.task_type is None:  # for peft.AutoPeftModel
         config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}

@@ -1,24 +1,30 @@
 """Checks that an adapter folder belongs to a PyTorch model, before the adapter is attached and after."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lora_one.backends.targets import matches
 from lora_one.backends.torch.attachment.attach import find_sites
+from lora_one.backends.torch.attachment.experts import layer_path
 from lora_one.backends.torch.attachment.kinds import CONVOLUTIONS, features_of
 from lora_one.backends.torch.attachment.sharding import gathered, shape_of
 from lora_one.checkpoint.adapter import Form
 from lora_one.checkpoint.folder import WEIGHTS
-from lora_one.checkpoint.peft import PEFT_BASE_KEY, AdapterFolder, check_factors, unknown_tensor
+from lora_one.checkpoint.peft import PEFT_BASE_KEY, AdapterFolder, Shape, check_factors, peft_key, unknown_tensor
 from lora_one.checkpoint.plain_lora import settings_beyond
 from lora_one.errors import ModelError
 
 from .embeddings import base_path, base_vocabulary, embedding_paths, is_wrapped
-from .state import PREFIX, adapter_state
+from .state import PREFIX, adapter_state, lora_layers
 
 _TOKENS = ".token_adapter."
 
@@ -35,7 +41,7 @@ def problems_before(
     shapes = {base_path(name): shape_of(tensor) for name, tensor in tensors if ".lora_" not in name}
     problems = []
     if not config.layer_replication:  # its paths belong to layers that do not exist yet
-        problems += check_factors(folder, _linear_layers(base), _forms(base))
+        problems += check_factors(_without_experts(folder, config, shapes), _linear_layers(base), _forms(base))
     embeddings = embedding_paths(base)
     for key, shape in folder.others.items():
         path = base_path(key)
@@ -62,12 +68,19 @@ def problems_after(folder: AdapterFolder, config: peft.LoraConfig, model: peft.P
     problems = []
     for site in sites:
         name = site.layer.name
+        if site.expert is not None:  # below, all of a parameter at once
+            continue
         if name not in folder.lora_A:
             problems.append(f"{name}: the model has LoRA here, the file has none")
         elif site.layer.rank != folder.lora_A[name][0]:
             problems.append(f"{name}: the model has rank {site.layer.rank}, the file {folder.lora_A[name][0]}")
     # PEFT ignores what only one side has, so that a trained head would be lost without a message.
     shapes = {key: shape_of(tensor) for key, tensor in adapter_state(model, adapter).items()}
+    for path, module in lora_layers(model, adapter):
+        for side, in_file in (("A", folder.lora_A), ("B", folder.lora_B)) if isinstance(module, ParamWrapper) else ():
+            if (expected := shapes[peft_key(path, side)]) != in_file.get(path):
+                name, got = layer_path(path, module), in_file.get(path, "none")
+                problems.append(f"{name}: lora_{side} of its experts must be {expected}, got {got}")
     kept = {key for key in shapes if ".lora_" not in key}
     problems += [f"{key}: the model keeps it whole, the file has none" for key in sorted(kept - set(folder.others))]
     embeddings = embedding_paths(model.get_base_model())
@@ -167,6 +180,17 @@ def _other_settings(config: peft.LoraConfig, held: peft.LoraConfig) -> list[str]
         f"{name}: the folder has {in_folder.get(name)!r}, the model's adapter {in_model.get(name)!r}"
         for name in sorted(differing - {"modules_to_save"})  # the tensors' names show these
     ]
+
+
+def _without_experts(folder: AdapterFolder, config: peft.LoraConfig, shapes: Mapping[str, Shape]) -> AdapterFolder:
+    """Return a folder without the factors of experts that are one parameter, which are compared once PEFT made them."""
+    stacks = [path for path in shapes if matches(path, tuple(config.target_parameters or ()))]
+    modules = {path.rpartition(".")[0] for path in stacks}
+    a, b = (
+        {layer: shape for layer, shape in side.items() if layer.replace(".base_layer", "") not in modules}
+        for side in (folder.lora_A, folder.lora_B)
+    )
+    return replace(folder, lora_A=a, lora_B=b)
 
 
 def _linear_layers(base: nn.Module) -> dict[str, tuple[int, int]]:

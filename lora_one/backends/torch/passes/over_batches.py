@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -24,6 +25,7 @@ from lora_one.errors import BatchError
 from .arrivals import Arrivals, Collector, Postponed
 from .batches import Evaluate, LossFn, check_depends, device_of, losses
 from .distributed import Replicas
+from .experts import Expert, tap_experts
 from .folds import Folds, groups
 from .loss_scale import LossScale
 from .own_gradients import own_gradients
@@ -118,12 +120,19 @@ class Passes:
         # An error in the middle of a backward pass would leave the other processes waiting for its other layers.
         arrivals = Arrivals(Postponed(collector) if self._is_sharded else collector, self._scale)
         with ExitStack() as stack:
-            for name, site in self.sites.items() if not self._is_sharded else ():  # engines put their own there
+            # Engines put factors of their own there, and nothing reads those of a stack of experts.
+            for name, site in self.sites.items() if not self._is_sharded else ():
+                if site.expert is not None:
+                    continue
                 # Known from an earlier pass: where no code reads factors, zeros without memory will do.
                 given = sides.get(name) if self.read is None or name in self.read else None
                 sink = arrivals.add_read if given is not None else arrivals.noticed
                 stack.enter_context(own_gradients(site, given, partial(sink, name)))
+            for module, experts in self._experts(arrivals, products):
+                stack.enter_context(tap_experts(module, experts))
             for name, product in products.items():
+                if self.sites[name].expert is not None:
+                    continue
                 layer, on_call = self.sites[name].module, partial(arrivals.called, name)
                 product = partial(_of_whole_columns, product, self.sites[name]) if self._is_split else product
                 if not isinstance(layer.get_base_layer(), nn.MultiheadAttention):  # PEFT merges there, and unmerges
@@ -135,6 +144,17 @@ class Passes:
         self.read = frozenset(read) | (self.read or frozenset())
         never_called = frozenset(self.sites) - frozenset(seen)
         return result._replace(never_called=never_called, rounded_away=self._scale.rounded_away()), read
+
+    def _experts(self, arrivals: Arrivals, products: Mapping[str, Product]) -> Iterator[tuple[nn.Module, list[Expert]]]:
+        """Yield the parameters that hold experts, with those experts whose gradients are to be read."""
+        of_module: dict[nn.Module, list[Expert]] = defaultdict(list)
+        for name, product in products.items():
+            site = self.sites[name]
+            if site.expert is not None:
+                of_module[site.module].append(
+                    Expert(site, product, partial(arrivals.add, name), partial(arrivals.called, name))
+                )
+        yield from of_module.items()
 
     def _backward_on_batch(self, arrivals: Arrivals, evaluate: Evaluate, index: int, last: bool) -> float:
         arrivals.next_batch(last)
