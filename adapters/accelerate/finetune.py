@@ -33,9 +33,7 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     sequences = [encode(tokenizer, example) for example in read_examples(options.data)]
-    rows = [
-        {"input_ids": s.tokens, "labels": [-100] * s.prompt_length + s.tokens[s.prompt_length :]} for s in sequences
-    ]
+    rows = [{"input_ids": s.tokens, "labels": s.labels} for s in sequences]
     loader = DataLoader(rows, options.batch_size, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
 
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32")

@@ -42,9 +42,7 @@ def main() -> None:
         model.to(deepspeed.get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     sequences = [encode(tokenizer, example) for example in read_examples(options.data)]
-    rows = [
-        {"input_ids": s.tokens, "labels": [-100] * s.prompt_length + s.tokens[s.prompt_length :]} for s in sequences
-    ]
+    rows = [{"input_ids": s.tokens, "labels": s.labels} for s in sequences]
     rows = rows[: len(rows) // (BATCH * processes) * BATCH * processes]  # as many batches in every process
     collate = DataCollatorForSeq2Seq(tokenizer)
     own = [dict(row) for row in rows[rank::processes]]

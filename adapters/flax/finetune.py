@@ -27,7 +27,7 @@ def collate(sequences: list[TokenSequence], width: int) -> dict[str, np.ndarray]
     for row, sequence in enumerate(sequences):
         length = len(sequence.tokens)
         tokens[row, :length] = sequence.tokens
-        labels[row, sequence.prompt_length : length] = sequence.tokens[sequence.prompt_length :]
+        labels[row, :length] = sequence.labels
     return {"input_ids": tokens, "labels": labels}
 
 

@@ -27,9 +27,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     sequences = [encode(tokenizer, example) for example in read_examples(options.data)]
-    rows = [
-        {"input_ids": s.tokens, "labels": [-100] * s.prompt_length + s.tokens[s.prompt_length :]} for s in sequences
-    ]
+    rows = [{"input_ids": s.tokens, "labels": s.labels} for s in sequences]
 
     lora = peft.LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, lora)

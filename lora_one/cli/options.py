@@ -1,57 +1,99 @@
-"""The options of `lora-one finetune` and `lora-one init`, and the recipe that they make."""
+"""The options of `lora-one finetune` and `lora-one init`: one for each setting of `Recipe` and `Config`.
 
+Their names, types and help come from the two classes and from what their docstrings say of each attribute.
+"""
+
+import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
+from rich.markup import escape
 
+from lora_one.config import Config
+from lora_one.files.settings import alternatives
 from lora_one.finetune.recipe import Recipe, make_recipe, read_recipe
 
 Setting = str | int | float | bool | None
 Command = TypeVar("Command", bound=Callable[..., None])
 
-# name -> type and help. None means "not given", so that the configuration file's value, or the default, holds.
-OPTIONS = {
-    "model": Annotated[str | None, typer.Option("--model", help="Folder of a causal language model.")],
-    "data": Annotated[str | None, typer.Option("--data", help="JSON Lines, or a folder with train.jsonl.")],
-    "test": Annotated[str | None, typer.Option("--test", help="Held-out JSON Lines: exact match before and after.")],
-    "backend": Annotated[str | None, typer.Option("--backend", help="torch, ...")],
-    "dtype": Annotated[str | None, typer.Option("--dtype", help="Of the base weights: float32, bfloat16, float16.")],
-    "device": Annotated[str | None, typer.Option("--device", help="cuda, cpu, ...")],
-    "rank": Annotated[int | None, typer.Option("--rank", "-r")],
-    "alpha": Annotated[float | None, typer.Option("--alpha")],
-    "gamma": Annotated[str | None, typer.Option("--gamma", help='A number, or "auto".')],
-    "targets": Annotated[str | None, typer.Option("--targets", help='"all-linear", names with commas, or a regex.')],
-    "gradient": Annotated[str | None, typer.Option("--gradient", help="sketch or exact.")],
-    "passes": Annotated[str | None, typer.Option("--passes", help='Over the batches of init: a number, or "auto".')],
-    "init_batches": Annotated[int | None, typer.Option("--init-batches", help="Batches that the start reads.")],
-    "steps": Annotated[int | None, typer.Option("--steps")],
-    "batch_size": Annotated[int | None, typer.Option("--batch-size")],
-    "max_length": Annotated[int | None, typer.Option("--max-length", help="Tokens that sequences are cut to.")],
-    "learning_rate": Annotated[float | None, typer.Option("--learning-rate", "--lr")],
-    "precondition": Annotated[bool | None, typer.Option("--precondition/--no-precondition")],
-    "plain": Annotated[bool | None, typer.Option("--plain", help="LoRA's usual start, for comparison.")],
-    "evaluate": Annotated[bool | None, typer.Option(help="Run the benchmarks that --config names.")],
-    "limit": Annotated[int | None, typer.Option(help="Items of each benchmark at most.")],
-    "allow_code_execution": Annotated[
-        bool | None, typer.Option("--allow-code-execution", help="Let benchmarks run the code that the model writes.")
-    ],
-    "save_every": Annotated[int | None, typer.Option("--save-every", help="Steps between checkpoints.")],
-    "resume": Annotated[
-        bool | None, typer.Option("--resume", help="Go on from the last checkpoint in --out, if there is one.")
-    ],
-    "seed": Annotated[int | None, typer.Option("--seed")],
-    "out": Annotated[str | None, typer.Option("--out", help="Folder for the adapter.")],
-    "config": Annotated[Path | None, typer.Option("--config", help="YAML or TOML with any of these settings.")],
-    "verbose": Annotated[bool, typer.Option("--verbose", help="Show what other libraries say, and tracebacks.")],
+OTHER_NAMES = {
+    "rank": ["-r"],
+    "learning_rate": ["--lr"],
+    "save_every": ["--save-steps"],
+    "eval_every": ["--eval-steps"],
 }
-TRAINING_ONLY = {
-    *("test", "steps", "learning_rate", "precondition", "plain"),
-    *("evaluate", "limit", "allow_code_execution", "save_every", "resume"),
+# The settings of `Recipe` that a start without training reads.
+FOR_INIT = {
+    *("model", "data", "loss_on", "chat_template", "packing", "max_length", "backend", "dtype", "device"),
+    *("init_batches", "batch_size", "seed", "out"),
 }
-INIT_OPTIONS = [name for name in OPTIONS if name not in TRAINING_ONLY]
+
+
+def settings() -> dict[str, Any]:
+    """Return the type of each setting that has an option, first those of `Recipe`, then those of `Config`."""
+    hints = {**typing.get_type_hints(Config), **typing.get_type_hints(Recipe)}
+    names = [field.name for cls in (Recipe, Config) for field in dataclasses.fields(cls)]
+    return {name: hints[name] for name in dict.fromkeys(names) if name != "config" and _option_type(hints[name])}
+
+
+def help_texts() -> dict[str, str]:
+    """Return what the docstrings of `Recipe` and `Config` say of each setting."""
+    texts = {}
+    for cls in (Config, Recipe):
+        block = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+        for entry in re.split(r"\n    (?! )", "\n" + block)[1:]:
+            name, _, text = entry.partition(": ")
+            text = " ".join(text.split())
+            texts[name] = text[:1].upper() + text[1:]
+    return texts
+
+
+def flags(name: str) -> list[str]:
+    """Return the names of a setting's option, for instance ["--rank", "-r"]."""
+    flag = name.replace("_", "-")
+    both = _option_type(settings()[name]) is bool
+    return [f"--{flag}/--no-{flag}" if both else f"--{flag}", *OTHER_NAMES.get(name, [])]
+
+
+def _option_type(hint: Any) -> Any:
+    """Return the type of the option for a setting, or None for a setting that needs a file."""
+    allowed = alternatives(hint) - {type(None)}
+    for kind in (bool, int, float):
+        if allowed == {kind}:
+            return kind
+    texts = any(kind is str or isinstance(kind, str) or _is_list(kind) for kind in allowed)
+    return str if texts else None  # a number or "auto", for one, is read by `make_recipe`
+
+
+def _is_list(kind: Any) -> bool:
+    """Return whether a type is a list of texts, which an option takes with commas."""
+    return typing.get_origin(kind) in (tuple, Sequence) and str in alternatives(typing.get_args(kind)[0])
+
+
+def _options() -> dict[str, Any]:
+    """Return name -> type and help. None means "not given", so that the file's value, or the default, holds."""
+    texts = help_texts()
+    options = {
+        name: Annotated[_option_type(hint) | None, typer.Option(*flags(name), help=escape(texts[name]))]
+        for name, hint in settings().items()
+    }
+    options["config"] = Annotated[
+        Path | None, typer.Option("--config", help="YAML or TOML with any of these settings.")
+    ]
+    options["verbose"] = Annotated[
+        bool, typer.Option("--verbose", help="Show what other libraries say, and tracebacks.")
+    ]
+    return options
+
+
+OPTIONS = _options()
+_INIT = {*FOR_INIT, *(field.name for field in dataclasses.fields(Config)), "config", "verbose"}
+INIT_OPTIONS = [name for name in OPTIONS if name in _INIT]
 
 
 def takes(names: Iterable[str]) -> Callable[[Command], Command]:
@@ -78,24 +120,29 @@ def takes(names: Iterable[str]) -> Callable[[Command], Command]:
     return decorate
 
 
-def recipe_from(config: Path | None, settings: Mapping[str, Setting]) -> Recipe:
+def recipe_from(config: Path | None, given: Mapping[str, Setting]) -> Recipe:
     """Return the recipe of a configuration file, where options on the command line override the file's settings.
 
     Args:
         config: a YAML or TOML file; None for the defaults.
-        settings: option -> value; None where the option was not given.
+        given: option -> value; None where the option was not given.
     """
-    given: dict[str, object] = {name: value for name, value in settings.items() if value is not None}
-    for name, number in (("gamma", float), ("passes", int)):
-        text = settings.get(name)
-        if isinstance(text, str) and text != "auto":
-            try:
-                given[name] = number(text)
-            except ValueError:
-                raise typer.BadParameter(f'--{name} must be a number or "auto", got {text!r}') from None
-    targets = settings.get("targets")
-    if isinstance(targets, str) and "," in targets and not any(character in targets for character in "()[]{}*+?|\\"):
-        given["targets"] = [name.strip() for name in targets.split(",")]
-    if "steps" in given:
-        given["epochs"] = None  # or the file's epochs would override the given steps
-    return make_recipe({**(read_recipe(config) if config else {}), **given})
+    hints = settings()
+    values = {name: _value(value, hints[name]) for name, value in given.items() if value is not None}
+    if "steps" in values:
+        values["epochs"] = None  # or the file's epochs would override the given steps
+    if "warmup" in values:
+        values["warmup_ratio"] = None
+    return make_recipe({**(read_recipe(config) if config else {}), **values})
+
+
+def _value(value: Setting, hint: Any) -> object:
+    """Return what an option's text stands for: a list, or true or false beside another text."""
+    allowed = alternatives(hint)
+    if not isinstance(value, str):
+        return value
+    if bool in allowed and value in ("true", "false"):
+        return value == "true"
+    listed = any(map(_is_list, allowed))
+    alone = str in allowed and ("," not in value or any(character in value for character in "()[]{}*+?|\\"))
+    return [part.strip() for part in value.split(",")] if listed and not alone else value

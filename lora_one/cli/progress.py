@@ -103,9 +103,12 @@ class Terminal:
         """Show the mean loss on held-out data.
 
         Args:
-            when: "before" or "after" the training.
+            when: "before" or "after" the training, or for instance "at step 20".
         """
-        self._bars.print(f"Validation loss {when} training: [bold]{loss:.4f}[/]")
+        if when.startswith("at step"):
+            self._bars.print(f"  step {when.split()[-1]:>5}  held-out loss {loss:.4f}")
+        else:
+            self._bars.print(f"Validation loss {when} training: [bold]{loss:.4f}[/]")
 
     def score(self, when: str, exact_match: float, count: int) -> None:
         """Show the share of test items that were answered correctly."""

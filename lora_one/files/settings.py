@@ -5,7 +5,7 @@ YAML 1.1 reads 2e-4 as text, since its numbers need a dot, but whoever writes it
 
 import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,15 @@ def parsed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
             error.
     """
     hints = typing.get_type_hints(cls)
-    return {name: _number(value, _alternatives(hints[name])) for name, value in values.items()}
+    return {name: _number(value, alternatives(hints[name])) for name, value in values.items()}
 
 
-def _alternatives(hint: Any) -> set[object]:
+def alternatives(hint: Any) -> set[Any]:
     """Return the types, and the values of a Literal, that a type hint allows."""
     inner = typing.get_args(hint)
-    if not inner or typing.get_origin(hint) in (tuple, list, dict):
+    if not inner or typing.get_origin(hint) in (tuple, list, dict, Sequence, Mapping):
         return {hint}
-    return set().union(*map(_alternatives, inner))
+    return set().union(*map(alternatives, inner))
 
 
 def _number(value: object, allowed: set[object]) -> object:

@@ -38,10 +38,20 @@ class Checkpoints:
         every: the number of steps between two checkpoints; None writes none.
         last: the last step. It always has a checkpoint, so that a kill after the training costs no training.
         start: the checkpoint that the training continues from; None to train from the beginning.
+        also: writes more files into each checkpoint.
     """
 
-    def __init__(self, run: Run, out: Path, every: int | None, last: int, start: Checkpoint | None = None):
+    def __init__(
+        self,
+        run: Run,
+        out: Path,
+        every: int | None,
+        last: int,
+        start: Checkpoint | None = None,
+        also: Callable[[Path], None] | None = None,
+    ):
         self.start = start
+        self._also = also
         self.every = every
         self._run = run
         self.folder = out / FOLDER
@@ -53,9 +63,9 @@ class Checkpoints:
         """The number of steps that were done before the training continues."""
         return self.start.step if self.start else 0
 
-    def due(self, step: int) -> bool:
-        """Return whether a checkpoint should follow a step."""
-        return self.every is not None and (step % self.every == 0 or step == self._last) and step > self.done
+    def due(self, step: int, stop: bool = False) -> bool:
+        """Return whether a checkpoint should follow a step; `stop` if the training ends with it, early."""
+        return self.every is not None and (step % self.every == 0 or step == self._last or stop) and step > self.done
 
     def write(self, step: int, fill: Callable[[Path], None]) -> None:
         """Write a checkpoint of the run after a step. At any moment the newest complete one exists.
@@ -71,6 +81,8 @@ class Checkpoints:
         with replacing(target) as new:
             try:
                 fill(new)
+                if self._also is not None:
+                    self._also(new)
             except RuntimeError as error:  # MLX and PyTorch raise their own errors when a disk is full
                 raise OSError(str(error)) from error
             files = {file.name: _digest(file) for file in new.iterdir()}
@@ -141,7 +153,8 @@ def _read(path: Path) -> Run:
             raise CheckpointError(f"{name} is not as it was written")
     values = state["run"]
     report = values["report"]
-    run = Run(**{**values, "report": None if report is None else Report.from_dict(report)})
+    evaluations = [(step, loss) for step, loss in values.get("evaluations", [])]
+    run = Run(**{**values, "report": None if report is None else Report.from_dict(report), "evaluations": evaluations})
     if path.name != f"step-{len(run.losses)}":
         raise CheckpointError(f"its name does not fit its {len(run.losses)} losses")
     return run

@@ -1,7 +1,7 @@
 """Reading of fine-tuning data: JSON Lines files of prompt and completion, of chat messages, or of plain text."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ class Example:
         answer: the last message of a conversation, if it holds more than its content: tool calls or reasoning.
         tools: the tools that the assistant may call in a conversation, for the chat template.
         settings: further variables of the chat template, for a conversation.
+        context: the number of first messages of a conversation from which nothing is learnt.
+        as_written: the prompt is the whole text before the completion: no chat template makes a question of it.
     """
 
     prompt: str | list[Message]
@@ -36,6 +38,14 @@ class Example:
     answer: Message | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    context: int = 0
+    as_written: bool = False
+
+    @property
+    def messages(self) -> list[Message]:
+        """The example as a conversation: a prompt is the user's, its completion the assistant's."""
+        before = [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
+        return [*before, self.answer or {"role": "assistant", "content": self.completion}]
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -44,9 +54,9 @@ def read_examples(path: str | Path) -> list[Example]:
     Use it before `encode`, to write a training loop of your own on the data that `lora-one finetune` reads. Each line
     is an object with one of:
 
-    - "prompt" and "completion": two strings; the completion is learnt.
-    - "messages": a list of {"role", "content"} whose last message is the assistant's. "tools" and
-      "chat_template_kwargs" may stand beside it, for the chat template.
+    - "messages": a list of {"role", "content"} whose last message is the assistant's; all of the assistant's messages
+      are learnt. "tools" and "chat_template_kwargs" may stand beside it, for the chat template.
+    - "prompt" and "completion": two strings, or two lists of such messages; the completion is learnt.
     - "text": a string; all of it is learnt.
 
     Other keys and blank lines are ignored.
@@ -97,21 +107,25 @@ def _lines(path: Path) -> list[str]:
 def _example(line: str, where: str) -> Example:
     row = _object(line, where)
     if "messages" in row:
-        return _conversation(row, where)
+        return conversation(row, row["messages"], where)
+    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+        return conversation(row, row["prompt"] + row["completion"], where, context=len(row["prompt"]))
     for key in ("tools", "chat_template_kwargs"):
         if row.get(key):
-            raise DataError(f"{where}: {key!r} are for the chat template, which only 'messages' go through")
+            raise DataError(f"{where}: {key!r} are for the chat template, which only messages go through")
     if "text" in row and not {"prompt", "completion"} & row.keys():
         if not isinstance(row["text"], str) or not row["text"]:
             raise DataError(f"{where}: 'text' must be a string with something in it, got {row['text']!r:.60}")
-        return Example("", row["text"], where)
+        return Example("", row["text"], where, as_written=True)
     missing = [key for key in ("prompt", "completion") if key not in row]
     if missing:
         keys = ", ".join(map(repr, row)) or "no keys"
         raise DataError(f"{where}: must have 'prompt' and 'completion', or 'messages'; got {keys}")
     for key in ("prompt", "completion"):
         if not isinstance(row[key], str):
-            raise DataError(f"{where}: {key!r} must be a string, got {type(row[key]).__name__}")
+            raise DataError(
+                f"{where}: {key!r} must be a string (or both lists of messages), got {type(row[key]).__name__}"
+            )
     if not row["completion"]:
         raise DataError(f"{where}: 'completion' is empty: there is nothing to learn")
     return Example(row["prompt"], row["completion"], where)
@@ -130,10 +144,21 @@ def _object(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def _conversation(row: dict[str, Any], where: str) -> Example:
+def conversation(row: Mapping[str, Any], messages: object, where: str, context: int = 0) -> Example:
+    """Return the example of a row with messages, and with whatever else it has for the chat template.
+
+    Args:
+        row: may have "tools" and "chat_template_kwargs".
+        messages: the messages.
+        where: the file and line, or the data set and row, for error messages.
+        context: see `Example`.
+
+    Raises:
+        DataError: see `read_messages`, `read_tools` and `read_template_settings`.
+    """
     if row.get("functions"):
         raise DataError(f"{where}: 'functions' are not read: write them as 'tools'")
-    *prompt, answer = read_messages(row["messages"], where)
+    *prompt, answer = read_messages(messages, where)
     return Example(
         prompt,
         answer["content"],
@@ -141,6 +166,7 @@ def _conversation(row: dict[str, Any], where: str) -> Example:
         answer=answer if answer.keys() - {"role", "content"} else None,
         tools=read_tools(row.get("tools"), where),
         settings=read_template_settings(row.get("chat_template_kwargs"), where),
+        context=context,
     )
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from lora_one.errors import BackendError, DataError
 
-from .data import Example, Pictures
+from .data import Example, Pictures, conversation
 from .source import Source, columns_of
 
-_AS_JSON_LINES = "leave such rows out, or write them as JSON Lines with 'messages', which go through the chat template"
+_THROUGH_TEMPLATE = "leave such rows out, or leave turns out, so that conversations go through the chat template"
+_FOR_TEMPLATES = {"tools", "chat_template_kwargs"}  # columns beside a conversation
 
 
 class Rows:
@@ -35,22 +36,26 @@ class Rows:
 
     def __iter__(self) -> Iterator[Example]:
         source = self.source
-        tools = {"tools"} & set(self._rows.column_names) if source.conversation else set()
-        texts = self._rows.select_columns(sorted(source.columns | tools))
+        beside = _FOR_TEMPLATES & set(self._rows.column_names) if source.conversation else set()
+        texts = self._rows.select_columns(sorted(source.columns | beside))
         for index, row in enumerate(texts):
             if not _is_kept(source, row):
                 continue
             where = f"{source.path}, {source.split}, row {index}"
             pictures = partial(load_pictures, self._rows, index, [source.images]) if source.images else None
+            if source.conversation and not source.turns:
+                row = _without_empty(row)
+                yield conversation(row, row.get(source.conversation), where)
+                continue
             if source.conversation:
                 if row.get("tools"):
-                    raise DataError(f"{where}: 'tools' have no place in turns: {_AS_JSON_LINES}")
+                    raise DataError(f"{where}: 'tools' have no place in turns: {_THROUGH_TEMPLATE}")
                 yield from _answers(source.turns, row[source.conversation], where, pictures)
                 continue
             row = {column: _word(source, column, value, where) for column, value in row.items()}
             completion = _first_match(source.completion_match, (source.completion or "").format(**row))
             if completion is not None:
-                yield Example(_prompt(source, row, where), completion, where, pictures)
+                yield Example(_prompt(source, row, where), completion, where, pictures, as_written=True)
 
 
 def load_rows(path: str, name: str | None, split: str) -> Any:
@@ -83,6 +88,15 @@ def load_pictures(rows: Any, index: int, columns: Sequence[str]) -> list[Any]:
 def _is_kept(source: Source, row: Mapping[str, object]) -> bool:
     kept = all(re.search(pattern, str(row[column])) for column, pattern in source.keep.items())
     return kept and not any(re.search(pattern, str(row[column])) for column, pattern in source.drop.items())
+
+
+def _without_empty(value: Any) -> Any:
+    """Return a value without the keys that are None: in a column, each object has the keys of all objects."""
+    if isinstance(value, list):
+        return [_without_empty(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_empty(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def _word(source: Source, column: str, value: object, where: str) -> object:
@@ -118,11 +132,12 @@ def _answers(
         if role not in turns:
             raise DataError(f"{where}: turns has no template for the role {role!r}")
         if message.get("tool_calls") or content is None:
-            raise DataError(f"{where}: 'tool_calls', or a message without content, fits no turn: {_AS_JSON_LINES}")
+            raise DataError(f"{where}: 'tool_calls', or a message without content, fits no turn: {_THROUGH_TEMPLATE}")
         if not isinstance(content, str):  # a list of parts; pictures are put first, wherever they stand
             images = turns.get("image", "") * sum(part["type"] == "image" for part in content)
             content = images + "".join(part["text"] for part in content if part["type"] == "text").strip()
         before, after = turns[role].split("{content}")
         if role == "assistant":
-            yield Example((text + before).rstrip(" "), content, where, pictures)  # the tokenizer adds the space
+            prompt = (text + before).rstrip(" ")  # the tokenizer adds the space
+            yield Example(prompt, content, where, pictures, as_written=True)
         text += before + content + after

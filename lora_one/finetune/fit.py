@@ -6,7 +6,8 @@ from pathlib import Path
 
 from lora_one.errors import DataError, ModelError
 
-from .encoding import Tokenizer, TokenSequence
+from .encoding import TokenSequence
+from .template import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The whole job that `lora-one finetune` runs: data, model, LoRA-One's start, training, the adapter on disk."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from .destination import check_writable
 from .encoding import TokenSequence
 from .evaluation.benchmarks import Benchmarks, write_scores
 from .evaluation.held_out import open_held_out
+from .metrics import MetricsFile
 from .preparation import prepare
 from .progress import Progress
 from .recipe import Recipe
 from .runs import Run
 from .start import attach_again, start
-from .tuners.interface import Tuner
+from .tuners.interface import AfterStep, Tuner
+from .validation import Validation
 
 
 @dataclass(frozen=True)
@@ -83,20 +86,23 @@ def finetune(recipe: Recipe, progress: Progress) -> Outcome:
     check_writable(out)
     benchmarks = Benchmarks(recipe)  # before the training, since it checks packages, settings and data
     checkpoint = checkpoint_to_resume(recipe, progress.warn)
-    tuner, sequences, tests = prepare(recipe, progress)
+    prepared = prepare(recipe, progress)
+    tuner, sequences = prepared.tuner, prepared.sequences
     run = checkpoint.run if checkpoint else Run.begin(recipe, sequences)
     recipe = recipe.for_examples(len(sequences))
-    held_out = open_held_out(recipe, tuner, tests)
+    held_out = open_held_out(recipe, tuner, prepared.tests, prepared.held_out)
     if checkpoint:
         run.check_data(sequences)
         attach_again(tuner, recipe)
-        _report_again(run, len(tests), progress)
+        _report_again(run, len(prepared.tests), progress)
     else:
         run.before = held_out.score(tuner, progress, "before")
         run.validation = held_out.validate(tuner, progress, "before")
         run.report = start(tuner, sequences, recipe, progress)
-    checkpoints = Checkpoints(run, out, recipe.save_every, recipe.steps, checkpoint)
-    _train(run, tuner, sequences, recipe, progress, checkpoints)
+    validation = Validation(recipe, run, tuner, held_out.batches, progress, checkpoint.path if checkpoint else None)
+    checkpoints = Checkpoints(run, out, recipe.save_every, recipe.steps, checkpoint, validation.save)
+    _train(run, tuner, sequences, recipe, progress, checkpoints, validation)
+    validation.finish()
     after = held_out.score(tuner, progress, "after")
     held_out.validate(tuner, progress, "after")
     api.save(tuner.model, out, run.report)
@@ -136,9 +142,9 @@ def initialize_only(recipe: Recipe, progress: Progress) -> Outcome:
     """
     out = Path(recipe.out)
     check_writable(out)
-    tuner, sequences, _ = prepare(recipe, progress)
-    report = start(tuner, sequences, recipe, progress)
-    api.save(tuner.model, out, report)
+    prepared = prepare(recipe, progress)
+    report = start(prepared.tuner, prepared.sequences, recipe, progress)
+    api.save(prepared.tuner.model, out, report)
     return Outcome(report, [], None, None, out)
 
 
@@ -151,6 +157,8 @@ def _report_again(run: Run, tests: int, progress: Progress) -> None:
         progress.validation("before", run.validation)
     if run.report is not None:
         progress.report(run.report)
+    for step, loss in run.evaluations:
+        progress.validation(f"at step {step}", loss)
 
 
 def _train(
@@ -160,10 +168,22 @@ def _train(
     recipe: Recipe,
     progress: Progress,
     checkpoints: Checkpoints,
+    validation: Validation,
 ) -> None:
-    def on_step(step: int, loss: float) -> None:
+    if validation.stopped:  # a resumed run that has stopped early: nothing is left to train
+        recipe = dataclasses.replace(recipe, steps=checkpoints.done)
+    metrics = MetricsFile(Path(recipe.out), run)
+
+    def on_step(step: int, loss: float) -> AfterStep:
         run.losses.append(loss)
         progress.step(step, loss)
+        metrics.write(step, loss=loss)
+        after = validation.after_step(step)
+        if after.loss is not None:
+            metrics.write(step, eval_loss=after.loss)
+        if after.stop:
+            progress.say(f"Stopping after step {step}: the loss on held-out data has not become smaller")
+        return after
 
     progress.training(recipe.steps)
     for step, loss in enumerate(run.losses, start=1):  # of a resumed run

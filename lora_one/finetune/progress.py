@@ -42,7 +42,7 @@ class Progress(Protocol):
         """Report that a training step is done."""
 
     def validation(self, when: str, loss: float) -> None:
-        """Report the mean loss on held-out data; `when` is "before" or "after" the training."""
+        """Report the mean loss on held-out data; `when` is "before" or "after" the training, or "at step 20"."""
 
     def score(self, when: str, exact_match: float, count: int) -> None:
         """Report the exact match on `count` test items; `when` is "before" or "after" the training."""

@@ -18,7 +18,7 @@ from .recipe import Recipe
 # Settings that change no number of the start or of the training, and so may change when a run is resumed.
 _MAY_CHANGE = {
     "out", "save_every", "resume", "metrics", "tasks", "num_fewshot", "visual", "evaluate", "limit",
-    "allow_code_execution",
+    "allow_code_execution", "report_to",
 }  # fmt: skip
 _PACKAGES = ("lora-one", "torch", "transformers", "peft", "jax", "flax", "optax", "mlx", "mlx-lm")
 
@@ -34,6 +34,7 @@ class Run:
         validation: the loss on held-out data before the training; None without such data.
         report: the report of the initialisation; None for a plain start.
         losses: the losses of the steps that are done.
+        evaluations: (step, loss on held-out data) for each measurement during the training.
         versions: the versions of the packages that it began with.
     """
 
@@ -43,6 +44,7 @@ class Run:
     validation: float | None = None
     report: Report | None = None
     losses: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: installed_versions(_PACKAGES))
 
     @classmethod
@@ -93,5 +95,6 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 def _digest(sequences: Sequence[TokenSequence]) -> str:
     digest = hashlib.sha256()
     for sequence in sequences:
-        digest.update(array("q", [len(sequence.tokens), sequence.prompt_length, *sequence.tokens]).tobytes())
+        sizes = [len(sequence.tokens), sequence.prompt_length, len(sequence.lengths)]
+        digest.update(array("q", [*sizes, *sequence.lengths, *sequence.tokens, *sequence.mask]).tobytes())
     return digest.hexdigest()

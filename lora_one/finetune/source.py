@@ -29,9 +29,11 @@ class Source:
         completion_match: a regular expression. Its first match in the completion becomes the completion; rows without
             a match are left out.
         conversation: the column of a conversation, instead of prompt and completion: a list of messages with "role"
-            and "content". Each answer of the assistant becomes one example, with all messages before it as the prompt.
-        turns: role -> template with {content}, for a conversation; "start" goes before the first message, and "image"
-            stands for a picture.
+            and "content". It goes through the tokenizer's chat template, with the columns "tools" and
+            "chat_template_kwargs" if there are any, and all answers of the assistant are learnt.
+        turns: role -> template with {content}, to write a conversation without a chat template; "start" goes before the
+            first message, and "image" stands for a picture. Each answer of the assistant becomes one example, with all
+            messages before it as the prompt.
         images: the column of a picture, or of a list of pictures.
         max_tokens: sequences of this many tokens or more are left out.
         max_examples: reading stops after this many examples.
@@ -71,12 +73,14 @@ class Source:
             except (re.error, OverflowError, RecursionError) as error:
                 raise ConfigError(f"a regular expression is expected, got {pattern!r}: {error}") from error
         if (self.conversation is None) == (not self.prompt or self.completion is None):
-            raise ConfigError(f"{self.path}: give either prompt and completion, or conversation and turns")
+            raise ConfigError(f"{self.path}: give either prompt and completion, or conversation")
         unfit = [
             role for role, text in self.turns.items() if role not in ("start", "image") and "{content}" not in text
         ]
-        if unfit or (self.conversation is not None and "assistant" not in self.turns):
+        if unfit or (self.turns and "assistant" not in self.turns):
             raise ConfigError("turns must have a template with {content} for each role and for the assistant")
+        if self.conversation is not None and self.images is not None and not self.turns:
+            raise ConfigError(f"{self.path}: images in a conversation need turns, which say where a picture stands")
 
     @property
     def columns(self) -> set[str]:

@@ -1,6 +1,8 @@
 """The command, run in this process on the embedded model with few steps."""
 
+import dataclasses
 import json
+import re
 import sys
 
 import peft
@@ -10,12 +12,15 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import lora_one
+from benchmarks import option_table
 from lora_one import demo
 from lora_one.checkpoint.inspection import inspect_adapter, product_spectrum
 from lora_one.checkpoint.metadata import read_report
 from lora_one.cli import commands as cli
-from lora_one.cli.options import recipe_from
+from lora_one.cli.options import OPTIONS, recipe_from
 from lora_one.core.factors import Factors
+from lora_one.errors import ConfigError
+from lora_one.finetune.recipe import Recipe
 
 runner = CliRunner(env={"TERM": "dumb"})  # 80 columns, as where there is no terminal
 SMALL = ["--init-batches", "1", "--batch-size", "8", "--passes", "2"]
@@ -177,9 +182,62 @@ def test_a_folder_that_holds_no_model(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("option", [["--gamma", "big"], ["--passes", "2.5"]])
 def test_what_must_be_a_number_or_auto(option):
-    result = runner.invoke(cli.app, ["finetune", *option])
-    assert result.exit_code == 2
-    assert f'{option[0]} must be a number or "auto", got' in " ".join(result.output.replace("│", " ").split())
+    with pytest.raises(ConfigError, match=rf'{option[0][2:]} must be .* or "auto", got \'{option[1]}\''):
+        run("finetune", *option)
+
+
+def test_every_setting_has_an_option_and_the_guide_a_row_for_each():
+    names = {field.name for cls in (Recipe, lora_one.Config) for field in dataclasses.fields(cls)} - {"config"}
+    assert set(OPTIONS) == names | {"config", "verbose"}
+    assert option_table.table() in option_table.PAGE.read_text(encoding="utf-8"), (
+        "run python -m benchmarks.option_table"
+    )
+
+
+def test_options_become_settings_of_their_types(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("epochs: 3\nwarmup_ratio: 0.1\nlearning_rate: 1.0\n")
+    given = {
+        **{"steps": 7, "warmup": 2, "weight_decay": 0.1, "schedule": "cosine", "accumulation": 4, "dropout": 0.1},
+        **{"max_length": 99, "eval_every": 5, "save_every": 6, "early_stopping": 3, "keep_best": True, "packing": True},
+        **{"report_to": "wandb,tensorboard", "gamma": "64", "targets": "q_proj, v_proj", "recompute": "true"},
+        **{"use_rslora": False, "metrics": "matthews", "valid_share": 0.2, "loss_on": "everything"},
+    }
+    recipe = recipe_from(tmp_path / "recipe.yaml", {"seed": None, **given})
+    lists = {"report_to": ("wandb", "tensorboard"), "targets": ("q_proj", "v_proj"), "metrics": ("matthews",)}
+    expected = {**given, **lists, "gamma": 64.0, "recompute": True, "epochs": None, "warmup_ratio": None}
+    found = {name: getattr(recipe, name, getattr(recipe.config, name, None)) for name in expected}
+    assert found == expected
+    assert (recipe.learning_rate, recipe.seed) == (1.0, 0)
+    assert recipe_from(None, {"targets": "q_proj"}).config.targets == "q_proj"
+    assert recipe_from(None, {"targets": r".*\.(q|v)_proj"}).config.targets == r".*\.(q|v)_proj"
+    assert recipe_from(None, {"targets": "a{1,2}"}).config.targets == "a{1,2}"
+
+
+def test_a_run_with_its_held_out_loss_and_the_short_names_of_options(tmp_path):
+    rows = demo.TRAIN.read_text().splitlines()[:20]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    data = ["--model", str(demo.MODEL), "--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "out")]
+    options = [
+        "--eval-steps",
+        "2",
+        "--save-steps",
+        "2",
+        "--warmup",
+        "0",
+        "--valid-share",
+        "0.2",
+        "--keep-best",
+        "-r",
+        "2",
+    ]
+    text = run("finetune", *data, "--steps", "3", "--plain", *options, *SMALL)
+    losses = {int(step): float(loss) for step, loss in re.findall(r"step +(\d+) +held-out loss (\d+\.\d+)", text)}
+    assert list(losses) == [2, 3]
+    lines = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+    measured = {line["step"]: round(line["eval_loss"], 4) for line in lines if "eval_loss" in line}
+    assert losses == {step: measured[step] for step in losses}
+    assert f"Validation loss after training: {min(losses.values()):.4f}" in text
+    assert (tmp_path / "out" / "checkpoints" / "step-3").is_dir()
 
 
 def test_automatic_passes_over_a_files_number(tmp_path):

@@ -63,7 +63,7 @@ def test_json_that_the_parser_gives_up_on_is_named_by_its_line(tmp_path, line):
         ({"prompt": "a"}, "line 2: must have 'prompt' and 'completion', or 'messages'; got 'prompt'"),
         ({"text": ""}, "line 2: 'text' must be a string with something in it, got ''"),
         ({"question": "a"}, "line 2: must have .*; got 'question'"),
-        ({"prompt": 3, "completion": "b"}, "line 2: 'prompt' must be a string, got int"),
+        ({"prompt": 3, "completion": "b"}, r"line 2: 'prompt' must be a string \(or both lists of messages\), got int"),
         ({"prompt": "a", "completion": ""}, "line 2: 'completion' is empty"),
         ({"messages": "hi"}, "line 2: 'messages' must be a list of at least two"),
         ({"messages": [{"role": "user"}, {}]}, "line 2: a message must have the strings 'role' and 'content'"),
@@ -210,7 +210,7 @@ def call(**function):
 @pytest.mark.parametrize(
     ("line", "match"),
     [
-        ({**GOOD, "tools": TOOLS}, "'tools' are for the chat template, which only 'messages' go through"),
+        ({**GOOD, "tools": TOOLS}, "'tools' are for the chat template, which only messages go through"),
         ({"text": "a", "tools": TOOLS}, "'tools' are for the chat template"),
         ({**GOOD, "chat_template_kwargs": {"a": 1}}, "'chat_template_kwargs' are for the chat template"),
         (talk(CALL, tools={"add": 1}), "'tools' must be a list of schemas .*, got {'add': 1}"),

@@ -80,7 +80,7 @@ def test_data_that_cannot_be_read(folder, settings, match):
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ({"prompt": "{a}"}, "give either prompt and completion, or conversation and turns"),
+        ({"prompt": "{a}"}, "give either prompt and completion, or conversation"),
         ({"prompt": "{a}", "completion": "b", "conversation": "c"}, "give either"),
         ({"conversation": "c", "turns": {"user": "hi"}}, "turns must have a template with {content}"),
         ({"conversation": "c", "turns": {"user": "{content}"}}, "for each role and for the assistant"),

@@ -11,9 +11,10 @@ from lora_one.checkpoint.folder import METADATA
 from tests.files import killed
 
 SMALL = {"rank": 2, "batch_size": 2, "init_batches": 1, "passes": 2, "warmup": 1, "targets": ["q_proj"]}
+EVALUATION = {"eval_every": 3, "keep_best": True, "learning_rate": 0.1}
 # 10 sequences: an epoch is 5 micro-batches, which two do not divide; the moments are in different epochs.
 TORCH = {
-    "start": {"dropout": 0.2, "epochs": 3, "accumulation": 2, "schedule": "cosine"},
+    "start": {"dropout": 0.2, "epochs": 3, "accumulation": 2, "schedule": "cosine", **EVALUATION},
     "plain": {"dropout": 0.2, "steps": 9, "precondition": True, "reg": 1e-2, "dtype": "bfloat16", "plain": True},
 }
 _MOMENTS = random.Random(0)
@@ -56,6 +57,7 @@ def check_same(found: dict, whole: dict, out: Path, reference: Path) -> None:
     assert made.get("layers") == expected.get("layers")
 
 
+@pytest.mark.feature("Resume", "torch")
 @pytest.mark.parametrize("job", TORCH)
 def test_torch_is_killed_again_and_again(job, settings, tmp_path):
     settings |= {"backend": "torch", "test": str(tmp_path / "test.jsonl"), **TORCH[job]}
@@ -72,11 +74,12 @@ def test_torch_is_killed_again_and_again(job, settings, tmp_path):
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-9"]
 
 
-@pytest.mark.parametrize("backend", ["jax", "mlx"])
+@pytest.mark.parametrize("backend", [pytest.param(x, marks=pytest.mark.feature("Resume", x)) for x in ("jax", "mlx")])
 def test_the_others_are_killed_once(backend, settings, tmp_path):
-    settings |= {"backend": backend, "steps": 6, "precondition": True, "reg": 1e-2, "dropout": 0.2}
-    if backend == "jax":  # it compiles for seconds what a start and a validation need
-        settings |= {"plain": True, "data": str(tmp_path / "train.jsonl")}
+    settings |= {"backend": backend, "steps": 6, "accumulation": 2, "schedule": "cosine"}
+    settings |= {"precondition": True, "reg": 1e-2, "dropout": 0.2}
+    # JAX compiles for seconds what a start and a validation need.
+    settings |= {"plain": True, "data": str(tmp_path / "train.jsonl")} if backend == "jax" else EVALUATION
     reference, out = tmp_path / "whole", tmp_path / "out"
     whole = uninterrupted(settings, reference)
     again = {**settings, "out": str(out)}

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from lora_one.finetune.data import Example, read_examples
-from lora_one.finetune.encoding import TokenSequence, cut_all, encode
-from lora_one.finetune.fit import check_questions, check_sequences
+from lora_one.finetune.data import Example
+from lora_one.finetune.encoding import TokenSequence, encode
+from lora_one.finetune.fit import check_questions
 from lora_one.finetune.progress import Progress
 from lora_one.finetune.recipe import Recipe
 from lora_one.finetune.tuners.interface import Tuner
@@ -54,13 +53,16 @@ class HeldOut:
         return loss
 
 
-def open_held_out(recipe: Recipe, tuner: Tuner, tests: Sequence[Example]) -> HeldOut:
-    """Encode the test items, and the `valid.jsonl` beside the training data if there is one.
+def open_held_out(
+    recipe: Recipe, tuner: Tuner, tests: Sequence[Example], validation: Sequence[TokenSequence] = ()
+) -> HeldOut:
+    """Encode the test items, and make batches of the sequences for the validation loss.
 
     Raises:
         DataError: the model has no place for one of them.
     """
-    return HeldOut(tests, _questions(recipe, tuner, tests), _validation_batches(recipe, tuner), recipe.metrics)
+    batches = tuner.batches(validation, recipe.batch_size) if validation else []
+    return HeldOut(tests, _questions(recipe, tuner, tests), batches, recipe.metrics)
 
 
 def reference(tuner: Tuner, example: Example, question: TokenSequence) -> str:
@@ -71,17 +73,9 @@ def reference(tuner: Tuner, example: Example, question: TokenSequence) -> str:
 
 
 def _questions(recipe: Recipe, tuner: Tuner, tests: Sequence[Example]) -> list[TokenSequence]:
-    questions = [encode(tuner.tokenizer, example) for example in tests]
+    # Which tokens count in a loss does not matter here: "last_answer" needs least of a template.
+    questions = [encode(tuner.tokenizer, example, "last_answer", recipe.chat_template) for example in tests]
     if tuner.separate and recipe.max_length is not None:
         questions = [question.cut(recipe.max_length, separate=True) or question for question in questions]
     check_questions(questions, tuner.tokenizer, tuner.limits, tuner.separate)
     return questions
-
-
-def _validation_batches(recipe: Recipe, tuner: Tuner) -> Sequence[Any]:
-    if not isinstance(recipe.data, str) or not (file := Path(recipe.data) / "valid.jsonl").is_file():
-        return []
-    sequences = [encode(tuner.tokenizer, example) for example in read_examples(file)]
-    sequences = cut_all(sequences, recipe.max_length, tuner.separate)
-    check_sequences(sequences, tuner.tokenizer, tuner.limits, tuner.separate)
-    return tuner.batches(sequences, recipe.batch_size)

@@ -19,7 +19,8 @@ from lora_one.errors import ConfigError
 from lora_one.files.atomic import write_whole
 from lora_one.finetune.data import Example
 from lora_one.finetune.datasets import load_pictures, load_rows
-from lora_one.finetune.encoding import Tokenizer, TokenSequence, encode
+from lora_one.finetune.encoding import TokenSequence, encode
+from lora_one.finetune.template import Tokenizer
 
 from .visual_rules import Graded, Row, gqa, letter, mme, options, pope, scienceqa
 
@@ -80,7 +81,7 @@ class Benchmark:
             columns = [f"image_{number}" for number in re.findall(r"<image (\d)>", text)]
             text = re.sub(r"<image \d>", IMAGE, text) if columns else f"{IMAGE}\n{text}"
             pictures = partial(load_pictures, self._pictures, picture_row, columns or ["image"])
-            example = Example(PROMPT.format(text), "?", f"{self.name}, row {index}", pictures)
+            example = Example(PROMPT.format(text), "?", f"{self.name}, row {index}", pictures, as_written=True)
             questions.append(encode(tokenizer, example))
         return questions
 

@@ -2,14 +2,26 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from lora_one.finetune.checkpoints import NEVER, Checkpoints
-from lora_one.finetune.encoding import Tokenizer, TokenSequence
+from lora_one.finetune.encoding import TokenSequence
 from lora_one.finetune.fit import Limits
 from lora_one.finetune.recipe import Recipe
+from lora_one.finetune.template import Tokenizer
 
-OnStep = Callable[[int, float], None]  # told the number of a step, from 1, and the loss of its batch
+
+class AfterStep(NamedTuple):
+    """What follows a training step."""
+
+    loss: float | None = None  # on held-out data, if it was measured after this step
+    stop: bool = False  # the training should end here
+
+
+# Told the number of a step, from 1, and the loss of its batches. Nothing follows a step if it returns None.
+OnStep = Callable[[int, float], AfterStep | None]
 
 
 class Tuner(Protocol):
@@ -20,23 +32,29 @@ class Tuner(Protocol):
         tokenizer: the tokenizer of the model.
         separate: the model is an encoder-decoder, in which prompt and completion are separate sequences.
         limits: the tokens and lengths that the model accepts.
+        reads_pictures: the model is one of images and text.
     """
 
     model: Any
     tokenizer: Tokenizer
     separate: bool
     limits: Limits
+    reads_pictures: bool
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise ConfigError for a setting of the training that this model, or this machine, does not allow."""
+        ...
 
     def batches(self, sequences: Sequence[TokenSequence], batch_size: int) -> Sequence[Any]:
         """Return padded batches, in order, for `init` with `loss_fn`."""
         ...
 
     def loss_fn(self, model: Any, batch: Any) -> Any:
-        """Return the mean cross-entropy over the tokens after the prompts."""
+        """Return the mean cross-entropy over the tokens that count."""
         ...
 
     def mean_loss(self, batches: Sequence[Any]) -> float:
-        """Return the mean of `loss_fn` over batches, without dropout or gradients."""
+        """Return the mean cross-entropy over the tokens of all batches, without dropout or gradients."""
         ...
 
     def train(
@@ -44,16 +62,24 @@ class Tuner(Protocol):
     ) -> None:
         """Train the LoRA factors of the model up to step `recipe.steps`.
 
-        The batch of a step is drawn from a seeded permutation of the sequences, epoch after epoch.
+        The batches of a step are drawn from a seeded permutation of the sequences, epoch after epoch.
 
         Args:
             sequences: the training data.
             recipe: the settings, with `steps` and `warmup` as numbers.
-            on_step: called after each step.
+            on_step: called after each step; it may call `mean_loss` and `trained_arrays`.
             checkpoints: when to write a checkpoint, and which one to continue from. For the latter, the model has its
                 LoRA layers already, and their factors come from the checkpoint. The remaining steps are bit for bit
                 those of a run without a break.
         """
+        ...
+
+    def trained_arrays(self) -> dict[str, np.ndarray]:
+        """Return a copy of all arrays that are trained, by path."""
+        ...
+
+    def set_trained_arrays(self, arrays: dict[str, np.ndarray]) -> None:
+        """Bring back what `trained_arrays` returned."""
         ...
 
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:

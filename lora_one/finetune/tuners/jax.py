@@ -1,7 +1,7 @@
 """Fine-tuning a Llama-family language model from a local Hugging Face folder, with nnx.Optimizer and optax."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from lora_one.backends.jax.llama.model import LlamaForCausalLM, causal_lm_loss
 from lora_one.backends.jax.optimizer import optimizer
 from lora_one.errors import ConfigError, ModelError
 from lora_one.finetune.checkpoints import NEVER, Checkpoints
-from lora_one.finetune.encoding import Tokenizer, TokenSequence
+from lora_one.finetune.encoding import TokenSequence
 from lora_one.finetune.fit import Limits, check_tokenizer, pad_token
 from lora_one.finetune.recipe import Recipe
+from lora_one.finetune.template import Tokenizer
 
-from .interface import OnStep
-from .shared import STATE, chunks, draw_batches, rounded_up, until_end
+from .interface import AfterStep, OnStep
+from .shared import STATE, chunks, draw_steps, padded, rounded_up, until_end
 
 WIDTH_MULTIPLE = 16  # batches are padded to a multiple of it, so that few shapes are compiled
 GENERATED_AT_ONCE = 128
@@ -58,6 +59,7 @@ class JaxTuner:
     """A model of the Llama family in Flax NNX: see `lora_one.finetune.tuners.interface.Tuner`."""
 
     separate = False
+    reads_pictures = False
     loss_fn = staticmethod(causal_lm_loss)
 
     def __init__(self, model: LlamaForCausalLM, tokenizer: Tokenizer):
@@ -70,47 +72,55 @@ class JaxTuner:
     def batches(self, sequences: Sequence[TokenSequence], batch_size: int) -> list[Batch]:
         return [self._collate(group) for group in chunks(sequences, batch_size)]
 
+    def check(self, recipe: Recipe) -> None:
+        """Every setting of a recipe is allowed here."""
+
     def mean_loss(self, batches: Sequence[Batch]) -> float:
         self.model.eval()
-        loss: Any = nnx.jit(causal_lm_loss)
-        return float(np.mean([np.asarray(loss(self.model, batch)) for batch in batches]))
+        losses = [np.asarray(_loss(self.model, batch)) for batch in batches]
+        return float(np.average(losses, weights=[_counted(batch) for batch in batches]))
 
     def train(
         self, sequences: Sequence[TokenSequence], recipe: Recipe, on_step: OnStep, checkpoints: Checkpoints = NEVER
     ) -> None:
-        # Like transformers' Trainer: linear warm-up and decay, gradients clipped at norm 1.
-        rate = optax.join_schedules(
-            [
-                optax.linear_schedule(0.0, recipe.learning_rate, recipe.warmup),
-                optax.linear_schedule(recipe.learning_rate, 0.0, max(1, recipe.steps - recipe.warmup)),
-            ],
-            [recipe.warmup],
-        )
         adamw = optimizer(
             self.model,
-            learning_rate=rate,
+            learning_rate=_schedule(recipe),
             weight_decay=recipe.weight_decay,
             precondition=recipe.precondition,
             reg=recipe.reg,
             damping=recipe.damping,
         )
-        state = nnx.Optimizer(self.model, optax.chain(optax.clip_by_global_norm(1.0), adamw), wrt=nnx.LoRAParam)
-        factors = nnx.DiffState(0, nnx.LoRAParam)
-
-        @nnx.jit
-        def step(model: LlamaForCausalLM, state: nnx.Optimizer, batch: Batch) -> jax.Array:
-            loss, gradients = nnx.value_and_grad(causal_lm_loss, argnums=factors)(model, batch)
-            state.update(model, gradients)
-            return loss
-
+        clip = optax.clip_by_global_norm(recipe.max_grad_norm) if recipe.max_grad_norm else optax.identity()
+        state = nnx.Optimizer(self.model, optax.chain(clip, adamw), wrt=nnx.LoRAParam)
+        self.model.model.checkpointing = recipe.gradient_checkpointing
         self.model.train()
         if checkpoints.start:
             _restore(checkpoints.start.path, self.model, state)
-        draws = enumerate(draw_batches(sequences, recipe.batch_size, recipe.seed), start=1)
-        for number, group in itertools.islice(draws, checkpoints.done, recipe.steps):
-            on_step(number, float(step(self.model, state, self._collate(group))))
-            if checkpoints.due(number):
+        draws = enumerate(draw_steps(sequences, recipe), start=1)
+        for number, groups in itertools.islice(draws, checkpoints.done, recipe.steps):
+            total = sum(sequence.counted for group in groups for sequence in group)
+            loss, gradients = 0.0, None
+            for batch in map(self._collate, groups):
+                part, gradient = _gradients(self.model, batch, _counted(batch) / total)
+                loss += float(part)
+                gradients = gradient if gradients is None else jax.tree.map(jnp.add, gradients, gradient)
+            _update(self.model, state, gradients)
+            after = on_step(number, loss) or AfterStep()
+            if checkpoints.due(number, after.stop):
                 checkpoints.write(number, lambda folder: _store(folder, self.model, state))
+            if after.stop:
+                break
+            if after.loss is not None:  # the measurement has left the model in its other mode
+                self.model.train()
+        self.model.model.checkpointing = False
+
+    def trained_arrays(self) -> dict[str, np.ndarray]:
+        return {name: np.asarray(leaf, np.float32) for name, leaf in _by_path(nnx.state(self.model, nnx.LoRAParam))}
+
+    def set_trained_arrays(self, arrays: dict[str, np.ndarray]) -> None:
+        state = nnx.state(self.model, nnx.LoRAParam)
+        nnx.update(self.model, _filled(state, arrays))
 
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         self.model.eval()
@@ -132,33 +142,69 @@ class JaxTuner:
 
     def _collate(self, sequences: Sequence[TokenSequence]) -> Batch:
         width = rounded_up(max(len(sequence.tokens) for sequence in sequences), WIDTH_MULTIPLE)
-        tokens = np.full((len(sequences), width), self._pad, np.int32)
-        labels = np.full_like(tokens, IGNORED)
-        for row, sequence in enumerate(sequences):
-            length = len(sequence.tokens)
-            tokens[row, :length] = sequence.tokens
-            labels[row, sequence.prompt_length : length] = sequence.tokens[sequence.prompt_length :]
-        return {"input_ids": tokens, "labels": labels}
+        return padded(sequences, width, self._pad)
+
+
+_loss: Any = nnx.jit(causal_lm_loss)
+
+
+@nnx.jit
+def _gradients(model: LlamaForCausalLM, batch: Batch, share: Any) -> tuple[jax.Array, Any]:
+    """Return the loss of a micro-batch and its gradient, times its share of the tokens of the step."""
+    factors = nnx.DiffState(0, nnx.LoRAParam)
+    result = nnx.value_and_grad(causal_lm_loss, argnums=factors)(model, batch)
+    scaled: tuple[jax.Array, Any] = jax.tree.map(lambda x: x * jnp.asarray(share, x.dtype), result)
+    return scaled
+
+
+@nnx.jit
+def _update(model: LlamaForCausalLM, state: nnx.Optimizer, gradients: Any) -> None:
+    state.update(model, gradients)
+
+
+def _schedule(recipe: Recipe) -> optax.Schedule:
+    """Return transformers' schedules: linear, up for `warmup` steps, and then as the recipe says."""
+    rate, steps = recipe.learning_rate, max(1, recipe.steps - recipe.warmup)
+    after = {
+        "linear": optax.linear_schedule(rate, 0.0, steps),
+        "cosine": optax.cosine_decay_schedule(rate, steps),
+        "constant": optax.constant_schedule(rate),
+    }
+    up = optax.linear_schedule(0.0, rate, recipe.warmup)
+    return optax.join_schedules([up, after[recipe.schedule]], [recipe.warmup])
+
+
+def _counted(batch: Batch) -> int:
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
 def _store(folder: Path, model: LlamaForCausalLM, optimizer: nnx.Optimizer) -> None:
     """Write factors, the positions of dropout's streams and the optimizer's state, each array under its path."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(_state(model, optimizer))
-    save_file({jax.tree_util.keystr(path): leaf for path, leaf in leaves}, folder / STATE)
+    save_file(dict(_by_path(_state(model, optimizer))), folder / STATE)
 
 
 def _restore(folder: Path, model: LlamaForCausalLM, optimizer: nnx.Optimizer) -> None:
-    """Read what `_store` wrote. Each array goes to the device of the array that it replaces."""
-    arrays = load_file(folder / STATE)
-    factors, moments = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.device_put(arrays[jax.tree_util.keystr(path)], leaf.sharding), _state(model, optimizer)
-    )
+    """Read what `_store` wrote."""
+    factors, moments = _filled(_state(model, optimizer), load_file(folder / STATE))
     nnx.update(model, factors)
     nnx.update(optimizer, moments)
 
 
 def _state(model: LlamaForCausalLM, optimizer: nnx.Optimizer) -> tuple[Any, Any]:
     return nnx.state(model, (nnx.LoRAParam, nnx.RngCount)), nnx.state(optimizer)
+
+
+def _by_path(tree: Any) -> list[tuple[str, jax.Array]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
+
+
+def _filled(tree: Any, arrays: Mapping[str, Any]) -> Any:
+    """Return a tree with the arrays of its paths. Each goes to the device of the array that it replaces."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.device_put(jnp.asarray(arrays[jax.tree_util.keystr(path)], leaf.dtype), leaf.sharding),
+        tree,
+    )
 
 
 @nnx.jit

@@ -48,6 +48,7 @@ class Attention(nnx.Module):
         self.window = config.windows[index]
 
     def __call__(self, x: Array, rotation: tuple[Array, Array], mask: Array | None) -> Array:
+        """Attend to the earlier tokens that a mask, (rows, 1 or query, key), leaves visible."""
         heads, groups, size = self.shape
         rows, length, _ = x.shape
         q = self.q_proj(x).reshape(rows, length, heads, size)
@@ -60,7 +61,7 @@ class Attention(nnx.Module):
         scores = jnp.einsum("bqghd,bkgd->bghqk", q, k).astype(_wide(x.dtype)) / math.sqrt(size)
         distance = jnp.arange(length)[:, None] - jnp.arange(length)  # (query, key)
         visible = (distance >= 0) if self.window is None else (distance >= 0) & (distance < self.window)
-        visible = visible if mask is None else visible & mask[:, None, None, None, :].astype(bool)
+        visible = visible if mask is None else visible & mask[:, None, None]
         weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(scores.dtype).min), axis=-1).astype(x.dtype)
         mixed = jnp.einsum("bghqk,bkgd->bqghd", weights, v)
         return self.o_proj(mixed.reshape(rows, length, heads * size))
@@ -101,12 +102,21 @@ class Decoder(nnx.Module):
         self.layers = nnx.List([Block(config, i, rngs, dtype) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.config = config
+        self.checkpointing = False  # compute the activations of a layer again in the backward pass
 
-    def __call__(self, tokens: Array, mask: Array | None) -> Array:
+    def __call__(self, tokens: Array, mask: Array | None, positions: Array | None = None) -> Array:
         x = self.embed_tokens(tokens)
-        rotation = _rotation(self.config, tokens.shape[1], x.dtype)
+        visible = None if mask is None else mask[:, None].astype(bool)  # (rows, 1, key)
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])
+        else:
+            example = jnp.cumsum(positions == 0, axis=1)  # (rows, length)
+            same = example[:, :, None] == example[:, None]  # (rows, query, key)
+            visible = same if visible is None else same & visible
+        rotation = _rotation(self.config, positions, x.dtype)
         for layer in self.layers:
-            x = layer(x, rotation, mask)
+            call = nnx.remat(Block.__call__) if self.checkpointing else Block.__call__
+            x = call(layer, x, rotation, visible)
         return self.norm(x)
 
 
@@ -121,15 +131,19 @@ class LlamaForCausalLM(nnx.Module):
             )
         self.config = config
 
-    def __call__(self, input_ids: Array, attention_mask: Array | None = None) -> Array:
+    def __call__(
+        self, input_ids: Array, attention_mask: Array | None = None, position_ids: Array | None = None
+    ) -> Array:
         """Return the logits, (rows, length, vocabulary), of tokens, (rows, length).
 
         Args:
             input_ids: the tokens.
             attention_mask: (rows, length), 0 where a token is padding. Padding on the right needs no mask, since a
                 token does not look at later ones.
+            position_ids: (rows, length), for rows that hold several examples: 0 where one begins, and counted from
+                there. Tokens of other examples are not visible.
         """
-        x = self.model(input_ids, attention_mask)
+        x = self.model(input_ids, attention_mask, position_ids)
         return self.model.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
 
 
@@ -138,12 +152,13 @@ def causal_lm_loss(model: Any, batch: dict[str, Array]) -> Array:
 
     Args:
         model: (input_ids, attention_mask) -> logits.
-        batch: "input_ids" and "labels", (rows, length), and optionally "attention_mask".
+        batch: "input_ids" and "labels", (rows, length), and optionally "attention_mask" and "position_ids".
 
     Returns:
         A scalar in float32 or wider.
     """
-    logits = model(batch["input_ids"], batch.get("attention_mask"))[:, :-1]
+    packed = {name: batch[name] for name in ("position_ids",) if name in batch}
+    logits = model(batch["input_ids"], batch.get("attention_mask"), **packed)[:, :-1]
     logits = logits.astype(_wide(logits.dtype))
     labels = batch["labels"][:, 1:]
     counted = labels != IGNORED
@@ -152,16 +167,16 @@ def causal_lm_loss(model: Any, batch: dict[str, Array]) -> Array:
     return jnp.sum(jnp.where(counted, losses, 0.0)) / jnp.maximum(jnp.sum(counted), 1)
 
 
-def _rotation(config: LlamaConfig, length: int, dtype: Any) -> tuple[Array, Array]:
-    """Return (cos, sin) of each position and frequency, (length, head_dim)."""
+def _rotation(config: LlamaConfig, positions: Array, dtype: Any) -> tuple[Array, Array]:
+    """Return (cos, sin) of each position and frequency, (length, head_dim) or (rows, length, head_dim)."""
     frequencies = jnp.asarray(config.frequencies(), _wide(dtype))  # (head_dim / 2,)
-    angles = jnp.arange(length, dtype=_wide(dtype))[:, None] * frequencies
+    angles = positions.astype(_wide(dtype))[..., None] * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
 
 def _rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
-    cos, sin = (table[:, None, :] for table in rotation)  # (length, 1, head_dim)
+    cos, sin = (table[..., None, :] for table in rotation)  # (length, 1, head_dim), perhaps for each row
     first, second = jnp.split(x, 2, axis=-1)
     return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
 

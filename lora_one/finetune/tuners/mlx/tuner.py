@@ -5,7 +5,7 @@ import itertools
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,25 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs, train
 
+from lora_one.backends.interface import IGNORED
 from lora_one.backends.mlx.attach import random_key, set_random_key
 from lora_one.backends.mlx.lora_adamw import LearningRate, LoraOneAdamW
 from lora_one.backends.mlx.optimizer import optimizer
-from lora_one.backends.mlx.passes.batches import default_loss
 from lora_one.backends.mlx.pretrained import load_pretrained
 from lora_one.errors import ModelError
 from lora_one.finetune.checkpoints import NEVER, Checkpoints
-from lora_one.finetune.encoding import Tokenizer, TokenSequence
+from lora_one.finetune.encoding import TokenSequence
 from lora_one.finetune.fit import check_tokenizer
 from lora_one.finetune.recipe import Recipe
-from lora_one.finetune.tuners.interface import OnStep
-from lora_one.finetune.tuners.shared import STATE, chunks, draw_batches, rounded_up, until_end
+from lora_one.finetune.template import Tokenizer
+from lora_one.finetune.tuners.interface import AfterStep, OnStep
+from lora_one.finetune.tuners.shared import STATE, chunks, draw_steps, padded, rounded_up, until_end
 
 from .limits import limits_of
+from .packing import check_packing, loss_of_rows
+from .training import clipped, unchanged_layers
 
-Batch = tuple[mx.array, mx.array]  # tokens (sequences, width); first and last token of the loss (sequences, 2)
+Batch = dict[str, mx.array]  # "input_ids" and "labels", (sequences, width); packed rows have "position_ids" too
 
 WIDTH_MULTIPLE = 8  # widths are multiples of it, since each width is compiled once
 GENERATED_AT_ONCE = 128
@@ -63,26 +66,35 @@ def open_tuner(folder: Path, dtype: str, device: str | None) -> "MlxTuner":
         raise ModelError(f"{folder} must hold a tokenizer, got none")
     check_tokenizer(tokenizer, folder)
     model.set_dtype(getattr(mx, dtype))
-    return MlxTuner(model, tokenizer)
+    # mlx-lm's wrapper sets variables of the chat template itself; every backend renders conversations alike.
+    return MlxTuner(model, tokenizer._tokenizer)
 
 
 class MlxTuner:
     """A language model of mlx-lm: see `lora_one.finetune.tuners.interface.Tuner`."""
 
     separate = False
-    loss_fn = staticmethod(default_loss)
+    reads_pictures = False
+    loss_fn = staticmethod(loss_of_rows)
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer):
         self.model = model
         self.tokenizer = tokenizer
         self.limits = limits_of(model)
 
+    def check(self, recipe: Recipe) -> None:
+        if recipe.packing:
+            check_packing(self.model, self.limits)
+
     def batches(self, sequences: Sequence[TokenSequence], batch_size: int) -> list[Batch]:
         return [_collate(group) for group in chunks(sequences, batch_size)]
 
     def mean_loss(self, batches: Sequence[Batch]) -> float:
+        training = self.model.training
         self.model.eval()
-        return float(np.mean([np.array(self.loss_fn(self.model, batch)) for batch in batches]))
+        losses = [np.array(self.loss_fn(self.model, batch)) for batch in batches]
+        self.model.train(training)
+        return float(np.average(losses, weights=[_counted(batch) for batch in batches]))
 
     def train(
         self, sequences: Sequence[TokenSequence], recipe: Recipe, on_step: OnStep, checkpoints: Checkpoints = NEVER
@@ -96,35 +108,56 @@ class MlxTuner:
             reg=recipe.reg,
             damping=recipe.damping,
         )
-        done = checkpoints.done
         if checkpoints.start:
             _restore(checkpoints.start.path, self.model, adamw)
+        done = checkpoints.done
+        stopped = False
 
-        def iterate(dataset: Sequence[TokenSequence], batch_size: int, **_: object) -> Iterator[Batch]:
-            return map(_collate, itertools.islice(draw_batches(dataset, batch_size, recipe.seed), done, None))
+        def iterate(dataset: Sequence[TokenSequence], **_: object) -> Iterator[tuple[Batch, mx.array]]:
+            for groups in itertools.islice(draw_steps(dataset, recipe), done, None):
+                if stopped:
+                    return
+                batches = [_collate(group) for group in groups]
+                counted = [_counted(batch) for batch in batches]
+                for batch, count in zip(batches, counted, strict=True):
+                    yield batch, mx.array(len(batches) * count / sum(counted))
 
         def after_step(step: int, loss: float) -> None:
-            on_step(done + step, loss)
-            if checkpoints.due(done + step):
+            nonlocal stopped
+            after = on_step(done + step, loss) or AfterStep()
+            if checkpoints.due(done + step, after.stop):
                 checkpoints.write(done + step, lambda folder: _store(folder, self.model, adamw))
+            stopped = after.stop
 
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):  # mlx-lm prints its progress
             arguments = TrainingArgs(
                 batch_size=recipe.batch_size,
-                iters=recipe.steps - done,
-                steps_per_report=1,
-                steps_per_save=recipe.steps + 1,
+                iters=(recipe.steps - done) * recipe.accumulation,
+                steps_per_report=recipe.accumulation,
+                steps_per_save=recipe.steps * recipe.accumulation + 1,
                 adapter_file=str(Path(folder) / "adapters.safetensors"),  # not kept: the caller saves
+                grad_checkpoint=recipe.gradient_checkpointing,
+                grad_accumulation_steps=recipe.accumulation,
             )
-            train(
-                self.model,
-                adamw,
-                sequences,
-                args=arguments,
-                iterate_batches=iterate,
-                training_callback=_OnStep(after_step),
-            )
+            with unchanged_layers(self.model):
+                train(
+                    self.model,
+                    clipped(adamw, recipe.max_grad_norm),
+                    sequences,
+                    args=arguments,
+                    loss=_weighted_loss,
+                    iterate_batches=iterate,
+                    training_callback=_OnStep(after_step, recipe.accumulation),
+                )
         self.model.eval()
+
+    def trained_arrays(self) -> dict[str, np.ndarray]:
+        arrays = dict(tree_flatten(self.model.trainable_parameters()))
+        return {name: np.array(array.astype(mx.float32)) for name, array in arrays.items()}
+
+    def set_trained_arrays(self, arrays: dict[str, np.ndarray]) -> None:
+        trained: Any = tree_flatten(self.model.trainable_parameters())
+        self.model.update(tree_unflatten([(name, mx.array(arrays[name]).astype(x.dtype)) for name, x in trained]))
 
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         self.model.eval()
@@ -172,30 +205,43 @@ def _restore(folder: Path, model: nn.Module, optimizer: LoraOneAdamW) -> None:
 
 def _collate(sequences: Sequence[TokenSequence]) -> Batch:
     width = rounded_up(max(len(sequence.tokens) for sequence in sequences), WIDTH_MULTIPLE)
-    tokens = np.zeros((len(sequences), width), dtype=np.int32)  # padding on the right is never read
-    for row, sequence in zip(tokens, sequences, strict=True):
-        row[: len(sequence.tokens)] = sequence.tokens
-    # mlx-lm's loss counts the tokens begin <= i <= end, so the last one is len(tokens) - 1.
-    ends = [(sequence.prompt_length, len(sequence.tokens) - 1) for sequence in sequences]
-    return mx.array(tokens), mx.array(ends)
+    # Padding on the right is never read, whatever it is.
+    return {name: mx.array(array) for name, array in padded(sequences, width, pad=0).items()}
+
+
+def _counted(batch: Batch) -> int:
+    return int(np.sum(np.array(batch["labels"])[:, 1:] != IGNORED))
+
+
+def _weighted_loss(model: nn.Module, batch: Batch, weight: mx.array) -> tuple[mx.array, mx.array]:
+    """Return the loss times a weight, and a count that mlx-lm only prints.
+
+    mlx-lm takes the mean over the micro-batches of a step. With the weights it is the mean over their tokens.
+    """
+    return loss_of_rows(model, batch) * weight, mx.array(1)
 
 
 def _schedule(recipe: Recipe) -> LearningRate:
-    """Return transformers' default schedule: linear, up for `warmup` steps and then down to zero."""
-    steps = recipe.steps
-    warmup = min(recipe.warmup, steps)
-    down: Any = optimizers.linear_schedule(recipe.learning_rate, 0.0, max(1, steps - warmup))
+    """Return transformers' schedules: linear, up for `warmup` steps, and then as the recipe says."""
+    warmup = min(recipe.warmup, recipe.steps)
+    rate, steps = recipe.learning_rate, max(1, recipe.steps - warmup)
+    down: Any = {
+        "linear": optimizers.linear_schedule(rate, 0.0, steps),
+        "cosine": optimizers.cosine_decay(rate, steps),
+        "constant": optimizers.linear_schedule(rate, rate, steps),
+    }[recipe.schedule]
     if warmup == 0:
         return down
-    up: Any = optimizers.linear_schedule(0.0, recipe.learning_rate, warmup)
+    up: Any = optimizers.linear_schedule(0.0, rate, warmup)
     return optimizers.join_schedules([up, down], [warmup])
 
 
 class _OnStep(TrainingCallback):
-    def __init__(self, on_step: OnStep):
+    def __init__(self, on_step: Callable[[int, float], None], accumulation: int):
         self._on_step = on_step
+        self._accumulation = accumulation
         self._stdout = sys.stdout
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         with redirect_stdout(self._stdout):
-            self._on_step(train_info["iteration"], float(train_info["train_loss"]))
+            self._on_step(train_info["iteration"] // self._accumulation, float(train_info["train_loss"]))

@@ -53,6 +53,10 @@ class _Saving(TrainerCallback):
     ) -> None:
         control.should_save = self.in_progress = self._checkpoints.due(state.global_step)
 
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        if control.should_training_stop:  # perhaps early: the callback before this one has decided it
+            control.should_save = self.in_progress = self._checkpoints.due(state.global_step, stop=True)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         self.in_progress = False
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from lora_one.finetune.tuners.shared import chunks
 
 from .causal import Batch, TorchTuner
 
+T = TypeVar("T")
+
 # The entries of a processor's result that describe the text, and not the pictures.
 TEXT_ENTRIES = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 
@@ -25,6 +28,7 @@ class VisionTuner(TorchTuner):
     Prompts have one image token for each picture.
     """
 
+    reads_pictures = True
     generated_at_once = 16
 
     def __init__(self, model: nn.Module, processor: ProcessorMixin):
@@ -80,8 +84,11 @@ class VisionTuner(TorchTuner):
 def _widened(sequence: TokenSequence, image_token: int, lengths: Sequence[int]) -> TokenSequence:
     """Return the sequence with its image tokens, which are all in the prompt, repeated as `lengths` say."""
     remaining = iter(lengths)
-    tokens: list[int] = []
-    for token in sequence.tokens:
-        tokens += [token] * (next(remaining) if token == image_token else 1)
-    added = len(tokens) - len(sequence.tokens)
-    return replace(sequence, tokens=tokens, prompt_length=sequence.prompt_length + added)
+    times = [next(remaining) if token == image_token else 1 for token in sequence.tokens]
+
+    def repeated(values: Sequence[T]) -> list[T]:
+        return [value for value, count in zip(values, times, strict=True) for _ in range(count)]
+
+    prompt_length = sum(times[: sequence.prompt_length])
+    learnt = None if sequence.learnt is None else tuple(repeated(sequence.learnt))
+    return replace(sequence, tokens=repeated(sequence.tokens), prompt_length=prompt_length, learnt=learnt)
