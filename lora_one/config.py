@@ -42,7 +42,7 @@ class Config:
             name may also be the end of a parameter's path that holds the weights of all experts, such as
             "experts.down_proj"; routers stay as they are where they are no linear layers.
         modules_to_save: sequence of names, default (). Modules to train whole beside the LoRA layers and to keep with
-            the adapter, such as a new head, as in PEFT. PyTorch and MLX. Fit a new head before `init`: docs/heads.md.
+            the adapter, such as a new head, as in PEFT. Fit a new head before `init`: docs/heads.md.
         gradient: "sketch" (default) or "exact". "sketch" never forms the gradient of a weight: each layer keeps a
             running SVD of it, which the backward pass of every batch renews. "exact" forms G, layer by layer where it
             can.

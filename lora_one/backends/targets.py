@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from lora_one.checkpoint.whole import ends_with_a_name, is_within
 from lora_one.checks import shown_names
+from lora_one.config import Config
 from lora_one.errors import ModelError
 
 Targets = str | Sequence[str]  # `Config.targets`
@@ -62,6 +63,20 @@ def check_module_names(names: Sequence[str], paths: Sequence[str]) -> None:
         top = ", ".join(path for path in paths if path and "." not in path)
         meant = f"; near names: {', '.join(dict.fromkeys(near))}" if near else ""
         raise ModelError(f"modules_to_save must name modules of the model, got {unknown}; at its top are: {top}{meant}")
+
+
+def check_held(config: Config, parameters: Iterable[str]) -> None:
+    """Raise ModelError where the Config asks for whole modules that a model with LoRA does not train whole.
+
+    Args:
+        parameters: the paths of those that it trains.
+    """
+    held = list(dict.fromkeys(path.rpartition(".")[0] for path in parameters))
+    if not all(any(f".{name}." in f".{path}." for path in held) for name in config.modules_to_save):
+        raise ModelError(
+            f"a model with LoRA keeps its own settings, but the Config asks for modules_to_save "
+            f"{config.modules_to_save} (the adapter's: {tuple(held)}): leave it out, or hand in the model without LoRA"
+        )
 
 
 def check_apart(targets: Iterable[str], whole: Sequence[str]) -> None:

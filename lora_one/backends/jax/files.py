@@ -11,29 +11,32 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
-from lora_one.backends.interface import Layer
-from lora_one.checkpoint.adapter import LINEAR, Adapter, Form, LoraLayer
+from lora_one.checkpoint.adapter import LINEAR, Adapter, LoraLayer
 from lora_one.checkpoint.folder import CONFIG, WEIGHTS
-from lora_one.checkpoint.peft import AdapterFolder, check_folder, read_adapter, read_folder, write_peft
-from lora_one.checkpoint.plain_lora import setting_problems
+from lora_one.checkpoint.peft import AdapterFolder, read_adapter, read_folder, write_peft
 from lora_one.checkpoint.tensors import STORED_NAMES
 from lora_one.config import Config
 from lora_one.core.factors import Factors
 from lora_one.errors import CheckpointError, ModelError
 
+from .fit import fit_problems
 from .forms import forms_of, in_flaxs_order, in_pefts_order
 from .llama.model import LlamaForCausalLM
 from .nnx.adopt import find_adapters
 from .nnx.inject import dropout_of, inject, linear_layers, take_out, train_dropout
 from .nnx.layers import adapted_kind, kind_of
 from .nnx.removal import remove
+from .nnx.whole import parameters, train_whole
 from .processes import Processes
 from .sites import Leaves, Site, check_concrete
 from .trees.binding import adapted_weights, ranks, tree_sites
 from .trees.linear import Linear, find_layers
 from .trees.linen_files import fresh_layers, note_of, read_note
 from .trees.models import LinenModel, PytreeModel, merged
+from .trees.whole import as_entries
+from .whole import from_folder, whole_tensors
 
 
 class _SiteFactors(NamedTuple):
@@ -124,11 +127,14 @@ def _adapter(model: Any) -> Adapter:
         for layer, pair in zip(site.layers(), site.spec_pairs(leaves), strict=True)
     }
     task = "CAUSAL_LM" if isinstance(model, LlamaForCausalLM) else None
+    whole = whole_tensors(model)
+    modules = tuple(dict.fromkeys(path.rpartition(".")[0] for path in whole))
     if isinstance(model, LinenModel):
-        return Adapter(layers, model.dropout, task, note_of({site.name: site.layout for site, _ in lora}))
+        note = note_of({site.name: site.layout for site, _ in lora})
+        return Adapter(layers, model.dropout, task, note, modules, whole)
     moved = {site.name: site.layout for site, _ in lora if any(site.layout.lifts)}
     dropout = dropout_of(model) if isinstance(model, nnx.Module) else 0.0
-    return Adapter(layers, dropout, task, note_of(moved) if moved else {})
+    return Adapter(layers, dropout, task, note_of(moved) if moved else {}, modules, whole)
 
 
 def load(model: Any, path: Path, trainable: bool) -> Any:
@@ -146,17 +152,19 @@ def _load(model: Any, path: Path, folder: AdapterFolder, trainable: bool) -> Any
     linear, problems = ({}, []) if isinstance(model, nnx.Module) else _tree_layers(model, folder)
     if not problems:
         sites = own_sites or _possible_sites(model, linear)
-        problems = _fit_problems(folder, sites, forms_of(model, sites.values()), has_lora=bool(own_sites))
+        problems = fit_problems(model, folder, sites, has_lora=bool(own_sites))
     if problems:
         raise CheckpointError(f"the adapter in {path} does not fit the model", problems)
-    factors = {name: layer.pairs[0] for name, layer in read_adapter(folder).layers.items()}
+    adapter = read_adapter(folder)
+    factors = {name: layer.pairs[0] for name, layer in adapter.layers.items()}
+    whole = from_folder(model, adapter.whole)
     plan = {}
     for name, site in sites.items():
         first = site.layers()[0].name
         if first in factors:
             plan[name] = folder.lora_A[first][0], folder.scalings[first]
     if isinstance(model, nnx.Module):
-        return _load_nnx(model, folder, factors, {} if own_sites else plan, trainable)
+        return _load_nnx(model, folder, factors, {} if own_sites else plan, whole, trainable)
     sites = own_sites or tree_sites(linear, plan)
     # One scale for all layers: the ratio of a layer's own scale to it goes into lora_b.
     scaling = model.scaling if own_sites else next(iter(plan.values()))[1]
@@ -166,7 +174,7 @@ def _load(model: Any, path: Path, folder: AdapterFolder, trainable: bool) -> Any
         weight.layer: weight.to_lora(site.trained(_pairs(site, folder, factors)))
         for weight, site in zip(weights, sites.values(), strict=True)
     }
-    new = model.replace(lora=lora, scaling=scaling, layouts=weights)
+    new = model.replace(lora=lora | as_entries(whole), scaling=scaling, layouts=weights)
     return new.replace(dropout=_dropout(folder)) if isinstance(model, LinenModel) and not own_sites else new
 
 
@@ -187,9 +195,10 @@ def _load_nnx(
     folder: AdapterFolder,
     factors: dict[str, Factors],
     plan: dict[str, tuple[int, float]],
+    whole: dict[str, Array],
     trainable: bool,
 ) -> nnx.Module:
-    """Inject LoRA as planned, and put the folder's factors into all LoRA of the model."""
+    """Inject LoRA as planned, and put the folder's factors and whole parameters into the model."""
     lifts = {name: layout.lifts for name, layout in read_note(folder).items() if name in plan}
     injected = inject(model, plan, _dropout(folder), lifts=lifts)
     try:
@@ -200,6 +209,10 @@ def _load_nnx(
         raise
     for layer, values in zip(layers, leaves, strict=True):
         layer.write(*values)
+    variables = parameters(model)
+    for name, value in whole.items():
+        variables[name].set_raw_value(value)
+    train_whole(variables[name] for name in whole)
     train_dropout(model, trainable)
     return model
 
@@ -219,53 +232,13 @@ def _pairs(site: Site, folder: AdapterFolder, factors: dict[str, Factors]) -> li
     return pairs
 
 
-def _fit_problems(folder: AdapterFolder, sites: dict[str, Site], forms: dict[str, Form], has_lora: bool) -> list[str]:
-    """Return everything that keeps the folder's factors from going to these sites.
-
-    Args:
-        folder: the adapter.
-        sites: the sites of the model.
-        forms: the kinds of those of their layers that are not linear.
-        has_lora: whether the sites have LoRA already, whose rank must be the folder's.
-    """
-    stacks = {name: site.layers() for name, site in sites.items()}
-    layers = [layer for stack in stacks.values() for layer in stack]
-    shapes = {layer.name: (layer.out_features, layer.in_features) for layer in layers}
-    problems = setting_problems(folder.config) + check_folder(folder, shapes, forms=forms) or _stack_problems(
-        folder, stacks
-    )
-    if has_lora and not problems:
-        problems = [
-            f"{layer.name}: the model has rank {layer.rank}, the file {_rank(folder, layer) or 'none'}"
-            for layer in layers
-            if _rank(folder, layer) != layer.rank
-        ]
-    return problems
-
-
-def _stack_problems(folder: AdapterFolder, stacks: dict[str, list[Layer]]) -> list[str]:
-    problems = []
-    for name, layers in stacks.items():
-        ranks = {_rank(folder, layer) for layer in layers}
-        if len(ranks) > 1:
-            problems.append(
-                f"{name}: its {len(layers)} stacked layers must have one rank, got {sorted(map(str, ranks))}"
-            )
-    return problems
-
-
-def _rank(folder: AdapterFolder, layer: Layer) -> int | None:
-    """Return the rank of a layer's factors in the folder; None if it has none."""
-    return folder.lora_A[layer.name][0] if layer.name in folder.lora_A else None
-
-
 def _find_lora(model: Any) -> list[_SiteFactors]:
     if isinstance(model, nnx.Module):
         return [_SiteFactors(layer.site, layer.leaves) for layer in find_adapters(model, Config())]
     if not isinstance(model, (LinenModel, PytreeModel)):
         raise ModelError(f"the model must be a flax.nnx.Module, LinenModel or PytreeModel, got {type(model).__name__}")
     weights = {weight.layer: weight for weight in model.layouts}
-    leaves = {name: weights[name].leaves(model.lora) for name in model.lora}
+    leaves = {name: weight.leaves(model.lora) for name, weight in weights.items() if name in model.lora}
     linear = find_layers(model) if leaves else {}
     sites = tree_sites(linear, {name: (rank, model.scaling) for name, rank in ranks(model).items()})
     return [_SiteFactors(site, leaves[name]) for name, site in sites.items()]

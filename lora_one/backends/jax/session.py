@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
 
-from lora_one.backends.checks import check_no_torch_settings, check_no_whole_modules
+from lora_one.backends.checks import check_no_torch_settings
 from lora_one.backends.interface import Layer, LossFn, PassResult
 from lora_one.config import Config
 from lora_one.core.factors import Factors
@@ -74,7 +74,6 @@ class JaxSession:
 
     def __enter__(self) -> "JaxSession":
         check_no_torch_settings(self._config, "JAX")
-        check_no_whole_modules(self._config, "JAX")
         if self._loss_fn is None:
             raise BatchError("a Flax model has no loss of its own: pass loss_fn=(model, batch) -> mean loss")
         with ExitStack() as stack:

@@ -12,13 +12,14 @@ from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 from lora_one.backends.interface import Layer
+from lora_one.backends.targets import check_held
 from lora_one.config import Config
 from lora_one.errors import ModelError
 
 from .layout import LoraModule, dropout_of, is_switch
 from .targets import SWITCH, find_targets, warn_of_left_out
 from .tree import Place, places
-from .whole import find_whole, train_whole, whole_modules
+from .whole import find_whole, train_whole, whole_parameters
 
 LORA = (LoRALinear, LoRASwitchLinear)
 OTHER_ADAPTERS = (DoRALinear, DoRAEmbedding, LoRAEmbedding)
@@ -174,9 +175,7 @@ def check_adapter_fits(model: nn.Module, sites: list[Site], config: Config) -> N
             wrong[f"dropout {config.dropout} (the adapter's: {dropout:g})"] = None
     if config.targets != default.targets:
         wrong[f"targets {config.targets!r}"] = None
-    held = whole_modules(model)
-    if config.modules_to_save and not all(any(path.endswith(n) for path in held) for n in config.modules_to_save):
-        wrong[f"modules_to_save {config.modules_to_save} (the adapter's: {tuple(held)})"] = None
+    check_held(config, whole_parameters(model))
     if wrong:
         raise ModelError(
             "a model with LoRA layers keeps its adapter's own settings, but the Config asks for "

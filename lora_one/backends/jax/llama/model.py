@@ -104,7 +104,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.checkpointing = False  # compute the activations of a layer again in the backward pass
 
-    def __call__(self, tokens: Array, mask: Array | None, positions: Array | None = None) -> Array:
+    def __call__(self, tokens: Array, mask: Array | None = None, positions: Array | None = None) -> Array:
         x = self.embed_tokens(tokens)
         visible = None if mask is None else mask[:, None].astype(bool)  # (rows, 1, key)
         if positions is None:

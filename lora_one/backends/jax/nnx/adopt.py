@@ -15,6 +15,7 @@ from lora_one.errors import ModelError
 
 from .layers import AdapterKind, adapted_kind
 from .qwix import QWIX_PATH, qwix_scale
+from .whole import WholeParam
 
 Path = tuple[Any, ...]  # attributes and indices
 
@@ -53,7 +54,7 @@ def find_adapters(model: nnx.Module, config: Config) -> list[AdaptedLayer]:
             elif known is not None:
                 layers.append(_by_us(path, module, known[1]))
             elif isinstance(module, nnx.Module):
-                names = [name for name, value in vars(module).items() if isinstance(value, nnx.LoRAParam)]
+                names = [name for name, value in vars(module).items() if _is_factor(value)]
                 for name in names:
                     if name.endswith("_lora_a"):
                         layers.append(_by_qwix(model, path, module, name.removesuffix("_lora_a")))
@@ -64,6 +65,10 @@ def find_adapters(model: nnx.Module, config: Config) -> list[AdaptedLayer]:
     if problems:
         raise ModelError("the model has LoRA that cannot be started:\n  " + "\n  ".join(problems))
     return layers
+
+
+def _is_factor(value: Any) -> bool:
+    return isinstance(value, nnx.LoRAParam) and not isinstance(value, WholeParam)
 
 
 def _by_us(path: Path, layer: Any, kind: AdapterKind) -> AdaptedLayer:

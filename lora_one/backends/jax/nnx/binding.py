@@ -1,7 +1,7 @@
 """A Flax NNX model with LoRA: attached by path, or already there."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +13,7 @@ from flax import nnx
 from lora_one.backends.interface import LossFn
 from lora_one.backends.jax.ops import JaxOps
 from lora_one.backends.jax.sites import Leaves, Site, dotted, is_matrix, key_names
-from lora_one.backends.targets import select
+from lora_one.backends.targets import check_held, select
 from lora_one.config import Config
 from lora_one.core.factors import plain_factors
 from lora_one.core.omega import draw_omega
@@ -22,6 +22,7 @@ from lora_one.errors import ModelError
 from .adopt import AdaptedLayer, Path, find_adapters
 from .inject import Injected, Lifts, dropout_of, inject, linear_layers, take_out
 from .layers import is_linear
+from .whole import find_whole, forget_whole, train_whole, whole_parameters
 
 _MODES = ("deterministic", "use_running_average")  # True in evaluation mode
 
@@ -34,11 +35,12 @@ class NnxBinding:
         self.sites: dict[str, Site] = {}
         self._modes: list[tuple[nnx.Module, str, bool]] = []
         self._injected: list[Injected] = []
+        self._whole: list[nnx.Variable] = []  # those that this binding began to train whole
         self._values: list[tuple[nnx.Variable, Any]] = []
         try:
             layers = find_adapters(model, config)
             if layers:
-                _check_settings(layers, dropout_of(model), config)
+                _check_settings(layers, whole_parameters(model), dropout_of(model), config)
                 self._values = [(v, v.get_raw_value()) for layer in layers for v in (layer.a, layer.b)]
                 self._bind(layers)
             else:
@@ -50,12 +52,16 @@ class NnxBinding:
 
     def _inject(self, lifts: Mapping[str, Lifts]) -> None:
         config = self._config
+        whole = find_whole(self.model, config.modules_to_save)
+        modules = [path.rpartition(".")[0] for path in whole]
         layers = linear_layers(self.model)
         if config.targets == "all-linear":
             layers = {name: layer for name, layer in layers.items() if is_linear(layer)}
-        chosen = select(config.targets, layers)
+        chosen = select(config.targets, layers, modules)
         plan = {name: (config.rank, config.scaling) for name in chosen}
         self._injected = inject(self.model, plan, config.dropout, config.seed, lifts)
+        self._whole = list(whole.values())
+        train_whole(self._whole)
         self._bind(find_adapters(self.model, config))
 
     def alone(self, layer: str, lifts: Lifts) -> "NnxBinding":
@@ -110,7 +116,8 @@ class NnxBinding:
             path = key_names(keys)
             path = path if path in params else path[:-1]  # the last key may be the variable's own
             names.append(".".join(path) if path in params and is_matrix(leaf) else None)
-        return names, {dotted(layer.a_path).removesuffix("_lora_a") for layer in self._layers.values()}
+        adapted = {dotted(layer.a_path).removesuffix("_lora_a") for layer in self._layers.values()}
+        return names, adapted | whole_parameters(self.model).keys()
 
     def loss(self, loss_fn: LossFn, frozen: Any, factors: dict[str, Leaves], batch: Any) -> Any:
         return loss_fn(self._rebuild(frozen, factors), batch)
@@ -130,6 +137,7 @@ class NnxBinding:
         for variable, value in self._values:
             variable.set_raw_value(value)
         take_out(self._injected)
+        forget_whole(self._whole)
 
 
 def attach_plain(model: nnx.Module, config: Config) -> nnx.Module:
@@ -140,7 +148,8 @@ def attach_plain(model: nnx.Module, config: Config) -> nnx.Module:
 
     Args:
         model: changed in place. Layers that have LoRA already keep it and get new factors.
-        config: gives rank, alpha, targets, dropout, and the seed from which A is drawn, layer by layer.
+        config: gives rank, alpha, targets, modules_to_save, dropout, and the seed from which A is drawn, layer by
+            layer.
 
     Returns:
         The same model.
@@ -179,7 +188,7 @@ def _modes(model: nnx.Module) -> list[tuple[nnx.Module, str, bool]]:
     ]
 
 
-def _check_settings(layers: list[AdaptedLayer], dropout: float, config: Config) -> None:
+def _check_settings(layers: list[AdaptedLayer], whole: Iterable[str], dropout: float, config: Config) -> None:
     """Raise ModelError where the Config asks for other settings than those of the LoRA that is in the model."""
     wrong = [
         f"{layer.site.name} has rank {layer.site.rank}"
@@ -191,6 +200,7 @@ def _check_settings(layers: list[AdaptedLayer], dropout: float, config: Config) 
             f"the model's LoRA keeps its own rank, but the Config asks for {config.rank}: {'; '.join(wrong)}; "
             "leave the rank out of the Config, or hand in the model without LoRA"
         )
+    check_held(config, whole)
     if config.targets != Config().targets or config.dropout not in (Config().dropout, dropout):
         setting = f"targets {config.targets!r}" if config.targets != Config().targets else f"dropout {config.dropout}"
         raise ModelError(f"the model's LoRA keeps its own settings, but the Config asks for {setting}: leave it out")

@@ -11,6 +11,7 @@ from jax import Array
 
 from lora_one.backends.jax.layout import Layout
 from lora_one.backends.jax.sites import check_concrete
+from lora_one.checks import shown_names
 from lora_one.config import Config
 from lora_one.errors import ModelError
 
@@ -18,6 +19,7 @@ from .adopt import AdaptedLayer, Path, find_adapters
 from .inject import Injected, take_out
 from .layers import adapted_kind, kind_of
 from .qwix import QWIX_ATTRIBUTES, dequantise, is_quantised, plain_class
+from .whole import forget_whole, whole_parameters
 
 
 class _Removal(NamedTuple):
@@ -46,6 +48,12 @@ def remove(model: nnx.Module, merge: bool) -> nnx.Module:
             removals.append(_removal(model, layer, merge))
         except ValueError as error:
             problems.append(f"{layer.site.name}: {error}")
+    whole = whole_parameters(model)
+    if whole and not merge:
+        raise ModelError(
+            f"{shown_names(list(whole))} were trained whole, in place of the base weights: merge keeps them; for the "
+            "base model load its weights again"
+        )
     if problems and merge:
         raise ModelError("LoRA of these layers cannot be merged:\n  " + "\n  ".join(problems))
     if problems:
@@ -56,6 +64,7 @@ def remove(model: nnx.Module, merge: bool) -> nnx.Module:
         _merge(model, removals)
     for removal in removals:
         removal.clean()
+    forget_whole(whole.values())
     return _without_qwix(model)
 
 

@@ -10,12 +10,13 @@ from lora_one.backends.interface import LossFn
 from lora_one.backends.jax.passes.batches import arrays_and_rest, is_array, rejoin
 from lora_one.backends.jax.placement import kernel_sharding
 from lora_one.backends.jax.sites import Leaves, Site, dotted, factor_dtype, is_matrix
-from lora_one.backends.targets import select
+from lora_one.backends.targets import check_held, select
 from lora_one.config import Config
 from lora_one.errors import ConfigError, ModelError
 
 from .linear import Linear, find_layers
 from .models import AdaptedWeight, LinenModel, Lora, PytreeModel
+from .whole import as_entries, by_path, find_whole, whole_entries
 
 
 class TreeBinding:
@@ -29,33 +30,41 @@ class TreeBinding:
             )
         is_new = isinstance(model, LinenModel) and not model.lora
         self.model: Any = model.replace(dropout=config.dropout) if is_new else model
+        params = model.variables["params"] if isinstance(model, LinenModel) else model.params
+        self._held = whole_entries(model.lora, (weight.layer for weight in model.layouts))
+        whole = find_whole(params, () if model.lora else config.modules_to_save)
         linear = find_layers(model, batches, loss_fn)
         if model.lora:
             _check_settings(model, config)
+            check_held(config, by_path(self._held))
             plan = {name: (rank, model.scaling) for name, rank in ranks(model).items()}
         else:
-            plan = {name: (config.rank, config.scaling) for name in select(config.targets, linear)}
+            modules = [path.rpartition(".")[0] for path in whole]
+            plan = {name: (config.rank, config.scaling) for name in select(config.targets, linear, modules)}
         self.sites = tree_sites(linear, plan)
         self._weights = adapted_weights(self.sites, linear)
         self._scaling = next(iter(plan.values()))[1]
         # Equinox modules hold functions beside their arrays.
-        self.frozen, others = arrays_and_rest(self._without_dropout(self._with_lora({})))
+        self.frozen, others = arrays_and_rest(self._without_dropout(self._with_lora(self._held)))
         self.attached = not model.lora
         self._rebuild = lambda arrays: rejoin(arrays, others)
         self._written: dict[str, Leaves] = {}
+        self._whole = whole
 
     def weight_names(self) -> tuple[list[str | None], set[str]]:
         linen = isinstance(self.model, LinenModel)
         within = "variables.params." if linen else "params."
         names: list[str | None] = []
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.model.replace(lora={})):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self._with_lora(self._held)):
             if is_array(leaf):
                 name = dotted(path)
                 names.append(name.removeprefix(within) if name.startswith(within) and is_matrix(leaf) else None)
-        return names, {weight.path if linen else weight.layer for weight in self._weights}
+        adapted = {weight.path if linen else weight.layer for weight in self._weights}
+        return names, adapted | self._whole.keys() | by_path(self._held).keys()
 
     def loss(self, loss_fn: LossFn, frozen: Any, factors: dict[str, Leaves], batch: Any) -> Any:
-        model = self._rebuild(frozen).replace(lora=self._lora(factors))
+        model = self._rebuild(frozen)
+        model = model.replace(lora={**model.lora, **self._lora(factors)})
         return loss_fn(model.effective() if isinstance(model, PytreeModel) else model, batch)
 
     def factors(self) -> dict[str, Leaves]:
@@ -65,7 +74,9 @@ class TreeBinding:
         self._written[site] = leaves
 
     def finish(self) -> None:
-        self.model = self._with_lora(self._lora(self._written))
+        # Copies: a training step may donate them, and the base weights are still needed.
+        whole = as_entries({path: jnp.array(array, copy=True) for path, array in self._whole.items()})
+        self.model = self._with_lora({**self._lora(self._written), **self._held, **whole})
 
     def undo(self) -> None:
         """Do nothing: the caller's model is a value that was not changed."""
@@ -100,8 +111,8 @@ def _check_settings(model: LinenModel | PytreeModel, config: Config) -> None:
 
 def ranks(model: LinenModel | PytreeModel) -> dict[str, int]:
     """Return the rank of each layer with LoRA."""
-    weights = {weight.layer: weight for weight in model.layouts}
-    return {name: weights[name].layout.rank(weights[name].leaves(model.lora).a) for name in model.lora}
+    weights = [weight for weight in model.layouts if weight.layer in model.lora]
+    return {weight.layer: weight.layout.rank(weight.leaves(model.lora).a) for weight in weights}
 
 
 def tree_sites(linear: Linear, plan: dict[str, tuple[int, float]]) -> dict[str, Site]:

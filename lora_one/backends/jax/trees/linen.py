@@ -70,7 +70,10 @@ def recording(
 
 
 def with_factors(params: Any, lora: dict[str, dict[str, Any]]) -> Any:
-    """Return the parameters with each layer's factors beside its kernel."""
+    """Return the parameters with each layer's factors beside its kernel.
+
+    What is trained whole takes the places of the module's own parameters.
+    """
     params = dict(params)
     for name, factors in lora.items():
         node = params

@@ -18,8 +18,10 @@ from lora_one.errors import ModelError
 
 from .lifting import tracked
 from .linen import PARAM, intercepted, with_factors
+from .whole import by_path, whole_entries
 
-Lora = dict[str, dict[str, Array]]  # layer -> {"<param>_lora_a": ..., "<param>_lora_b": ...}
+# layer -> {"<param>_lora_a": ..., "<param>_lora_b": ...}; of a module that is trained whole its parameters by name
+Lora = dict[str, dict[str, Array]]
 
 
 class AdaptedWeight(NamedTuple):
@@ -143,12 +145,12 @@ class PytreeModel(struct.PyTreeNode):
 
     def effective(self) -> Any:
         """Return `params` with W + s B A instead of each W that has factors."""
-        weights = {weight.layer: weight for weight in self.layouts}
-        return with_added(self.params, self.lora, {name: weights[name] for name in self.lora}, self.scaling)
+        weights = {weight.layer: weight for weight in self.layouts if weight.layer in self.lora}
+        return with_added(self.params, self.lora, weights, self.scaling)
 
 
 def with_added(params: Any, lora: Lora, weights: Mapping[str, AdaptedWeight], scaling: float) -> Any:
-    """Return a tree of parameters with s B A added to each weight that has factors.
+    """Return a tree of parameters with s B A added to each weight that has factors, and with those trained whole.
 
     Args:
         params: the tree.
@@ -157,10 +159,12 @@ def with_added(params: Any, lora: Lora, weights: Mapping[str, AdaptedWeight], sc
         scaling: s.
     """
 
+    whole = by_path(whole_entries(lora, (weight.layer for weight in weights.values())))
+
     def added(path: Any, leaf: Any) -> Any:
         weight = weights.get(dotted(path))
         if weight is None:
-            return leaf
+            return whole.get(dotted(path), leaf)
         a, b = weight.leaves(lora)
         return weight.layout.watched(leaf, a) if isinstance(a, Tap) else weight.layout.added(leaf, a, b, scaling)
 

@@ -12,7 +12,7 @@ from lora_one.backends.jax import open_session, register_layer, unload
 from lora_one.backends.jax.layout import plain_layout
 from lora_one.backends.jax.nnx.layers import factors_of
 from lora_one.backends.jax.product import add_general
-from lora_one.errors import BatchError, ConfigError, GradientError, ModelError
+from lora_one.errors import BatchError, GradientError, ModelError
 from lora_one.initialization import initialize
 from tests.backends.jax.models import (
     assert_same,
@@ -194,8 +194,6 @@ def test_batches_targets_and_settings_that_cannot_be():
         lora_one.init(mlp(), [{"x": {1}}], squared_error, CONFIG)
     with pytest.raises(ModelError, match=r"got 'nothing'; its linear layers are: .*fused"):
         lora_one.init(mlp(), BATCHES, squared_error, lora_one.Config(targets="nothing"))
-    with pytest.raises(ConfigError, match=r"modules_to_save must be empty for a model of JAX, got \('down',\)"):
-        lora_one.init(mlp(), BATCHES, squared_error, lora_one.Config(rank=2, modules_to_save=["down"]))
 
 
 class Scaled(nnx.Linear):

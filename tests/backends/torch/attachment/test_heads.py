@@ -74,6 +74,7 @@ def test_the_head_follows_torchs_adamw():
         assert torch.allclose(mine, theirs, rtol=0, atol=1e-7)
 
 
+@pytest.mark.feature("New heads (modules_to_save)")
 def test_a_trained_head_is_saved_and_loaded_and_opens_in_peft(tmp_path):
     case, model, report = started()
     take_steps(case, model)
