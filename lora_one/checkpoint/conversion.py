@@ -74,10 +74,8 @@ def convert(
     """
     src, dst = Path(src), Path(dst)
     _check_layout(to, base, component)
-    _check_free(dst, to == "gguf")
-    adapter = _renamed(_read_mlx_lm(src) if is_mlx_lm(src) else _read_peft(src), rename or {})
-    if to in ("mlx", "diffusers", "gguf") and adapter.modules_to_save:
-        _refuse(src, setting_problems({"modules_to_save": list(adapter.modules_to_save)}))
+    check_free(dst, to == "gguf")
+    adapter = renamed(_read_mlx_lm(src) if is_mlx_lm(src) else read_whole_adapter(src), rename or {})
     _check_forms(src, adapter, to)
     if to == "gguf":
         write_gguf(dst, adapter, read_base(src, None if base is None else Path(base)))
@@ -106,14 +104,15 @@ def _check_layout(to: str, base: str | Path | None, component: str | None) -> No
         check_component(component)
 
 
-def _check_free(dst: Path, is_for_a_file: bool) -> None:
+def check_free(dst: Path, is_for_a_file: bool = False) -> None:
+    """Raise CheckpointError for a destination that exists, unless it is an empty folder."""
     try:
         free = not dst.exists() or (not is_for_a_file and dst.is_dir() and not any(dst.iterdir()))
     except OSError as error:
         raise CheckpointError(f"the folder {dst} cannot be written: {error.strerror or error}") from error
     if not free:
         what = " yet: gguf is one file, such as adapter.gguf, and" if is_for_a_file else ", or be an empty folder:"
-        raise CheckpointError(f"{dst} must not exist{what} convert overwrites nothing")
+        raise CheckpointError(f"{dst} must not exist{what} nothing is overwritten")
 
 
 def _metadata(src: Path) -> bytes | None:
@@ -125,7 +124,8 @@ def _metadata(src: Path) -> bytes | None:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
-def _read_peft(src: Path) -> Adapter:
+def read_whole_adapter(src: Path) -> Adapter:
+    """Read a folder in PEFT's layout. Raise CheckpointError, with all reasons, if an `Adapter` cannot hold it all."""
     folder = read_folder(src)
     problems = setting_problems(folder.config, allowed=("modules_to_save",))
     whole = folder.whole
@@ -156,6 +156,8 @@ def _refuse(src: Path, problems: list[str]) -> NoReturn:
 
 def _check_forms(src: Path, adapter: Adapter, to: str) -> None:
     """Raise CheckpointError for layers that the other library computes in another way, or not at all."""
+    if to in ("mlx", "diffusers", "gguf") and adapter.modules_to_save:
+        _refuse(src, setting_problems({"modules_to_save": list(adapter.modules_to_save)}))
     problems = []
     for name, layer in adapter.layers.items():
         if layer.form.is_embedding and to in _NO_EMBEDDING:
@@ -166,24 +168,25 @@ def _check_forms(src: Path, adapter: Adapter, to: str) -> None:
         raise CheckpointError(f"the adapter in {src} cannot be written for {to}", problems)
 
 
-def _renamed(adapter: Adapter, prefixes: Mapping[str, str]) -> Adapter:
+def renamed(adapter: Adapter, prefixes: Mapping[str, str]) -> Adapter:
+    """Return an adapter with other prefixes of module paths: old -> new. Raise ConfigError for one of no path."""
     used = set()
 
-    def renamed(name: str) -> str:
+    def new_name(name: str) -> str:
         for old, new in prefixes.items():
             if name == old or name.startswith(f"{old}."):
                 used.add(old)
                 return f"{new}{name.removeprefix(old)}".removeprefix(".")
         return name
 
-    layers = {renamed(name): layer for name, layer in adapter.layers.items()}
-    whole = {renamed(name): tensor for name, tensor in adapter.whole.items()}
+    layers = {new_name(name): layer for name, layer in adapter.layers.items()}
+    whole = {new_name(name): tensor for name, tensor in adapter.whole.items()}
     unused = sorted(prefixes.keys() - used)
     if unused:
         raise ConfigError(f"rename must name prefixes of module paths, got {unused}; paths are as {next(iter(layers))}")
     if len(layers) != len(adapter.layers):
         raise ConfigError(f"rename must keep module paths apart, got {dict(prefixes)}: two would have one name")
-    modules = tuple(map(renamed, adapter.modules_to_save))
+    modules = tuple(map(new_name, adapter.modules_to_save))
     return adapter._replace(layers=layers, modules_to_save=modules, whole=whole)
 
 

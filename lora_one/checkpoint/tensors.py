@@ -1,7 +1,7 @@
 """Read and write safetensors files in NumPy, including bfloat16, which NumPy does not have."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -59,16 +59,11 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
     for name, spec in stored:
         if names is not None and name not in names:
             continue
-        dtype, data = spec["dtype"], spec["data"]
-        if dtype == "BF16":  # the upper half of a float32
-            array = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-        elif dtype in _NUMPY_DTYPES:
-            array = np.frombuffer(data, _NUMPY_DTYPES[dtype])
+        dtype = spec["dtype"]
+        if dtype in STORED_NAMES.values():
+            tensors[name] = Tensor(decode(spec["data"], dtype, spec["shape"]), dtype)
         else:
             problems.append(f"{name} must be floating, got {dtype}")
-            continue
-        wide = np.float64 if dtype == "F64" else np.float32
-        tensors[name] = Tensor(array.astype(wide).reshape(spec["shape"]), dtype)
     if problems:
         raise CheckpointError(f"{path}: factors must be floating point", problems)
     return tensors
@@ -89,7 +84,7 @@ def write_tensors(
     header: dict[str, object] = {"__metadata__": {"format": framework, **notes}}
     chunks, end = [], 0
     for name, (array, dtype) in sorted(tensors.items(), key=lambda item: (-_size(item[1].dtype), item[0])):
-        chunk = _bytes(array, dtype)
+        chunk = encode(array, dtype)
         header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [end, end + len(chunk)]}
         chunks.append(chunk)
         end += len(chunk)
@@ -102,7 +97,17 @@ def _size(dtype: str) -> int:
     return 2 if dtype == "BF16" else np.dtype(_NUMPY_DTYPES[dtype]).itemsize
 
 
-def _bytes(array: np.ndarray, dtype: str) -> bytes:
+def decode(data: bytes | bytearray, dtype: str, shape: Sequence[int]) -> np.ndarray:
+    """Return the array in the bytes of a tensor, in float32 or wider."""
+    if dtype == "BF16":  # the upper half of a float32
+        array = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    else:
+        array = np.frombuffer(data, _NUMPY_DTYPES[dtype])
+    return array.astype(np.float64 if dtype == "F64" else np.float32).reshape(shape)
+
+
+def encode(array: np.ndarray, dtype: str) -> bytes:
+    """Return the bytes of a tensor, rounded to its dtype: the inverse of `decode`."""
     if dtype != "BF16":
         return array.astype(_NUMPY_DTYPES[dtype]).tobytes()  # in C order, also for a transposed array
     bits = np.ascontiguousarray(array, "<f4").view("<u4")

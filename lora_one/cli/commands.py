@@ -157,12 +157,24 @@ def convert(
     """Convert an adapter folder to the layout that another library opens."""
     from lora_one.checkpoint.conversion import convert as run
 
-    pairs = [name.partition("=") for name in rename or ()]
-    if not all(equals for _, equals, _ in pairs):
-        raise typer.BadParameter(f"--rename must be OLD=NEW, got {' '.join(rename or ())}")
     with quiet(console):
-        run(src, dst, to, {old: new for old, _, new in pairs}, base, component)
+        run(src, dst, to, _prefixes(rename), base, component)
     console.print(f"Adapter: {dst}", soft_wrap=True)
+
+
+@app.command()
+def merge(
+    model: Annotated[Path, typer.Argument(help="A model folder: config.json and safetensors.")],
+    adapter: Annotated[Path, typer.Argument(help="An adapter folder, of lora-one, PEFT or mlx-lm.")],
+    out: Annotated[Path, typer.Argument(help="The model folder to make.")],
+    rename: Annotated[list[str] | None, typer.Option(help="OLD=NEW prefix of module paths; may be repeated.")] = None,
+) -> None:
+    """Merge an adapter into a model folder, which any library opens. Needs no framework."""
+    from lora_one.checkpoint.merging import merge_folders
+
+    with quiet(console):
+        merge_folders(model, adapter, out, _prefixes(rename))
+    console.print(f"Model: {out}", soft_wrap=True)
 
 
 @app.command()
@@ -180,6 +192,13 @@ def doctor(
         console.print(escape(describe(examination)), soft_wrap=True)
     if any(part.state == "broken" for part in examination.parts):
         raise typer.Exit(1)
+
+
+def _prefixes(rename: list[str] | None) -> dict[str, str]:
+    pairs = [name.partition("=") for name in rename or ()]
+    if not all(equals for _, equals, _ in pairs):
+        raise typer.BadParameter(f"--rename must be OLD=NEW, got {' '.join(rename or ())}")
+    return {old: new for old, _, new in pairs}
 
 
 def main() -> None:
