@@ -9,7 +9,9 @@ import torch
 from flax import nnx
 
 import lora_one
-from lora_one.backends.jax import PytreeModel
+from lora_one.backends.jax import PytreeModel, register_layer
+from lora_one.backends.jax.layout import plain_layout
+from lora_one.backends.jax.nnx.layers import factors_of
 from lora_one.errors import ZeroGradientWarning
 from tests.backends.jax.models import gradients, squared_error, step_of
 
@@ -99,6 +101,47 @@ def test_each_expert_of_one_parameter_gets_its_own_pair(tmp_path):
     updates, _ = jax.jit(tx.update)(grads, tx.init(model.lora), model.lora)
     sizes = jnp.abs(updates["experts.wi"]["wi_lora_b"]).max((1, 2))
     np.testing.assert_allclose(sizes, [1e-2, 1e-2, 0, 1e-2], rtol=0.02)
+
+
+class Ragged(nnx.Module):
+    """One parameter for all experts, in a module of its own."""
+
+    def __init__(self, *shape):
+        self.weight = nnx.Param(normal(*shape))
+
+    def __call__(self, x):
+        return jax.lax.ragged_dot(x, self.weight[...], jnp.asarray(SIZES))
+
+
+class LoraRagged(Ragged):
+    def __call__(self, x):
+        a, b, scale = factors_of(self, "weight")
+        sizes = jnp.asarray(SIZES)
+        return super().__call__(x) + scale * jax.lax.ragged_dot(jax.lax.ragged_dot(x, a, sizes), b, sizes)
+
+
+@pytest.mark.feature("Experts as one parameter")
+def test_a_module_of_experts_can_be_registered(tmp_path):
+    """Then no gradient of a whole weight is needed."""
+    register_layer(Ragged, LoraRagged, lambda layer: plain_layout(layer.weight.shape, 1, 1), "weight")
+
+    def make():
+        return nnx.Sequential(Ragged(4, 6, 5), jnp.tanh, Ragged(4, 5, 6))
+
+    truth = gradients(make(), [(X, Y)], squared_error)
+    config = lora_one.Config(rank=2, gradient="exact", gamma=4.0)
+    with pytest.warns(ZeroGradientWarning, match=r"layers\.0\.2.*layers\.2\.2"):
+        model, report = lora_one.init(make(), [(X, Y)], squared_error, config)
+    y = model(X)
+    lora_one.save(model, tmp_path, report)
+    np.testing.assert_allclose(lora_one.load(make(), tmp_path)(X), y, atol=1e-5)
+    merged = lora_one.merge(model)
+    np.testing.assert_allclose(merged(X), y, atol=1e-5)
+    for place in (0, 2):
+        change = merged.layers[place].weight[...] - make().layers[place].weight[...]
+        for i, g in enumerate(truth["layers", place, "weight"]):
+            expected = 0 * g if i == 2 else config.scaling * step_of(g.T, 2, gamma=4.0).T
+            np.testing.assert_allclose(change[i], expected, atol=1e-4 * np.abs(change).max(), err_msg=f"{place} {i}")
 
 
 class Mapped(nnx.Module):

@@ -136,6 +136,7 @@ def test_an_adapted_model_keeps_its_own_rank_scale_and_frozen_state():
         lora_one.init(adapted(), batches, config=lora_one.Config(rank=5, targets="x"))
 
 
+@pytest.mark.feature("Experts as one parameter")
 @pytest.mark.feature("Experts")
 def test_experts_that_no_token_reached_start_plain_and_are_reported():
     batches = token_batches(count=1, sequences=1, length=5)  # at most 4 tokens x 2 of 16 experts
