@@ -140,7 +140,7 @@ def _layer(a: Tensor, b: Tensor, scale: float) -> LoraLayer:
     return LoraLayer([Factors(*pair) for pair in zip(a.array, b.array, strict=True)], scale, dtype, is_switch=True)
 
 
-def write_mlx_lm(path: Path, adapter: Adapter, num_layers: int) -> None:
+def write_mlx_lm(path: Path, adapter: Adapter, num_layers: int, fits_peft: bool = True) -> None:
     """Write an adapter into an empty folder, as mlx-lm opens it, and in PEFT's layout beside it.
 
     PEFT's layout is left out for a stack of experts, which PEFT cannot name, and mlx-lm's where modules were trained
@@ -148,6 +148,7 @@ def write_mlx_lm(path: Path, adapter: Adapter, num_layers: int) -> None:
 
     Args:
         num_layers: the number of blocks of the model, which mlx-lm's configuration must hold.
+        fits_peft: whether PEFT would compute the same, so that its layout goes beside.
     """
     has_experts = any(layer.is_switch for layer in adapter.layers.values())
     if adapter.modules_to_save and not has_experts:
@@ -165,7 +166,7 @@ def write_mlx_lm(path: Path, adapter: Adapter, num_layers: int) -> None:
     for name, (array, dtype) in adapter.whole.items():
         tensors[name] = Tensor(channels_last(name, array), dtype)
     write_tensors(path / MLX_WEIGHTS, tensors, "mlx")
-    if not has_experts:
+    if fits_peft and not has_experts:
         config.update(peft_config(adapter))
         write_tensors(path / WEIGHTS, peft_tensors(adapter), "pt")
     write_config(path, config)

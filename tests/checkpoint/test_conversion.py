@@ -324,7 +324,7 @@ def test_folders_that_convert_does_not_read_or_write(base, tmp_path):
     write_peft(torch_model(base), src, target_modules=["q_proj"])
     with pytest.raises(ConfigError, match=r"to must be one of peft, mlx, flax, diffusers, gguf, got 'onnx'"):
         lora_one.convert(src, tmp_path / "dst", "onnx")
-    with pytest.raises(CheckpointError, match="convert overwrites nothing"):
+    with pytest.raises(CheckpointError, match="nothing is overwritten"):
         lora_one.convert(src, src, "peft")
     with pytest.raises(ConfigError, match=r"got \['encoder'\]; paths are as model\.layers\.0\.self_attn\.q_proj"):
         lora_one.convert(src, tmp_path / "dst", "mlx", rename={"encoder": "model"})

@@ -16,13 +16,13 @@ from lora_one.backends.targets import check_held
 from lora_one.config import Config
 from lora_one.errors import ModelError
 
-from .layout import LoraModule, dropout_of, is_switch
+from .layout import EMBEDDINGS, LoraModule, dropout_of, is_switch
 from .targets import SWITCH, find_targets, warn_of_left_out
 from .tree import Place, places
 from .whole import find_whole, train_whole, whole_parameters
 
-LORA = (LoRALinear, LoRASwitchLinear)
-OTHER_ADAPTERS = (DoRALinear, DoRAEmbedding, LoRAEmbedding)
+LORA = (LoRALinear, LoRASwitchLinear, LoRAEmbedding)
+OTHER_ADAPTERS = (DoRALinear, DoRAEmbedding)
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ def attach_lora(model: nn.Module, config: Config) -> nn.Module:
 def attach_layer(place: Place, rank: int, scale: float, dropout: float) -> LoraModule:
     """Replace a linear layer by mlx-lm's LoRA layer around it."""
     kind: Any = LoRASwitchLinear if isinstance(place.module, SWITCH) else LoRALinear
+    kind = LoRAEmbedding if isinstance(place.module, EMBEDDINGS) else kind
     module: LoraModule = kind.from_base(place.module, r=rank, scale=scale, dropout=dropout)
     place.container[place.key] = module
     return module
@@ -136,7 +137,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     """Return the LoRA layers of a model; an empty list for a plain one.
 
     Raises:
-        ModelError: adapters that LoRA-One does not start: DoRA, LoRA on an embedding, unknown ones.
+        ModelError: adapters that LoRA-One does not start: DoRA, unknown ones.
     """
     problems = []
     for place in places(model):
@@ -145,9 +146,7 @@ def find_sites(model: nn.Module) -> list[Site]:
         elif "lora_a" in place.module and not isinstance(place.module, LORA):
             problems.append(f"{place.path}: {type(place.module).__name__}, which is no LoRA layer of mlx-lm")
     if problems:
-        raise ModelError(
-            "LoRA-One starts, loads, saves and merges plain LoRA on linear layers, got:\n  " + "\n  ".join(problems)
-        )
+        raise ModelError("LoRA-One starts, loads, saves and merges plain LoRA, got:\n  " + "\n  ".join(problems))
     return lora_sites(model)
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
-from lora_one.checkpoint.adapter import Adapter, LoraLayer
+from lora_one.checkpoint.adapter import LINEAR, Adapter, Form, LoraLayer
 from lora_one.checkpoint.mlx_lm import Shapes, is_mlx_lm, read_mlx_lm, write_mlx_lm
 from lora_one.checkpoint.peft import check_folder, read_folder
 from lora_one.checkpoint.peft import read_adapter as read_peft
@@ -19,8 +18,8 @@ from lora_one.checks import shown_names
 from lora_one.core.factors import Factors
 from lora_one.errors import CheckpointError, warn_user
 
-from .attach import Site, attach_layer, find_sites, random_stream_kept
-from .layout import dropout_of, is_switch, read_pairs, set_dropout, write_pairs
+from .attach import LORA, Site, attach_layer, find_sites, random_stream_kept
+from .layout import EMBEDDINGS, base_of, dropout_of, is_switch, read_pairs, set_dropout, write_pairs
 from .merge import require_sites
 from .targets import columns, is_linear
 from .tree import Snapshot, flat, places
@@ -45,12 +44,12 @@ def save(model: nn.Module, path: Path) -> None:
             "or save it with model.save_weights",
             UnsavedWarning,
         )
-    layers = {
-        site.path: to_numpy(read_pairs(site.module), float(site.module.scale), is_switch(site.module)) for site in sites
-    }
+    layers = {site.path: _to_numpy(site) for site in sites}
     dropout = max(dropout_of(site.module) for site in sites)
     adapter = Adapter(layers, dropout, "CAUSAL_LM", modules_to_save=whole, whole=whole_tensors(model))
-    write_mlx_lm(path, adapter, len(getattr(model, "layers", ())))
+    # PEFT adds LoRA on an embedding to no tied output layer, and mlx-lm does.
+    fits_peft = not (_is_tied(model) and any(layer.form.is_embedding for layer in layers.values()))
+    write_mlx_lm(path, adapter, len(getattr(model, "layers", ())), fits_peft)
 
 
 def load(model: nn.Module, path: Path, trainable: bool) -> nn.Module:
@@ -101,7 +100,10 @@ def read_adapter(path: Path, model: nn.Module, held: Collection[str] | None) -> 
     else:
         folder = read_folder(path)
         dense = {name: (shape[0], shape[1]) for name, shape in linear.items() if len(shape) == 2}
-        problems = check_folder(folder, dense, parameters, held)
+        problems = check_folder(folder, dense, parameters, held, _forms(model))
+        if _is_tied(model):
+            problems += [f"{name}: PEFT adds LoRA on an embedding to no tied output layer, and mlx-lm does" for name in
+                         folder.forms]  # fmt: skip
         problems += setting_problems(folder.config, allowed=("modules_to_save",))
         adapter = Adapter({}) if problems else read_peft(folder)
     if problems:
@@ -109,11 +111,13 @@ def read_adapter(path: Path, model: nn.Module, held: Collection[str] | None) -> 
     return adapter
 
 
-def to_numpy(pairs: list[Factors], scale: float, is_switch: bool) -> LoraLayer:
+def _to_numpy(site: Site) -> LoraLayer:
+    pairs, scale = read_pairs(site.module), float(site.module.scale)
     dtype = pairs[0].lora_A.dtype
     wide = mx.float64 if dtype == mx.float64 else mx.float32  # NumPy has no bfloat16
     arrays = [Factors(*(np.array(factor.astype(wide)) for factor in pair)) for pair in pairs]
-    return LoraLayer(arrays, scale, STORED_NAMES[str(dtype).removeprefix("mlx.core.")], is_switch)
+    form = Form(is_embedding=True) if isinstance(base_of(site.module), EMBEDDINGS) else LINEAR
+    return LoraLayer(arrays, scale, STORED_NAMES[str(dtype).removeprefix("mlx.core.")], is_switch(site.module), form)
 
 
 def to_mlx(layer: LoraLayer) -> list[Factors]:
@@ -153,8 +157,22 @@ def _linear_shapes(model: nn.Module) -> Shapes:
     """Return the shape of every linear layer's weight, quantised or not, with LoRA or without."""
     shapes: dict[str, tuple[int, ...]] = {}
     for place in places(model):
-        adapted = isinstance(place.module, LoRALinear | LoRASwitchLinear)
-        base = place.module.linear if adapted else place.module
-        if is_linear(base):
+        base = base_of(place.module) if isinstance(place.module, LORA) else place.module
+        if isinstance(base, EMBEDDINGS):
+            shapes[place.path] = columns(base), base.weight.shape[0]
+        elif is_linear(base):
             shapes[place.path] = (*base.weight.shape[:-1], columns(base))
     return shapes
+
+
+def _forms(model: nn.Module) -> dict[str, Form]:
+    """Return path -> kind, of the layers that are not linear."""
+    modules = ((place.path, place.module) for place in places(model))
+    bases = ((path, base_of(module) if isinstance(module, LORA) else module) for path, module in modules)
+    return {path: Form(is_embedding=True) for path, base in bases if isinstance(base, EMBEDDINGS)}
+
+
+def _is_tied(model: nn.Module) -> bool:
+    """Return whether a model of mlx-lm uses its embedding as the output layer too."""
+    args = getattr(model, "args", None)
+    return args is not None and bool(getattr(args, "tie_word_embeddings", False) or "lm_head" not in model)

@@ -5,13 +5,20 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tuner.lora import LoRASwitchLinear
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRASwitchLinear
 
 from lora_one.core.factors import Factors
 
 # LoRALinear:        lora_a (in, r), lora_b (r, out)
 # LoRASwitchLinear:  lora_a (experts, r, in), lora_b (experts, out, r)
-LoraModule = Any  # one of the two: mlx types no attribute of a module
+# LoRAEmbedding:     lora_a (tokens, r), lora_b (r, dim): of W, (dim, tokens), the table transposed
+LoraModule = Any  # one of the three: mlx types no attribute of a module
+EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+
+
+def base_of(module: LoraModule) -> Any:
+    """Return the layer without LoRA."""
+    return module.embedding if isinstance(module, LoRAEmbedding) else module.linear
 
 
 def is_switch(module: nn.Module) -> bool:

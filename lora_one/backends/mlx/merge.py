@@ -15,7 +15,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from lora_one.errors import ModelError, warn_user
 
 from .attach import Site, find_sites, random_stream_kept
-from .layout import LoraModule, read_pairs
+from .layout import EMBEDDINGS, LoraModule, base_of, read_pairs
 from .ops import MlxOps
 from .tree import flat
 from .whole import forget_whole
@@ -52,7 +52,7 @@ def merge(model: nn.Module, dequantize: bool = False) -> nn.Module:
     with random_stream_kept():
         merged = [merged_layer(site.module, dequantize, compute) for site in sites]
     for site, (layer, _) in zip(sites, merged, strict=True):
-        if "weight" in site.module.linear._no_grad:
+        if "weight" in base_of(site.module)._no_grad:
             layer.freeze()
         layer.train(site.module.training)
         site.place.container[site.place.key] = layer
@@ -97,16 +97,17 @@ def merged_layer(module: LoraModule, dequantize: bool, compute: mx.Dtype) -> Mer
         dequantize: whether a quantised layer becomes a float one.
         compute: the dtype of a float layer, if its quantised weight does not say it.
     """
-    base: Any = module.linear
+    base = base_of(module)
     weight = float_weight(base)  # (out, in) or (experts, out, in)
     pairs = [[_OPS.at_least_float32(factor) for factor in pair] for pair in read_pairs(module)]
     products = [float(module.scale) * (b @ a) for a, b in pairs]
     delta = products[0] if weight.ndim == 2 else mx.stack(products)
+    delta = delta.T if isinstance(base, EMBEDDINGS) else delta
     is_quantised = "scales" in base
     dtype: mx.Dtype = base.scales.dtype if is_quantised else base.weight.dtype
     if not mx.issubdtype(dtype, mx.floating):
         dtype = compute if dequantize else weight.dtype
-    layer = _float_layer((weight + delta).astype(dtype))
+    layer = _float_layer((weight + delta).astype(dtype), base)
     if "bias" in base:
         layer.bias = base.bias
     if is_quantised and not dequantize:
@@ -141,8 +142,12 @@ def float_weight(layer: Any) -> mx.array:
     return mx.stack([mx.dequantize(w, s, global_scale=scale, **quantisation) for w, s, scale in experts])
 
 
-def _float_layer(weight: mx.array) -> Any:
+def _float_layer(weight: mx.array, like: Any) -> Any:
     rows, columns = weight.shape[-2:]
+    if isinstance(like, EMBEDDINGS):
+        table: Any = nn.Embedding(rows, columns)
+        table.weight = weight
+        return table
     layer: Any = nn.Linear(columns, rows, bias=False)
     if weight.ndim == 3:
         layer = SwitchLinear(columns, rows, weight.shape[0], bias=False)

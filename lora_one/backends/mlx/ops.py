@@ -13,6 +13,8 @@ import numpy as np
 
 from lora_one.core.ops import Ops
 
+from .one_hot import OneHot, product
+
 
 class MlxOps(Ops):
     """The array operations of `lora_one.core.ops.Ops`, on `mlx.core.array`.
@@ -49,7 +51,7 @@ class MlxOps(Ops):
         return float(mx.finfo(x.dtype).eps)
 
     def matmul(self, a: mx.array, b: mx.array) -> mx.array:
-        return a @ b
+        return product(a, b) if isinstance(a, OneHot) or isinstance(b, OneHot) else a @ b
 
     def matrix_transpose(self, x: mx.array) -> mx.array:
         return x.swapaxes(-1, -2)

@@ -13,6 +13,7 @@ from lora_one.checkpoint.whole import is_within
 from lora_one.checks import shown_names
 from lora_one.errors import ModelError, TargetsWarning, warn_user
 
+from .layout import EMBEDDINGS
 from .tree import Place, places
 
 DENSE = (nn.Linear, nn.QuantizedLinear)
@@ -68,10 +69,12 @@ def find_targets(model: nn.Module, targets: Targets, whole: Sequence[str] = ()) 
     else:
         chosen = [place for place in modules if matches(place.path, targets)]
         check_apart((place.path for place in chosen), whole)
-        wrong = [f"{place.path} ({type(place.module).__name__})" for place in chosen if place not in linear]
+        fit = [*linear, *(place for place in modules if isinstance(place.module, EMBEDDINGS))]
+        wrong = [f"{place.path} ({type(place.module).__name__})" for place in chosen if place not in fit]
         if wrong:
             raise ModelError(
-                f"targets must match linear layers only, got {targets!r}, which matches {shown_names(wrong)}"
+                f"targets must match linear layers and embeddings only, got {targets!r}, "
+                f"which matches {shown_names(wrong)}"
             )
     if not chosen:
         others = [f"{path} ({kind})" for path, kind in _left_out(model, [])]

@@ -297,10 +297,10 @@ BAD = {
         {"config": lora_one.Config(rank=65)},
     ),
     "targets": (errors.ModelError, "its linear layers are: model.layers.0", {"config": lora_one.Config(targets=["w"])}),
-    "embedding": (
+    "norm": (
         errors.ModelError,
-        r"embed_tokens \(QuantizedEmbedding\)",
-        {"config": lora_one.Config(targets=["embed_tokens"])},
+        r"input_layernorm \(RMSNorm\)",
+        {"config": lora_one.Config(targets=["input_layernorm"])},
     ),
     "no batches": (errors.BatchError, "at least one batch, got none", {"batches": []}),
     "generator": (
@@ -313,7 +313,7 @@ BAD = {
 }
 
 
-SETTINGS = {"rank", "targets", "embedding"}  # a model that is adapted already keeps its own
+SETTINGS = {"rank", "targets", "norm"}  # a model that is adapted already keeps its own
 
 
 @pytest.mark.parametrize(
@@ -360,14 +360,11 @@ def test_a_failed_svd_is_an_error_that_names_the_layer(monkeypatch):
     assert contents(model).keys() == before.keys()
 
 
-def test_dora_and_embeddings_are_an_error():
-    for use_dora, keys, kind in (
-        (True, ["self_attn.q_proj"], "DoRALinear"),
-        (False, ["model.embed_tokens"], "LoRAEmbedding"),
-    ):
+def test_dora_is_an_error():
+    for keys, kind in ((["self_attn.q_proj"], "DoRALinear"), (["model.embed_tokens"], "DoRAEmbedding")):
         model = tiny_llama()
-        linear_to_lora_layers(model, 2, {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": keys}, use_dora)
-        with pytest.raises(errors.ModelError, match=rf"plain LoRA on linear layers, got:\n.*{kind}"):
+        linear_to_lora_layers(model, 2, {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": keys}, use_dora=True)
+        with pytest.raises(errors.ModelError, match=rf"plain LoRA, got:\n.*{kind}"):
             lora_one.init(model, token_batches())
 
 

@@ -11,7 +11,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import lora_one
 from lora_one.backends.mlx.merge import RequantizeWarning
-from tests.backends.mlx.models import contents, tiny_llama, warned
+from tests.backends.mlx.models import tiny_llama, warned
 
 MODES = [("affine", 32, 4), ("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8)]
 
@@ -167,18 +167,3 @@ def test_an_output_layer_that_shares_its_array_with_the_embedding_leaves_the_emb
     np.testing.assert_allclose(np.array(model(tokens)), expected, atol=1e-4)
     np.testing.assert_array_equal(np.array(model.model.embed_tokens.weight), before)
     assert np.abs(np.array(model.lm_head.weight) - before).max() > 0.1
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_lora_on_an_embedding_is_refused_and_nothing_changes(tied, tmp_path):
-    model = tiny_llama(tie_word_embeddings=tied)
-    linear_to_lora_layers(model, 0, {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": ["model.embed_tokens"]})
-    model.model.embed_tokens.lora_b = mx.ones_like(model.model.embed_tokens.lora_b)
-    before = contents(model)
-    for refuse in (lora_one.merge, lambda model: lora_one.save(model, tmp_path), lambda m: lora_one.load(m, tmp_path)):
-        with pytest.raises(lora_one.errors.ModelError, match=r"embed_tokens: LoRAEmbedding"):
-            refuse(model)
-    after = contents(model)
-    assert after.keys() == before.keys() and not any(tmp_path.iterdir())
-    for name, value in before.items():
-        np.testing.assert_array_equal(after[name], value)

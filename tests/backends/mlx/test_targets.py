@@ -133,7 +133,9 @@ def test_a_subclass_of_linear_that_is_none_is_left_out_or_refused(quantised):
         attention = model.layers[0].self_attn
         attention.qkv_proj = attention.qkv_proj.to_quantized(32, 4)
     before = contents(model)
-    with pytest.raises(ModelError, match=r"match linear layers only.*qkv_proj \(Fused(Quantized)?Linear\)"):
+    with pytest.raises(
+        ModelError, match=r"match linear layers and embeddings only.*qkv_proj \(Fused(Quantized)?Linear\)"
+    ):
         lora_one.init(model, token_batches(count=1), config=lora_one.Config(targets=["qkv_proj"]))
     assert contents(model).keys() == before.keys()
     _, report, (text,) = init_warned(model, config=EXACT)

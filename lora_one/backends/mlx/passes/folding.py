@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_one.backends.checks import AGAINST_OVERFLOW
 from lora_one.backends.interface import Layer
+from lora_one.backends.mlx.one_hot import arrays_of, joined
 from lora_one.backends.mlx.ops import MlxOps
 from lora_one.core.fold import FoldState, fold, merge_all, of_mean
 from lora_one.core.gradient import RowProduct, times
@@ -35,7 +36,7 @@ class Folding:
 
     def add(self, layer: Layer, rows: RowProduct, is_last: bool) -> None:
         """Take in rows of a layer. Raise GradientError if their product is not finite."""
-        mx.eval(rows)
+        mx.eval(arrays_of(rows))
         state, waiting = self._states[layer.name], self._waiting[layer.name]
         if not np.isfinite(np.array(times(OPS, rows, state.test))).all():  # LAPACK fails on it with a bare number
             raise GradientError(f"layer {layer.name!r}: its gradient is not finite; {AGAINST_OVERFLOW}")
@@ -47,9 +48,9 @@ class Folding:
         """Renew a layer's state by the rows that wait, if there are any."""
         waiting = self._waiting.pop(name, [])
         if waiting:
-            dy, x = (OPS.concat(side) for side in zip(*waiting, strict=True))
-            self._states[name] = state = fold(OPS, self._states[name], RowProduct(dy, x))
-            mx.eval(state)
+            for rows in joined(waiting):
+                self._states[name] = state = fold(OPS, self._states[name], rows)
+                mx.eval(state)
 
     def pop_mean(self, layer: Layer, batches: int) -> FoldState | None:
         """Return the state of the mean over the batches of all processes; None if no gradient reached the layer.

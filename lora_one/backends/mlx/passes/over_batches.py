@@ -14,6 +14,7 @@ import numpy as np
 from lora_one.backends.checks import check_finite_loss, with_last
 from lora_one.backends.interface import Layer, PassResult
 from lora_one.backends.mlx.attach import Site
+from lora_one.backends.mlx.layout import EMBEDDINGS, base_of
 from lora_one.backends.mlx.ops import MlxOps
 from lora_one.backends.mlx.processes import Processes
 from lora_one.core.gradient import RowProduct
@@ -21,7 +22,7 @@ from lora_one.core.gradient import RowProduct
 from .batches import LossFn, check_scalar, to_mlx
 from .distributed import mean_over_processes
 from .loss_scale import LossScale, Summaries, summary
-from .tap import Call, Tap, rows_of
+from .tap import Call, EmbeddingTap, Tap, rows_of
 
 OPS = MlxOps()
 
@@ -116,7 +117,9 @@ class Passes:
 @contextmanager
 def _tapped(site: Site, calls: _Calls) -> Iterator[Tap]:
     """Temporarily replace a LoRA layer by a tap, which computes only W x."""
-    tap = Tap(site.module.linear, lambda call: calls[site.path].append(call))
+    base, record = base_of(site.module), lambda call: calls[site.path].append(call)
+    is_table = isinstance(base, EMBEDDINGS)
+    tap: Any = EmbeddingTap(base, site.layers[0].in_features, record) if is_table else Tap(base, record)
     site.place.container[site.place.key] = tap
     try:
         yield tap

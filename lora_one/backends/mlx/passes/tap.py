@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from lora_one.backends.mlx.one_hot import OneHot
 from lora_one.core.gradient import RowProduct
 
 
@@ -21,6 +22,7 @@ class Call(NamedTuple):
     dy: mx.array  # (..., out), dL/dy
     x: mx.array  # (..., in)
     experts: mx.array | None = None  # (...), the expert of each row, in a mixture of experts
+    tokens: int | None = None  # of the table that x, (...), looks up
 
 
 class Tap(nn.Module):
@@ -42,6 +44,28 @@ class Tap(nn.Module):
         return y
 
 
+class EmbeddingTap(nn.Module):
+    """An embedding that hands each `Call` to `record` in the backward pass. W, (dim, tokens), is its table transposed.
+
+    Where it is the output layer too, its logits are x^T W, so that x is in the place of dy, and dL/dlogits in x's.
+    """
+
+    def __init__(self, embedding: Any, tokens: int, record: Callable[[Call], None]):
+        super().__init__()
+        self.embedding = embedding
+        self.anchor = mx.zeros(())
+        self._looked_up = _recording(lambda call: record(call._replace(tokens=tokens)))
+        self._multiplied = _recording(lambda call: record(Call(call.x, call.dy)))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y: mx.array = self._looked_up(self.embedding(x), self.anchor, x)
+        return y
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        y: mx.array = self._multiplied(self.embedding.as_linear(x), self.anchor, mx.stop_gradient(x))
+        return y
+
+
 def rows_of(calls: Sequence[Call], pairs: int, dtype: mx.Dtype, scale: float) -> Iterator[tuple[int, RowProduct]]:
     """Yield the index of each pair that a token reached, and the rows of all calls together.
 
@@ -51,6 +75,13 @@ def rows_of(calls: Sequence[Call], pairs: int, dtype: mx.Dtype, scale: float) ->
         dtype: that of the rows.
         scale: that of the loss, which is divided out of dy.
     """
+    for call in calls:
+        if call.tokens is not None:
+            dy, index = call.dy.reshape(-1, call.dy.shape[-1]), call.x.reshape(-1)
+            yield 0, RowProduct(dy.astype(dtype) / scale, OneHot(index, call.tokens, dtype))
+    calls = [call for call in calls if call.tokens is None]
+    if not calls:
+        return
     dy, x = _rows([call.dy for call in calls]), _rows([call.x for call in calls])
     experts = [np.array(call.experts).reshape(-1) for call in calls if call.experts is not None]
     if not experts:
