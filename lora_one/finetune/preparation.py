@@ -63,7 +63,7 @@ def prepare(recipe: Recipe, progress: Progress) -> Prepared:
         )
     if recipe.packing and recipe.max_length is not None:
         sequences = pack(sequences, recipe.max_length)
-        check_apart(lambda rows: tuner.mean_loss(tuner.batches(rows, len(rows))), sequences)
+        check_apart(lambda rows: tuner.mean_loss(tuner.batches(rows, len(rows))), sequences, recipe.dtype)
     return Prepared(tuner, sequences, validation, tests)
 
 

@@ -156,6 +156,13 @@ def test_the_gradient_that_mlx_takes_a_step_with_is_clipped():
         assert np.array(spy.gradients["b"])[0, 0] == pytest.approx(4.0 * scale, rel=1e-5)
 
 
+def test_activations_that_mlx_computes_again_have_no_dropout(folder, tmp_path):
+    """mx.checkpoint draws other zeros the second time: the gradient would be that of another loss."""
+    settings = {**SHORT, "gradient_checkpointing": True, "dropout": 0.1}
+    with pytest.raises(ConfigError, match="gradient_checkpointing with dropout needs the backend torch or jax"):
+        trained(folder, tmp_path, backend="mlx", **settings)
+
+
 SHORT = {"steps": 4, "batch_size": 3, "init_batches": 1, "rank": 2, "targets": ["q_proj"], "warmup": 0, "plain": True}
 
 

@@ -146,6 +146,7 @@ def test_micro_batches_add_up_to_a_step(t5, tmp_path):
         torch.testing.assert_close(parts[name], factor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.feature("Learning-rate schedules", "torch")
 def test_the_schedule_is_transformers(t5, tmp_path, monkeypatch):
     """The cosine's first step is a whole learning rate, its last is (1 + cos(pi (n - 1) / n)) / 2 of one."""
     rates = []

@@ -24,7 +24,7 @@ from lora_one.backends.mlx.attach import random_key, set_random_key
 from lora_one.backends.mlx.lora_adamw import LearningRate, LoraOneAdamW
 from lora_one.backends.mlx.optimizer import optimizer
 from lora_one.backends.mlx.pretrained import load_pretrained
-from lora_one.errors import ModelError
+from lora_one.errors import ConfigError, ModelError
 from lora_one.finetune.checkpoints import NEVER, Checkpoints
 from lora_one.finetune.encoding import TokenSequence
 from lora_one.finetune.fit import check_tokenizer
@@ -83,6 +83,11 @@ class MlxTuner:
         self.limits = limits_of(model)
 
     def check(self, recipe: Recipe) -> None:
+        if recipe.gradient_checkpointing and recipe.config.dropout:
+            raise ConfigError(
+                "gradient_checkpointing with dropout needs the backend torch or jax: MLX draws other zeros when it "
+                "computes the activations again, and the gradient would be that of another loss. Leave one of them out"
+            )
         if recipe.packing:
             check_packing(self.model, self.limits)
 
