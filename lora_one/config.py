@@ -23,12 +23,16 @@ class Config:
     SVD of -G.
 
     Attributes:
-        rank: int >= 1, default 8. The number r of columns of lora_B and rows of lora_A, of every LoRA pair.
+        rank: int >= 1, default 8. The number r of columns of lora_B and rows of lora_A, of every LoRA pair; their mean
+            with `rank_max`.
         alpha: float > 0, default 16. The layer computes W x + s B A x with s = alpha / sqrt(rank), or alpha / rank
             without rsLoRA.
         use_rslora: bool, default True. Choose s = alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732). The adapter itself
             states s by the plain rule alpha / rank, with the alpha that this requires, since many readers know no other
             rule.
+        rank_max: int >= rank or None (default). None gives every layer the same rank. A number lets the ranks follow
+            the gradients: each layer gets 1 to `rank_max`, the more the slower its S_i / S_1 fall, for no more
+            parameters than `rank` in every layer takes. s stays that of `rank`. See docs/guide/adaptive-rank.md.
         scale: "normalized" (default) or "gradient". "normalized" starts at B A = U diag(S / S_1) V^T / gamma, a step of
             spectral norm s / gamma whatever the gradient's scale (Algorithm 1 as the paper's LLM experiments run it).
             "gradient" starts at B A = -eta G_r, the form of the paper's theory, where G_r is the best rank-r part of G.
@@ -50,7 +54,7 @@ class Config:
             both sides of the gradient again and finds most of what was missing. "auto" makes a second one where, by the
             report's own estimate, some layer's factors hold less than 95 % of the best rank-r energy. The least is 2
             for models in which the backward pass cannot see a layer's inputs: see docs/speed.md.
-        oversample: int >= 0, default 16. Directions that the sketch follows beyond `rank`.
+        oversample: int >= 0, default 16. Directions that the sketch follows beyond the largest rank.
         recompute: bool or "auto" (default). Whether the blocks of a transformers model compute their activations again
             in the backward pass, to save memory at the cost of up to one more forward pass: all blocks (True), none
             (False), or ("auto") those whose activations no longer fit into half of the free memory. PyTorch only; in
@@ -74,6 +78,7 @@ class Config:
     rank: int = 8
     alpha: float = 16.0
     use_rslora: bool = True
+    rank_max: int | None = None
     scale: Literal["normalized", "gradient"] = "normalized"
     gamma: float | Literal["auto"] = DEFAULT_GAMMA
     eta: float = 1.0
@@ -91,6 +96,8 @@ class Config:
             object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "modules_to_save", check_texts("modules_to_save", self.modules_to_save))
         check_integer("rank", self.rank, least=1)
+        if self.rank_max is not None:
+            check_integer("rank_max", self.rank_max, least=self.rank, otherwise=" (the rank) or None")
         if self.passes != "auto":
             check_integer("passes", self.passes, least=1, otherwise=' or "auto"')
         check_integer("oversample", self.oversample, least=0)

@@ -11,6 +11,7 @@ from .core.ops import as_one_program
 from .core.spectrum import Spectrum
 from .errors import BatchError, GammaWarning, ModelError, UnderflowWarning, ZeroGradientWarning, warn_user
 from .passes import Spectra, exact_gradients, sketch_gradients
+from .ranks import layer_ranks
 from .report import DeferredReport, GammaTrial, LayerReport, Report, layer_report
 
 ROUNDED_AWAY = 0.03  # share of a gradient's norm, 0.001 of its energy, from which on `init` warns of float16
@@ -31,7 +32,9 @@ def initialize(session: Session, config: Config, backend: str, began: float) -> 
     """
     for layer in session.layers:
         _check_rank(layer)
-    spectra = exact_gradients(session) if config.gradient == "exact" else sketch_gradients(session, config)
+    spectra = exact_gradients(session, config) if config.gradient == "exact" else sketch_gradients(session, config)
+    if config.rank_max is not None:
+        spectra = _at_own_ranks(session, config, spectra)
     entries = _layer_reports(session, spectra)
     _check_some_gradient(entries)
     _assign_plain(session, config, entries)
@@ -75,6 +78,18 @@ def _check_rank(layer: Layer) -> None:
             f"leave the layer out of the targets, or, where it is a new head, train it whole: "
             f"Config(modules_to_save=[{head!r}])"
         )
+
+
+def _at_own_ranks(session: Session, config: Config, spectra: Spectra) -> Spectra:
+    """Give the layers the ranks that their spectra suggest. Return the spectra of these ranks."""
+    values = {name: spectrum.values for name, spectrum in spectra.layers.items()}
+    session.set_ranks(layer_ranks(session.layers, config, values))
+    own = {
+        layer.name: spectra.layers[layer.name].of_rank(session.ops, layer.rank)
+        for layer in session.layers
+        if layer.name in spectra.layers
+    }
+    return spectra._replace(layers=own)
 
 
 def _layer_reports(session: Session, spectra: Spectra) -> list[LayerReport]:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .backends.checks import AGAINST_OVERFLOW
-from .backends.interface import Layer, PassResult, Session
+from .backends.interface import Layer, PassResult, Session, followed_rank
+from .backends.numpy import NumpyOps
 from .config import Config
 from .core.exact import exact_spectra
 from .core.fold import TEST_COLUMNS, FoldState, aim, finish_fold, read_both_sides, start_fold
@@ -19,9 +20,10 @@ from .core.gradient import Gradient, arrays_of
 from .core.omega import draw_omega
 from .core.ops import Array, Ops, as_one_program
 from .core.sides import Products, Sides
-from .core.spectrum import Spectrum
+from .core.spectrum import Spectrum, leading
 from .core.stacking import stack_of, stacked, unstacked
 from .errors import ChangingBatchesWarning, GradientError, warn_user
+from .ranks import layer_ranks
 from .report import share_of_best
 
 ENOUGH = 0.95  # share of the energy of the best rank-r gradient at which passes="auto" stops
@@ -37,6 +39,10 @@ class LayerSpectrum(NamedTuple):
 
     spectrum: Spectrum  # arrays of the framework, on the layer's device
     values: Spectrum  # the same, but with the singular values and norms as NumPy arrays
+
+    def of_rank(self, ops: Ops, rank: int) -> "LayerSpectrum":
+        """Return the spectrum of the best part of a rank, which may be smaller."""
+        return LayerSpectrum(leading(ops, self.spectrum, rank), leading(NumpyOps(), self.values, rank))
 
 
 class Spectra(NamedTuple):
@@ -62,12 +68,12 @@ def sketch_gradients(session: Session, config: Config) -> Spectra:
     if unfolded:
         states |= _of_random_sides(session, config, unfolded, results)
     while len(results) < config.pass_counts[-1]:
-        if len(results) >= config.pass_counts[0] and session.all_agree(_hold_enough(ops, states)):
+        if len(results) >= config.pass_counts[0] and session.all_agree(_hold_enough(session, config, states)):
             break
         _read(session, states, results)
     spectra: dict[str, LayerSpectrum] = {}
     for layers in list(states):
-        spectra |= _finish(ops, layers, states.pop(layers))
+        spectra |= _finish(ops, config, layers, states.pop(layers))
     return Spectra(results[0], len(results), spectra)
 
 
@@ -140,8 +146,9 @@ def _start(session: Session, config: Config, layers: Sequence[Layer], random_sid
             return stacked(ops, [ops.asarray(x, like=session.like(stack[0].name)) for x in draws])
 
         for stack in _stacks(session, layers):
-            _, out_features, in_features, rank, _ = stack[0]
-            width = min((2 if random_sides else 1) * (rank + config.oversample), out_features, in_features)
+            out_features, in_features = stack[0].out_features, stack[0].in_features
+            directions = followed_rank(config, stack[0]) + config.oversample
+            width = min((2 if random_sides else 1) * directions, out_features, in_features)
             omega, test = drawn(stack, "", in_features, width), drawn(stack, ", test", in_features, TEST_COLUMNS)
             states[stack] = start_fold(ops, omega, out_features, test)
             if random_sides:
@@ -169,26 +176,28 @@ def _warn_if_batches_changed(results: list[PassResult]) -> None:
         )
 
 
-def _hold_enough(ops: Ops, states: _States) -> bool:
-    """Return whether the factors of all layers hold enough, by the report's own estimate."""
+def _hold_enough(session: Session, config: Config, states: _States) -> bool:
+    """Return whether the factors of all layers would hold enough, by the report's own estimate."""
+    spectra: dict[str, Spectrum] = {}
     for layers, state in states.items():
-        for spectrum in _finish(ops, layers, state).values():
-            if spectrum.values.s[0] > 0 and share_of_best(spectrum.values) < ENOUGH:
-                return False
-    return True
+        finished = _finish(session.ops, config, layers, state)
+        spectra |= {name: of_layer.values for name, of_layer in finished.items() if of_layer.values.s[0] > 0}
+    ranks = layer_ranks(session.layers, config, spectra)
+    return all(share_of_best(leading(NumpyOps(), x, ranks[name])) >= ENOUGH for name, x in spectra.items())
 
 
-def _finish(ops: Ops, layers: Stack, state: FoldState) -> dict[str, LayerSpectrum]:
-    return _by_layer(ops, layers, as_one_program(ops, finish_fold, ("rank",))(state, rank=layers[0].rank))
+def _finish(ops: Ops, config: Config, layers: Stack, state: FoldState) -> dict[str, LayerSpectrum]:
+    finish = as_one_program(ops, finish_fold, ("rank",))
+    return _by_layer(ops, layers, finish(state, rank=followed_rank(config, layers[0])))
 
 
-def exact_gradients(session: Session) -> Spectra:
+def exact_gradients(session: Session, config: Config) -> Spectra:
     """Make one pass that forms each layer's gradient, and decompose the gradients as they come.
 
     Raises:
         GradientError: a gradient is not finite.
     """
-    decomposer = _Decomposer(session)
+    decomposer = _Decomposer(session, config)
     result = session.exact_pass(decomposer.add)
     decomposer.decompose_all()
     return Spectra(result, 1, decomposer.spectra)
@@ -197,9 +206,9 @@ def exact_gradients(session: Session) -> Spectra:
 class _Decomposer:
     """Gradients that wait for others of their stack, up to `STACK_BYTES`, and the spectra of those decomposed."""
 
-    def __init__(self, session: Session):
+    def __init__(self, session: Session, config: Config):
         self.spectra: dict[str, LayerSpectrum] = {}
-        self._session = session
+        self._session, self._config = session, config
         self._layers = {layer.name: layer for layer in session.layers}
         self._waiting: dict[Hashable, dict[Layer, Gradient]] = defaultdict(dict)
 
@@ -224,7 +233,7 @@ class _Decomposer:
     def _decompose(self, key: Hashable) -> None:
         ops, gradients = self._session.ops, self._waiting.pop(key)
         layers = tuple(gradients)
-        spectra = exact_spectra(ops, list(gradients.values()), layers[0].rank)
+        spectra = exact_spectra(ops, list(gradients.values()), followed_rank(self._config, layers[0]))
         self.spectra |= _by_layer(ops, layers, stack_of(ops, spectra))
 
 

@@ -26,7 +26,7 @@ FEATURES = {
     "Experts as one parameter": "the same where one array holds the weights of all experts",
     "Layers stacked on any axis": "scanned and vmapped layers",
     "DoRA": "`dora=True`: the magnitude is trained beside the direction",
-    "Adaptive rank": '`rank="auto"`: the gradients share out the ranks',
+    "Adaptive rank": "`rank_max=`: the gradients share out the ranks",
     "New heads (modules_to_save)": "modules that are trained whole and kept with the adapter",
     "LoRA dropout": "`dropout=`",
     "Preconditioned steps": "`optimizer(precondition=True)`",

@@ -81,6 +81,9 @@ class MatrixSession:
     def all_agree(self, decision: bool) -> bool:
         return decision and self.passes >= self.others_continue_to
 
+    def set_ranks(self, ranks: Mapping[str, int]) -> None:
+        self.layers = [layer._replace(rank=ranks[layer.name]) for layer in self.layers]
+
     def assign(self, layer: str, factors: Factors) -> None:
         self.factors[layer] = factors
 

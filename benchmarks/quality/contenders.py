@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import torch
 from peft.optimizers import create_loraplus_optimizer
-from peft.tuners.lora.config import LoraGAConfig
+from peft.tuners.lora.config import EvaConfig, LoraGAConfig
 from torch import nn
 
 import lora_one
@@ -27,6 +27,7 @@ class Contender:
         start: the model as training finds it.
         rates: the first learning rates to try; the sweep goes on where the best is at an edge.
         optimizer: (model, learning rate) -> optimizer.
+        after_step: is called after each step of the optimizer, with the model and the step's number, 1 for the first.
     """
 
     start: Start
@@ -34,6 +35,7 @@ class Contender:
     optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] = field(
         default=lambda model, rate: lora_one.optimizer(model, learning_rate=rate)
     )
+    after_step: Callable[[nn.Module, int], None] = lambda model, step: None
 
 
 def full(task: Task, rank: int, seed: int) -> tuple[nn.Module, None]:
@@ -77,18 +79,55 @@ def lora_ga(task: Task, rank: int, seed: int) -> tuple[nn.Module, None]:
     return peft.get_peft_model(model, config), None
 
 
-def lora_one_start(batches: int | None = None, targets: str | None = None, **options: Any) -> Start:
+def eva(task: Task, rank: int, seed: int) -> tuple[nn.Module, None]:
+    """Singular vectors of the layers' inputs, which also spread the ranks, up to twice the mean (arXiv 2410.07170)."""
+    config = _lora_config(task, rank, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0))
+    model = peft.get_peft_model(task.model(), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it tells of layers that it needs more batches for, and reads them again
+        peft.initialize_lora_eva_weights(model, task.start_batches(seed), show_progress_bar=False)
+    return model, None
+
+
+def adalora(task: Task, rank: int, seed: int) -> tuple[nn.Module, None]:
+    """Half as many ranks again, pruned while it trains: the schedule of its documentation's example, by the steps."""
+    config = peft.AdaLoraConfig(
+        target_r=rank,
+        init_r=rank * 3 // 2,
+        total_step=task.steps,
+        tinit=task.steps // 10,
+        tfinal=task.steps // 5,
+        lora_alpha=ALPHA,
+        target_modules=task.targets,
+        modules_to_save=list(task.modules_to_save) or None,
+    )
+    return peft.get_peft_model(task.model(), config), None
+
+
+def prune(model: Any, step: int) -> None:
+    """Let AdaLoRA spread its ranks anew. Its regulariser ends with the last step: it is no part of what is measured."""
+    config = model.peft_config["default"]
+    model.base_model.update_and_allocate(step)
+    if step == config.total_step:
+        config.orth_reg_weight = 0.0
+
+
+def lora_one_start(
+    batches: int | None = None, targets: str | None = None, rank_times: int | None = None, **options: Any
+) -> Start:
     """Ours, by one pass where nothing else is said.
 
     Args:
         batches: that the start reads, where it is not the task's number.
         targets: of LoRA, where they are not the task's.
+        rank_times: the largest rank over the mean; None for one rank everywhere.
         options: settings of `lora_one.Config`.
     """
 
     def start(task: Task, rank: int, seed: int) -> tuple[nn.Module, lora_one.Report]:
         config = lora_one.Config(
             rank=rank,
+            rank_max=rank_times and rank_times * rank,
             alpha=ALPHA,
             targets=targets or task.targets,
             modules_to_save=task.modules_to_save,
@@ -107,6 +146,11 @@ def loraplus(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     return create_loraplus_optimizer(model, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=16.0, weight_decay=0.0)
 
 
+def adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """PyTorch's, of all that is trainable."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+
+
 def ours(**options: Any) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
     """`lora_one.optimizer` with options."""
     return lambda model, rate: lora_one.optimizer(model, learning_rate=rate, **options)
@@ -115,9 +159,7 @@ def ours(**options: Any) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
 LOWER = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 
 CONTENDERS: dict[str, Contender] = {
-    "full fine-tuning": Contender(
-        full, LOWER, lambda m, rate: torch.optim.AdamW(m.parameters(), lr=rate, weight_decay=0.0)
-    ),
+    "full fine-tuning": Contender(full, LOWER, adamw),
     "LoRA": Contender(lora(use_rslora=False)),
     "rsLoRA": Contender(lora(use_rslora=True)),
     "PiSSA": Contender(pissa),
@@ -130,6 +172,9 @@ CONTENDERS: dict[str, Contender] = {
     "LoRA-One, B at 4x the rate": Contender(lora_one_start(), optimizer=ours(loraplus_lr_ratio=4.0)),
     "LoRA-One, B at 16x the rate": Contender(lora_one_start(), LOWER, ours(loraplus_lr_ratio=16.0)),
     "LoRA-One, gamma 16": Contender(lora_one_start(gamma=16.0)),
+    "LoRA-One, adaptive rank": Contender(lora_one_start(rank_times=4)),
+    "EVA": Contender(eva),
+    "AdaLoRA": Contender(adalora, optimizer=adamw, after_step=prune),
 }
 MAIN = tuple(CONTENDERS)
 

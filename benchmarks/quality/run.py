@@ -40,11 +40,12 @@ def run(
     )
     losses = []
     model.train()
-    for batch in task.training_batches(seed):
+    for step, batch in enumerate(task.training_batches(seed), 1):
         optimizer.zero_grad()
         loss = task.loss_fn(model, batch)
         loss.backward()
         optimizer.step()
+        contender.after_step(model, step)
         schedule.step()
         losses.append(float(loss.detach()))
     trained = time.process_time()
@@ -56,6 +57,7 @@ def run(
         "seconds_init": _digits(initialised - began),
         "seconds_train": _digits(trained - resumed),
         "gamma": None if report is None else report.gamma,
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "passes": None if report is None else report.passes,
         **energy,
     }

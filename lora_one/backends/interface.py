@@ -32,6 +32,14 @@ class Layer(NamedTuple):
     in_features: int  # columns of W
     rank: int  # r of the pair
     scaling: float  # s, a plain number
+    module: str = ""  # path of a module with several pairs in one array, such as experts: these have one rank
+
+
+def followed_rank(config: Config, layer: Layer) -> int:
+    """Return how many directions of a layer's gradient a start needs to know: its rank, or the largest it may get."""
+    if config.rank_max is None:
+        return layer.rank
+    return min(config.rank_max, layer.out_features, layer.in_features)
 
 
 class PassResult(NamedTuple):
@@ -146,6 +154,17 @@ class Session(Protocol):
 
         Decisions depend on decompositions, whose last digits may differ between processes, and one process alone must
         not begin a pass that waits for the others. A backend without parallel runs returns `decision`.
+        """
+        ...
+
+    def set_ranks(self, ranks: Mapping[str, int]) -> None:
+        """Give the pairs other ranks, at the same scaling, and renew `layers`; the factors are assigned afterwards.
+
+        It is called for LoRA that the session attached, if the ranks are to follow the gradients (`Config.rank_max`).
+        In a parallel run the least rank that any process asks for holds, so that all have the same.
+
+        Args:
+            ranks: of all layers; one for all layers of a `Layer.module`.
         """
         ...
 

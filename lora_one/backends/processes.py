@@ -5,7 +5,7 @@ collective that a process waits in, of the model's own or of the user's, gets in
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Protocol
@@ -98,6 +98,19 @@ class Processes:
     def agree(self, text: str) -> bool:
         """Wait for all processes. Return whether all of them say the same; raise as `count` does."""
         return self._meet(f"said {text}", 1, PASS_SECONDS) == self.size
+
+    def least(self, numbers: Mapping[str, int]) -> dict[str, int]:
+        """Wait for all processes. Return the least number under each name; raise as `count` does.
+
+        The names are the same in every process, in the same order.
+        """
+        if self._store is None:
+            return dict(numbers)
+        key = self._key(f"{self._points + 1}/numbers")
+        self._store.put(f"{key}/{self.rank}", " ".join(map(str, numbers.values())))
+        self.count()
+        rows = [[int(x) for x in (self._store.text(f"{key}/{r}") or "").split()] for r in range(self.size)]
+        return dict(zip(numbers, map(min, *rows), strict=True))
 
     def is_first(self, text: str) -> bool:
         """Return, without waiting, whether this process is the first of those that say this."""

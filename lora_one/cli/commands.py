@@ -99,6 +99,7 @@ def conformance(
 def estimate(
     model: Annotated[Path, typer.Option("--model", help="Folder with a config.json; no weights are needed.")],
     rank: Annotated[int, typer.Option("--rank", "-r")] = 8,
+    rank_max: Annotated[int | None, typer.Option("--rank-max", help="Of a layer, where ranks differ.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size")] = 1,
     seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens of a sequence.")] = 2048,
     init_batches: Annotated[int, typer.Option("--init-batches")] = 8,
@@ -133,7 +134,7 @@ def estimate(
         attention=attention,
         checkpointing=checkpointing,
         precondition=precondition,
-        config=Config(rank=rank, passes=passes, oversample=oversample, targets=names),
+        config=Config(rank=rank, rank_max=rank_max, passes=passes, oversample=oversample, targets=names),
     )
     with quiet(console):
         result = run(read_architecture(model), work, choose(hardware, tflops, bandwidth, efficiency, dtype))

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from lora_one.checkpoint.inspection import Inspection
 from lora_one.conformance.report import Conformance, cell
-from lora_one.report import LayerReport, Report
+from lora_one.report import LayerReport, Report, rank_bars
 
 
 def report_table(report: Report) -> Table:
@@ -17,11 +17,14 @@ def report_table(report: Report) -> Table:
     prefix = _common_prefix([layer.name for layer in report.layers])
     columns = ("layer", "shape", "r", "|G|", "S_r/S_1", "energy", "of best")
     table = _table(f"LoRA-One start, layers of {prefix or 'the model'}", columns)
-    for layer in report.layers:
+    bars = [[bar] if bar else [] for bar in rank_bars(report)]
+    if any(bars):
+        table.add_column("ranks", no_wrap=True)
+    for layer, bar in zip(report.layers, bars, strict=True):
         name = escape(layer.name[len(prefix) :])
         shape = f"{layer.out_features} x {layer.in_features}"
         if layer.start == "plain":
-            table.add_row(name, shape, str(layer.rank), "0", "", "plain LoRA", "")
+            table.add_row(name, shape, str(layer.rank), "0", "", "plain LoRA", "", *bar)
             continue
         table.add_row(
             name,
@@ -31,6 +34,7 @@ def report_table(report: Report) -> Table:
             f"{layer.singular_values[-1] / layer.singular_values[0]:.3f}",
             f"{layer.energy:.3f}",
             f"{layer.share_of_best:.3f}",
+            *bar,
         )
     return table
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from .arrays import vector_norm
+from .arrays import smaller, vector_norm
 from .ops import Array, Ops
 
 
@@ -27,6 +27,24 @@ def fully_seen(ops: Ops, u: Array, s: Array, vt: Array, rank: int) -> Spectrum:
     zero, leading = ops.zeros(s.shape[:-1], like=s), s[..., :rank]
     norms = {"norm": vector_norm(ops, s), "norm_error": zero, "unseen": zero, "best_norm": vector_norm(ops, leading)}
     return Spectrum(u[..., :rank], leading, vt[..., :rank, :], **norms)
+
+
+def leading(ops: Ops, spectrum: Spectrum, rank: int) -> Spectrum:
+    """Return the first `rank` triplets of a spectrum, with the norm of the best part of that rank.
+
+    What the larger part missed of its best is counted as missed here: the smaller part misses no more (interlacing).
+    """
+    s, best = spectrum.s, spectrum.best_norm
+    if rank == s.shape[-1]:
+        return spectrum
+    held = smaller(ops, vector_norm(ops, s), best)
+    missed = ops.sqrt(best - held) * ops.sqrt(best + held)  # the root of a difference of squares, without the squares
+    return spectrum._replace(
+        u=spectrum.u[..., :rank],
+        s=s[..., :rank],
+        vt=spectrum.vt[..., :rank, :],
+        best_norm=vector_norm(ops, ops.concat([s[..., :rank], missed[..., None]], axis=-1)),
+    )
 
 
 def of_descent(ops: Ops, spectrum: Spectrum) -> Spectrum:

@@ -125,7 +125,7 @@ def multiplied_out(linear: Linear, work: Workload) -> bool:
     From a single batch it keeps the factors of G = dy^T x if they are smaller and products with G are enough.
     """
     smaller = rows_are_smaller(_tokens_per_copy(linear, work), linear.out_features, linear.in_features)
-    return work.init_batches > 1 or not smaller or exact_products(linear, work.config.rank)[1]
+    return work.init_batches > 1 or not smaller or exact_products(linear, work.directions)[1]
 
 
 def _tokens_per_copy(linear: Linear, work: Workload) -> int:
@@ -148,8 +148,8 @@ def exact_flops(targets: Targets, work: Workload) -> Decompositions:
 
 def _exact(linear: Linear, work: Workload) -> Decompositions:
     n, m = sorted((linear.out_features, linear.in_features))
-    products, dense = exact_products(linear, work.config.rank)
-    k = work.config.rank + EXACT_OVERSAMPLE
+    products, dense = exact_products(linear, work.directions)
+    k = work.directions + EXACT_OVERSAMPLE
     qr = svd = thin = 0
     entries, tokens = m * n, _tokens_per_copy(linear, work)
     if not multiplied_out(linear, work):

@@ -140,11 +140,11 @@ def exact_memory(model: Architecture, targets: Targets, work: Workload) -> Parts
 
 def _decomposition(linear: Linear, work: Workload) -> int:
     """Return the bytes to find one gradient's leading triplets."""
-    products, dense = exact_products(linear, work.config.rank)
+    products, dense = exact_products(linear, work.directions)
     matrix = FLOAT32 * linear.out_features * linear.in_features
     if dense:
         return SVD_COPIES * matrix
-    directions = (work.config.rank + EXACT_OVERSAMPLE) * (products + 1) // 2
+    directions = (work.directions + EXACT_OVERSAMPLE) * (products + 1) // 2
     blocks = FLOAT32 * directions * (linear.out_features + linear.in_features)
     copies = 1 if work.init_batches == 1 else 2  # the sum over the batches, and the mean
     return copies * matrix * multiplied_out(linear, work) + BLOCK_COPIES * blocks

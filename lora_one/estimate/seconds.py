@@ -59,7 +59,7 @@ def exact_seconds(model: Architecture, targets: Targets, work: Workload, machine
     formed = (linear for block in targets for linear in block if flops.multiplied_out(linear, work))
     gradients = FLOAT32 * sum(linear.weights for linear in formed)
     per_batch += gradients * (3 / machine.bandwidth + 1 / machine.first_touch)
-    width = work.config.rank + EXACT_OVERSAMPLE
+    width = work.directions + EXACT_OVERSAMPLE
     return {
         "forward and backward": work.init_batches * per_batch,
         "QR and SVD": _decompositions(flops.exact_flops(targets, work), width, machine),

@@ -21,7 +21,8 @@ class Workload:
         attention: "eager" keeps the attention matrix for the backward pass, "sdpa" does not.
         checkpointing: each block's activations are recomputed in the backward pass instead of kept.
         precondition: use the r x r preconditioner of `lora_one.optimizer`.
-        config: of `lora_one.init`; its rank, passes, oversample and targets count. passes="auto" counts as the fewest.
+        config: of `lora_one.init`; its rank, rank_max, passes, oversample and targets count. passes="auto" counts as
+            the fewest.
     """
 
     batch_size: int = 1
@@ -49,9 +50,14 @@ class Workload:
         return self.batch_size * self.seq_len
 
     @property
+    def directions(self) -> int:
+        """Number of directions of a gradient that the start needs: the rank, or the largest that a layer may get."""
+        return self.config.rank_max or self.config.rank
+
+    @property
     def width(self) -> int:
         """Number of directions that a running SVD follows, k."""
-        return self.config.rank + self.config.oversample
+        return self.directions + self.config.oversample
 
     @property
     def item(self) -> int:

@@ -93,7 +93,7 @@ def finetune(recipe: Recipe, progress: Progress) -> Outcome:
     held_out = open_held_out(recipe, tuner, prepared.tests, prepared.held_out)
     if checkpoint:
         run.check_data(sequences)
-        attach_again(tuner, recipe)
+        attach_again(tuner, recipe, run.report)
         _report_again(run, len(prepared.tests), progress)
     else:
         run.before = held_out.score(tuner, progress, "before")

@@ -6,6 +6,7 @@ import warnings
 from lora_one import api
 from lora_one.backends import load_backend
 from lora_one.errors import InitWarning
+from lora_one.initialization import initialize_without_data
 from lora_one.report import Report
 
 from .encoding import TokenSequence
@@ -42,8 +43,19 @@ def start(tuner: Tuner, sequences: list[TokenSequence], recipe: Recipe, progress
     return report
 
 
-def attach_again(tuner: Tuner, recipe: Recipe) -> None:
-    """Attach LoRA to the layers that a resumed run had it on. The factors come from the checkpoint."""
+def attach_again(tuner: Tuner, recipe: Recipe, report: Report | None) -> None:
+    """Attach LoRA to the layers that a resumed run had it on, at its ranks. The factors come from the checkpoint.
+
+    Args:
+        report: of the run's start; None for a plain one.
+    """
+    backend = load_backend(recipe.backend)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InitWarning)  # the run reported them when it began
-        tuner.model = load_backend(recipe.backend).attach_plain(tuner.model, recipe.config)
+        if report is None or recipe.config.rank_max is None:
+            tuner.model = backend.attach_plain(tuner.model, recipe.config)
+            return
+        with backend.open_session(tuner.model, None, None, recipe.config) as session:
+            session.set_ranks({layer.name: layer.rank for layer in report.layers})
+            initialize_without_data(session, recipe.config, recipe.backend)
+        tuner.model = session.model

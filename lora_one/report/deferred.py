@@ -167,7 +167,16 @@ def check_start_steps(start_steps: object) -> None:
 def check_needs_no_data(config: Config) -> None:
     """Raise ConfigError for settings that only a start from batches can follow."""
     default = Config()
-    names = ["scale", "eta", "gradient", "passes", "oversample", "recompute", *(["gamma"] * (config.gamma == "auto"))]
+    names = [
+        "scale",
+        "eta",
+        "gradient",
+        "passes",
+        "oversample",
+        "recompute",
+        "rank_max",
+        *(["gamma"] * (config.gamma == "auto")),
+    ]
     needs = [name for name in names if getattr(config, name) != getattr(default, name)]
     if needs:
         asked = ", ".join(f"{name}={getattr(config, name)!r}" for name in needs)

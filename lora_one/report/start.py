@@ -15,6 +15,7 @@ from lora_one.plots import Panel, draw
 
 from .typed import typed
 
+BAR = 16  # characters of the longest
 ROUNDING = 1e-5  # of float32 sums of squares: a share as close to 1 as this is 1
 
 
@@ -202,18 +203,27 @@ class Report:
         columns = f"{'shape':>13}  {'r':>3}  {'|G|':>9}  {'s_1':>9}  {'s_r/s_1':>7}  {'energy':>6}  of best"
         header = f"{'layer':<{width}}  {columns}"
         lines = [self.summary(), "", header]
-        for layer in self.layers:
+        for layer, bar in zip(self.layers, rank_bars(self), strict=True):
             shape = f"{layer.out_features} x {layer.in_features}"
             row = f"{layer.name:<{width}}  {shape:>13}  {layer.rank:>3}  "
             if layer.start == "plain":
-                lines.append(row + f"{'zero gradient' if layer.called else 'never called'}: plain LoRA start")
+                why = "zero gradient" if layer.called else "never called"
+                lines.append(f"{row}{f'{why}: plain LoRA start':<46}  {bar}".rstrip())
                 continue
             first, last = layer.singular_values[0], layer.singular_values[-1]
             lines.append(
                 f"{row}{layer.gradient_norm:>9.2e}  {first:>9.2e}  {last / first:>7.3f}  {layer.energy:>6.3f}  "
-                f"{layer.share_of_best:>7.3f}"
+                f"{layer.share_of_best:>7.3f}  {bar}".rstrip()
             )
         return "\n".join(lines)
+
+
+def rank_bars(report: Report) -> list[str]:
+    """Return a bar per layer whose length shows its rank; empty ones where all layers have the rank of the settings."""
+    if report.config.rank_max is None:
+        return [""] * len(report.layers)
+    largest = max(layer.rank for layer in report.layers)
+    return ["█" * max(1, round(layer.rank * min(1.0, BAR / largest))) for layer in report.layers]
 
 
 def _without_removed_fields(layer: object) -> Any:

@@ -14,7 +14,7 @@ SMALL = {"rank": 2, "batch_size": 2, "init_batches": 1, "passes": 2, "warmup": 1
 EVALUATION = {"eval_every": 3, "keep_best": True, "learning_rate": 0.1}
 # 10 sequences: an epoch is 5 micro-batches, which two do not divide; the moments are in different epochs.
 TORCH = {
-    "start": {"dropout": 0.2, "epochs": 3, "accumulation": 2, "schedule": "cosine", **EVALUATION},
+    "start": {"rank_max": 4, "dropout": 0.2, "epochs": 3, "accumulation": 2, "schedule": "cosine", **EVALUATION},
     "plain": {"dropout": 0.2, "steps": 9, "precondition": True, "reg": 1e-2, "dtype": "bfloat16", "plain": True},
 }
 _MOMENTS = random.Random(0)
@@ -79,7 +79,8 @@ def test_the_others_are_killed_once(backend, settings, tmp_path):
     settings |= {"backend": backend, "steps": 6, "accumulation": 2, "schedule": "cosine"}
     settings |= {"precondition": True, "reg": 1e-2, "dropout": 0.2}
     # JAX compiles for seconds what a start and a validation need.
-    settings |= {"plain": True, "data": str(tmp_path / "train.jsonl")} if backend == "jax" else EVALUATION
+    alone = {"plain": True, "data": str(tmp_path / "train.jsonl")}
+    settings |= alone if backend == "jax" else {"rank_max": 4, **EVALUATION}
     reference, out = tmp_path / "whole", tmp_path / "out"
     whole = uninterrupted(settings, reference)
     again = {**settings, "out": str(out)}

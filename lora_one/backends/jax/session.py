@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from .passes.totals import mean_folds
 from .passes.uses import warn_of_left_out
 from .placement import put, replicated
 from .processes import Processes, spans_processes
-from .sites import Binding, Site, check_concrete
+from .sites import Binding, check_concrete
 from .trees.binding import TreeBinding
 from .trees.models import LinenModel, PytreeModel
 
@@ -40,7 +41,7 @@ class Attached(NamedTuple):
 
     binding: Binding
     gradient_function: GradientFunction
-    places: dict[str, tuple[Site, int]]  # layer -> its site, and its index in the site's stack
+    places: dict[str, tuple[str, int]]  # layer -> the name of its site, and its index in the site's stack
     processes: Processes
 
 
@@ -85,7 +86,7 @@ class JaxSession:
             check_concrete("init", binding.frozen)
             self._find_stacks(binding, self._loss_fn)
             places = {
-                layer.name: (site, index)
+                layer.name: (site.name, index)
                 for site in binding.sites.values()
                 for index, layer in enumerate(site.layers())
             }
@@ -101,7 +102,7 @@ class JaxSession:
             self.model = self.attached.binding.model
 
     def like(self, layer: str) -> Array:
-        site, _ = self.attached.places[layer]
+        site = self.attached.binding.sites[self.attached.places[layer][0]]
         zero = jnp.zeros((), jnp.promote_types(site.dtype, jnp.float32))
         return put(zero, replicated(site.sharding))
 
@@ -143,8 +144,15 @@ class JaxSession:
     def all_agree(self, decision: bool) -> bool:
         return self.attached.processes.agree(str(decision)) and decision
 
+    def set_ranks(self, ranks: Mapping[str, int]) -> None:
+        agreed, sites = self.attached.processes.least(ranks), self.attached.binding.sites
+        for name, site in sites.items():
+            sites[name] = replace(site, rank=agreed[site.layers()[0].name])
+        self.layers = [layer for site in sites.values() for layer in site.layers()]
+
     def assign(self, layer: str, factors: Factors) -> None:
-        site, index = self.attached.places[layer]
+        name, index = self.attached.places[layer]
+        site = self.attached.binding.sites[name]
         pending = self._pending.setdefault(site.name, {})
         pending[index] = factors
         if len(pending) == site.layout.count:  # a stack is written as a whole

@@ -52,7 +52,8 @@ class Site:
         """Return the layers of the spec, in the order of the stack."""
         n, layout = self.layout.count, self.layout
         names = [f"{self.name}.{i}" for i in range(n)] if layout.stack else [self.name]
-        return [Layer(name, layout.out_features, layout.in_features, self.rank, self.scaling) for name in names]
+        module = self.name if layout.stack else ""
+        return [Layer(name, layout.out_features, layout.in_features, self.rank, self.scaling, module) for name in names]
 
     def shardings(self) -> Leaves:
         """Return the shardings of the factors: lora_a's follows the kernel's input axes, lora_b's the output axes."""

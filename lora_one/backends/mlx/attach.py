@@ -172,6 +172,8 @@ def check_adapter_fits(model: nn.Module, sites: list[Site], config: Config) -> N
             wrong[f"scaling {config.scaling:g} from alpha and rank (the adapter's: {scaling:g})"] = None
         if config.dropout != default.dropout and abs(config.dropout - dropout) > 1e-6:
             wrong[f"dropout {config.dropout} (the adapter's: {dropout:g})"] = None
+    if config.rank_max is not None:
+        wrong[f"rank_max {config.rank_max}"] = None
     if config.targets != default.targets:
         wrong[f"targets {config.targets!r}"] = None
     check_held(config, whole_parameters(model))
@@ -190,5 +192,6 @@ def _layers(place: Place) -> tuple[Layer, ...]:
     experts, rank, in_features = module.lora_a.shape
     out_features = module.lora_b.shape[1]
     return tuple(
-        Layer(f"{place.path}[{expert}]", out_features, in_features, rank, module.scale) for expert in range(experts)
+        Layer(f"{place.path}[{expert}]", out_features, in_features, rank, module.scale, module=place.path)
+        for expert in range(experts)
     )

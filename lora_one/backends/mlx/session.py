@@ -20,7 +20,7 @@ from .attach import Site, attach_lora, check_adapter_fits, find_sites, random_st
 from .layout import read_pairs, write_pairs
 from .ops import MlxOps
 from .passes.batches import LossFn, default_loss
-from .passes.distributed import all_agree
+from .passes.distributed import all_agree, least_of_processes
 from .passes.folding import Folding
 from .passes.loss_scale import LossScale
 from .passes.over_batches import Passes
@@ -197,6 +197,10 @@ class MlxSession:
 
     def all_agree(self, decision: bool) -> bool:
         return all_agree(decision)
+
+    def set_ranks(self, ranks: Mapping[str, int]) -> None:
+        agreed = least_of_processes(ranks)  # the modules get their ranks with their factors, by `_write`
+        self.layers = [layer._replace(rank=agreed[layer.name]) for layer in self.layers]
 
     def assign(self, layer: str, factors: Factors) -> None:
         path, index = self._entered.position[layer]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,14 @@ from .passes.recompute import Recompute
 from .passes.settings import settings_for_passes
 from .passes.tap import WHOLE, from_flat, product_of, rows
 from .processes import Processes
+
+
+class _Entered(NamedTuple):
+    """The state of a session between `__enter__` and `__exit__`."""
+
+    attachment: ReversibleAttachment
+    processes: Processes
+    passes: Passes
 
 
 class TorchSession:
@@ -74,7 +82,7 @@ class TorchSession:
         self._loss_fn = default_loss if loss_fn is None else loss_fn
         self._config = config
         self._had_adapter = False
-        self._entered: Passes | None = None  # set inside the `with` block only
+        self._state: _Entered | None = None  # set inside the `with` block only
         self._exit = ExitStack()
 
     def __enter__(self) -> "TorchSession":
@@ -95,13 +103,13 @@ class TorchSession:
             passes = Passes(self.model, attachment.sites, self._batches, self._loss_fn, recompute, processes)
             if self._device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self._device)
-            self._entered, self._exit = passes, stack.pop_all()
+            self._state, self._exit = _Entered(attachment, processes, passes), stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._entered = None
+        self._state = None
         self._exit.__exit__(kind, error, trace)
         if self._had_adapter:
             self.model = self._given
@@ -162,6 +170,11 @@ class TorchSession:
     def all_agree(self, decision: bool) -> bool:
         return all_agree(decision, self._device)
 
+    def set_ranks(self, ranks: Mapping[str, int]) -> None:
+        attachment, processes, _ = self._entered
+        attachment.set_ranks(processes.least(ranks))
+        self.layers = [site.layer for site in attachment.sites.values()]
+
     def assign(self, layer: str, factors: Factors) -> None:
         site = self._passes.sites[layer]
         site.assign(Factors(without_padding(site.module, factors.lora_A), factors.lora_B))
@@ -176,10 +189,14 @@ class TorchSession:
         return device_of(self.model)
 
     @property
-    def _passes(self) -> Passes:
-        if self._entered is None:
+    def _entered(self) -> _Entered:
+        if self._state is None:
             raise RuntimeError("a session works inside `with` only: with open_session(...) as session: ...")
-        return self._entered
+        return self._state
+
+    @property
+    def _passes(self) -> Passes:
+        return self._entered.passes
 
 
 def open_session(
@@ -203,7 +220,7 @@ def open_session(
     >>> config = lora_one.Config(targets=["0"], rank=4)
     >>> with open_session(model, [torch.ones(3, 8)], mean_square, config) as session:
     ...     session.layers
-    [Layer(name='0', out_features=4, in_features=8, rank=4, scaling=8.0)]
+    [Layer(name='0', out_features=4, in_features=8, rank=4, scaling=8.0, module='')]
     """
     return TorchSession(model, batches, loss_fn, config)
 

@@ -201,6 +201,9 @@ def _check_settings(layers: list[AdaptedLayer], whole: Iterable[str], dropout: f
             "leave the rank out of the Config, or hand in the model without LoRA"
         )
     check_held(config, whole)
-    if config.targets != Config().targets or config.dropout not in (Config().dropout, dropout):
-        setting = f"targets {config.targets!r}" if config.targets != Config().targets else f"dropout {config.dropout}"
+    default = Config()
+    given = {"targets": default.targets, "dropout": dropout, "rank_max": default.rank_max}
+    names = [name for name in given if getattr(config, name) not in (getattr(default, name), given[name])]
+    if names:
+        setting = ", ".join(f"{name} {getattr(config, name)!r}" for name in names)
         raise ModelError(f"the model's LoRA keeps its own settings, but the Config asks for {setting}: leave it out")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from lora_one.backends.interface import followed_rank
 from lora_one.backends.jax.ops import JaxOps
 from lora_one.backends.jax.sites import Site
 from lora_one.backends.jax.tap import FOLDED
@@ -30,7 +31,7 @@ def abstract_states(sites: Mapping[str, Site], config: Config) -> dict[str, Fold
     states = {}
     for name, site in sites.items():
         ins, outs = site.layout.in_features, site.layout.out_features
-        width = min(site.rank + config.oversample, ins, outs)
+        width = min(followed_rank(config, site.layers()[0]) + config.oversample, ins, outs)
         omega, test = (
             jax.ShapeDtypeStruct((ins, k), jnp.promote_types(site.dtype, jnp.float32)) for k in (width, TEST_COLUMNS)
         )

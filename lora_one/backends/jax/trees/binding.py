@@ -100,12 +100,17 @@ def adapted_weights(sites: dict[str, Site], linear: Linear) -> tuple[AdaptedWeig
 def _check_settings(model: LinenModel | PytreeModel, config: Config) -> None:
     """Raise ModelError where the Config asks for other settings than those of the LoRA that is in the model."""
     wrong = [name for name, rank in ranks(model).items() if rank != config.rank != Config().rank]
-    dropout = isinstance(model, LinenModel) and config.dropout not in (Config().dropout, model.dropout)
-    if wrong or dropout or config.targets != Config().targets:
-        other = ", ".join(wrong) or (f"dropout {config.dropout}" if dropout else config.targets)
+    if isinstance(model, LinenModel) and config.dropout not in (Config().dropout, model.dropout):
+        wrong.append(f"dropout {config.dropout}")
+    wrong += [
+        f"{name} {getattr(config, name)!r}"
+        for name in ("targets", "rank_max")
+        if getattr(config, name) != getattr(Config(), name)
+    ]
+    if wrong:
         raise ModelError(
             "the model's LoRA keeps its own rank, targets and dropout, but the Config asks for others: leave them out "
-            f"of the Config, or hand in the model without LoRA ({other})"
+            f"of the Config, or hand in the model without LoRA ({', '.join(wrong)})"
         )
 
 

@@ -1,5 +1,7 @@
 """Sums over the processes of a run under `mlx.launch`: with them all processes compute the same start."""
 
+from collections.abc import Mapping
+
 import mlx.core as mx
 import numpy as np
 
@@ -19,6 +21,12 @@ def of_all_processes(x: mx.array) -> list[mx.array]:
 def all_agree(decision: bool) -> bool:
     """Return whether all processes decide yes."""
     return not np.array(sum_over_processes(mx.array(0.0 if decision else 1.0))).any()
+
+
+def least_of_processes(numbers: Mapping[str, int]) -> dict[str, int]:
+    """Return the least of all processes' numbers under each name; the names are the same in all, in the same order."""
+    everyones = np.array([np.array(x) for x in of_all_processes(mx.array(list(numbers.values())))])
+    return dict(zip(numbers, everyones.min(axis=0).tolist(), strict=True))
 
 
 def mean_over_processes(total: float, count: int) -> tuple[float, int]:

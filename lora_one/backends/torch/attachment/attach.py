@@ -24,7 +24,7 @@ from lora_one.errors import ModelError
 from .adapters import mark_as_ours, require_lora, take_out_leftover
 from .all_linear import ALL_LINEAR, LINEAR, RefusedByPeft, on_all_linear
 from .experts import layer_path, pair_of, split_targets
-from .kinds import as_kept, factors_of, features_of, has_factors, lend_settings
+from .kinds import as_kept, factors_of, features_of, has_factors, lend_settings, set_rank
 from .quiet import quiet_peft
 from .refusals import refusal
 from .sharded_base import shard_attached
@@ -74,6 +74,13 @@ class Site:
     def assign(self, factors: Factors) -> None:
         for parameter, values in zip(self.parameters, factors, strict=True):
             write(parameter, as_kept(values, parameter))
+
+    def with_rank(self, rank: int) -> "Site":
+        """Give the pair another rank at the same scaling, with trainable zeros as factors, and return its new site."""
+        if self.module.r[self.adapter] != rank:  # of several experts in a parameter, the first one does it for all
+            set_rank(self.module, self.adapter, rank)
+            self.module.lora_alpha[self.adapter] = plain_alpha(self.layer.scaling, rank)
+        return replace(self, layer=self.layer._replace(rank=rank))
 
     def like(self) -> torch.Tensor:
         """Return an empty scalar on the layer's device, in float32 or wider."""
@@ -187,7 +194,7 @@ def find_sites(model: peft.PeftModel) -> list[Site]:
         rank, scaling = module.r[adapter], module.scaling[adapter]
         if isinstance(module, ParamWrapper):
             name, sizes = layer_path(path, module), (module.out_features, module.in_features, rank, scaling)
-            sites += [Site(Layer(f"{name}.{i}", *sizes), module, adapter, i) for i in range(module.num_experts)]
+            sites += [Site(Layer(f"{name}.{i}", *sizes, name), module, adapter, i) for i in range(module.num_experts)]
         else:
             sites.append(Site(Layer(path, *features_of(module), rank, scaling), module, adapter))
     if problems:
@@ -208,6 +215,7 @@ def check_adapter_fits(model: peft.PeftModel, config: Config) -> None:
     lora_config: Any = model.peft_config[model.active_adapters[0]]
     pairs = {
         "rank": (config.rank, default.rank, lora_config.r),
+        "rank_max": (config.rank_max, default.rank_max, None),
         "dropout": (config.dropout, default.dropout, lora_config.lora_dropout),
     }
     wrong = [f"{name} {asked} (the adapter's: {has})" for name, (asked, usual, has) in pairs.items()

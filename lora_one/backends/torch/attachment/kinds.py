@@ -43,6 +43,19 @@ def set_factors(module: LoraLayer, adapter: str, pair: LoraPair) -> None:
         module.lora_A[adapter].weight, module.lora_B[adapter].weight = pair
 
 
+def set_rank(module: LoraLayer, adapter: str, rank: int) -> None:
+    """Give a LoRA layer other factors: trainable zeros of a rank."""
+    a, b = factors_of(module, adapter)
+    ranks = rank * len(a) // module.r[adapter]  # of all experts in a parameter together
+    zeros = a.new_zeros(ranks, *a.shape[1:]), b.new_zeros(len(b), ranks, *b.shape[2:])
+    set_factors(module, adapter, LoraPair(*map(nn.Parameter, zeros)))
+    module.r[adapter] = rank
+    if adapter in module.lora_A:
+        axis = "channels" if isinstance(module.lora_A[adapter], CONVOLUTIONS) else "features"
+        setattr(module.lora_A[adapter], f"out_{axis}", ranks)
+        setattr(module.lora_B[adapter], f"in_{axis}", ranks)
+
+
 def lend_settings(model: nn.Module) -> None:
     """Let LoRA layers around convolutions have these settings, which models read: Whisper reads strides."""
     for module in model.modules():

@@ -1,19 +1,23 @@
 """LoRA on a model for the time of a session: kept when it ends, taken back when it fails."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
+from typing import Any
 
 from torch import nn
 
 from lora_one.backends.torch.files.state import is_frozen, train_adapter
+from lora_one.checkpoint.scales import plain_settings
 from lora_one.config import Config
 from lora_one.core.factors import Factors
+from lora_one.errors import ModelError
 
 from .adapters import adapter_of, is_leftover
 from .attach import Site, attach_lora, check_adapter_fits, find_sites
 from .quiet import nothing_drawn
 from .sharded_base import check_factors_sharded
-from .sharding import note_trainable, reshard
+from .sharding import is_sharded, note_trainable, reshard
 from .snapshot import Snapshot
 from .starts import check_base_is_whole
 from .tensor_parallel import prepare_factors
@@ -30,7 +34,7 @@ class ReversibleAttachment:
     """
 
     def __init__(self, model: nn.Module, config: Config):
-        self.model = unwrapped(model)
+        self.model: Any = unwrapped(model)
         self._given = model
         self.had_adapter = False
         self.sites: dict[str, Site] = {}
@@ -45,6 +49,7 @@ class ReversibleAttachment:
         adapted = adapter_of(self.model)
         if adapted is None or is_leftover(self.model, adapted):
             check_open_to_lora(self._given)
+            _check_ranks_can_change(self.model, self._config)
             with nothing_drawn():  # every layer's factors are assigned
                 self.model = adapted = attach_lora(self.model, self._config)
         else:
@@ -60,6 +65,15 @@ class ReversibleAttachment:
             if is_frozen(adapted, sites[0].adapter):  # as `load` leaves it by default
                 train_adapter(adapted, sites[0].adapter, True)
 
+    def set_ranks(self, ranks: Mapping[str, int]) -> None:
+        """Give the layers other ranks, at the same scaling, and zeros as factors; PEFT's configuration states them."""
+        for name, site in self.sites.items():
+            self.sites[name] = site.with_rank(ranks[name])
+        layers = [site.layer for site in self.sites.values()]
+        settings = plain_settings({layer.module or layer.name: (layer.rank, layer.scaling) for layer in layers})
+        for setting, value in settings.items():
+            setattr(self.model.peft_config[site.adapter], setting, value)
+
     def close(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Keep the LoRA layers; after an exception make the model what it was."""
         reshard(self.model)
@@ -71,3 +85,13 @@ class ReversibleAttachment:
             for name, factors in self._factors_before.items():
                 self.sites[name].assign(factors)
         self._plain_names.close()
+
+
+def _check_ranks_can_change(model: nn.Module, config: Config) -> None:
+    """Raise ModelError if the ranks are to follow the gradients, and the factors are sharded before any is there."""
+    if config.rank_max is not None and is_sharded(model):
+        raise ModelError(
+            "rank_max needs weights that are whole, since the ranks are not known before the gradients are; got a "
+            "model that is spread over processes: call lora_one.init first and spread what it returns, or leave "
+            "rank_max out"
+        )

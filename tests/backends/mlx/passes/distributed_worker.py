@@ -13,7 +13,7 @@ import numpy as np
 import lora_one
 from lora_one.backends.mlx import processes
 from lora_one.backends.mlx.passes.batches import default_loss
-from lora_one.backends.mlx.passes.distributed import all_agree
+from lora_one.backends.mlx.passes.distributed import all_agree, least_of_processes
 from tests.backends.mlx.models import flat_factors, tiny_mixtral, token_batches
 from tests.backends.mlx.passes.reading import fold_pass, sides_pass
 
@@ -104,6 +104,7 @@ if __name__ == "__main__":
     assert group.size() == 2
     first = group.rank() == 0
     assert [all_agree(x) for x in (True, first, not first, False)] == [True, False, False, False]
+    assert least_of_processes({"a": 3, "b": 2 if first else 5}) == {"a": 3, "b": 2}
     mine = Path(sys.argv[1]) / str(group.rank())
     mine.mkdir()
     # Three batches for one process, one for the other: the mean is over all batches, not over processes.

@@ -16,6 +16,7 @@ CONFIGS = {
     "exact": lora_one.Config(rank=RANK, gradient="exact"),
     "one pass": lora_one.Config(rank=RANK),
     "two passes": lora_one.Config(rank=RANK, passes=2),
+    "adaptive rank": lora_one.Config(rank=RANK, rank_max=3 * RANK, gradient="exact"),
     "float16": lora_one.Config(rank=RANK, gradient="exact"),  # where each process scales its losses by itself
 }
 DTYPES = {"float16": (torch.float16, 1e-2)}  # and the tolerance
@@ -40,6 +41,10 @@ def worker(rank: int, port: int, folder: str) -> None:
         model, report = lora_one.init(case.model, case.batches[rank::PROCESSES], config=config)
         session = TorchSession(case.model, case.batches, None, config)
         assert [session.all_agree(x) for x in (True, rank == 0, rank == 1, False)] == [True, False, False, False]
+        if config.rank_max is not None:
+            with TorchSession(case_of(name).model, case.batches, None, config) as adaptive:
+                adaptive.set_ranks({layer.name: 2 + rank + i % 2 for i, layer in enumerate(adaptive.layers)})
+                assert [layer.rank for layer in adaptive.layers] == [2 + i % 2 for i in range(len(adaptive.layers))]
         np.savez(f"{folder}/{name}-{rank}.npz", batches=report.batches, base_loss=report.base_loss, **products(model))
     torch.distributed.destroy_process_group()
 
