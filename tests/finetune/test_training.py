@@ -8,7 +8,9 @@ import torch
 import transformers
 from transformers.integrations import integration_utils
 
-from lora_one.errors import ConfigError, ModelError
+from lora_one.errors import ConfigError, DataError, ModelError
+from lora_one.finetune import preparation
+from lora_one.finetune.data import Example
 from lora_one.finetune.job import finetune
 from lora_one.finetune.recipe import Recipe, make_recipe
 from lora_one.finetune.tuners.torch import trainer as torch_trainer
@@ -187,6 +189,16 @@ def test_rows_that_are_cut_or_left_out_are_counted(folder, tmp_path):
         "1 of 3 held-out examples are longer than max_length 4: they are cut",
         "2 of 3 held-out examples have a prompt that fills max_length: they are left out",
     ]
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax", "mlx"])
+def test_pictures_without_a_model_that_reads_them(backend, folder, tmp_path, monkeypatch):
+    seen = Example("w1", "w2", "set, row 3", pictures=list)
+    monkeypatch.setattr(preparation, "open_examples", lambda data: [seen])
+    with pytest.raises(
+        DataError, match=r"^set, row 3: pictures need a model of images and text, with the backend torch"
+    ):
+        trained(folder, tmp_path, backend=backend, **SHORT)
 
 
 class Tracker(transformers.TrainerCallback):
