@@ -53,6 +53,17 @@ def test_ablations_are_compared_within_a_seed(tmp_path):
     assert "| exact | 0.900 ± 0.000 | 2 | 65.0 ± 127.1 | 1.000 ± 0.000 | 1.00 ± 0.00 |  | 1.0 |" in page
 
 
+def test_spread_ranks_are_compared_with_uniform_ones_within_a_seed(tmp_path):
+    """5 and 15 points over the uniform ranks: 10, and t(1) 12.706 x 7.071 / sqrt(2) = 63.5."""
+    scores = {"LoRA-One": (0.5, 0.6), "LoRA-One, adaptive rank": (0.55, 0.75)}
+    size = {"parameters": 10}
+    rows = [row(seed=s, contender=n, score=x) | size for n, both in scores.items() for s, x in enumerate(both)]
+    write_rows(rows, tmp_path / "adaptive_rank.json")
+    page = make_page(tmp_path, tmp_path)
+    assert "| sort: LoRA-One, rank 8 everywhere | 0.001 | 2 | 10 | 55.0 ± 63.5 |  | 1.000 ± 0.000 |  |" in page
+    assert "(S_i / S_1)² | 0.001 | 2 | 10 | 65.0 ± 127.1 | +10.0 ± 63.5 | 1.000 ± 0.000 | +0.000 ± 0.000 |" in page
+
+
 def test_what_gamma_auto_chose_is_in_its_name(tmp_path):
     rows = [row(seed=s, contender="LoRA-One, gamma auto") | {"gamma": g} for s, g in enumerate((512.0, 128.0, 512.0))]
     write_rows(rows, tmp_path / "quality.json")
