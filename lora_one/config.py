@@ -61,6 +61,8 @@ class Config:
             other frameworks the model decides.
         seed: int, default 0. Seed of the sketch's random test matrices.
         dropout: float in [0, 1), default 0. Dropout rate of the LoRA layers while training.
+        dora: bool, default False. Train the length of each row of W + s B A by itself, as DoRA does (arXiv 2402.09353).
+            The lengths start at those of W + s B A, so the start is that of LoRA: docs/guide/dora.md.
 
     Raises:
         ConfigError: an invalid value; the message names the setting.
@@ -90,6 +92,7 @@ class Config:
     recompute: Literal["auto"] | bool = "auto"
     seed: int = 0
     dropout: float = 0.0
+    dora: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.targets, str) and hasattr(self.targets, "__iter__"):
@@ -111,6 +114,7 @@ class Config:
             check_positive("gamma", self.gamma, otherwise=' or "auto"')
         check_range("dropout", self.dropout, 0.0, 1.0)
         check_flag("use_rslora", self.use_rslora)
+        check_flag("dora", self.dora)
         self._check_targets()
 
     def _check_targets(self) -> None:

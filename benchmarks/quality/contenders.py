@@ -49,11 +49,12 @@ def _lora_config(task: Task, rank: int, **options: Any) -> peft.LoraConfig:
     return peft.LoraConfig(r=rank, modules_to_save=list(task.modules_to_save) or None, **(settings | options))
 
 
-def lora(use_rslora: bool) -> Start:
+def lora(use_rslora: bool, use_dora: bool = False) -> Start:
     """A drawn by Kaiming's uniform, B = 0."""
 
     def start(task: Task, rank: int, seed: int) -> tuple[nn.Module, None]:
-        return peft.get_peft_model(task.model(), _lora_config(task, rank, use_rslora=use_rslora)), None
+        config = _lora_config(task, rank, use_rslora=use_rslora, use_dora=use_dora)
+        return peft.get_peft_model(task.model(), config), None
 
     return start
 
@@ -175,6 +176,8 @@ CONTENDERS: dict[str, Contender] = {
     "LoRA-One, adaptive rank": Contender(lora_one_start(rank_times=4)),
     "EVA": Contender(eva),
     "AdaLoRA": Contender(adalora, optimizer=adamw, after_step=prune),
+    "DoRA": Contender(lora(use_rslora=False, use_dora=True)),
+    "LoRA-One, DoRA": Contender(lora_one_start(dora=True)),
 }
 MAIN = tuple(CONTENDERS)
 

@@ -31,13 +31,14 @@ LINEAR = Form()
 
 
 class LoraLayer(NamedTuple):
-    """The LoRA factors of one layer: they add scaling * B A to its weight."""
+    """The LoRA factors of one layer: they add scaling * B A to its weight. With a magnitude it is DoRA."""
 
     pairs: list[Factors]  # NumPy, float32 or wider: lora_A (r, in), lora_B (out, r); one pair, or one per expert
     scaling: float
     dtype: str = "F32"  # the dtype that the factors are stored in, by safetensors' name
     is_switch: bool = False  # a stack of experts, mlx-lm's SwitchLinear
     form: Form = LINEAR
+    magnitude: Tensor | None = None  # DoRA's m, (out,): the rows of W + scaling * B A get these lengths
 
     @property
     def rank(self) -> int:
@@ -62,3 +63,8 @@ class Adapter(NamedTuple):
     notes: Mapping[str, str] = MappingProxyType({})  # a backend's own entries in the header of PEFT's file
     modules_to_save: tuple[str, ...] = ()  # paths of the modules that were trained whole
     whole: Mapping[str, Tensor] = MappingProxyType({})  # their parameters, by path: see `whole`
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether the layers have magnitudes."""
+        return any(layer.magnitude is not None for layer in self.layers.values())

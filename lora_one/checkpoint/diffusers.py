@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lora_one.errors import ConfigError
+from lora_one.errors import CheckpointError, ConfigError
 
 from .adapter import Adapter
 from .peft import with_kernel
@@ -26,7 +26,15 @@ def write_diffusers(path: Path, adapter: Adapter, component: str) -> None:
 
     Without a configuration diffusers takes every scale to be 1, and some versions take it to be r / r', r the rank of
     the first layer. So the scales go into lora_B, and all layers get the largest rank, filled with zeros.
+
+    Raises:
+        CheckpointError: DoRA on a text encoder.
     """
+    if adapter.is_dora and component.startswith("text_encoder"):
+        raise CheckpointError(
+            f"diffusers leaves DoRA's magnitudes out when it opens the LoRA of a {component}: merge it, or keep it in "
+            "PEFT's layout"
+        )
     rank = max(layer.rank for layer in adapter.layers.values())
     tensors = {}
     for name, layer in adapter.layers.items():
@@ -36,4 +44,6 @@ def write_diffusers(path: Path, adapter: Adapter, component: str) -> None:
         dtype = layer.dtype if layer.scaling == 1.0 else wider(layer.dtype, "F32")
         tensors[f"{component}.{name}.lora_A.weight"] = Tensor(a, layer.dtype)
         tensors[f"{component}.{name}.lora_B.weight"] = Tensor(b, dtype)
+        if layer.magnitude is not None:
+            tensors[f"{component}.{name}.lora_magnitude_vector"] = layer.magnitude
     write_tensors(path / DIFFUSERS_WEIGHTS, tensors, "pt")

@@ -144,6 +144,8 @@ def _problems(path: str, layer: LoraLayer, base: BaseModel) -> list[str]:
         return [f"{path}: the base model has {base.blocks} blocks, counted from 0"]
     if path == "lm_head" and base.is_tied:
         return ["lm_head: the base model's is tied to its embedding, so its gguf file has no output layer"]
+    if layer.magnitude is not None:
+        return [f"{path}: DoRA, whose magnitudes llama.cpp does not have; merge it, and convert the whole model"]
     pair, expected = layer.pairs[0], base.shapes[path.rpartition(".")[2]]
     got = (int(pair.lora_B.shape[0]), int(pair.lora_A.shape[1]))  # (out, in)
     return [] if got == expected else [f"{path}: must be {expected} by the base model's config.json, got {got}"]

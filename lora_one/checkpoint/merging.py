@@ -144,6 +144,8 @@ def _other_files(model: Path) -> list[Path]:
 
 def _problems(adapter: Adapter, stored: Mapping[str, Stored], config: Mapping[str, Any]) -> list[str]:
     problems = []
+    if adapter.is_dora:
+        problems.append("DoRA's magnitudes give whole rows another length: merge in the framework (lora_one.merge)")
     wanted = {f"{path}.weight": _shapes(layer) for path, layer in adapter.layers.items()}
     wanted |= {path: [tensor.array.shape] for path, tensor in adapter.whole.items()}
     for key, shapes in wanted.items():

@@ -21,10 +21,7 @@ from .whole import channels_first, channels_last, whole_module, whole_modules
 
 Shapes = Mapping[str, tuple[int, ...]]  # path -> (out, in), or (experts, out, in)
 
-_OTHER_KINDS = {
-    "dora": "its magnitudes m are no part of plain LoRA",
-    "full": "whole weights were trained, and there is no adapter",
-}
+_KINDS = ("lora", "dora")
 
 
 def is_mlx_lm(path: Path) -> bool:
@@ -49,7 +46,7 @@ def read_mlx_lm(path: Path, model: Shapes | None = None) -> Adapter:
     Raises:
         CheckpointError: all that is wrong with files, names, ranks and shapes, at once.
     """
-    rank, scale, dropout = _read_parameters(path)
+    kind, rank, scale, dropout = _read_parameters(path)
     tensors = read_tensors(path / MLX_WEIGHTS)
     layers, problems = {}, []
     for name in sorted({key.rpartition(".")[0] for key in tensors}):
@@ -58,17 +55,19 @@ def read_mlx_lm(path: Path, model: Shapes | None = None) -> Adapter:
             if a is not None or b is not None:
                 problems.append(f"{name}: lora_{'b' if b is None else 'a'} is missing")
             continue
+        m = tensors.pop(f"{name}.m", None)
         wrong_shapes = _shape_problems(name, a.array.shape, b.array.shape, rank, model)
+        wrong_shapes += _magnitude_problems(name, m, b, kind)
         problems += wrong_shapes
         if not wrong_shapes:
-            layers[name] = _layer(a, b, scale)
+            layers[name] = _layer(a, b, scale)._replace(magnitude=m)
     names = _names_to_save(path)
     whole = {
         key: Tensor(channels_first(key, array), dtype)
         for key, (array, dtype) in tensors.items()
         if key.rpartition(".")[2] not in ("lora_a", "lora_b") and whole_module(key, names)
     }
-    problems += [f"{key}: neither lora_a nor lora_b of a linear layer" for key in tensors if key not in whole]
+    problems += [f"{key}: neither lora_a, lora_b nor m of a linear layer" for key in tensors if key not in whole]
     if not layers and not problems:
         problems.append(f"{MLX_WEIGHTS}: no LoRA factors in it")
     if problems:
@@ -84,16 +83,15 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not an adapter folder", [f"{CONFIG}: {error}"]) from error
 
 
-def _read_parameters(path: Path) -> tuple[int, float, float]:
-    """Return (rank, scale, dropout), which hold for all layers."""
+def _read_parameters(path: Path) -> tuple[str, int, float, float]:
+    """Return (kind, rank, scale, dropout), which hold for all layers."""
     config = _read_config(path)
     kind, parameters = config.get("fine_tune_type", "lora"), config.get("lora_parameters") or {}
-    if kind != "lora":
-        names = tensor_names(path / MLX_WEIGHTS)
+    if kind not in _KINDS:
         raise CheckpointError(
-            f'{path / CONFIG}: "fine_tune_type" must be "lora", got {shown(kind)}: '
-            f"{_OTHER_KINDS.get(str(kind), 'not LoRA')}",
-            [name for name in names if kind != "dora" or name.endswith(".m")],
+            f'{path / CONFIG}: "fine_tune_type" must be "lora" or "dora", got {shown(kind)}: '
+            f"{'whole weights were trained, and there is no adapter' if kind == 'full' else 'not LoRA'}",
+            tensor_names(path / MLX_WEIGHTS),
         )
     settings: dict[str, Any] = parameters if isinstance(parameters, dict) else {}
     rank, scale = settings.get("rank"), settings.get("scale")
@@ -107,7 +105,7 @@ def _read_parameters(path: Path) -> tuple[int, float, float]:
         raise CheckpointError(
             f'{path / CONFIG}: the dropout in "lora_parameters" must be in [0, 1], got {shown(dropout)}'
         )
-    return rank, float(scale), float(dropout)
+    return str(kind), rank, float(scale), float(dropout)
 
 
 def _names_to_save(path: Path) -> list[str]:
@@ -131,6 +129,15 @@ def _shape_problems(name: str, a: tuple[int, ...], b: tuple[int, ...], rank: int
         expected = [shape[::-1] for shape in expected]
     shapes = zip(("lora_a", "lora_b"), (a, b), expected, strict=True)
     return [f"{name}: {factor} must be {want}, got {got}" for factor, got, want in shapes if got != want]
+
+
+def _magnitude_problems(name: str, m: Tensor | None, b: Tensor, kind: str) -> list[str]:
+    """Return why a layer does not have the magnitudes, (out,), that its kind has."""
+    if m is None or kind != "dora":
+        wrong = (m is None) == (kind == "dora")
+        return [f'{name}: m {"is missing" if m is None else "is there"}, and "fine_tune_type" is "{kind}"'] * wrong
+    expected, got = b.array.shape[1:], m.array.shape
+    return [] if b.array.ndim == 2 and got == expected else [f"{name}: m must be {expected}, got {got}"]
 
 
 def _layer(a: Tensor, b: Tensor, scale: float) -> LoraLayer:
@@ -158,7 +165,8 @@ def write_mlx_lm(path: Path, adapter: Adapter, num_layers: int, fits_peft: bool 
     scales = Counter(layer.scaling for layer in adapter.layers.values() if layer.scaling)
     scale = scales.most_common(1)[0][0] if scales else 1.0  # layers of scale 0 get a lora_b of zeros
     parameters = {"rank": rank, "scale": scale, "dropout": adapter.dropout, "keys": list(adapter.layers)}
-    config: dict[str, Any] = {"fine_tune_type": "lora", "num_layers": num_layers, "lora_parameters": parameters}
+    kind = "dora" if adapter.is_dora else "lora"
+    config: dict[str, Any] = {"fine_tune_type": kind, "num_layers": num_layers, "lora_parameters": parameters}
     config["modules_to_save"] = list(adapter.modules_to_save) or None
     tensors = {}
     for name, layer in adapter.layers.items():
@@ -180,4 +188,5 @@ def _tensors(name: str, layer: LoraLayer, rank: int, scale: float) -> dict[str, 
     # In bfloat16 the product with the ratio of the scales would be rounded again.
     dtype = layer.dtype if layer.scaling == scale else wider(layer.dtype, "F32")
     a, b = (a, b) if layer.is_switch else (a[0].T, b[0].T)
-    return {f"{name}.lora_a": Tensor(a, layer.dtype), f"{name}.lora_b": Tensor(b, dtype)}
+    m = {} if layer.magnitude is None else {f"{name}.m": layer.magnitude}
+    return {f"{name}.lora_a": Tensor(a, layer.dtype), f"{name}.lora_b": Tensor(b, dtype), **m}

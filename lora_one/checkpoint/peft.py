@@ -19,6 +19,7 @@ from lora_one.files.json_files import read_object
 
 from .adapter import LINEAR, Adapter, Form, LoraLayer
 from .folder import CONFIG, MLX_WEIGHTS, PICKLED, WEIGHTS, is_file
+from .magnitudes import MAGNITUDE_KEY, magnitude_problems, magnitude_tensors
 from .peft_config import check_patterns, config_problems
 from .plain_lora import remedy, tensor_reason
 from .scales import layer_ranks, layer_scalings, plain_settings
@@ -30,8 +31,10 @@ PEFT_BASE_KEY = "base_model.model.{path}.base_layer.weight"
 _KEY = "base_model.model.{path}.lora_{side}.weight"
 _EMBEDDING_KEY = "base_model.model.{path}.lora_embedding_{side}"
 _FACTOR_KEY = re.compile(
-    r"base_model\.model\.(?P<layer>.+)\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<of_embedding>[AB]))"
+    r"base_model\.model\.(?P<layer>.+)"
+    r"\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<of_embedding>[AB])|(?P<vector>magnitude_vector))"
 )
+_MAGNITUDE = "magnitude_vector"
 
 Shape = tuple[int, ...]
 LinearShapes = Mapping[str, tuple[int, int]]  # layer -> (out, in)
@@ -48,8 +51,14 @@ class AdapterFolder:
     lora_B: dict[str, Shape]  # layer -> shape, (out, r)
     ranks: dict[str, int]  # layer -> its rank by the configuration
     scalings: dict[str, float]  # layer -> the factor s by the configuration
-    others: Mapping[str, Shape]  # tensors that are no LoRA factors: key -> shape
+    others: Mapping[str, Shape]  # tensors that are no LoRA factors and no magnitudes: key -> shape
     forms: Mapping[str, Form] = field(default_factory=dict)  # of the layers that are not linear
+    magnitudes: Mapping[str, Shape] = field(default_factory=dict)  # DoRA's: layer -> shape, (out,)
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether the configuration says that each layer has magnitudes."""
+        return bool(self.config.get("use_dora"))
 
     def key(self, layer: str, side: str) -> str:
         """Return the name of a factor in the file, "A" or "B"."""
@@ -86,7 +95,7 @@ def read_folder(path: Path) -> AdapterFolder:
         check_patterns(config, list(ranks))
     except ValueError as error:
         raise CheckpointError(f"{path / CONFIG}: its settings cannot be used: {error}") from error
-    return AdapterFolder(path, config, shapes["A"], shapes["B"], ranks, scalings, others, forms)
+    return AdapterFolder(path, config, shapes["A"], shapes["B"], ranks, scalings, others, forms, shapes[_MAGNITUDE])
 
 
 def _check_files(path: Path) -> None:
@@ -115,8 +124,8 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _read_shapes(file: Path) -> tuple[dict[str, dict[str, Shape]], dict[str, Shape], dict[str, Form]]:
-    """Return the shapes of the factors as matrices, side -> layer -> shape, of other tensors, and the layers' forms."""
-    shapes: dict[str, dict[str, Shape]] = {"A": {}, "B": {}}
+    """Return the shapes of the factors, as matrices, and of the magnitudes; of other tensors; and the layers' forms."""
+    shapes: dict[str, dict[str, Shape]] = {"A": {}, "B": {}, _MAGNITUDE: {}}
     others: dict[str, Shape] = {}
     forms: dict[str, Form] = {}
     try:
@@ -126,7 +135,7 @@ def _read_shapes(file: Path) -> tuple[dict[str, dict[str, Shape]], dict[str, Sha
                 if match is None:
                     others[key] = shape
                     continue
-                shapes[match["side"] or match["of_embedding"]][match["layer"]] = shape
+                shapes[match["side"] or match["of_embedding"] or match["vector"]][match["layer"]] = shape
                 if match["of_embedding"]:
                     forms[match["layer"]] = Form(is_embedding=True)
     except (SafetensorError, OSError) as error:
@@ -150,14 +159,15 @@ def read_adapter(folder: AdapterFolder) -> Adapter:
         raise CheckpointError(f"{folder.path / WEIGHTS} does not hold what {CONFIG} says", problems)
     names = {layer: [folder.key(layer, side) for side in "AB"] for layer in folder.lora_A}
     of_modules = {path: f"{PREFIX}{path}" for path in folder.whole}
-    tensors = read_tensors(
-        folder.path / WEIGHTS, {name for pair in (*names.values(), of_modules.values()) for name in pair}
-    )
+    of_magnitudes = {layer: MAGNITUDE_KEY.format(path=layer) for layer in folder.magnitudes}
+    of_factors = (name for pair in names.values() for name in pair)
+    tensors = read_tensors(folder.path / WEIGHTS, {*of_factors, *of_modules.values(), *of_magnitudes.values()})
     layers = {}
     for layer, (a, b) in names.items():
         pair = Factors(*(tensors[key].array.reshape(len(tensors[key].array), -1) for key in (a, b)))
         dtype, form = wider(tensors[a].dtype, tensors[b].dtype), folder.forms.get(layer, LINEAR)
-        layers[layer] = LoraLayer([pair], folder.scalings[layer], dtype, form=form)
+        m = tensors[of_magnitudes[layer]] if layer in of_magnitudes else None
+        layers[layer] = LoraLayer([pair], folder.scalings[layer], dtype, form=form, magnitude=m)
     return Adapter(
         layers,
         float(folder.config.get("lora_dropout") or 0.0),
@@ -223,7 +233,10 @@ def check_factors(folder: AdapterFolder, linear: LinearShapes, forms: Mapping[st
         ):
             if layer in shapes and shapes[layer] != expected:
                 problems.append(f"{layer}: {name} must be {expected}, got {shapes[layer]}")
-    return problems
+        if layer in folder.magnitudes and folder.magnitudes[layer] != (out_features,):
+            problems.append(f"{layer}: lora_magnitude_vector must be {(out_features,)}, got {folder.magnitudes[layer]}")
+    layers = folder.lora_A.keys() | folder.lora_B.keys()
+    return problems + magnitude_problems(layers, folder.magnitudes, folder.use_dora, folder.forms)
 
 
 def unknown_tensor(key: str) -> str:
@@ -239,11 +252,16 @@ def write_peft(path: Path, adapter: Adapter) -> None:
 
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """Return the tensors of `adapter_model.safetensors`, by PEFT's names."""
-    return {
+    tensors = {
         peft_key(name, side, layer.form): Tensor(with_kernel(factor, side, layer.form), layer.dtype)
         for name, layer in adapter.layers.items()
         for side, factor in zip("AB", layer.pairs[0], strict=True)
-    } | {f"{PREFIX}{path}": tensor for path, tensor in adapter.whole.items()}
+    }
+    return (
+        tensors
+        | magnitude_tensors(adapter.layers)
+        | {f"{PREFIX}{path}": tensor for path, tensor in adapter.whole.items()}
+    )
 
 
 def with_kernel(factor: np.ndarray, side: str, form: Form) -> np.ndarray:
@@ -261,6 +279,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
         "inference_mode": True,
         **plain_settings({name: (layer.rank, layer.scaling) for name, layer in adapter.layers.items()}),
         "lora_dropout": adapter.dropout,
+        "use_dora": adapter.is_dora,
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": list(adapter.modules_to_save) or None,

@@ -1,4 +1,4 @@
-"""What a PEFT adapter can hold besides plain LoRA on linear layers, and why other libraries cannot open it."""
+"""What a PEFT adapter can hold besides LoRA and DoRA on linear layers, and why other libraries cannot open it."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -12,11 +12,10 @@ _HARMLESS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
     "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-    "target_modules", "task_type", "use_rslora",
+    "target_modules", "task_type", "use_dora", "use_rslora",
 } | MLX_SETTINGS  # fmt: skip
 _REASONS = {
     "bias": "biases of the base model were trained",
-    "use_dora": "DoRA's magnitudes are no part of plain LoRA",
     "lora_bias": "LoRA with a bias: no other library's LoRA has one",
     "modules_to_save": "layers that were trained whole have no place beside the factors",
     "trainable_token_indices": "embeddings of single tokens were trained",
@@ -26,7 +25,6 @@ _REASONS = {
 }
 _STARTS_THAT_KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _TENSORS = (
-    (r"\.lora_magnitude_vector(\.weight)?$", "a magnitude of DoRA"),
     (r"\.lora_[AB]\.bias$", "a bias of LoRA's own"),
     (
         r"\.base_layer\.weight$",

@@ -28,7 +28,7 @@ from tests.frameworks import logits, mlx_model, opened_by_lora_one, opened_by_ml
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 16))
 TOLERANCE = 1e-4  # absolute, on logits of size 1 to 10: float32 in libraries that sum in different orders
 
-# Settings of plain LoRA in PEFT; each folder gets nonzero factors.
+# Settings of LoRA and DoRA in PEFT; each folder gets nonzero factors.
 PEFT = {
     "suffixes": {"target_modules": ["q_proj", "v_proj"]},
     "rslora": {"target_modules": ["q_proj", "down_proj"], "use_rslora": True},
@@ -43,6 +43,7 @@ PEFT = {
     "full-paths-and-head": {"target_modules": ["model.layers.1.mlp.down_proj", "lm_head"]},
     "excluded": {"target_modules": "all-linear", "exclude_modules": ["v_proj"], "lora_dropout": 0.1},
     "bfloat16": {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 3}},
+    "dora": {"target_modules": ["q_proj", "up_proj"], "use_dora": True, "rank_pattern": {"up_proj": 3}},
 }
 
 
@@ -122,7 +123,7 @@ def _gpt2_of_mlx_lm(base: Path, adapter: Path):
     return load_adapters(model, str(adapter))
 
 
-# Settings of plain LoRA in mlx-lm.
+# Settings of LoRA and DoRA in mlx-lm.
 # fmt: off
 MLX_LM = {
     "default-keys": {"num_layers": 2, "scale": 1.0},
@@ -135,6 +136,7 @@ MLX_LM = {
         "scale": 2.5,
     },
     "bfloat16": {"num_layers": 2, "keys": ["mlp.up_proj"], "scale": 2.0, "dtype": mx.bfloat16},
+    "dora": {"num_layers": 1, "keys": ["self_attn.q_proj", "mlp.up_proj"], "kind": "dora", "steps": 3},
 }
 # fmt: on
 
@@ -197,10 +199,6 @@ def _widened(model):
 
 
 REFUSED_PEFT = {
-    "dora": (
-        {"use_dora": True, "target_modules": ["q_proj"]},
-        ["use_dora=True: DoRA", *(f"layers.{i}.self_attn.q_proj.lora_magnitude_vector: a magnitude" for i in (0, 1))],
-    ),
     "lora-bias": (
         {"lora_bias": True, "target_modules": ["q_proj"]},
         ["lora_bias=True: LoRA with a bias", *(f"layers.{i}.self_attn.q_proj.lora_B.bias: a bias" for i in (0, 1))],
@@ -298,11 +296,23 @@ def test_factors_that_contradict_the_configuration_are_all_named(base, tmp_path)
     assert "model.layers.0.self_attn.v_proj: lora_A must be (4, 64), got (2, 4, 64)" in text
 
 
-def test_mlx_lms_dora_full_weights_and_embeddings_are_refused(base, tmp_path):
-    write_mlx_lm(mlx_model(base), tmp_path / "dora", 1, kind="dora", keys=["mlp.up_proj", "self_attn.q_proj"])
-    text = refusal(tmp_path / "dora")
-    assert "must be \"lora\", got 'dora': its magnitudes m are no part of plain LoRA" in text
-    assert "  - model.layers.1.mlp.up_proj.m\n  - model.layers.1.self_attn.q_proj.m" in text
+def test_a_folder_says_whether_it_has_doras_magnitudes_and_has_them(base, tmp_path):
+    keys = ["model.layers.1.self_attn.q_proj"]
+    for kind, other in (("dora", "lora"), ("lora", "dora")):
+        write_mlx_lm(mlx_model(base), tmp_path / kind, 1, kind=kind, keys=keys)
+        file = tmp_path / kind / "adapter_config.json"
+        file.write_text(file.read_text().replace(f'"{kind}"', f'"{other}"'))
+        is_there = "there" if kind == "dora" else "missing"
+        assert f'q_proj: m is {is_there}, and "fine_tune_type" is "{other}"' in refusal(tmp_path / kind)
+        src = tmp_path / f"peft-{kind}"
+        write_peft(torch_model(base), src, target_modules=["q_proj"], use_dora=kind == "dora")
+        settings = json.loads((src / "adapter_config.json").read_text())
+        (src / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": other == "dora"}))
+        reason = "belongs to no layer with DoRA" if kind == "dora" else "is missing"
+        assert f"self_attn.q_proj: lora_magnitude_vector {reason}: use_dora is {other == 'dora'}" in refusal(src)
+
+
+def test_mlx_lms_full_weights_and_embeddings_are_refused(base, tmp_path):
     write_mlx_lm(mlx_model(base), tmp_path / "full", 1, kind="full")
     text = refusal(tmp_path / "full")
     assert "got 'full': whole weights were trained" in text and "model.layers.1.mlp.up_proj.weight" in text

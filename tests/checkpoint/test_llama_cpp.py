@@ -216,7 +216,7 @@ def test_gemmas_output_layer_is_its_embedding(name, tmp_path):
 
 
 MORE_THAN_LORA = {
-    "use_dora=True: DoRA": {"use_dora": True},
+    "q_proj: DoRA, whose magnitudes llama.cpp does not have; merge it": {"use_dora": True},
     "modules_to_save=['lm_head']: layers that were trained whole": {"modules_to_save": ["lm_head"]},
     "embed_tokens: LoRA on an embedding, which gguf": {"target_modules": ["embed_tokens"]},
 }

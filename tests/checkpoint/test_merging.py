@@ -214,3 +214,10 @@ def test_the_command(base, tmp_path, capsys, monkeypatch):
     app(standalone_mode=False)
     assert "Model:" in capsys.readouterr().out
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+
+
+def test_doras_magnitudes_are_left_to_the_framework(base, tmp_path):
+    config = lora_one.Config(rank=3, targets=["q_proj"], dora=True)
+    lora_one.save(lora_one.backends.torch.attach_plain(torch_model(base), config), tmp_path / "adapter")
+    text = refusal(base, tmp_path / "adapter", tmp_path / "merged")
+    assert "DoRA's magnitudes give whole rows another length: merge in the framework" in text

@@ -25,6 +25,7 @@ from .fit import fit_problems
 from .forms import forms_of, in_flaxs_order, in_pefts_order
 from .llama.model import LlamaForCausalLM
 from .nnx.adopt import find_adapters
+from .nnx.dora_files import dora_problems, from_layers, to_tensors
 from .nnx.inject import dropout_of, inject, linear_layers, take_out, train_dropout
 from .nnx.layers import adapted_kind, kind_of
 from .nnx.removal import remove
@@ -44,6 +45,7 @@ class _SiteFactors(NamedTuple):
 
     site: Site
     leaves: Leaves
+    magnitudes: Any = None  # DoRA's, (stack..., out...)
 
 
 def merge(model: Any) -> Any:
@@ -114,25 +116,21 @@ def _adapter(model: Any) -> Adapter:
         raise ModelError(
             f"save needs a model with LoRA layers, as lora_one.init returns it, got {type(model).__name__}"
         )
-    check_concrete("save", [leaves for _, leaves in lora])
-    forms = forms_of(model, [site for site, _ in lora])
-    layers = {
-        layer.name: LoraLayer(
-            [in_pefts_order(_to_numpy(pair), forms.get(layer.name, LINEAR))],
-            layer.scaling,
-            STORED_NAMES[leaves.a.dtype.name],
-            form=forms.get(layer.name, LINEAR),
-        )
-        for site, leaves in lora
-        for layer, pair in zip(site.layers(), site.spec_pairs(leaves), strict=True)
-    }
+    check_concrete("save", [(leaves, m) for _, leaves, m in lora])
+    forms = forms_of(model, [site for site, *_ in lora])
+    layers = {}
+    for site, leaves, m in lora:
+        for layer, pair, vector in zip(site.layers(), site.spec_pairs(leaves), to_tensors(site, m), strict=True):
+            form, dtype = forms.get(layer.name, LINEAR), STORED_NAMES[leaves.a.dtype.name]
+            factors = in_pefts_order(_to_numpy(pair), form)
+            layers[layer.name] = LoraLayer([factors], layer.scaling, dtype, form=form, magnitude=vector)
     task = "CAUSAL_LM" if isinstance(model, LlamaForCausalLM) else None
     whole = whole_tensors(model)
     modules = tuple(dict.fromkeys(path.rpartition(".")[0] for path in whole))
     if isinstance(model, LinenModel):
-        note = note_of({site.name: site.layout for site, _ in lora})
+        note = note_of({site.name: site.layout for site, *_ in lora})
         return Adapter(layers, model.dropout, task, note, modules, whole)
-    moved = {site.name: site.layout for site, _ in lora if any(site.layout.lifts)}
+    moved = {site.name: site.layout for site, *_ in lora if any(site.layout.lifts)}
     dropout = dropout_of(model) if isinstance(model, nnx.Module) else 0.0
     return Adapter(layers, dropout, task, note_of(moved) if moved else {}, modules, whole)
 
@@ -148,11 +146,13 @@ def load(model: Any, path: Path, trainable: bool) -> Any:
 
 
 def _load(model: Any, path: Path, folder: AdapterFolder, trainable: bool) -> Any:
-    own_sites = {site.name: site for site, _ in _find_lora(model)}
+    own_lora = _find_lora(model)
+    own_sites = {site.name: site for site, *_ in own_lora}
     linear, problems = ({}, []) if isinstance(model, nnx.Module) else _tree_layers(model, folder)
     if not problems:
         sites = own_sites or _possible_sites(model, linear)
         problems = fit_problems(model, folder, sites, has_lora=bool(own_sites))
+        problems += dora_problems(folder.use_dora, own_lora, isinstance(model, nnx.Module))
     if problems:
         raise CheckpointError(f"the adapter in {path} does not fit the model", problems)
     adapter = read_adapter(folder)
@@ -164,7 +164,7 @@ def _load(model: Any, path: Path, folder: AdapterFolder, trainable: bool) -> Any
         if first in factors:
             plan[name] = folder.lora_A[first][0], folder.scalings[first]
     if isinstance(model, nnx.Module):
-        return _load_nnx(model, folder, factors, {} if own_sites else plan, whole, trainable)
+        return _load_nnx(model, folder, adapter, {} if own_sites else plan, whole, trainable)
     sites = own_sites or tree_sites(linear, plan)
     # One scale for all layers: the ratio of a layer's own scale to it goes into lora_b.
     scaling = model.scaling if own_sites else next(iter(plan.values()))[1]
@@ -193,14 +193,15 @@ def _fingerprint(folder: Path) -> str:
 def _load_nnx(
     model: nnx.Module,
     folder: AdapterFolder,
-    factors: dict[str, Factors],
+    adapter: Adapter,
     plan: dict[str, tuple[int, float]],
     whole: dict[str, Array],
     trainable: bool,
 ) -> nnx.Module:
     """Inject LoRA as planned, and put the folder's factors and whole parameters into the model."""
+    factors = {name: layer.pairs[0] for name, layer in adapter.layers.items()}
     lifts = {name: layout.lifts for name, layout in read_note(folder).items() if name in plan}
-    injected = inject(model, plan, _dropout(folder), lifts=lifts)
+    injected = inject(model, plan, _dropout(folder), lifts=lifts, dora=folder.use_dora)
     try:
         layers = find_adapters(model, Config())
         leaves = [layer.site.trained(_pairs(layer.site, folder, factors)) for layer in layers]
@@ -209,6 +210,8 @@ def _load_nnx(
         raise
     for layer, values in zip(layers, leaves, strict=True):
         layer.write(*values)
+        if layer.m is not None:
+            layer.write_magnitudes(from_layers(layer.site, adapter.layers))
     variables = parameters(model)
     for name, value in whole.items():
         variables[name].set_raw_value(value)
@@ -234,7 +237,8 @@ def _pairs(site: Site, folder: AdapterFolder, factors: dict[str, Factors]) -> li
 
 def _find_lora(model: Any) -> list[_SiteFactors]:
     if isinstance(model, nnx.Module):
-        return [_SiteFactors(layer.site, layer.leaves) for layer in find_adapters(model, Config())]
+        layers = find_adapters(model, Config())
+        return [_SiteFactors(x.site, x.leaves, None if x.m is None else x.m.get_raw_value()) for x in layers]
     if not isinstance(model, (LinenModel, PytreeModel)):
         raise ModelError(f"the model must be a flax.nnx.Module, LinenModel or PytreeModel, got {type(model).__name__}")
     weights = {weight.layer: weight for weight in model.layouts}

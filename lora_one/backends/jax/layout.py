@@ -93,6 +93,10 @@ class Layout:
             self.in_front(b).reshape(self.count, rank, self.out_features),
         )
 
+    def magnitude_spec(self, spec: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the partition spec of DoRA's magnitudes from the kernel's: that of the output axes."""
+        return tuple(spec[axis] for axis in self.stack + self.outs)
+
     @partial(jax.jit, static_argnums=0)  # without jit, each operation would be compiled separately
     def leaves(self, pairs: list[Factors]) -> tuple[Array, Array]:
         """Return (lora_a, lora_b) from the spec's pairs, lora_A (r, in) and lora_B (out, r), one per matrix."""
@@ -111,6 +115,24 @@ class Layout:
         a, b = self.matrices(a.astype(wide), b.astype(wide))
         delta = jnp.matmul(a, b, precision=lax.Precision.HIGHEST)  # (n, in, out)
         return self._in_kernels_order(delta, self.stack + self.ins + self.outs)
+
+    @property
+    def magnitude_shape(self) -> tuple[int, ...]:
+        """The shape of DoRA's magnitudes: (stack..., out...)."""
+        return (*self._sizes(self.stack), *self._sizes(self.outs))
+
+    def stacked(self, a: Array, b: Array) -> Factors:
+        """Return the spec's pairs of all matrices as one, lora_A (n, r, in) and lora_B (n, out, r)."""
+        return Factors(*(jnp.swapaxes(matrix, 1, 2) for matrix in self.matrices(a, b)))
+
+    def of_kernel(self, kernel: Array) -> Array:
+        """Return the kernel as the spec's matrices, (n, out, in)."""
+        matrices = jnp.transpose(kernel, self.stack + self.outs + self.ins)
+        return matrices.reshape(self.count, self.out_features, self.in_features)
+
+    def as_kernel(self, matrices: Array) -> Array:
+        """Return the inverse of `of_kernel`."""
+        return self._in_kernels_order(matrices, self.stack + self.outs + self.ins)
 
     def added(self, kernel: Array, a: Array, b: Array, scale: float) -> Array:
         """Return kernel + scale * a b, rounded once to the kernel's dtype."""

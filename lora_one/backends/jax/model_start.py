@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
 
@@ -19,6 +20,7 @@ from lora_one.report.deferred import DeferredReport, StartSteps
 
 from .deferred import Start
 from .layout import Layout
+from .nnx.dora import DoraMagnitude
 from .pairs import ModelPair, Path, entry_of, model_pairs
 from .sites import check_concrete
 
@@ -32,6 +34,11 @@ def model_start(model: Any, start_steps: StartSteps | None) -> tuple[Start | Non
     """
     report = report_of(model)
     pairs = model_pairs(model, Config() if report is None else report.config)
+    if start_steps not in (None, 0) and isinstance(model, nnx.Module) and _has_magnitudes(model):
+        raise ModelError(
+            "a start from the first steps is for LoRA without DoRA on JAX, since optax never sees the base weights: "
+            "pass batches to init, and leave start_steps out"
+        )
 
     def layers() -> list[Layer]:
         return [layer for pair in pairs.values() for layer in pair.site.layers()]
@@ -52,6 +59,10 @@ def model_start(model: Any, start_steps: StartSteps | None) -> tuple[Start | Non
     shardings = [pair.leaves.b.sharding for pair in pairs.values()]
     mesh = next((sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)), None)
     return Start(decided.gamma, decided.least, decided.most, folds, telling, mesh), layouts
+
+
+def _has_magnitudes(model: nnx.Module) -> bool:
+    return any(isinstance(variable, DoraMagnitude) for _, variable in nnx.iter_graph(model))
 
 
 def _telling(report: DeferredReport, pairs: Mapping[Path, ModelPair]) -> Callable[[list[Path]], Callable[..., None]]:

@@ -177,7 +177,16 @@ class JaxSession:
         """
         model = self.model
         if isinstance(model, nnx.Module):
-            return NnxBinding(model, self._config)
+            binding = NnxBinding(model, self._config)
+            if loss_fn is _no_pass and binding.has_magnitudes:
+                binding.undo()
+                raise ModelError(
+                    "DoRA on JAX starts from batches: pass batches and loss_fn to init. A start without data is made "
+                    "by the optimizer, which in optax never sees the base weights, whose norms are part of it"
+                )
+            return binding
+        if self._config.dora:
+            raise ModelError(f"dora=True on JAX is for a flax.nnx.Module, got {type(model).__name__}: leave it out")
         if isinstance(model, LinenModel) and not model.layouts and loss_fn is _no_pass:
             raise ModelError(
                 "a Linen module shows its linear layers only in a call: pass batches and loss_fn to init, or hand in "

@@ -93,8 +93,12 @@ class Binding(Protocol):
 
     model: Any  # what `init` returns
     sites: dict[str, Site]
-    frozen: Any  # pytree: all arrays of the model except the factors
     attached: bool  # True if we attached LoRA, False if the model came with it
+
+    @property
+    def frozen(self) -> Any:
+        """A pytree: all arrays of the model except the factors."""
+        ...
 
     def weight_names(self) -> tuple[list[str | None], set[str]]:
         """Return a name per leaf of `frozen`, None where it is no weight matrix; and the names that have LoRA."""

@@ -13,16 +13,18 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 from lora_one.backends.interface import Layer
 from lora_one.backends.targets import check_held
+from lora_one.checks import shown_names
 from lora_one.config import Config
 from lora_one.errors import ModelError
 
+from .dora import is_dora, lora_names
 from .layout import EMBEDDINGS, LoraModule, dropout_of, is_switch
-from .targets import SWITCH, find_targets, warn_of_left_out
+from .targets import SWITCH, columns, find_targets, warn_of_left_out
 from .tree import Place, places
 from .whole import find_whole, train_whole, whole_parameters
 
-LORA = (LoRALinear, LoRASwitchLinear, LoRAEmbedding)
-OTHER_ADAPTERS = (DoRALinear, DoRAEmbedding)
+LORA = (LoRALinear, LoRASwitchLinear, LoRAEmbedding, DoRALinear)
+OTHER_ADAPTERS = (DoRAEmbedding,)
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,18 @@ class Site:
 
     @property
     def is_trainable(self) -> bool:
-        """Whether at least one of its factors is trainable."""
-        return not self.module._no_grad >= {"lora_a", "lora_b"}
+        """Whether at least one of its own parameters is trainable."""
+        return not self.module._no_grad >= set(self.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its own parameters in the module."""
+        return lora_names(self.module)
 
     def set_trainable(self, trainable: bool) -> None:
-        """Freeze or unfreeze its factors, and nothing else."""
+        """Freeze or unfreeze its own parameters, and nothing else."""
         change = self.module.unfreeze if trainable else self.module.freeze
-        change(keys=["lora_a", "lora_b"], recurse=False)
+        change(keys=list(self.names), recurse=False)
 
 
 def attach_plain(model: nn.Module, config: Config) -> nn.Module:
@@ -60,8 +67,8 @@ def attach_plain(model: nn.Module, config: Config) -> nn.Module:
 
     Args:
         model: an `mlx.nn.Module` without LoRA.
-        config: `rank`, `alpha`, `use_rslora`, `targets`, `modules_to_save`, `dropout` and `seed` count. A is drawn by
-            the seed.
+        config: `rank`, `alpha`, `use_rslora`, `targets`, `modules_to_save`, `dropout`, `dora` and `seed` count. A is
+            drawn by the seed.
 
     Returns:
         The model itself.
@@ -95,18 +102,26 @@ def attach_lora(model: nn.Module, config: Config) -> nn.Module:
     targets = find_targets(model, config.targets, paths)
     if config.targets == "all-linear":
         warn_of_left_out(model, targets, paths)
+    others = [place.path for place in targets if isinstance(place.module, SWITCH + EMBEDDINGS)]
+    if config.dora and others:
+        raise ModelError(f"dora=True is for linear layers, got {shown_names(others)}: name other targets")
     model.freeze()
     for place in targets:
-        attach_layer(place, config.rank, config.scaling, config.dropout)
+        attach_layer(place, config.rank, config.scaling, config.dropout, config.dora)
     train_whole(place.module for place in whole)
     return model
 
 
-def attach_layer(place: Place, rank: int, scale: float, dropout: float) -> LoraModule:
+def attach_layer(place: Place, rank: int, scale: float, dropout: float, dora: bool = False) -> LoraModule:
     """Replace a linear layer by mlx-lm's LoRA layer around it."""
-    kind: Any = LoRASwitchLinear if isinstance(place.module, SWITCH) else LoRALinear
-    kind = LoRAEmbedding if isinstance(place.module, EMBEDDINGS) else kind
-    module: LoraModule = kind.from_base(place.module, r=rank, scale=scale, dropout=dropout)
+    module: LoraModule
+    if dora:  # not DoRALinear.from_base, which takes weights of 3, 5 or 6 bits for narrower
+        module = DoRALinear(columns(place.module), place.module.weight.shape[0], r=rank, scale=scale, dropout=dropout)
+        module.set_linear(place.module)
+    else:
+        kind: Any = LoRASwitchLinear if isinstance(place.module, SWITCH) else LoRALinear
+        kind = LoRAEmbedding if isinstance(place.module, EMBEDDINGS) else kind
+        module = kind.from_base(place.module, r=rank, scale=scale, dropout=dropout)
     place.container[place.key] = module
     return module
 
@@ -137,7 +152,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     """Return the LoRA layers of a model; an empty list for a plain one.
 
     Raises:
-        ModelError: adapters that LoRA-One does not start: DoRA, unknown ones.
+        ModelError: adapters that LoRA-One does not start: DoRA on an embedding, unknown ones.
     """
     problems = []
     for place in places(model):
@@ -146,7 +161,7 @@ def find_sites(model: nn.Module) -> list[Site]:
         elif "lora_a" in place.module and not isinstance(place.module, LORA):
             problems.append(f"{place.path}: {type(place.module).__name__}, which is no LoRA layer of mlx-lm")
     if problems:
-        raise ModelError("LoRA-One starts, loads, saves and merges plain LoRA, got:\n  " + "\n  ".join(problems))
+        raise ModelError("LoRA-One starts, loads, saves and merges LoRA and DoRA, got:\n  " + "\n  ".join(problems))
     return lora_sites(model)
 
 
@@ -172,6 +187,8 @@ def check_adapter_fits(model: nn.Module, sites: list[Site], config: Config) -> N
             wrong[f"scaling {config.scaling:g} from alpha and rank (the adapter's: {scaling:g})"] = None
         if config.dropout != default.dropout and abs(config.dropout - dropout) > 1e-6:
             wrong[f"dropout {config.dropout} (the adapter's: {dropout:g})"] = None
+        if config.dora and not is_dora(site.module):
+            wrong["dora True (the adapter's: False)"] = None
     if config.rank_max is not None:
         wrong[f"rank_max {config.rank_max}"] = None
     if config.targets != default.targets:

@@ -26,6 +26,7 @@ from lora_one.core.stacking import one_of, stack_of
 from lora_one.errors import ModelError
 
 from .attach import Site
+from .dora import is_dora, magnitude_of
 from .layout import as_arrays, as_factors
 from .lora_adamw import LearningRate, LoraOneAdamW, child
 from .ops import MlxOps
@@ -42,11 +43,17 @@ class Group(NamedTuple):
 
     paths: tuple[str, ...]
     layers: tuple[str, ...]  # names of their pairs: an expert is a layer of its own
+    dora: bool = False  # whether they have magnitudes, which follow the factors until the start is made
 
     @property
     def factors(self) -> list[str]:
         """The names of the factors in the model."""
         return [f"{path}.{name}" for path in self.paths for name in LORA]
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the factors, and of the magnitudes."""
+        return self.factors + [f"{path}.m" for path in self.paths if self.dora]
 
 
 class Start(NamedTuple):
@@ -63,9 +70,13 @@ def groups_of(sites: Sequence[Site]) -> tuple[Group, ...]:
     alike: dict[Any, list[Site]] = {}
     for site in sites:
         a, b = site.module.lora_a, site.module.lora_b
-        alike.setdefault((a.shape, b.shape, a.dtype, b.dtype), []).append(site)
+        alike.setdefault((a.shape, b.shape, a.dtype, b.dtype, is_dora(site.module)), []).append(site)
     return tuple(
-        Group(tuple(site.path for site in group), tuple(layer.name for site in group for layer in site.layers))
+        Group(
+            tuple(site.path for site in group),
+            tuple(layer.name for site in group for layer in site.layers),
+            is_dora(group[0].module),
+        )
         for group in alike.values()
     )
 
@@ -144,7 +155,7 @@ class DeferredAdamW(LoraOneAdamW):
         if not self._initialized:
             self.init(gradients)
         others = flat(gradients)
-        names = [name for group in self.start.groups for name in group.factors if name in others]
+        names = [name for group in self.start.groups for name in group.parameters if name in others]
         of_pairs = {name: others.pop(name) for name in names}
         updated = flat(super().apply_gradients(_tree(others), parameters))
         return _tree({**updated, **self._next_pairs(of_pairs, parameters)})
@@ -182,6 +193,8 @@ class DeferredAdamW(LoraOneAdamW):
                 for index, path in enumerate(group.paths):
                     arrays = as_arrays(one_of(new, index, len(group.paths)))
                     factors.update({f"{path}.{name}": array for name, array in zip(LORA, arrays, strict=True)})
+                    if group.dora:
+                        factors[f"{path}.m"] = _magnitude(parameters, path, as_factors(*arrays))
         progress["s"], progress["agreement"] = [state.s for state in states], [state.agreement for state in states]
         progress["steps"] = progress["steps"] + 1  # not +=, which changes the array itself
         return {name: factors[name] for name in gradients}
@@ -231,6 +244,16 @@ class DeferredAdamW(LoraOneAdamW):
 def _stacked(group: Group, arrays: Arrays) -> Factors:
     """Return the pairs of a group, from arrays by name, as (layers, ...)."""
     return stack_of(_OPS, [as_factors(*(arrays[f"{path}.{name}"] for name in LORA)) for path in group.paths])
+
+
+def _magnitude(parameters: Mapping[str, Any], path: str, pair: Factors) -> mx.array:
+    layer = child(parameters, path)
+    if not is_dora(layer):
+        raise ModelError(
+            f"{path}: the start of DoRA needs the base weights too: call optimizer.update(model, gradients), or "
+            "apply_gradients with the model in place of its trainable parameters"
+        )
+    return magnitude_of(layer, pair).astype(layer.m.dtype)
 
 
 def _tree(arrays: Arrays) -> dict[str, Any]:

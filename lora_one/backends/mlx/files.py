@@ -12,18 +12,21 @@ from lora_one.checkpoint.mlx_lm import Shapes, is_mlx_lm, read_mlx_lm, write_mlx
 from lora_one.checkpoint.peft import check_folder, read_folder
 from lora_one.checkpoint.peft import read_adapter as read_peft
 from lora_one.checkpoint.plain_lora import setting_problems
-from lora_one.checkpoint.tensors import STORED_NAMES
+from lora_one.checkpoint.tensors import STORED_NAMES, Tensor
 from lora_one.checkpoint.whole import is_within, whole_problems
 from lora_one.checks import shown_names
 from lora_one.core.factors import Factors
 from lora_one.errors import CheckpointError, warn_user
 
 from .attach import LORA, Site, attach_layer, find_sites, random_stream_kept
+from .dora import is_dora
 from .layout import EMBEDDINGS, base_of, dropout_of, is_switch, read_pairs, set_dropout, write_pairs
 from .merge import require_sites
 from .targets import columns, is_linear
 from .tree import Snapshot, flat, places
 from .whole import fill_whole, parameter_shapes, train_whole, whole_modules, whole_parameters, whole_tensors
+
+_DTYPES: dict[str, mx.Dtype] = {stored: getattr(mx, dtype) for dtype, stored in STORED_NAMES.items()}
 
 
 class UnsavedWarning(UserWarning):
@@ -33,7 +36,7 @@ class UnsavedWarning(UserWarning):
 def save(model: nn.Module, path: Path) -> None:
     """See `lora_one.save`. The folder is in mlx-lm's layout and, unless a layer is a mixture of experts, in PEFT's."""
     sites = require_sites(model, "save")
-    lora = {f"{site.path}.{name}" for site in sites for name in ("lora_a", "lora_b")}
+    lora = {f"{site.path}.{name}" for site in sites for name in site.names}
     whole = tuple(whole_modules(model))
     trainable = flat(model.trainable_parameters())
     others = [name for name in trainable if name not in lora and not is_within(name, whole)]
@@ -112,12 +115,16 @@ def read_adapter(path: Path, model: nn.Module, held: Collection[str] | None) -> 
 
 
 def _to_numpy(site: Site) -> LoraLayer:
-    pairs, scale = read_pairs(site.module), float(site.module.scale)
-    dtype = pairs[0].lora_A.dtype
-    wide = mx.float64 if dtype == mx.float64 else mx.float32  # NumPy has no bfloat16
-    arrays = [Factors(*(np.array(factor.astype(wide)) for factor in pair)) for pair in pairs]
-    form = Form(is_embedding=True) if isinstance(base_of(site.module), EMBEDDINGS) else LINEAR
-    return LoraLayer(arrays, scale, STORED_NAMES[str(dtype).removeprefix("mlx.core.")], is_switch(site.module), form)
+    module, pairs = site.module, [Factors(*map(_tensor, pair)) for pair in read_pairs(site.module)]
+    arrays = [Factors(*(tensor.array for tensor in pair)) for pair in pairs]
+    form = Form(is_embedding=True) if isinstance(base_of(module), EMBEDDINGS) else LINEAR
+    m = _tensor(module.m) if is_dora(module) else None
+    return LoraLayer(arrays, float(module.scale), pairs[0].lora_A.dtype, is_switch(module), form, m)
+
+
+def _tensor(x: mx.array) -> Tensor:
+    wide = mx.float64 if x.dtype == mx.float64 else mx.float32  # NumPy has no bfloat16
+    return Tensor(np.array(x.astype(wide)), STORED_NAMES[str(x.dtype).removeprefix("mlx.core.")])
 
 
 def to_mlx(layer: LoraLayer) -> list[Factors]:
@@ -129,14 +136,17 @@ def _attach(model: nn.Module, adapter: Adapter) -> list[Site]:
     model.freeze()
     by_path = {place.path: place for place in places(model)}
     for name, layer in adapter.layers.items():
-        attach_layer(by_path[name], layer.rank, layer.scaling, adapter.dropout)
+        dora = layer.magnitude is not None
+        attach_layer(by_path[name], layer.rank, layer.scaling, adapter.dropout, dora)
     return find_sites(model)
 
 
 def _fill(site: Site, layer: LoraLayer, dropout: float) -> None:
-    stored: mx.Dtype = next(getattr(mx, dtype) for dtype, name in STORED_NAMES.items() if name == layer.dtype)
-    write_pairs(site.module, to_mlx(layer), stored)
+    write_pairs(site.module, to_mlx(layer), _DTYPES[layer.dtype])
     site.module.scale = layer.scaling
+    if layer.magnitude is not None:
+        array, name = layer.magnitude
+        site.module.m = mx.array(array).astype(mx.result_type(site.module.m.dtype, _DTYPES[name]))
     set_dropout(site.module, dropout)
 
 
@@ -149,6 +159,9 @@ def _check_same(sites: dict[str, Site], adapter: Adapter, path: Path) -> None:
         rank, model_rank = adapter.layers[name].rank, site.layers[0].rank
         if rank != model_rank:
             problems.append(f"{name}: the model has rank {model_rank}, the file {rank}")
+        in_model, in_file = is_dora(site.module), adapter.layers[name].magnitude is not None
+        if in_model != in_file:
+            problems.append(f"{name}: {'only the model' if in_model else 'only the file'} has DoRA's magnitudes here")
     if problems:
         raise CheckpointError(f"the adapter in {path} does not fit the model", problems)
 

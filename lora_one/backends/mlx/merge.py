@@ -1,4 +1,4 @@
-"""Merging: W + s B A of each LoRA layer, as a linear layer of mlx or mlx-lm, and a warning of what its dtype loses.
+"""Merging: the weight of each LoRA layer, as a linear layer of mlx or mlx-lm, and a warning of what its dtype loses.
 
 The sum is in at least float32. mlx-lm's own `fuse` adds in the weight's dtype, which for mxfp4, nvfp4 and mxfp8 is
 bfloat16 in any model, and it does not know the scales that nvfp4 gives each expert.
@@ -12,9 +12,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import SwitchLinear
 
+from lora_one.core.dora import effective_weight
+from lora_one.core.factors import Factors
 from lora_one.errors import ModelError, warn_user
 
 from .attach import Site, find_sites, random_stream_kept
+from .dora import is_dora
 from .layout import EMBEDDINGS, LoraModule, base_of, read_pairs
 from .ops import MlxOps
 from .tree import flat
@@ -100,9 +103,13 @@ def merged_layer(module: LoraModule, dequantize: bool, compute: mx.Dtype) -> Mer
     base = base_of(module)
     weight = float_weight(base)  # (out, in) or (experts, out, in)
     pairs = [[_OPS.at_least_float32(factor) for factor in pair] for pair in read_pairs(module)]
-    products = [float(module.scale) * (b @ a) for a, b in pairs]
-    delta = products[0] if weight.ndim == 2 else mx.stack(products)
-    delta = delta.T if isinstance(base, EMBEDDINGS) else delta
+    if is_dora(module):
+        a, b = pairs[0]
+        delta = effective_weight(_OPS, weight, Factors(a, b), float(module.scale), module.m) - weight
+    else:
+        products = [float(module.scale) * (b @ a) for a, b in pairs]
+        delta = products[0] if weight.ndim == 2 else mx.stack(products)
+        delta = delta.T if isinstance(base, EMBEDDINGS) else delta
     is_quantised = "scales" in base
     dtype: mx.Dtype = base.scales.dtype if is_quantised else base.weight.dtype
     if not mx.issubdtype(dtype, mx.floating):
@@ -122,7 +129,7 @@ def compute_dtype(model: nn.Module) -> mx.Dtype:
     dtypes = Counter(
         array.dtype
         for name, array in flat(model.parameters()).items()
-        if mx.issubdtype(array.dtype, mx.floating) and not name.endswith((".lora_a", ".lora_b"))
+        if mx.issubdtype(array.dtype, mx.floating) and not name.endswith((".lora_a", ".lora_b", ".m"))
     )
     return dtypes.most_common(1)[0][0] if dtypes else mx.float32
 

@@ -17,6 +17,7 @@ from lora_one.core.gradient import RowProduct, as_matrix
 from lora_one.core.sides import Products, Sides, products_with
 
 from .attach import Site, attach_lora, check_adapter_fits, find_sites, random_stream_kept
+from .dora import renew_magnitude
 from .layout import read_pairs, write_pairs
 from .ops import MlxOps
 from .passes.batches import LossFn, default_loss
@@ -210,7 +211,8 @@ class MlxSession:
         entered = self._entered
         for path, site in entered.sites.items():
             write_pairs(site.module, entered.pairs[path])
-        mx.eval([[site.module.lora_a, site.module.lora_b] for site in entered.sites.values()])
+            renew_magnitude(site.module)
+        mx.eval([[site.module[name] for name in site.names] for site in entered.sites.values()])
 
     def peak_memory(self) -> int | None:
         return mx.get_peak_memory()

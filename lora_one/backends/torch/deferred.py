@@ -23,6 +23,7 @@ from lora_one.report.deferred import StartSteps
 
 from .attachment.adapters import opened
 from .attachment.attach import Site, find_sites
+from .attachment.dora import is_whole
 from .attachment.kinds import as_kept
 from .attachment.optimizable import check_no_experts
 from .attachment.sharding import gathered, write
@@ -38,14 +39,20 @@ States = Mapping[Tensor, dict[str, Any]]
 class PairStarts:
     """The start of an optimizer's LoRA pairs.
 
+    The magnitudes of DoRA follow the pairs: each step of the start sets them to the norms of the new W + s B A. AdamW
+    trains them, as it does the pairs, once the start is made.
+
     Attributes:
         pairs: one for each layer of the report, in its order.
         plan: how many steps it takes, and the report to fill in.
+        magnitudes: DoRA's, of the layers that have it.
     """
 
-    def __init__(self, pairs: Sequence[LoraPair], plan: DeferredStart):
-        self.pairs = list(pairs)
+    def __init__(self, sites: Sequence[Site], plan: DeferredStart):
+        self.pairs = [site.parameters for site in sites]
         self.plan = plan
+        self._dora = [site for site in sites if site.magnitude is not None]
+        self.magnitudes = [site.magnitude for site in self._dora]
         self.checked = False  # whether the factors are known to be those that the state belongs to
 
     @torch.compiler.disable(reason="LoRA-One's start is not compiled: compile the optimizer's step once it is made")
@@ -68,6 +75,9 @@ class PairStarts:
                     self._check_factors(states)
                     _step_together(batch, gradient, states, self.plan.gamma)
                     counts = True
+            if counts:
+                for site in self._dora:
+                    site.renew_magnitude()
         return counts
 
     @torch.compiler.disable
@@ -91,6 +101,12 @@ class PairStarts:
         if self.checked:
             return
         layers = self.plan.report.layers
+        for site in self._dora:
+            if not is_whole(site.module):  # any more, since the optimizer was made
+                raise ModelError(
+                    f"layer {site.layer.name!r}: a start with DoRA needs whole weights, got some that are spread over "
+                    "processes: take the first steps before sharding"
+                )
         for layer, (a, b) in zip(layers, self.pairs, strict=True):
             expected = (layer.rank, layer.in_features), (layer.out_features, layer.rank)
             if tuple(tuple(as_matrix(x).shape) for x in (a, b)) != expected:
@@ -151,7 +167,7 @@ def plan_starts(model: nn.Module, start_steps: StartSteps | None) -> PairStarts 
             f"the layers of the active adapter must be those that init has reported, {shown_names(expected)}; got "
             f"{shown_names(names)}: call init again, or activate that adapter"
         )
-    return PairStarts([site.parameters for site in sites()], plan)
+    return PairStarts(sites(), plan)
 
 
 def _adapted_part(model: nn.Module) -> nn.Module:

@@ -129,12 +129,15 @@ class LoraOneAdamW(torch.optim.AdamW):
         self._check_capture()
         pairs, start = self.pairs, self._current_start() if self.starting else None  # raises before anything is changed
         group_of = self._places.group_of(pairs)
-        group_of |= self._start_places.group_of(start.pairs) if start is not None else {}
+        waiting: set[int] = set()
+        if start is not None:
+            group_of |= self._start_places.group_of(start.pairs)
+            waiting = {id(parameter) for parameter in (*start.magnitudes, *(pair.lora_A for pair in start.pairs))}
+        taken = group_of.keys() | waiting
         for group in self.param_groups:
-            others = [p for p in group["params"] if p.grad is not None and id(p) not in group_of]
+            others = [p for p in group["params"] if p.grad is not None and id(p) not in taken]
             self._adamw(group, others, [p.grad for p in others])
         if start is not None:
-            waiting = {id(pair.lora_A) for pair in start.pairs}
             pairs = [pair for pair in pairs if id(pair.lora_A) not in waiting]
             self._take_step_of(start, group_of)
         if pairs:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lora_one.errors import ModelError
 
 from .attachment.adapters import opened
+from .attachment.dora import has_magnitudes
 from .attachment.sharding import check_separable, is_sharded
 from .attachment.tensor_parallel import group_size
 from .processes import Processes
@@ -42,6 +43,11 @@ def _merged(adapted: peft.PeftModel) -> Any:
         raise ModelError(
             "the weights are split by tensor parallelism, where PEFT cannot merge: save the adapter, then load it onto "
             "the whole model and merge there"
+        )
+    if has_magnitudes(adapted) and is_sharded(adapted):
+        raise ModelError(
+            "DoRA divides by norms of whole rows, and the weights are spread over processes: save the adapter, then "
+            "load it onto the whole model and merge there"
         )
     check_separable(adapted, base)
     shared = _shared_layers(adapted)

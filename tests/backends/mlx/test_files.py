@@ -182,7 +182,7 @@ def test_everything_that_does_not_fit_is_listed_and_nothing_is_written(tmp_path)
             f"{q}: lora_a must be (64, 4), got (64, 3)",
             "model.layers.1.mlp.up_proj: lora_b is missing",
             "model.layers.7.mlp.up_proj: the model has no such linear layer",
-            "model.norm.weight: neither lora_a nor lora_b of a linear layer",
+            "model.norm.weight: neither lora_a, lora_b nor m of a linear layer",
         ]
         assert_same(contents(other), before)
 
@@ -224,7 +224,7 @@ def test_adapters_of_other_shapes_ranks_and_kinds(tmp_path):
     lora_one.save(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "fine_tune_type": "dora"}))
-    assert "'dora'" in complaint(tiny_llama())
+    assert 'q_proj: m is missing, and "fine_tune_type" is "dora"' in complaint(tiny_llama())
     with pytest.raises(lora_one.errors.ModelError, match="save needs a model with LoRA layers"):
         lora_one.save(tiny_llama(), tmp_path)
 

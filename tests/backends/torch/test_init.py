@@ -13,6 +13,7 @@ import lora_one
 from lora_one.backends.torch import TorchOps, TorchSession, ops
 from lora_one.backends.torch.attachment.attach import find_sites
 from lora_one.core.alignment import captured_energy
+from lora_one.core.factors import Factors
 from lora_one.core.gradient import Gradient, RowProduct, as_matrix
 from lora_one.errors import ZeroGradientWarning
 from tests.arrays import best_rank
@@ -119,7 +120,7 @@ def test_one_pass_holds_nearly_all_of_the_best_energy(name):
 def share_held(model: nn.Module, name: str, g: np.ndarray) -> float:
     """The energy of G in the directions of a layer's factors over that of its best part of rank RANK."""
     [site] = [site for site in find_sites(model) if site.layer.name == name]
-    pair = type(site.factors())(*(x.double().numpy() for x in site.factors()))
+    pair = Factors(*(x.weight.detach().double().numpy() for x in (site.lora_A, site.lora_B)))
     held = float(captured_energy(lora_one.backends.load_backend("numpy").ops, g, pair)) * np.linalg.norm(g) ** 2
     return held / np.sum(np.linalg.svd(g, compute_uv=False)[:RANK] ** 2)
 

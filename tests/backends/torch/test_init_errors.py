@@ -220,7 +220,6 @@ def test_model_that_had_its_own_hooks_and_frozen_weights_keeps_them(config):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"use_dora": True}, "up: DoRA, with a magnitude beside the factors; attach LoRA without use_dora"),
         ({"lora_bias": True}, "up: a bias in lora_B; attach LoRA without lora_bias"),
         ({"alora_invocation_tokens": [3]}, "up: activated LoRA, .* without alora_invocation_tokens"),
     ],

@@ -6,13 +6,15 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from lora_one.backends.jax.layout import Layout, plain_layout
-from lora_one.backends.jax.placement import kernel_sharding
+from lora_one.backends.jax.placement import kernel_sharding, put
 from lora_one.backends.jax.sites import Leaves, Site, dotted
 from lora_one.config import Config
 from lora_one.errors import ModelError
 
+from .dora import magnitudes_of
 from .layers import AdapterKind, adapted_kind
 from .qwix import QWIX_PATH, qwix_scale
 from .whole import WholeParam
@@ -29,14 +31,40 @@ class AdaptedLayer:
     b: nnx.Variable
     a_path: Path
     b_path: Path
+    m: nnx.Variable | None = None  # DoRA's magnitudes
+    kernel: nnx.Variable | None = None  # of a layer with DoRA
+
+    @property
+    def m_path(self) -> Path:
+        *parents, name = self.a_path
+        return (*parents, f"{name.removesuffix('_a')}_m")
 
     @property
     def leaves(self) -> Leaves:
         return Leaves(self.a.get_raw_value(), self.b.get_raw_value())
 
     def write(self, a: Array, b: Array) -> None:
+        """Set the factors, and let a layer with DoRA compute x (W + s a b) with them."""
         self.a.set_raw_value(a)
         self.b.set_raw_value(b)
+        self.renew_magnitudes(a, b)
+
+    def renew_magnitudes(self, a: Array, b: Array) -> None:
+        """Let a layer with DoRA compute x (W + s a b) with these factors; others do."""
+        if self.m is not None and self.kernel is not None:
+            kernel = self.kernel.get_raw_value()
+            self.write_magnitudes(magnitudes_of(self.site.layout, kernel, a, b, self.site.native))
+
+    def write_magnitudes(self, m: Array) -> None:
+        """Set the magnitudes of a layer with DoRA, (stack..., out...)."""
+        assert self.m is not None
+        self.m.set_raw_value(put(m.astype(self.m.dtype), self._magnitude_sharding()))
+
+    def _magnitude_sharding(self) -> Sharding | None:
+        sharding = self.site.sharding
+        if not isinstance(sharding, NamedSharding):
+            return sharding
+        return NamedSharding(sharding.mesh, PartitionSpec(*self.site.layout.magnitude_spec(tuple(sharding.spec))))
 
 
 def find_adapters(model: nnx.Module, config: Config) -> list[AdaptedLayer]:
@@ -85,7 +113,8 @@ def _by_us(path: Path, layer: Any, kind: AdapterKind) -> AdaptedLayer:
         dtype=a.dtype,
         sharding=kernel_sharding(kernel.get_raw_value()),
     )
-    return AdaptedLayer(site, a, b, (*path, f"{kind.param}_lora_a"), (*path, f"{kind.param}_lora_b"))
+    m = getattr(layer, f"{kind.param}_lora_m", None)
+    return AdaptedLayer(site, a, b, (*path, f"{kind.param}_lora_a"), (*path, f"{kind.param}_lora_b"), m, kernel)
 
 
 def _by_flax(path: Path, module: nnx.LoRA, config: Config) -> AdaptedLayer:

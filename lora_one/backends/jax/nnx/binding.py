@@ -41,7 +41,8 @@ class NnxBinding:
             layers = find_adapters(model, config)
             if layers:
                 _check_settings(layers, whole_parameters(model), dropout_of(model), config)
-                self._values = [(v, v.get_raw_value()) for layer in layers for v in (layer.a, layer.b)]
+                variables = (v for layer in layers for v in (layer.a, layer.b, layer.m) if v is not None)
+                self._values = [(v, v.get_raw_value()) for v in variables]
                 self._bind(layers)
             else:
                 self._inject(lifts)
@@ -59,7 +60,7 @@ class NnxBinding:
             layers = {name: layer for name, layer in layers.items() if is_linear(layer)}
         chosen = select(config.targets, layers, modules)
         plan = {name: (config.rank, config.scaling) for name in chosen}
-        self._injected = inject(self.model, plan, config.dropout, config.seed, lifts)
+        self._injected = inject(self.model, plan, config.dropout, config.seed, lifts, config.dora)
         self._whole = list(whole.values())
         train_whole(self._whole)
         self._bind(find_adapters(self.model, config))
@@ -75,6 +76,8 @@ class NnxBinding:
     def _bind(self, layers: list[AdaptedLayer]) -> None:
         self._layers = {layer.site.name: layer for layer in layers}
         self.sites = {name: layer.site for name, layer in self._layers.items()}
+        for layer in layers:  # during the passes the model computes x W
+            layer.renew_magnitudes(*(jnp.zeros_like(leaf) for leaf in layer.leaves))
         self._modes = _modes(self.model)
         for module, name, _ in self._modes:
             setattr(module, name, True)
@@ -84,7 +87,7 @@ class NnxBinding:
         places = {layer.a_path: (name, 0) for name, layer in self._layers.items()}
         places |= {layer.b_path: (name, 1) for name, layer in self._layers.items()}
         graphdef, *states = nnx.split(self.model, lambda path, _: tuple(path) in places, ...)
-        lora, self.frozen = states
+        lora, self._frozen = states
         variables = {tuple(path): variable for path, variable in nnx.to_flat_state(lora)}
 
         def rebuild(frozen: Any, factors: dict[str, Leaves]) -> nnx.Module:
@@ -93,6 +96,22 @@ class NnxBinding:
             return nnx.merge(graphdef, *jax.tree.map(lambda x: x, (nnx.from_flat_state(flat), frozen)))
 
         self._rebuild = rebuild
+
+    @property
+    def frozen(self) -> Any:
+        """See `Binding`. DoRA's magnitudes are among them: they follow the factors that were written last."""
+        current = {layer.m_path: layer.m for layer in self._layers.values() if layer.m is not None}
+        if not current:
+            return self._frozen
+        flat = nnx.to_flat_state(self._frozen)
+        return nnx.from_flat_state(
+            [(path, v.replace(current[path].get_raw_value()) if path in current else v) for path, v in flat]
+        )
+
+    @property
+    def has_magnitudes(self) -> bool:
+        """Whether a layer has DoRA."""
+        return any(layer.m is not None for layer in self._layers.values())
 
     def kernel(self, site: str) -> Any:
         """Return the array beside a site's factors."""
@@ -110,7 +129,8 @@ class NnxBinding:
 
     def weight_names(self) -> tuple[list[str | None], set[str]]:
         state = nnx.to_flat_state(self.frozen)
-        params = {key_names(path) for path, variable in state if isinstance(variable, nnx.Param)}
+        params = {key_names(path) for path, variable in state
+                  if isinstance(variable, nnx.Param) and not isinstance(variable, nnx.LoRAParam)}  # fmt: skip
         names: list[str | None] = []
         for keys, leaf in jax.tree_util.tree_leaves_with_path(self.frozen):
             path = key_names(keys)
@@ -201,6 +221,12 @@ def _check_settings(layers: list[AdaptedLayer], whole: Iterable[str], dropout: f
             "leave the rank out of the Config, or hand in the model without LoRA"
         )
     check_held(config, whole)
+    plain = [layer.site.name for layer in layers if layer.m is None]
+    if config.dora and plain:
+        raise ModelError(
+            f"the model's LoRA has no magnitudes of DoRA, but the Config asks for dora=True: {', '.join(plain)}; leave "
+            "dora out of the Config, or hand in the model without LoRA"
+        )
     default = Config()
     given = {"targets": default.targets, "dropout": dropout, "rank_max": default.rank_max}
     names = [name for name in given if getattr(config, name) not in (getattr(default, name), given[name])]

@@ -16,6 +16,7 @@ from lora_one.backends.jax.placement import full_spec, kernel_sharding
 from lora_one.backends.jax.sites import dotted, factor_dtype
 from lora_one.errors import ModelError
 
+from .dora import DoraMagnitude
 from .layers import AdapterKind, kind_of, may_have_lora
 
 Lifts = tuple[int, ...]  # see `Layout`
@@ -40,6 +41,7 @@ def inject(
     dropout: float = 0.0,
     seed: int = 0,
     lifts: Mapping[str, Lifts] = MappingProxyType({}),
+    dora: bool = False,
 ) -> list[Injected]:
     """Give layers their LoRA class and zero factors.
 
@@ -49,6 +51,7 @@ def inject(
         dropout: rate of the dropout before lora_a; 0 makes none.
         seed: of its random numbers.
         lifts: name -> the axes of its stack, where they are not those of the first layout that its sizes admit.
+        dora: whether they get magnitudes, which are zero too.
 
     Returns:
         What `take_out` needs to restore the model.
@@ -60,14 +63,14 @@ def inject(
     problems, ready = [], []
     for name in plan:
         try:
-            ready.append((name, layers[name], *_checked(layers[name], lifts.get(name))))
+            ready.append((name, layers[name], *_checked(layers[name], lifts.get(name), dora)))
         except ValueError as error:
             problems.append(f"{name}: {error}")
     if problems:
         raise ModelError("LoRA cannot be attached to these layers:\n  " + "\n  ".join(problems))
     injected = []
     for name, layer, kind, layout in ready:
-        injected.append(_inject(layer, kind, layout, *plan[name]))
+        injected.append(_inject(layer, kind, layout, *plan[name], dora))
         if dropout:
             _add(injected[-1], f"{kind.param}_lora_dropout", _dropout(dropout, layout, name, seed))
         if name in lifts:
@@ -112,7 +115,7 @@ def take_out(injected: list[Injected]) -> None:
                 delattr(layer, name)
 
 
-def _checked(layer: nnx.Module, lifts: Lifts | None) -> tuple[AdapterKind, Layout]:
+def _checked(layer: nnx.Module, lifts: Lifts | None, dora: bool) -> tuple[AdapterKind, Layout]:
     """Return how a layer is adapted; raise ValueError with the reason if it cannot be."""
     kind = kind_of(layer)
     if kind is None:
@@ -121,20 +124,29 @@ def _checked(layer: nnx.Module, lifts: Lifts | None) -> tuple[AdapterKind, Layou
     if not jnp.issubdtype(kernel.dtype, jnp.floating):
         raise ValueError(f"its {kind.param} must be floating, got {kernel.dtype}")
     _check_divides(kernel)
-    return kind, kind.layout(layer) if lifts is None else kind.layout_of(layer, lifts)
+    layout = kind.layout(layer) if lifts is None else kind.layout_of(layer, lifts)
+    if dora and (not kind.dora(layer) or any(layout.lifts)):
+        raise ValueError(
+            "DoRA is for nnx.Linear, and for nnx.LinearGeneral without batch_axis, stacked along axis 0 if at all: "
+            "leave this layer out of the targets, or dora out of the Config"
+        )
+    return kind, layout
 
 
-def _inject(layer: nnx.Module, kind: AdapterKind, layout: Layout, rank: int, scaling: float) -> Injected:
+def _inject(layer: nnx.Module, kind: AdapterKind, layout: Layout, rank: int, scaling: float, dora: bool) -> Injected:
     kernel = getattr(layer, kind.param)
     dtype, spec = factor_dtype(kernel), _metadata_spec(kernel)
-    a, b, scale = (f"{kind.param}_lora_{part}" for part in ("a", "b", "scale"))
-    injected = Injected(layer, type(layer), [a, b, scale])
-    for name, shape, factor_spec in (
-        (a, layout.a_shape(rank), layout.a_spec),
-        (b, layout.b_shape(rank), layout.b_spec),
-    ):
+    a, b, scale, m = (f"{kind.param}_lora_{part}" for part in ("a", "b", "scale", "m"))
+    injected = Injected(layer, type(layer), [a, b, scale, m])
+    parameters: list[tuple[str, type[nnx.LoRAParam], tuple[int, ...], Any]] = [
+        (a, nnx.LoRAParam, layout.a_shape(rank), layout.a_spec),
+        (b, nnx.LoRAParam, layout.b_shape(rank), layout.b_spec),
+    ]
+    if dora:
+        parameters.append((m, DoraMagnitude, layout.magnitude_shape, layout.magnitude_spec))
+    for name, variable, shape, factor_spec in parameters:
         metadata = {} if spec is None else {"out_sharding": factor_spec(spec), **_mesh_metadata(kernel)}
-        setattr(layer, name, nnx.LoRAParam(jnp.zeros(shape, dtype), eager_sharding=False, **metadata))
+        setattr(layer, name, variable(jnp.zeros(shape, dtype), eager_sharding=False, **metadata))
     setattr(layer, scale, scaling)
     object.__setattr__(layer, "__class__", kind.adapted)
     return injected

@@ -16,6 +16,7 @@ from lora_one.backends.jax.product import Dropping, add_einsum, add_general
 from lora_one.backends.jax.tap import Tap
 from lora_one.errors import ModelError
 
+from .dora import with_magnitudes
 from .lookups import KERNEL, TABLE, LoraConv, LoraEmbed, kernel_layouts, table_layouts
 
 PARAM = "kernel"
@@ -38,7 +39,8 @@ class LoraLinear(nnx.Linear):
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         y = super().__call__(inputs, out_sharding=out_sharding)
-        return add_general(y, inputs, *factors_of(self), axis=(inputs.ndim - 1,))
+        y = add_general(y, inputs, *factors_of(self), axis=(inputs.ndim - 1,))
+        return with_magnitudes(self, y, _linear(self)[0])
 
 
 class LoraLinearGeneral(nnx.LinearGeneral):
@@ -48,7 +50,8 @@ class LoraLinearGeneral(nnx.LinearGeneral):
         y = super().__call__(inputs, out_sharding=out_sharding)
         axis = tuple(i % inputs.ndim for i in self.axis)
         batch_axis = tuple(i % inputs.ndim for i in self.batch_axis)
-        return add_general(y, inputs, *factors_of(self), axis=axis, batch_axis=batch_axis)
+        y = add_general(y, inputs, *factors_of(self), axis=axis, batch_axis=batch_axis)
+        return with_magnitudes(self, y, _linear_general(self)[0])
 
 
 class LoraEinsum(nnx.Einsum):
@@ -65,6 +68,7 @@ class AdapterKind(NamedTuple):
     adapted: type[nnx.Module]
     layouts: Callable[[Any], list[Layout]]  # layer -> the layouts that its weight may have, the first by default
     param: str  # the weight's name
+    dora: Callable[[Any], bool] = lambda layer: False  # layer -> whether `adapted` takes magnitudes for it
 
     @property
     def lifts(self) -> str:
@@ -112,8 +116,8 @@ def _einsum(layer: nnx.Einsum) -> list[Layout]:
 
 
 _KINDS: dict[type[nnx.Module], AdapterKind] = {
-    nnx.Linear: AdapterKind(LoraLinear, _linear, PARAM),
-    nnx.LinearGeneral: AdapterKind(LoraLinearGeneral, _linear_general, PARAM),
+    nnx.Linear: AdapterKind(LoraLinear, _linear, PARAM, lambda layer: True),
+    nnx.LinearGeneral: AdapterKind(LoraLinearGeneral, _linear_general, PARAM, lambda layer: not layer.batch_axis),
     nnx.Einsum: AdapterKind(LoraEinsum, _einsum, PARAM),
     nnx.Embed: AdapterKind(LoraEmbed, table_layouts, TABLE),
     nnx.Conv: AdapterKind(LoraConv, kernel_layouts, KERNEL),

@@ -16,6 +16,7 @@ from lora_one.config import Config
 from lora_one.errors import ModelError
 
 from .adopt import AdaptedLayer, Path, find_adapters
+from .dora import effective_kernel
 from .inject import Injected, take_out
 from .layers import adapted_kind, kind_of
 from .qwix import QWIX_ATTRIBUTES, dequantise, is_quantised, plain_class
@@ -139,7 +140,13 @@ def _flax_removal(model: nnx.Module, adapted: AdaptedLayer, lora: nnx.LoRA) -> _
 
 
 def _added(adapted: AdaptedLayer, layout: Callable[[], Layout]) -> Callable[[Array], Array]:
-    return lambda kernel: layout().added(kernel, adapted.a[...], adapted.b[...], adapted.site.native)
+    def added(kernel: Array) -> Array:
+        a, b, scale = adapted.a[...], adapted.b[...], adapted.site.native
+        if adapted.m is None:
+            return layout().added(kernel, a, b, scale)
+        return effective_kernel(layout(), kernel, a, b, scale, adapted.m[...])
+
+    return added
 
 
 def _at(model: Any, path: Path) -> Any:

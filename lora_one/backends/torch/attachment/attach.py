@@ -23,12 +23,13 @@ from lora_one.errors import ModelError
 
 from .adapters import mark_as_ours, require_lora, take_out_leftover
 from .all_linear import ALL_LINEAR, LINEAR, RefusedByPeft, on_all_linear
+from .dora import magnitude_of, renew_magnitude
 from .experts import layer_path, pair_of, split_targets
 from .kinds import as_kept, factors_of, features_of, has_factors, lend_settings, set_rank
 from .quiet import quiet_peft
-from .refusals import refusal
+from .refusals import WHOLE_WEIGHTS, refusal
 from .sharded_base import shard_attached
-from .sharding import own_part, write
+from .sharding import is_sharded, own_part, write
 from .snapshot import Snapshot
 from .tasks import heads, task_type
 from .wrappers import check_open_to_lora, plain_names, unwrapped
@@ -67,13 +68,25 @@ class Site:
         """The weight of the base layer, quantised or spread over processes as it may be."""
         return self.module.get_base_layer().weight
 
-    def factors(self) -> Factors:
-        """Return a copy of the pair, or of this process's part of it, which `assign` takes too."""
-        return Factors(*map(own_part, self.parameters))
+    @property
+    def magnitude(self) -> nn.Parameter | None:
+        """DoRA's magnitudes, (out,); None without DoRA."""
+        return magnitude_of(self.module, self.adapter)
 
     def assign(self, factors: Factors) -> None:
+        """Set the pair, and let the layer compute (W + s B A) x with it."""
         for parameter, values in zip(self.parameters, factors, strict=True):
             write(parameter, as_kept(values, parameter))
+        self.renew_magnitude()
+
+    def renew_magnitude(self) -> None:
+        """Let a layer with DoRA compute (W + s B A) x; others do."""
+        renew_magnitude(self.module, self.adapter)
+
+    def values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the parameters of the adapter, each with a copy, or a copy of this process's part, for `write`."""
+        parameters = (*self.parameters, self.magnitude)
+        return [(parameter, own_part(parameter)) for parameter in parameters if parameter is not None]
 
     def with_rank(self, rank: int) -> "Site":
         """Give the pair another rank at the same scaling, with trainable zeros as factors, and return its new site."""
@@ -96,7 +109,7 @@ def attach_plain(model: nn.Module, config: Config) -> peft.PeftModel:
 
     Args:
         model: a torch.nn.Module without an adapter.
-        config: see `lora_one.Config`; rank, alpha, targets, dropout, modules_to_save and seed count.
+        config: see `lora_one.Config`; rank, alpha, targets, dropout, dora, modules_to_save and seed count.
 
     Returns:
         A PeftModel around the same modules.
@@ -126,6 +139,8 @@ def attach_lora(model: nn.Module, config: Config) -> peft.PeftModel:
     """Return a new PeftModel around a plain model, whose modules stay the same objects. A `Snapshot` undoes it."""
     take_out_leftover(model)
     check_module_names(config.modules_to_save, [path for path, _ in model.named_modules()])
+    if config.dora and is_sharded(model):
+        raise ModelError(f"dora=True needs {WHOLE_WEIGHTS}")
     attach, known = partial(_attached, model, config), {id(p) for p in model.parameters()}
     attached = on_all_linear(model, attach) if config.targets == ALL_LINEAR else attach(config.targets)
     shard_attached(attached, known)
@@ -146,6 +161,7 @@ def _attached(
         ),  # rsLoRA's scale by the plain rule, which every reader of the adapter knows
         use_rslora=False,
         lora_dropout=config.dropout,
+        use_dora=config.dora,
         target_modules=modules,
         target_parameters=experts or None,
         exclude_modules=list(excluded) or None,
@@ -159,6 +175,8 @@ def _attached(
             reason = str(error).split(". Currently")[0]
             if refused := re.search(r"Module '([^']+)' is incompatible with", reason):
                 raise RefusedByPeft(f"targets {config.targets!r}: {reason}", refused[1]) from error
+            if config.dora and "DoRA" in reason:
+                raise ModelError(f"dora=True needs other targets than {config.targets!r}: {reason}") from error
             if "is not supported" in reason:
                 raise ModelError(
                     f"targets must be linear layers, embeddings or convolutions, got {config.targets!r}: {reason}"
@@ -174,7 +192,7 @@ def find_sites(model: peft.PeftModel) -> list[Site]:
     """Return the LoRA layers of the one active adapter.
 
     Raises:
-        ModelError: no LoRA, several active adapters, a merged one, or a kind of LoRA that LoRA-One cannot start: DoRA,
+        ModelError: no LoRA, several active adapters, a merged one, or a kind of LoRA that LoRA-One cannot start:
             convolutions in groups, a bias in lora_B, routers.
     """
     require_lora(model, "init")
@@ -198,7 +216,7 @@ def find_sites(model: peft.PeftModel) -> list[Site]:
         else:
             sites.append(Site(Layer(path, *features_of(module), rank, scaling), module, adapter))
     if problems:
-        raise ModelError("LoRA-One starts plain LoRA, got:\n  " + "\n  ".join(problems))
+        raise ModelError("LoRA-One starts LoRA and DoRA, got:\n  " + "\n  ".join(problems))
     if not sites:
         raise ModelError(f"the model must have LoRA layers of adapter {adapter!r}, got none")
     return sites
@@ -217,6 +235,7 @@ def check_adapter_fits(model: peft.PeftModel, config: Config) -> None:
         "rank": (config.rank, default.rank, lora_config.r),
         "rank_max": (config.rank_max, default.rank_max, None),
         "dropout": (config.dropout, default.dropout, lora_config.lora_dropout),
+        "dora": (config.dora, default.dora, lora_config.use_dora),
     }
     wrong = [f"{name} {asked} (the adapter's: {has})" for name, (asked, usual, has) in pairs.items()
              if asked not in (usual, has)]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Reasons why a layer or an adapter of PEFT is not the plain LoRA that LoRA-One starts, and what to do about it."""
+"""Reasons why a layer or an adapter of PEFT is not LoRA as LoRA-One starts it, and what to do about it."""
 
 from typing import Any
 
@@ -7,12 +7,13 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from .dora import is_whole
 from .experts import refusal_of_experts
 from .kinds import CONVOLUTIONS, factors_of, refusal_of_kind
 
 # Beginning of the name of PEFT's class -> what it is, and what to do.
 _VARIANTS = {
-    "Dora": "DoRA, with a magnitude beside the factors; attach LoRA without use_dora",
+    "Dora": "DoRA on an embedding or a convolution; name linear layers as targets, or attach LoRA without use_dora",
     "ALora": "activated LoRA, on a part of the tokens; attach LoRA without alora_invocation_tokens",
     "Arrow": "a router over several adapters; activate one of them, without arrow_config",
     "BdLora": "LoRA of block-diagonal factors; attach LoRA without use_bdlora",
@@ -22,6 +23,10 @@ _VARIANTS = {
     "QALora": "QA-LoRA, on groups of inputs; attach LoRA without use_qalora",
     "Velora": "VeLoRA, with a backward pass of its own; attach LoRA without velora_config",
 }
+WHOLE_WEIGHTS = (
+    "whole weights, since its magnitudes are norms of rows: start it, or load it, on the whole model, and let "
+    "fully_shard, DeepSpeed or tensor parallelism spread that"
+)
 _KINDS = {"ADALORA": "AdaLoRA, which has singular values beside the factors and changes ranks as it goes"}
 
 
@@ -41,8 +46,11 @@ def refusal(module: LoraLayer, adapter: str) -> str | None:
         return f"LoRA on a {type(base).__name__}; name linear layers, embeddings or convolutions as targets"
     if reason := refusal_of_kind(base):
         return reason
-    if adapter in module.lora_variant:
-        variant = type(module.lora_variant[adapter]).__name__
+    variant = type(module.lora_variant.get(adapter)).__name__
+    if variant == "DoraLinearVariant":
+        if not is_whole(module):
+            return f"DoRA needs {WHOLE_WEIGHTS}"
+    elif adapter in module.lora_variant:
         texts = (text for name, text in _VARIANTS.items() if variant.startswith(name))
         return next(texts, f"a variant of LoRA, {variant}; attach plain LoRA")
     return _refusal_of_state(module, adapter)

@@ -5,19 +5,18 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_one.backends.torch.files.state import is_frozen, train_adapter
 from lora_one.checkpoint.scales import plain_settings
 from lora_one.config import Config
-from lora_one.core.factors import Factors
 from lora_one.errors import ModelError
 
 from .adapters import adapter_of, is_leftover
 from .attach import Site, attach_lora, check_adapter_fits, find_sites
 from .quiet import nothing_drawn
 from .sharded_base import check_factors_sharded
-from .sharding import is_sharded, note_trainable, reshard
+from .sharding import is_sharded, note_trainable, reshard, write
 from .snapshot import Snapshot
 from .starts import check_base_is_whole
 from .tensor_parallel import prepare_factors
@@ -39,7 +38,7 @@ class ReversibleAttachment:
         self.had_adapter = False
         self.sites: dict[str, Site] = {}
         self._config = config
-        self._factors_before: dict[str, Factors] = {}
+        self._values_before: list[tuple[Tensor, Tensor]] = []
         self._plain_names = ExitStack()
         self._plain_names.enter_context(plain_names(self.model))
         self._before = Snapshot(self.model)
@@ -61,7 +60,7 @@ class ReversibleAttachment:
         prepare_factors(adapted, sites[0].adapter)
         self.sites = {site.layer.name: site for site in sites}
         if self.had_adapter:
-            self._factors_before = {name: site.factors() for name, site in self.sites.items()}
+            self._values_before = [value for site in sites for value in site.values()]
             if is_frozen(adapted, sites[0].adapter):  # as `load` leaves it by default
                 train_adapter(adapted, sites[0].adapter, True)
 
@@ -82,8 +81,8 @@ class ReversibleAttachment:
             note_trainable(self.model)
         else:
             self._before.restore()
-            for name, factors in self._factors_before.items():
-                self.sites[name].assign(factors)
+            for parameter, values in self._values_before:
+                write(parameter, values)
         self._plain_names.close()
 
 

@@ -173,7 +173,7 @@ def _changed_base_weights(folder: AdapterFolder, base: nn.Module) -> list[str]:
 
 def _other_settings(config: peft.LoraConfig, held: peft.LoraConfig) -> list[str]:
     """Return the settings in which a folder differs from the adapter that the model has, except its scales."""
-    in_folder, in_model = (settings_beyond(c.to_dict()) for c in (config, held))
+    in_folder, in_model = ({**settings_beyond(c.to_dict()), "use_dora": c.use_dora} for c in (config, held))
     names = in_folder.keys() | in_model.keys()
     differing = {name for name in names if in_folder.get(name) != in_model.get(name)}
     return [

@@ -70,7 +70,6 @@ REFUSED = {
     "a word": (attached, "all", ConfigError, "got 'all'"),
     "a B that is not zero": (lambda: nonzero(attached()), 6, ModelError, "B = 0, got another B in 1 layers: down"),
     "no LoRA": (lambda: mlp().model, 6, ModelError, "needs a model with LoRA layers, .* got Mlp without any"),
-    "DoRA": (lambda: attached(use_dora=True), 6, ModelError, "up: DoRA, with a magnitude"),
     "PiSSA": (lambda: attached(init_lora_weights="pissa"), "auto", ModelError, "B = 0, got another B in 2 layers"),
     "a rank above the size": (
         lambda: peft.get_peft_model(mlp().model, peft.LoraConfig(r=11, target_modules=["down"])),

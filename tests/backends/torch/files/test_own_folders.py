@@ -87,7 +87,6 @@ def test_what_is_missing_or_misshapen_is_told_and_nothing_stays(tmp_path, kind):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"use_dora": True}, "a magnitude of DoRA"),
         ({"lora_bias": True, "init_lora_weights": True}, "a bias of LoRA's own"),
     ],
 )
