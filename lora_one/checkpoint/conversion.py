@@ -131,7 +131,8 @@ def read_whole_adapter(src: Path) -> Adapter:
     whole = folder.whole
     unknown = [name for name in sorted(folder.others) if name.removeprefix(PREFIX) not in whole]
     problems += [f"{name}: {tensor_reason(name)}" for name in unknown]
-    problems += check_factors(folder, own_shapes(folder), folder.forms)
+    if not folder.config.get("target_parameters"):  # whose factors are those of many experts in one
+        problems += check_factors(folder, own_shapes(folder), folder.forms)
     if problems:
         _refuse(src, problems)
     return read_adapter(folder)

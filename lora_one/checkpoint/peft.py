@@ -21,7 +21,7 @@ from .adapter import LINEAR, Adapter, Form, LoraLayer
 from .folder import CONFIG, MLX_WEIGHTS, PICKLED, WEIGHTS, is_file
 from .magnitudes import MAGNITUDE_KEY, magnitude_problems, magnitude_tensors
 from .peft_config import check_patterns, config_problems
-from .plain_lora import remedy, tensor_reason
+from .plain_lora import remedy, setting_problems, tensor_reason
 from .scales import layer_ranks, layer_scalings, plain_settings
 from .tensors import Tensor, read_tensors, wider, write_tensors
 from .whole import PREFIX, whole_in_file, whole_modules, whole_problems
@@ -152,8 +152,12 @@ def read_adapter(folder: AdapterFolder) -> Adapter:
     """Read the factors of a folder in PEFT's layout, with each layer's own scale, and what was trained whole.
 
     Raises:
-        CheckpointError: factors do not have the configuration's ranks, lack a partner, or are not floating point.
+        CheckpointError: factors do not have the configuration's ranks, lack a partner, are not floating point, or
+            belong to experts that are one parameter.
     """
+    if folder.config.get("target_parameters"):
+        named = setting_problems({"target_parameters": folder.config["target_parameters"]})
+        raise CheckpointError(f"{folder.path} is an adapter for PyTorch and PEFT alone", named)
     problems = check_factors(folder, own_shapes(folder), folder.forms)
     if problems:
         raise CheckpointError(f"{folder.path / WEIGHTS} does not hold what {CONFIG} says", problems)

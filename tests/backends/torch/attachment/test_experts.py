@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_one
 from lora_one.backends.torch.attachment.attach import find_sites
+from lora_one.checkpoint.inspection import inspect_adapter
 from lora_one.errors import CheckpointError, ModelError, ZeroGradientWarning
 from tests.arrays import best_rank
 
@@ -126,3 +127,14 @@ def test_what_they_do_not_have_says_so(tmp_path):
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=r"experts.down_proj: lora_A of its experts must be \(12, 24\), got \(11"):
         lora_one.load(opened("mixtral")[0], tmp_path)
+
+
+@pytest.mark.parametrize("read", [inspect_adapter, lambda path: lora_one.convert(path, path / "mlx", to="mlx")])
+def test_what_reads_folders_without_a_model_says_why_it_does_not_read_this_one(tmp_path, read):
+    model, batches = opened("mixtral", rows=4)
+    started, report = lora_one.init(model, batches, config=lora_one.Config(rank=RANK, targets=["experts.down_proj"]))
+    lora_one.save(started, tmp_path, report)
+    with pytest.raises(CheckpointError) as raised:
+        read(tmp_path)
+    [problem] = raised.value.problems
+    assert problem.startswith("target_parameters=['experts.down_proj']: LoRA on parameters, such as stacks of experts")
