@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from . import ablations, adaptive_rank, earlier, heads, other_pages, quality
+from . import ablations, adaptive_rank, dora, earlier, heads, other_pages, quality
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,6 +28,7 @@ def make_page(results: Path = RESULTS, docs: Path = PAGE.parent) -> str:
         quality.section(results / "quality.json", results / "heads.json"),
         ablations.section(results / "quality.json"),
         adaptive_rank.section(results / "adaptive_rank.json"),
+        dora.section(results / "dora.json"),
         heads.section(results / "heads.json", results / "quality.json"),
         earlier.energy(results / "energy.json"),
         earlier.gamma(results / "gamma.json"),

@@ -64,6 +64,17 @@ def test_spread_ranks_are_compared_with_uniform_ones_within_a_seed(tmp_path):
     assert "(S_i / S_1)² | 0.001 | 2 | 10 | 65.0 ± 127.1 | +10.0 ± 63.5 | 1.000 ± 0.000 | +0.000 ± 0.000 |" in page
 
 
+def test_the_lead_of_lora_ones_start_for_dora_is_within_a_seed(tmp_path):
+    """5 and 15 points over DoRA: 10, and t(1) 12.706 x 7.071 / sqrt(2) = 63.5."""
+    scores = {"DoRA": (0.5, 0.6), "LoRA-One, DoRA": (0.55, 0.75)}
+    rows = [row(seed=s, contender=n, score=x) for n, both in scores.items() for s, x in enumerate(both)]
+    write_rows(rows, tmp_path / "dora.json")
+    page = make_page(tmp_path, tmp_path)
+    assert (
+        "| sort: DoRA, its own start | 0.001 | 2 | 55.0 ± 63.5 | +10.0 ± 63.5 | 1.000 ± 0.000 | 1.00 ± 0.00 |" in page
+    )
+
+
 def test_what_gamma_auto_chose_is_in_its_name(tmp_path):
     rows = [row(seed=s, contender="LoRA-One, gamma auto") | {"gamma": g} for s, g in enumerate((512.0, 128.0, 512.0))]
     write_rows(rows, tmp_path / "quality.json")
