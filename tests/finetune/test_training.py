@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers.integrations import integration_utils
 
 from lora_one.errors import ConfigError, DataError, ModelError
@@ -209,6 +210,16 @@ class Tracker(transformers.TrainerCallback):
 
 
 @pytest.mark.feature("Trackers", "torch")
+def test_tensorboard_shows_the_losses_of_the_run(folder, tmp_path):
+    out = tmp_path / "adapter"
+    outcome, diary = trained(folder, out, **SHORT, eval_every=2, report_to=["tensorboard"])
+    [file] = (out / "runs").rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file)).Reload()
+    shown = {name: {x.step: x.value for x in events.Scalars(name)} for name in ("train/loss", "eval/loss")}
+    assert shown["train/loss"] == pytest.approx(dict(enumerate(outcome.losses, start=1)), rel=1e-6)
+    assert shown["eval/loss"] == pytest.approx({x: diary.validations[f"at step {x}"] for x in (2, 4)}, rel=1e-6)
+
+
 def test_trackers_are_the_trainers(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Tracker, "logs", [], raising=False)
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Tracker)
