@@ -128,8 +128,10 @@ class Terminal:
             self._say(
                 f"[bold green]Exact match {outcome.before:.1%} -> {outcome.after:.1%}[/] in {seconds:.0f} s, all told"
             )
-        on_mlx = self._recipe.backend == "mlx"
-        self._say(f"Adapter: [bold]{out}[/] (opens in {'mlx-lm and ' if on_mlx else ''}PEFT and vLLM)")
+        on_mlx, config = self._recipe.backend == "mlx", self._recipe.config
+        readers = ["mlx-lm"] * (on_mlx and not config.modules_to_save) + ["PEFT"]
+        readers += ["vLLM"] * (not config.modules_to_save and not config.dora)  # which it refuses
+        self._say(f"Adapter: [bold]{out}[/] (opens in {' and '.join(readers)})")
         self._say("Next:")
         self._say(f"  lora-one inspect {out}")
         if on_mlx:
