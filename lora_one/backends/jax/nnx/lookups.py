@@ -26,20 +26,22 @@ class LoraEmbed(nnx.Embed):
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         a, b, scale = _factors(self, TABLE)
         if isinstance(a, Tap):
-            table = plain_layout(self.embedding.shape, 1, 1).watched(self.embedding[...], a)
-            return nnx.Embed.__call__(_with(self, embedding=table), inputs, out_sharding)
+            return nnx.Embed.__call__(self._watched(a), inputs, out_sharding)
         y = super().__call__(inputs, out_sharding)
         return _added(y, jnp.take(a, inputs, axis=0), b, scale)
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
         a, b, scale = _factors(self, TABLE)
         if isinstance(a, Tap):
-            table = plain_layout(self.embedding.shape, 1, 1).watched(self.embedding[...], a)
-            return nnx.Embed.attend(_with(self, embedding=table), query, out_sharding)
+            return nnx.Embed.attend(self._watched(a), query, out_sharding)
         y = super().attend(query, out_sharding)
         dtype = jnp.promote_types(query.dtype, b.dtype)
         narrow = jnp.matmul(query.astype(dtype), b.T.astype(dtype), precision=_HIGHEST)  # (..., r)
         return _added(y, narrow, a.T, scale)
+
+    def _watched(self, tap: Tap) -> Any:
+        """Return the layer with a table whose gradient the tap reads."""
+        return _with(self, embedding=plain_layout(self.embedding.shape, 1, 1).watched(self.embedding[...], tap))
 
 
 class LoraConv(nnx.Conv):
