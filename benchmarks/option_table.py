@@ -1,16 +1,15 @@
 """Writes the table of docs/guide/command.md from the command's own options: `python -m benchmarks.option_table`."""
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.page.markdown import renew_table
 from lora_one.cli.options import flags, help_texts, settings
 from lora_one.config import Config
 from lora_one.finetune.recipe import Recipe
 
 PAGE = Path(__file__).parents[1] / "docs" / "guide" / "command.md"
-BEGIN, END = "<!-- table: python -m benchmarks.option_table -->", "<!-- end of table -->"
 
 
 def table() -> str:
@@ -29,11 +28,5 @@ def _shown(default: Any) -> str:
     return "" if default in (None, ()) else str(default)
 
 
-def main() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    block = f"{BEGIN}\n{table()}\n{END}"
-    PAGE.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: block, page, flags=re.DOTALL), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    renew_table(PAGE, "benchmarks.option_table", table())

@@ -1,14 +1,14 @@
 """Writes the table of docs/recipes.md from the recipes' own notes: `python -m benchmarks.recipe_table`."""
 
-import re
 from pathlib import Path
 
 import yaml
 
+from benchmarks.page.markdown import renew_table
+
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks" / "recipes"
 PAGE = ROOT / "docs" / "recipes.md"
-BEGIN, END = "<!-- table: python -m benchmarks.recipe_table -->", "<!-- end of table -->"
 
 
 def table() -> str:
@@ -22,11 +22,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    block = f"{BEGIN}\n{table()}\n{END}"
-    PAGE.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: block, page, flags=re.DOTALL), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    renew_table(PAGE, "benchmarks.recipe_table", table())

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.quality.results import Interval, Row, read_rows
+from benchmarks.quality.results import Row, read_rows
 from benchmarks.quality.summary import paired, summarize
 
 from .markdown import table, with_interval
+from .quality import signed
 
 UNIFORM = "LoRA-One"
 CONTENDERS = {
@@ -47,7 +48,6 @@ def _of_task(rows: Sequence[Row], task: str) -> list[list[str]]:
         if summary is None or uniform is None:
             continue
         score, loss = (paired(summary.rows, uniform.rows, measure) for measure in ("score", "test_loss"))
-        is_uniform = name == UNIFORM
         lines.append(
             [
                 f"{task}: {CONTENDERS[name]}",
@@ -55,16 +55,9 @@ def _of_task(rows: Sequence[Row], task: str) -> list[list[str]]:
                 str(summary.score.count),
                 str(summary.rows[0]["parameters"]),
                 with_interval(summary.score, 100),
-                "" if is_uniform else _difference(score, 100, 1),
+                "" if score is None or name == UNIFORM else signed(score),
                 with_interval(summary.test_loss, 1, 3),
-                "" if is_uniform else _difference(loss, 1, 3),
+                "" if loss is None or name == UNIFORM else signed(loss, 1, 3),
             ]
         )
     return lines
-
-
-def _difference(found: Interval | None, scale: float, digits: int) -> str:
-    if found is None:
-        return ""
-    text = with_interval(found, scale, digits, "+")
-    return f"**{text}**" if abs(found.mean) > found.half else text

@@ -103,9 +103,9 @@ def _verdict(rows: Sequence[Row]) -> str:
     ) + table(["", *(f"over {peer}" for peer in peers)], lines)
 
 
-def signed(difference: Interval) -> str:
-    """A difference in points, bold where its interval leaves out 0."""
-    text = with_interval(difference, 100, 1, "+")
+def signed(difference: Interval, scale: float = 100.0, digits: int = 1) -> str:
+    """A difference, in points unless another scale is given; bold where its interval leaves out 0."""
+    text = with_interval(difference, scale, digits, "+")
     return f"**{text}**" if abs(difference.mean) > difference.half else text
 
 
