@@ -1,6 +1,5 @@
 """Modules that are trained whole beside the LoRA layers: `Config(modules_to_save=...)` on JAX."""
 
-import re
 from pathlib import Path
 
 import jax
@@ -17,10 +16,10 @@ import lora_one
 from lora_one.backends.jax import LinenModel, PytreeModel, attach_plain, load_llama, unload
 from lora_one.backends.jax.nnx.whole import WholeParam, whole_parameters
 from lora_one.errors import CheckpointError, ModelError
+from tests.backends.heads_recipe import run_recipe
 from tests.backends.jax.models import assert_same, mlp, regression, squared_error, values
 from tests.frameworks import logits, opened_by_peft
 
-HEADS = Path(__file__).parents[3] / "docs" / "heads.md"
 CONFIG = lora_one.Config(rank=2, modules_to_save=["down"])
 BATCHES = regression()
 
@@ -245,21 +244,8 @@ def test_the_documented_recipe(tmp_path, monkeypatch):
     write_llama(tmp_path / "model")
     rng = np.random.default_rng(0)
     batches = [(rng.integers(0, 60, (4, 6)), rng.integers(0, 16, 4)) for _ in range(2)]
-    page = HEADS.read_text(encoding="utf-8")
-    code = re.search(r"## JAX\n.*?```python\n(.*?)```", page, re.DOTALL)[1].replace("...\n", "")
-    setup, fit, rest = re.split(r"(?=^head = |^config = )", code, flags=re.MULTILINE)
-    names: dict = {"batches": batches}
 
-    def loss() -> float:
-        return sum(float(names["loss_fn"](names["model"], batch)) for batch in batches)
+    def forget_head(model):
+        model.head.kernel[...] = jnp.zeros((32, 16))
 
-    exec(setup, names)
-    untrained = loss()
-    exec(fit, names)
-    assert loss() < 0.8 * untrained
-    exec(rest, names)
-    expected = np.array(names["model"](batches[0][0]))
-    exec(setup, names)
-    names["model"].head.kernel[...] = jnp.zeros((32, 16))  # the adapter's replaces it
-    again = lora_one.load(names["model"], tmp_path / "adapter")
-    np.testing.assert_array_equal(np.array(again(batches[0][0])), expected)
+    run_recipe("JAX", r"^head = |^config = ", batches, forget_head)

@@ -1,8 +1,5 @@
 """Modules that are trained whole beside the LoRA layers: `Config(modules_to_save=...)` on MLX."""
 
-import re
-from pathlib import Path
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -17,11 +14,11 @@ from lora_one.backends.mlx import attach_plain
 from lora_one.backends.mlx.whole import whole_modules
 from lora_one.checkpoint.tensors import read_tensors
 from lora_one.errors import CheckpointError, ModelError
+from tests.backends.heads_recipe import run_recipe
 from tests.backends.mlx.hf import write_llama
 from tests.backends.mlx.models import contents, modules_of, quantize, tiny_llama, tiny_mixtral, token_batches
 from tests.frameworks import logits, mlx_model, opened_by_peft, torch_model
 
-HEADS = Path(__file__).parents[3] / "docs" / "heads.md"
 CONFIG = lora_one.Config(rank=4, modules_to_save=["lm_head", "model.norm"])
 TOKENS = np.random.default_rng(0).integers(1, 90, (2, 12))
 
@@ -183,21 +180,8 @@ def test_the_documented_recipe(tmp_path, monkeypatch):
     write_llama(tmp_path / "model")
     rng = np.random.default_rng(0)
     batches = [(mx.array(rng.integers(1, 90, (4, 6))), mx.array(rng.integers(0, 16, 4))) for _ in range(2)]
-    page = HEADS.read_text(encoding="utf-8")
-    code = re.search(r"## MLX\n.*?```python\n(.*?)```", page, re.DOTALL)[1].replace("...\n", "")
-    setup, fit, rest = re.split(r"(?=^model\.freeze|^config = )", code, flags=re.MULTILINE)
-    names: dict = {"batches": batches}
 
-    def loss() -> float:
-        return sum(float(names["loss_fn"](names["model"], batch)) for batch in batches)
+    def forget_head(model):
+        model.head.weight = mx.zeros((16, 64))
 
-    exec(setup, names)
-    untrained = loss()
-    exec(fit, names)
-    assert loss() < 0.8 * untrained
-    exec(rest, names)
-    expected = np.array(names["model"](batches[0][0]))
-    exec(setup, names)
-    names["model"].head.weight = mx.zeros((16, 64))  # the adapter's replaces it
-    again = lora_one.load(names["model"], tmp_path / "adapter")
-    np.testing.assert_array_equal(np.array(again(batches[0][0])), expected)
+    run_recipe("MLX", r"^model\.freeze|^config = ", batches, forget_head)
