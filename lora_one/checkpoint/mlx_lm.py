@@ -46,7 +46,8 @@ def read_mlx_lm(path: Path, model: Shapes | None = None) -> Adapter:
     Raises:
         CheckpointError: all that is wrong with files, names, ranks and shapes, at once.
     """
-    kind, rank, scale, dropout = _read_parameters(path)
+    config = _read_config(path)
+    kind, rank, scale, dropout = _parameters(path, config)
     tensors = read_tensors(path / MLX_WEIGHTS)
     layers, problems = {}, []
     for name in sorted({key.rpartition(".")[0] for key in tensors}):
@@ -61,7 +62,7 @@ def read_mlx_lm(path: Path, model: Shapes | None = None) -> Adapter:
         problems += wrong_shapes
         if not wrong_shapes:
             layers[name] = _layer(a, b, scale)._replace(magnitude=m)
-    names = _names_to_save(path)
+    names = _names_to_save(path, config)
     whole = {
         key: Tensor(channels_first(key, array), dtype)
         for key, (array, dtype) in tensors.items()
@@ -83,9 +84,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not an adapter folder", [f"{CONFIG}: {error}"]) from error
 
 
-def _read_parameters(path: Path) -> tuple[str, int, float, float]:
+def _parameters(path: Path, config: Mapping[str, Any]) -> tuple[str, int, float, float]:
     """Return (kind, rank, scale, dropout), which hold for all layers."""
-    config = _read_config(path)
     kind, parameters = config.get("fine_tune_type", "lora"), config.get("lora_parameters") or {}
     if kind not in _KINDS:
         raise CheckpointError(
@@ -108,9 +108,8 @@ def _read_parameters(path: Path) -> tuple[str, int, float, float]:
     return str(kind), rank, float(scale), float(dropout)
 
 
-def _names_to_save(path: Path) -> list[str]:
+def _names_to_save(path: Path, config: Mapping[str, Any]) -> list[str]:
     """Return the modules that were trained whole, of which only a configuration in both dialects tells."""
-    config = _read_config(path)
     problems = config_problems({"modules_to_save": config.get("modules_to_save")})
     if problems:
         raise CheckpointError(f"{path / CONFIG}: its settings cannot be used", problems)
