@@ -3,8 +3,8 @@
     export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
     python -m benchmarks.cost [--only "100M float32" [--job "init, exact"] | --recount]
 
-writes results/cost.json and docs/cost.png; docs/estimate.md has the numbers. With --only, it replaces the rows of that
-model. With --recount, it measures nothing: it compares the rows in the file with today's estimates, at the rates that
+writes results/cost.json and docs/images/cost.png. docs/guide/estimate.md has the numbers. With --only, it
+replaces the rows of that model. With --recount, it measures nothing: it compares the rows in the file with today's estimates, at the rates that
 were measured with them.
 
 The models are random Llamas. Each job runs in two separate processes. In the first, every tensor has its own memory
@@ -34,7 +34,7 @@ from lora_one.estimate.rates import measured
 from lora_one.estimate.reader import architecture_of
 
 RESULT = Path(__file__).parent / "results" / "cost.json"
-PICTURE = Path(__file__).parents[1] / "docs" / "cost.png"
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "cost.png"
 MIB = 2**20
 M_MMAP_THRESHOLD = -3  # of malloc.h
 JOBS = ("training step", "init, sketch", "init, exact")

@@ -3,7 +3,7 @@
     python -m benchmarks.init                                 # everything: an hour on two cores
     python -m benchmarks.init --cases 97.5M --what seconds    # one part; the rest of the result stays
     python -m benchmarks.init --only "one pass" --rounds 1 --append    # one round more; medians are of all rounds
-    python -m benchmarks.init --plot                          # draws docs/init.png from the result
+    python -m benchmarks.init --plot                          # draws docs/images/init.png from the result
     python -m benchmarks.init --device cuda --out benchmarks/results/init_h100.json    # models of 1B and 8B on a GPU
 
 Every contender runs in processes of its own, in turn. Times are medians; the ratios are of CPU time, which on one
@@ -28,7 +28,7 @@ from benchmarks.init_models import CASES, GPU_CASES, MICRO_BATCHES, MODULES, RAN
 from lora_one import Config
 
 RESULT = harness.RESULTS / "init.json"
-PLOT = Path(__file__).parents[1] / "docs" / "init.png"
+PLOT = Path(__file__).parents[1] / "docs" / "images" / "init.png"
 K = RANK + Config().oversample  # directions that each layer's gradient is followed in
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: larger blocks are mapped and unmapped one by one
 STEP = f"LoRA step, r = {K}"

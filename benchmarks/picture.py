@@ -1,4 +1,4 @@
-"""The README's picture: docs/how-it-works.png.
+"""The README's picture: docs/images/how-it-works.png.
 
     python -m benchmarks.picture
 
@@ -23,7 +23,7 @@ from lora_one.finetune.recipe import Recipe
 from lora_one.finetune.tuners.torch.causal import TorchTuner
 from lora_one.finetune.tuners.torch.opening import open_tuner
 
-PICTURE = Path(__file__).parents[1] / "docs" / "how-it-works.png"
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "how-it-works.png"
 RATE = 3e-3
 STEPS = 200
 

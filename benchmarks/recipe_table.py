@@ -1,4 +1,4 @@
-"""Writes the table of docs/recipes.md from the recipes' own notes: `python -m benchmarks.recipe_table`."""
+"""Writes the table of docs/guide/recipes.md from the recipes' own notes: `python -m benchmarks.recipe_table`."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from benchmarks.page.markdown import renew_table
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks" / "recipes"
-PAGE = ROOT / "docs" / "recipes.md"
+PAGE = ROOT / "docs" / "guide" / "recipes.md"
 
 
 def table() -> str:

@@ -63,12 +63,12 @@ def init(
             torch.compile and DataParallel around the model, or around its parts, are looked through: wrap the returned
             model again, unless it had its adapter already and is the one you passed in.
 
-            JAX: a flax.nnx.Module, or a model of Linen or of a plain tree of arrays (docs/jax.md).
+            JAX: a flax.nnx.Module, or a model of Linen or of a plain tree of arrays (docs/guide/jax.md).
 
             MLX: an mlx.nn.Module, with mlx-lm's LoRA layers. Its batches and its default loss are mlx-lm's.
         batches: a collection such as a list or a DataLoader; a generator will do where one pass is made, the default
             on PyTorch. A few dozen sequences are enough. PyTorch moves the tensors to the model's device. None
-            (default) leaves the start to the optimizer: docs/without-data.md says when to choose which.
+            (default) leaves the start to the optimizer: docs/guide/without-data.md says when to choose which.
         loss_fn: function (model, batch) -> mean loss, a scalar. Default: `model(**batch).loss`. Only with batches.
         config: the settings. Default: `Config()`. For a model with an adapter, its own rank, alpha, use_rslora,
             targets, modules_to_save and dropout hold.
@@ -141,7 +141,8 @@ def optimizer(model: Any, learning_rate: float = 2e-4, weight_decay: float = 0.0
 
     Use it like any other optimizer of the framework. After `init` without batches its first steps make LoRA-One's
     start; otherwise the framework's own AdamW works as well. It adds two options: LoRA+'s learning rate for lora_B, and
-    the paper's r x r preconditioner, which is off by default, since under AdamW it did harm (docs/preconditioner.md).
+    the paper's r x r preconditioner, which is off by default, since under AdamW it did harm
+    (docs/evidence/preconditioner.md).
 
     Args:
         model: what `init` or `load` returned, or any model with LoRA layers of the framework's own library.

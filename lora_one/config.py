@@ -46,14 +46,14 @@ class Config:
             name may also be the end of a parameter's path that holds the weights of all experts, such as
             "experts.down_proj"; routers stay as they are where they are no linear layers.
         modules_to_save: sequence of names, default (). Modules to train whole beside the LoRA layers and to keep with
-            the adapter, such as a new head, as in PEFT. Fit a new head before `init`: docs/heads.md.
+            the adapter, such as a new head, as in PEFT. Fit a new head before `init`: docs/guide/new-heads.md.
         gradient: "sketch" (default) or "exact". "sketch" never forms the gradient of a weight: each layer keeps a
             running SVD of it, which the backward pass of every batch renews. "exact" forms G, layer by layer where it
             can.
         passes: int >= 1 or "auto", default 1. Backward passes over the batches for the sketch; each further one reads
             both sides of the gradient again and finds most of what was missing. "auto" makes a second one where, by the
             report's own estimate, some layer's factors hold less than 95 % of the best rank-r energy. The least is 2
-            for models in which the backward pass cannot see a layer's inputs: see docs/speed.md.
+            for models in which the backward pass cannot see a layer's inputs: see docs/evidence/speed.md.
         oversample: int >= 0, default 16. Directions that the sketch follows beyond the largest rank.
         recompute: bool or "auto" (default). Whether the blocks of a transformers model compute their activations again
             in the backward pass, to save memory at the cost of up to one more forward pass: all blocks (True), none

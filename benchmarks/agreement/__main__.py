@@ -1,6 +1,6 @@
 """Measure how nearly whole models agree.
 
-    python -m benchmarks.agreement       # writes benchmarks/results/agreement.json and docs/agreement.png
+    python -m benchmarks.agreement       # writes benchmarks/results/agreement.json and docs/images/agreement.png
 
 Each framework runs in a process of its own. Beside them runs PyTorch on weights that were moved by a rounding error:
 nearer to each other than it comes to itself, no two frameworks can be expected.
@@ -28,7 +28,7 @@ from .record import Record, record
 from .reference import reference
 
 RESULTS = Path(__file__).parents[1] / "results" / "agreement.json"
-PICTURE = Path(__file__).parents[2] / "docs" / "agreement.png"
+PICTURE = Path(__file__).parents[2] / "docs" / "images" / "agreement.png"
 RUNS = [("torch", "float32"), ("jax", "float32"), ("mlx", "float32"), ("torch", "float64"), ("jax", "float64")]
 JOBS = {"embedded": embedded, "grouped": grouped}
 PERTURBED = 3  # runs

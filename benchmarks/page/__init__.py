@@ -1,12 +1,12 @@
-"""docs/results.md, made of the JSON in benchmarks/results: `make_page` is a function of those files alone."""
+"""docs/evidence/quality.md, made of the JSON in benchmarks/results: `make_page` is a function of those files alone."""
 
 from pathlib import Path
 
-from . import ablations, adaptive_rank, dora, earlier, heads, other_pages, quality
+from . import ablations, adaptive_rank, dora, earlier, heads, quality
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "results.md"
+PAGE = ROOT / "docs" / "evidence" / "quality.md"
 
 INTRODUCTION = """# Results
 
@@ -16,12 +16,11 @@ does not win everywhere, and the tables say where.
 """
 
 
-def make_page(results: Path = RESULTS, docs: Path = PAGE.parent) -> str:
+def make_page(results: Path = RESULTS) -> str:
     """The page's text.
 
     Args:
         results: the JSON files; a part whose file is not there is left out.
-        docs: the folder of the page, to link what else is in it.
     """
     parts = [
         INTRODUCTION,
@@ -32,6 +31,5 @@ def make_page(results: Path = RESULTS, docs: Path = PAGE.parent) -> str:
         heads.section(results / "heads.json", results / "quality.json"),
         earlier.energy(results / "energy.json"),
         earlier.gamma(results / "gamma.json"),
-        other_pages.section(docs, results),
     ]
     return "\n".join(part for part in parts if part)

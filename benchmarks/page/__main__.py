@@ -1,4 +1,4 @@
-"""Make docs/results.md and its pictures.
+"""Make docs/evidence/quality.md and its pictures.
 
 python -m benchmarks.page
 """
@@ -10,8 +10,8 @@ from .plots import draw_all
 
 
 def main() -> None:
-    """Write the page and docs/quality-*.png."""
-    draw_all(read_rows(), PAGE.parent)
+    """Write the page and docs/images/quality-*.png."""
+    draw_all(read_rows(), PAGE.parents[1] / "images")
     PAGE.write_text(make_page(), encoding="utf-8")
     print(f"wrote {PAGE}")
 

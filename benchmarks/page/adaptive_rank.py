@@ -37,7 +37,7 @@ def section(file: Path) -> str:
         return ""
     header = ["", "rate", "seeds", "parameters", "exact match, %", "points over uniform", "test loss", "over uniform"]
     lines = [line for task in ("sort", "desc") for line in _of_task(rows, task)]
-    return HOW + table(header, lines) + "\nHow to use it: [guide/adaptive-rank.md](guide/adaptive-rank.md).\n"
+    return HOW + table(header, lines) + "\nHow to use it: [guide/adaptive-rank.md](../guide/adaptive-rank.md).\n"
 
 
 def _of_task(rows: Sequence[Row], task: str) -> list[list[str]]:

@@ -30,7 +30,7 @@ def section(file: Path) -> str:
         return ""
     header = ["", "rate", "seeds", "exact match, %", "lead over it", "test loss", "first", "seconds of training"]
     lines = [line for task in ("sort", "desc") for line in _of_task(rows, task)]
-    return HOW + table(header, lines) + "\nHow to use it: [guide/dora.md](guide/dora.md).\n"
+    return HOW + table(header, lines) + "\nHow to use it: [guide/dora.md](../guide/dora.md).\n"
 
 
 def _of_task(rows: Sequence[Row], task: str) -> list[list[str]]:

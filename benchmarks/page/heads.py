@@ -26,7 +26,7 @@ def section(file: Path, runs: Path) -> str:
         f"of the best possible at rank {found['rank']}, in the start's directions ({found['layers']} layers).\n\n"
         + table(["the start reads", "median layer", "least", "largest"], overlap)
         + _quality(read_rows(runs), found["fitted_head_alone"])
-        + "\nHow to fit a head first: [heads.md](heads.md).\n"
+        + "\nHow to fit a head first: [guide/new-heads.md](../guide/new-heads.md).\n"
     )
 
 

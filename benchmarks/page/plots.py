@@ -1,4 +1,4 @@
-"""docs/quality-*.png: the training loss against steps and against time. Needs matplotlib."""
+"""docs/images/quality-*.png: the training loss against steps and against time. Needs matplotlib."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -146,8 +146,8 @@ def _task(rows: Sequence[Row], task: str, note: str) -> str:
         "seconds",
     ]
     return (
-        f"### {TITLES[task]}\n\n{note}{table(header, lines)}\n![Loss against steps and time](quality-{task}.png)\n\n"
-        + _sweeps(rows, task, found)
+        f"### {TITLES[task]}\n\n{note}{table(header, lines)}\n"
+        f"![Loss against steps and time](../images/quality-{task}.png)\n\n" + _sweeps(rows, task, found)
     )
 
 

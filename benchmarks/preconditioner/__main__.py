@@ -2,7 +2,7 @@
 
     python -m benchmarks.preconditioner                  # all that is missing in results/preconditioner.json
     python -m benchmarks.preconditioner --minutes 5      # stop after five minutes; call it again to go on
-    python -m benchmarks.preconditioner --report         # docs/preconditioner.md, from what is there
+    python -m benchmarks.preconditioner --report         # docs/evidence/preconditioner.md, from what is there
 
 Every rule of `rules.py` on every task of `tasks.py`, each at its own best learning rate: see `plan.py`.
 """

@@ -1,4 +1,4 @@
-"""docs/preconditioner.md and its picture, from the rows in results/preconditioner.json."""
+"""docs/evidence/preconditioner.md and its picture, from the rows in results/preconditioner.json."""
 
 import itertools
 import math
@@ -76,7 +76,7 @@ less than plain.
 
 {adam}
 
-![Loss at the best rate against reg](preconditioner.png)
+![Loss at the best rate against reg](../images/preconditioner.png)
 
 ## Other ranks
 
@@ -111,8 +111,8 @@ def write(results: Results, docs: Path = DOCS) -> None:
         count=len(results.rows),
         **{name: job for name, job in JOBS.items()},
     )
-    (docs / "preconditioner.md").write_text(text)
-    draw(results).savefig(docs / "preconditioner.png", dpi=110)
+    (docs / "evidence" / "preconditioner.md").write_text(text)
+    draw(results).savefig(docs / "images" / "preconditioner.png", dpi=110)
 
 
 def job_of(task: str) -> str:

@@ -8,7 +8,7 @@
     python -m benchmarks.quality --merge mine.json                  # to the others
 
 Rows go to benchmarks/results/quality.json as they are made; runs that it has are not made again, so that the plan may
-be stopped, gone on with and extended. `python -m benchmarks.page` makes docs/results.md of it.
+be stopped, gone on with and extended. `python -m benchmarks.page` makes docs/evidence/quality.md of it.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The figures of the paper's theory (arXiv 2502.01235): docs/theory-*.png, and their numbers in results/theory.json.
+"""The figures of the paper's theory (arXiv 2502.01235): docs/images/theory-*.png, and results/theory.json.
 
     python -m benchmarks.theory [--backend numpy|torch|jax|mlx] [--only alignment preconditioning portrait relu]
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="numpy", choices=list(BACKENDS))
     parser.add_argument("--only", nargs="*", default=list(FIGURES), choices=list(FIGURES), metavar="FIGURE")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the pictures")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "images", help="folder of the pictures")
     parser.add_argument("--result", type=Path, default=ROOT / "benchmarks" / "results" / "theory.json")
     options = parser.parse_args()
     os.environ.setdefault("JAX_ENABLE_X64", "1")  # JAX reads it when it is imported

@@ -97,7 +97,7 @@ def _pytree_hint(model: Any) -> str:
     return (
         ". It is a pytree: parameters for JAX, an Equinox module for instance, go in as "
         "lora_one.backends.jax.PytreeModel(params), and a Linen module with its variables as "
-        "LinenModel(module, variables), see docs/jax.md"
+        "LinenModel(module, variables), see docs/guide/jax.md"
     )
 
 

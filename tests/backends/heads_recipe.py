@@ -1,4 +1,4 @@
-"""The recipe of a new head in docs/heads.md, run as it stands there, on any framework."""
+"""The recipe of a new head in docs/guide/new-heads.md, run as it stands there, on any framework."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 import lora_one
 
-HEADS = Path(__file__).parents[2] / "docs" / "heads.md"
+HEADS = Path(__file__).parents[2] / "docs" / "guide" / "new-heads.md"
 
 
 def run_recipe(framework: str, steps: str, batches: Sequence[Any], forget_head: Callable[[Any], None]) -> None:

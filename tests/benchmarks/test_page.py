@@ -1,4 +1,4 @@
-"""docs/results.md is what the generator makes of the committed JSON."""
+"""docs/evidence/quality.md is what the generator makes of the committed JSON."""
 
 import re
 
@@ -19,7 +19,7 @@ def test_every_picture_and_page_it_links_is_there():
 
 
 def test_without_results_there_is_an_introduction_and_nothing_else(tmp_path):
-    page = make_page(tmp_path, tmp_path)
+    page = make_page(tmp_path)
     assert page.startswith("# Results") and page.count("#") == 1
 
 
@@ -31,7 +31,7 @@ def test_numbers_of_made_up_rows(tmp_path):
             rows.append(row(rate, 0, abs(rate - 2e-3), contender, losses, score=level, test_loss=0.25))
         rows.append(row(2e-3, 1, 0.0, contender, losses, score=level + 0.1, test_loss=0.25))
     write_rows(rows, tmp_path / "quality.json")
-    page = make_page(tmp_path, tmp_path)
+    page = make_page(tmp_path)
     # mean of 40 and 50, t(1) 12.706 x 7.071 / sqrt(2) = 63.5
     assert "| LoRA | 0.002 | 2 | 45.0 ± 63.5 | 0.250 ± 0.000 | 3.00 ± 0.00 | 100 | 3.0 | 1.0 + 2.0 |" in page
     # LoRA-One is at LoRA's final loss of 1.0 as soon as there are ten losses to average
@@ -46,7 +46,7 @@ def test_ablations_are_compared_within_a_seed(tmp_path):
     scores = {"passes 2, oversample 0": (0.5, 0.6), "exact": (0.55, 0.75)}
     rows = [row(seed=s, contender=n, score=x) | ablated for n, both in scores.items() for s, x in enumerate(both)]
     write_rows(rows, tmp_path / "quality.json")
-    page = make_page(tmp_path, tmp_path)
+    page = make_page(tmp_path)
     assert "seeds | accuracy, % | test loss | loss of steps 1-20 | points over exact | seconds of the start |" in page
     assert "| passes 2, oversample 0 | 0.900 ± 0.000 | 2 | 55.0 ± 63.5 |" in page
     assert "| 1.00 ± 0.00 | -10.0 ± 63.5 | 1.0 |" in page
@@ -59,7 +59,7 @@ def test_spread_ranks_are_compared_with_uniform_ones_within_a_seed(tmp_path):
     size = {"parameters": 10}
     rows = [row(seed=s, contender=n, score=x) | size for n, both in scores.items() for s, x in enumerate(both)]
     write_rows(rows, tmp_path / "adaptive_rank.json")
-    page = make_page(tmp_path, tmp_path)
+    page = make_page(tmp_path)
     assert "| sort: LoRA-One, rank 8 everywhere | 0.001 | 2 | 10 | 55.0 ± 63.5 |  | 1.000 ± 0.000 |  |" in page
     assert "(S_i / S_1)² | 0.001 | 2 | 10 | 65.0 ± 127.1 | +10.0 ± 63.5 | 1.000 ± 0.000 | +0.000 ± 0.000 |" in page
 
@@ -69,7 +69,7 @@ def test_the_lead_of_lora_ones_start_for_dora_is_within_a_seed(tmp_path):
     scores = {"DoRA": (0.5, 0.6), "LoRA-One, DoRA": (0.55, 0.75)}
     rows = [row(seed=s, contender=n, score=x) for n, both in scores.items() for s, x in enumerate(both)]
     write_rows(rows, tmp_path / "dora.json")
-    page = make_page(tmp_path, tmp_path)
+    page = make_page(tmp_path)
     assert (
         "| sort: DoRA, its own start | 0.001 | 2 | 55.0 ± 63.5 | +10.0 ± 63.5 | 1.000 ± 0.000 | 1.00 ± 0.00 |" in page
     )
@@ -78,22 +78,13 @@ def test_the_lead_of_lora_ones_start_for_dora_is_within_a_seed(tmp_path):
 def test_what_gamma_auto_chose_is_in_its_name(tmp_path):
     rows = [row(seed=s, contender="LoRA-One, gamma auto") | {"gamma": g} for s, g in enumerate((512.0, 128.0, 512.0))]
     write_rows(rows, tmp_path / "quality.json")
-    assert "| LoRA-One, gamma auto: 128, 512 | 0.001 (edge) | 3 |" in make_page(tmp_path, tmp_path)
+    assert "| LoRA-One, gamma auto: 128, 512 | 0.001 (edge) | 3 |" in make_page(tmp_path)
 
 
 def test_what_the_head_alone_can_do_is_beside_its_task(tmp_path):
     write_rows([row() | {"task": "minilm"}], tmp_path / "quality.json")
     (tmp_path / "heads.json").write_text('{"fitted_head_alone": 0.425, "overlap": {}, "rank": 8, "layers": 36}')
-    assert "\n\nThe fitted head alone, from which all go on, is right in 42.5 %.\n\n|" in make_page(tmp_path, tmp_path)
-
-
-def test_other_pages_are_linked_where_they_are(tmp_path):
-    (tmp_path / "speed.md").write_text("")
-    (tmp_path / "step.json").write_text("{}")
-    (tmp_path / "speed-init.png").write_bytes(b"")
-    page = make_page(tmp_path, tmp_path)
-    assert "[speed.md](speed.md), [step.json](../benchmarks/results/step.json)" in page
-    assert "![speed-init](speed-init.png)" in page and "theory" not in page
+    assert "\n\nThe fitted head alone, from which all go on, is right in 42.5 %.\n\n|" in make_page(tmp_path)
 
 
 def test_markdown():

@@ -89,7 +89,7 @@ def test_peft_and_mlx_lm_themselves_open_the_same_folder(family, here, bases, ad
         folder = tmp_path / "both"
         in_peft = opened_by_peft(bases[family], folder)
         np.testing.assert_allclose(logits(in_peft, TOKENS), expected, atol=TOLERANCE, rtol=0)
-    # mlx-lm reads rope_theta where transformers 5 writes rope_parameters: see docs/mlx.md
+    # mlx-lm reads rope_theta where transformers 5 writes rope_parameters: see docs/guide/mlx.md
     settings = {"rope_theta": ROPE_THETA} if family == "qwen2" else {}
     model, _ = mlx_lm.load(str(bases[family]), adapter_path=str(folder), model_config=settings)
     model.set_dtype(mx.float32)

@@ -1,4 +1,4 @@
-"""The examples of docs/conformance.md run as they are printed."""
+"""The examples of docs/evidence/conformance.md run as they are printed."""
 
 import re
 from pathlib import Path
@@ -7,12 +7,12 @@ import pytest
 
 from lora_one import conformance
 
-PAGE = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "evidence" / "conformance.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
 def test_the_example_backend_passes_as_it_is_printed(capsys):
-    exec(compile(CODE[0], "docs/conformance.md", "exec"), {})
+    exec(compile(CODE[0], "docs/evidence/conformance.md", "exec"), {})
     printed = capsys.readouterr().out
     assert printed.count("All 30 checks agree with the spec: array-api-strict") == 2
 

@@ -208,7 +208,7 @@ def test_notes_say_what_does_not_fit_and_what_is_no_target():
 
 
 def test_the_page_has_the_benchmarks_numbers():
-    page = (Path(__file__).parents[2] / "docs" / "estimate.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "guide" / "estimate.md").read_text()
     result = json.loads(RESULT.read_text())
     for row in result["rows"]:
         formats = zip(COMPARED.values(), (".0f", ".2f"), strict=True)

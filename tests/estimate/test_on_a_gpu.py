@@ -11,7 +11,7 @@ from lora_one.estimate import Workload, estimate, read_architecture
 from lora_one.estimate.hardware import known
 
 MEASURED = json.loads((RESULTS / "init_h100.json").read_text(encoding="utf-8"))["cases"]
-JOBS = {  # contender -> job, rank, the workload's settings that are not the default, and how near docs/estimate.md says
+JOBS = {  # contender -> job, rank, the workload's settings that are not the default, and how near the page says
     "LoRA step, r = 8": ("training step", 8, {}, 0.012),
     "LoRA step, r = 24": ("training step", 24, {}, 0.012),
     "one pass": ("init, sketch", 8, {}, 0.03),

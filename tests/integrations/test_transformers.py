@@ -33,7 +33,7 @@ from .trainers import (
     rows,
 )
 
-PAGE = Path(__file__).parents[2] / "docs" / "transformers.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "trainers.md"
 COUNT = SAMPLES // BATCH  # batches that the start reads
 
 

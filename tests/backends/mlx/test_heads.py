@@ -175,7 +175,7 @@ def test_a_head_that_only_one_side_has_is_an_error(tmp_path):
 
 @pytest.mark.feature("New heads (modules_to_save)")
 def test_the_documented_recipe(tmp_path, monkeypatch):
-    """docs/heads.md, word for word, on a tiny model: the fit lowers the loss, and the adapter carries the head."""
+    """docs/guide/new-heads.md, word for word: the fit lowers the loss, and the adapter carries the head."""
     monkeypatch.chdir(tmp_path)
     write_llama(tmp_path / "model")
     rng = np.random.default_rng(0)

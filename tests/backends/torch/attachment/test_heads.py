@@ -17,7 +17,7 @@ from lora_one.backends.torch.attachment.attach import find_sites
 from lora_one.errors import CheckpointError, ConfigError, ModelError
 from tests.backends.torch.models import bert_config, classifier, mlp, squared_error, tokens
 
-HEADS = Path(__file__).parents[4] / "docs" / "heads.md"
+HEADS = Path(__file__).parents[4] / "docs" / "guide" / "new-heads.md"
 CONFIG = lora_one.Config(rank=4, modules_to_save=("down",), gradient="exact")
 
 
@@ -187,7 +187,7 @@ def test_one_name_is_not_a_sequence_of_letters():
 
 
 def test_the_documented_recipe(tmp_path, monkeypatch):
-    """docs/heads.md, word for word, on a tiny encoder: the fit lowers the loss, and the adapter carries the head."""
+    """docs/guide/new-heads.md, word for word: the fit lowers the loss, and the adapter carries the head."""
     monkeypatch.chdir(tmp_path)
     case = classifier()
     case.model.bert.save_pretrained("encoder")
