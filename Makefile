@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OLDEST := .venv-oldest/bin
 
-.PHONY: demo test test-oldest features lint clean
+.PHONY: demo test test-oldest features lint docs clean
 
 demo: .venv/demo
 	$(BIN)/lora-one finetune
@@ -27,6 +27,10 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, in build/site. A broken link or reference fails. The variable silences a notice about a later mkdocs.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+
 # torch first and by its version, so that nothing else can ask for another build of it.
 .venv/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -36,6 +40,10 @@ lint: .venv/dev
 
 .venv/dev: .venv/demo
 	$(INSTALL) -e '.[dev]'
+	touch $@
+
+.venv/docs: .venv/demo
+	$(INSTALL) mkdocs-material 'mkdocstrings[python]'
 	touch $@
 
 .venv-oldest/dev: pyproject.toml constraints-oldest.txt

@@ -4,8 +4,8 @@
     python -m benchmarks.cost [--only "100M float32" [--job "init, exact"] | --recount]
 
 writes results/cost.json and docs/images/cost.png. docs/guide/estimate.md has the numbers. With --only, it
-replaces the rows of that model. With --recount, it measures nothing: it compares the rows in the file with today's estimates, at the rates that
-were measured with them.
+replaces the rows of that model. With --recount, it measures nothing: it compares the rows in the file with today's
+estimates, at the rates that were measured with them.
 
 The models are random Llamas. Each job runs in two separate processes. In the first, every tensor has its own memory
 mapping. So the peak of the resident memory, over that with the model loaded, is the bytes of tensors, as an

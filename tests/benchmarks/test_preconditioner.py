@@ -175,8 +175,10 @@ def test_the_verdict_asks_for_every_task(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
     assert beating_plain(Results(path), "adam") == [Rule("adam", "basis", "absolute", 1e-2)]
+    (tmp_path / "evidence").mkdir()
+    (tmp_path / "images").mkdir()
     write(Results(path), tmp_path)
-    page = (tmp_path / "preconditioner.md").read_text()
+    page = (tmp_path / "evidence" / "preconditioner.md").read_text()
     assert "**Ahead of plain Adam on every task: basis, absolute 0.01.**" in page
     assert "it should be what `lora_one.optimizer` does by default" in page
     # absolute 0.01, of every place: 0.4 over plain's 0.5, and before's 0.6 on the last
