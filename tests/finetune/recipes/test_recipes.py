@@ -10,12 +10,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from benchmarks.recipe_table import FOLDER, PAGE, table
+from benchmarks.tables.code import RECIPES
 from lora_one.checkpoint.metadata import read_report
 from lora_one.cli import commands as cli
 from lora_one.finetune.recipe import make_recipe, read_recipe
 
-FILES = sorted(FOLDER.glob("*.yaml"))
+FILES = sorted(RECIPES.glob("*.yaml"))
 METRICS = {  # what each benchmark must come out with
     "gsm8k": {"exact_match,strict-match", "exact_match,flexible-extract"},
     "hendrycks_math": {"exact_match"},
@@ -106,13 +106,9 @@ def test_the_reported_values_are_those_that_are_known():
     }
 
 
-def test_the_page_has_the_table_of_the_files():
-    assert table() in PAGE.read_text()
-
-
 def test_the_harness_is_given_the_trained_model(in_hub, tmp_path):
     """The accuracy that it reports is that of the saved adapter, by log-likelihoods computed here."""
-    file = FOLDER / "llama2-commonsense.yaml"
+    file = RECIPES / "llama2-commonsense.yaml"
     small = ["--steps", "2", "--out", str(tmp_path), "--dtype", "float32", "--lr", "0.01"]
     assert run("finetune", "--config", str(file), *small).exit_code == 0
     recipe = make_recipe(read_recipe(file))
@@ -138,7 +134,7 @@ def test_the_harness_is_given_the_trained_model(in_hub, tmp_path):
 def test_the_log_of_visual_answers_is_what_lmms_eval_reads(in_hub, tmp_path):
     """The fields that its model `from_log` takes: args, model_configs.task, and an answer a doc_id."""
     small = ["--steps", "1", "--limit", "2", "--out", str(tmp_path)]
-    assert run("finetune", "--config", str(FOLDER / "llava-instruct.yaml"), *small).exit_code == 0
+    assert run("finetune", "--config", str(RECIPES / "llava-instruct.yaml"), *small).exit_code == 0
     logs = sorted(tmp_path.glob("lmms_eval/*.json"))
     assert [log.stem for log in logs] == ["gqa", "mme", "mmmu_val", "pope", "scienceqa_img"]
     for log in logs:
@@ -157,9 +153,9 @@ def test_running_the_models_code_must_be_allowed(in_hub, tmp_path):
     from lora_one.errors import ConfigError
 
     with pytest.raises(ConfigError, match="task 'humaneval' runs the code that the model writes: allow_code_execution"):
-        run("finetune", "--config", str(FOLDER / "llama2-codefeedback.yaml"), "--out", str(tmp_path))
+        run("finetune", "--config", str(RECIPES / "llama2-codefeedback.yaml"), "--out", str(tmp_path))
     small = ["--steps", "1", "--no-evaluate", "--out", str(tmp_path)]
-    assert run("finetune", "--config", str(FOLDER / "llama2-codefeedback.yaml"), *small).exit_code == 0
+    assert run("finetune", "--config", str(RECIPES / "llama2-codefeedback.yaml"), *small).exit_code == 0
     assert not Path(tmp_path / "evaluation.json").exists()
 
 
@@ -182,7 +178,7 @@ def test_benchmarks_that_cannot_be_are_found_before_the_training(setting, match,
 def test_a_task_is_asked_in_the_recipes_own_words(in_hub):
     from lora_one.finetune.evaluation.lm_eval import open_tasks
 
-    loaded = open_tasks(make_recipe(read_recipe(FOLDER / "llama2-metamath.yaml")))
+    loaded = open_tasks(make_recipe(read_recipe(RECIPES / "llama2-metamath.yaml")))
     task = loaded["tasks"]["gsm8k"]
     assert task.doc_to_text({"question": "1 + 1?"}) == "Q: 1 + 1?\nA: "
     assert task.get_config("num_fewshot") == 0
