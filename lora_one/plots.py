@@ -1,4 +1,4 @@
-"""Pictures of spectra, drawn from plain lists with matplotlib, which only this module imports."""
+"""Pictures of spectra, drawn from plain lists with matplotlib."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple

@@ -1,7 +1,7 @@
 """The bar that `lora_one.init` shows on a terminal while it reads the batches."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import length_hint
 from typing import Any
@@ -33,26 +33,44 @@ def shown(batches: Iterable[Any], progress: bool | None) -> Iterator[Iterable[An
         yield batches
         return
     with tqdm(desc="LoRA-One", total=length_hint(batches) or None, unit="batch", file=sys.stderr) as bar:
-        counted = _Counted(batches, bar)
+        counted = Counted(batches, _mover(bar))
         yield iter(counted) if isinstance(batches, Iterator) else counted
         bar.update(1)  # the last batch of the last pass
 
 
-class _Counted:
-    """The batches, as a collection that moves a bar while it is read."""
+def _mover(bar: Any) -> Callable[[int, int], None]:
+    """Return the function that moves a bar of tqdm to the batches of a pass that are done."""
 
-    def __init__(self, batches: Iterable[Any], bar: Any):
+    def move(number: int, done: int) -> None:
+        if not done:
+            bar.set_description_str(f"LoRA-One, pass {number}", refresh=False)
+            bar.reset()
+        bar.update(done - bar.n)
+
+    return move
+
+
+class Counted:
+    """The batches, as a collection that tells how far it is read.
+
+    Args:
+        batches: the batches.
+        tell: called with the number of the pass, from 1, and with the number of its batches that are done.
+    """
+
+    def __init__(self, batches: Iterable[Any], tell: Callable[[int, int], None]):
         self._batches = batches
-        self._bar = bar
+        self._tell = tell
         self._passes = 0  # complete ones: who looks at the first batch only makes none
 
     def __iter__(self) -> Iterator[Any]:
-        self._bar.set_description_str(f"LoRA-One, pass {self._passes + 1}", refresh=False)
-        self._bar.reset()
+        number = self._passes + 1
+        self._tell(number, 0)
         for index, batch in enumerate(self._batches):
             yield batch
-            self._bar.update(index > 0)  # passes ask for the next batch before they compute with this one
-        self._passes += 1
+            if index:
+                self._tell(number, index)  # passes ask for the next batch before they compute with this one
+        self._passes = number
 
     def __len__(self) -> int:
         return len(self._batches)  # type: ignore[arg-type]  # a TypeError where they have none

@@ -1,7 +1,9 @@
 """The spectrum of s B A in each layer of an adapter on disk: how much it changes its model."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,11 +45,29 @@ class LayerInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The layers of an adapter folder, and the report of its start if lora-one made it."""
+    """What an adapter folder holds.
+
+    Attributes:
+        path: the folder.
+        layers: the updates of its layers.
+        report: of the start, if lora-one made the adapter.
+        settings: name -> value of what is set in adapter_config.json ("adapter.r") and in the report ("start.rank").
+    """
 
     path: Path
     layers: list[LayerInspection]
     report: Report | DeferredReport | None
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the inspection as plain data for JSON. The layers of the report are those of `layers`."""
+        report = None if self.report is None else self.report.to_dict()
+        return {
+            "adapter": str(self.path),
+            "layers": [asdict(layer) for layer in self.layers],
+            "report": report and {name: value for name, value in report.items() if name != "layers"},
+            "settings": self.settings,
+        }
 
     def plot(self, path: str | Path) -> None:
         """Draw the spectra and the norms of the layers' s B A as an image, with matplotlib."""
@@ -63,8 +83,12 @@ class Inspection:
         )
 
 
-def inspect_adapter(path: Path) -> Inspection:
+def inspect_adapter(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Inspection:
     """Read an adapter folder that lora-one or PEFT wrote.
+
+    Args:
+        path: the folder.
+        progress: told after each layer how many are done, and how many there are.
 
     Raises:
         CheckpointError: the folder cannot be read, or a factor is not finite.
@@ -77,8 +101,9 @@ def inspect_adapter(path: Path) -> Inspection:
     starts: dict[str, LayerReport | LayerStart] = {}
     for entry in report.layers if report else ():
         starts[entry.name] = entry
-    layers = []
-    for name, layer in read_adapter(folder).layers.items():
+    adapter = read_adapter(folder)
+    layers: list[LayerInspection] = []
+    for name, layer in adapter.layers.items():
         pair = layer.pairs[0]
         if not all(np.isfinite(factor).all() for factor in pair):
             raise CheckpointError(f"{path}: {name}: lora_A or lora_B has entries that are not finite")
@@ -98,7 +123,18 @@ def inspect_adapter(path: Path) -> Inspection:
                 growth=_growth(norm, start, report, layer.scaling),
             )
         )
-    return Inspection(path, layers, report)
+        progress(len(layers), len(adapter.layers))
+    return Inspection(path, layers, report, _settings(folder.config, report))
+
+
+def _settings(config: dict[str, Any], report: Report | DeferredReport | None) -> dict[str, Any]:
+    """Return what is set in an adapter's configuration and in the report of its start."""
+    settings = {f"adapter.{name}": value for name, value in config.items() if value not in (None, [], {}, ())}
+    if report is not None:
+        start = report.to_dict()
+        asked, made = start.pop("config"), {name: start.get(name) for name in ("backend", "gamma", "passes", "batches")}
+        settings |= {f"start.{name}": value for name, value in {**asked, **made}.items() if value is not None}
+    return settings
 
 
 def product_spectrum(pair: Factors, scaling: float) -> np.ndarray:

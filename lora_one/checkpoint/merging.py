@@ -7,7 +7,8 @@ and order of all tensors stay, and one tensor at a time is in memory.
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +42,11 @@ class Stored(NamedTuple):
 
 
 def merge_folders(
-    model: str | Path, adapter: str | Path, out: str | Path, rename: Mapping[str, str] | None = None
+    model: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    rename: Mapping[str, str] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write a model folder with an adapter merged into its weights, as any library opens it.
 
@@ -55,6 +60,7 @@ def merge_folders(
         out: folder to write; it must not exist, or be empty. Configuration and tokenizer are copied into it.
         rename: old prefix -> new prefix of the adapter's module paths, where the model's files have others, such as
             {"transformer": ""} for the GPT-2 of the Hub. Default: none.
+        progress: told how many of the files and of the changed tensors are written, and how many there are.
 
     Raises:
         CheckpointError: all that is wrong with the folders, or does not fit, at once. Nothing was written.
@@ -80,16 +86,27 @@ def merge_folders(
     if problems:
         raise CheckpointError(f"the adapter in {adapter} cannot be merged into {model}", problems)
     with replacing(out) as folder:
-        for file in _other_files(model):
-            shutil.copyfile(file, folder / file.name)
-        for name in sorted({tensor.file for tensor in stored.values()}):
-            shutil.copyfile(model / name, folder / name)
-        conv1d = _has_conv1d(merged, stored, config)
-        for path, layer in merged.layers.items():
-            tensor = stored[f"{path}.weight"]
-            _write(folder, tensor, _read(folder, tensor) + _delta(layer, tensor.shape, conv1d))
-        for path, whole in merged.whole.items():
-            _write(folder, stored[path], whole.array)
+        jobs = list(_jobs(model, folder, merged, stored, config))
+        for done, job in enumerate(jobs, start=1):
+            job()
+            progress(done, len(jobs))
+
+
+def _jobs(
+    model: Path, folder: Path, adapter: Adapter, stored: Mapping[str, Stored], config: Mapping[str, Any]
+) -> Iterator[Callable[[], object]]:
+    """Yield what is to be done, in order: all files are copied, then the tensors that change are written over."""
+    for name in [*(file.name for file in _other_files(model)), *sorted({tensor.file for tensor in stored.values()})]:
+        yield partial(shutil.copyfile, model / name, folder / name)
+    conv1d = _has_conv1d(adapter, stored, config)
+    for path, layer in adapter.layers.items():
+        yield partial(_add, folder, stored[f"{path}.weight"], layer, conv1d)
+    for path, whole in adapter.whole.items():
+        yield partial(_write, folder, stored[path], whole.array)
+
+
+def _add(folder: Path, tensor: Stored, layer: LoraLayer, conv1d: bool) -> None:
+    _write(folder, tensor, _read(folder, tensor) + _delta(layer, tensor.shape, conv1d))
 
 
 def _read_config(model: Path) -> dict[str, Any]:

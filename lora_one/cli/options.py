@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.markup import escape
 
 from lora_one.config import Config
 from lora_one.files.settings import alternatives
 from lora_one.finetune.recipe import Recipe, make_recipe, read_recipe
+
+from .output import AsJson
+from .values import one_of
 
 Setting = str | int | float | bool | None
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -26,6 +28,16 @@ OTHER_NAMES = {
     "learning_rate": ["--lr"],
     "save_every": ["--save-steps"],
     "eval_every": ["--eval-steps"],
+}
+# What a shell completes settings to whose types do not say it.
+VALUES = {
+    "backend": ("torch", "jax", "mlx"),
+    "gamma": ("auto",),
+    "passes": ("auto",),
+    "recompute": ("auto", "true", "false"),
+    "targets": ("all-linear",),
+    "metrics": ("exact_match", "matthews"),
+    "report_to": ("tensorboard", "trackio", "wandb"),
 }
 # The settings of `Recipe` that a start without training reads.
 FOR_INIT = {
@@ -78,8 +90,11 @@ def _is_list(kind: Any) -> bool:
 def _options() -> dict[str, Any]:
     """Return name -> type and help. None means "not given", so that the file's value, or the default, holds."""
     texts = help_texts()
-    options = {
-        name: Annotated[_option_type(hint) | None, typer.Option(*flags(name), help=escape(texts[name]))]
+    options: dict[str, Any] = {
+        name: Annotated[
+            _option_type(hint) | None,
+            typer.Option(*flags(name), help=texts[name], autocompletion=_completion(name, hint)),
+        ]
         for name, hint in settings().items()
     }
     options["config"] = Annotated[
@@ -88,11 +103,18 @@ def _options() -> dict[str, Any]:
     options["verbose"] = Annotated[
         bool, typer.Option("--verbose", help="Show what other libraries say, and tracebacks.")
     ]
+    options["as_json"] = AsJson
     return options
 
 
+def _completion(name: str, hint: Any) -> Callable[[str], list[str]] | None:
+    """Return what completes a setting's value; None where no values are known, so that the shell offers files."""
+    values = VALUES.get(name) or sorted(value for value in alternatives(hint) if isinstance(value, str))
+    return one_of(values) if values else None
+
+
 OPTIONS = _options()
-_INIT = {*FOR_INIT, *(field.name for field in dataclasses.fields(Config)), "config", "verbose"}
+_INIT = {*FOR_INIT, *(field.name for field in dataclasses.fields(Config)), "config", "verbose", "as_json"}
 INIT_OPTIONS = [name for name in OPTIONS if name in _INIT]
 
 
@@ -106,7 +128,7 @@ def takes(names: Iterable[str]) -> Callable[[Command], Command]:
             inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=False if name == "verbose" else None,
+                default=False if name in ("verbose", "as_json") else None,
                 annotation=OPTIONS[name],
             )
             for name in names

@@ -7,7 +7,9 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from lora_one.checkpoint.comparison import Comparison
 from lora_one.checkpoint.inspection import Inspection
+from lora_one.checks import shown
 from lora_one.conformance.report import Conformance, cell
 from lora_one.report import LayerReport, Report, rank_bars
 
@@ -58,6 +60,15 @@ def inspection_table(inspection: Inspection) -> Table:
             f"{start.energy:.3f}" if isinstance(start, LayerReport) else "",
             "" if layer.growth is None else f"{layer.growth:.1f}x",
         )
+    return table
+
+
+def differences_table(comparison: Comparison) -> Table:
+    """Return a table of the settings in which two adapters differ."""
+    names = [escape(str(inspection.path)) for inspection in (comparison.first, comparison.second)]
+    table = _table("Settings that differ", ("setting", *names))
+    for name, pair in comparison.differences.items():
+        table.add_row(name, *(escape("" if value is None else shown(value)) for value in pair))
     return table
 
 

@@ -1,6 +1,6 @@
 """Run the whole suite on a backend of your own, or on those that are installed."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lora_one.core.ops import Array, Ops
@@ -60,7 +60,7 @@ def check_installed(
     backend: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Conformance:
     """Check the backends that come with lora-one against the spec, as `lora-one conformance` does.
 
@@ -72,7 +72,8 @@ def check_installed(
             LORA_ONE_BACKENDS names, none of which may be missing; without it, those that are installed.
         device: "cpu", "cuda", "gpu", ... Default None: the default device of each framework.
         dtype: "float32", "float64" or "bfloat16". Default None: all three.
-        progress: called with a line of text before each check. Default: a function that does nothing.
+        progress: told after each check how many are done, and how many there are. Default: a function that does
+            nothing.
 
     Returns:
         All results. Print it to see the table, or read `passed`.
@@ -94,13 +95,11 @@ def check_installed(
     return _run_all(targets, progress)
 
 
-def _run_all(targets: Iterable[Target], progress: Callable[[str], None] = lambda text: None) -> Conformance:
-    results, notes = [], []
-    for target in targets:
-        for check in checks():
-            if applies(check, target):
-                progress(f"{target.name}, {target.dtype}: {check.name}")
-                results.append(run(check, target))
-        if target.note:
-            notes.append(f"{target.name}: {target.note}")
+def _run_all(targets: Sequence[Target], progress: Callable[[int, int], None] = lambda done, total: None) -> Conformance:
+    jobs = [(check, target) for target in targets for check in checks() if applies(check, target)]
+    results = []
+    for check, target in jobs:
+        results.append(run(check, target))
+        progress(len(results), len(jobs))
+    notes = [f"{target.name}: {target.note}" for target in targets if target.note]
     return Conformance(results, list(dict.fromkeys(notes)))

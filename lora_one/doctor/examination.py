@@ -6,7 +6,8 @@ import re
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,11 +87,18 @@ class Examination:
         return asdict(self)
 
 
-def examine() -> Examination:
-    """Examine all parts. Nothing is imported into this process, and a broken part raises nothing."""
+def examine(progress: Callable[[int, int], None] = lambda done, total: None) -> Examination:
+    """Examine all parts. Nothing is imported into this process, and a broken part raises nothing.
+
+    Args:
+        progress: told after each part how many are done, and how many there are.
+    """
     tested: dict[str, dict[str, str]] = json.loads(TESTED.read_text(encoding="utf-8"))
     with ThreadPoolExecutor() as pool:
-        parts = list(pool.map(lambda item: _examine(*item), tested.items()))
+        jobs = [pool.submit(_examine, *item) for item in tested.items()]
+        for done, _ in enumerate(as_completed(jobs), start=1):
+            progress(done, len(jobs))
+        parts = [job.result() for job in jobs]
     return Examination(__version__, platform.python_version(), f"{platform.system()} {platform.machine()}", parts)
 
 

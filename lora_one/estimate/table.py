@@ -5,10 +5,15 @@ from collections.abc import Mapping
 from .jobs import Estimate
 
 GIB = 2**30
+WIDTH = 67  # columns of a table of three jobs
 
 
-def as_text(estimate: Estimate) -> str:
-    """Return the estimate as lines of text: the job and the machine, then the memory and the time of each part."""
+def as_text(estimate: Estimate, narrow: bool = False) -> str:
+    """Return the estimate as lines of text: the job and the machine, then the memory and the time of each part.
+
+    Args:
+        narrow: give each job a table of its own, of 37 columns, instead of a column in one of `WIDTH` columns.
+    """
     work, machine = estimate.workload, estimate.hardware
     bits = ", 4-bit" if work.quantized else ""
     lines = [
@@ -19,14 +24,17 @@ def as_text(estimate: Estimate) -> str:
         f"{machine.name}: {machine.flops / 1e12:.3g} TFLOP/s x {machine.efficiency:g}, "
         f"{machine.bandwidth / 1e9:.4g} GB/s",
         "",
-        *_section("memory, GiB", {job: column.memory for job, column in estimate.columns.items()}, GIB),
-        "",
-        *_section("time, s", {job: column.seconds for job, column in estimate.columns.items()}, 1.0),
-        "",
+        *_sections("memory, GiB", {job: column.memory for job, column in estimate.columns.items()}, GIB, narrow),
+        *_sections("time, s", {job: column.seconds for job, column in estimate.columns.items()}, 1.0, narrow),
         *(f"note: {note}" for note in estimate.notes),
         "memory is that of tensors; a CUDA context, or the framework on a CPU, comes on top",
     ]
     return "\n".join(lines)
+
+
+def _sections(title: str, jobs: Mapping[str, Mapping[str, float]], unit: float, narrow: bool) -> list[str]:
+    groups = [{job: values} for job, values in jobs.items()] if narrow else [jobs]
+    return [line for group in groups for line in [*_section(title, group, unit), ""]]
 
 
 def _section(title: str, jobs: Mapping[str, Mapping[str, float]], unit: float) -> list[str]:

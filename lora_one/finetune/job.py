@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lora_one import api
 from lora_one.report import Report
@@ -53,6 +54,11 @@ class Outcome:
     out: Path
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     resumed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the outcome as plain data for JSON."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**values, "out": str(self.out), "report": None if self.report is None else self.report.to_dict()}
 
 
 def finetune(recipe: Recipe, progress: Progress) -> Outcome:

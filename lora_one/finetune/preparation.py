@@ -4,6 +4,7 @@ import itertools
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import length_hint
 from pathlib import Path
 
 from lora_one import demo
@@ -88,11 +89,15 @@ def _encode_all(
     progress: Progress,
     what: str = "example",
 ) -> list[TokenSequence]:
+    progress.say(f"Encoding the {what}s")
     encoded = (encode(tuner.tokenizer, example, recipe.loss_on, recipe.chat_template) for example in examples)
     if isinstance(data, Source):
         whole = list(itertools.islice(_short_enough(encoded, data.max_tokens), data.max_examples))
     else:
-        whole = list(encoded)
+        whole = []
+        for sequence in encoded:
+            whole.append(sequence)
+            progress.part(len(whole), length_hint(examples))
     sequences = _cut(whole, recipe.max_length, tuner.separate, what, progress)
     if not sequences:
         raise DataError(f"the data must hold at least one {what}, got none: look at its filters and lengths")

@@ -29,6 +29,9 @@ class Progress(Protocol):
     def say(self, text: str) -> None:
         """Report that a part of the job begins."""
 
+    def part(self, done: int, total: int) -> None:
+        """Report how much of the part is done: of its batches, examples or test items."""
+
     def warn(self, text: str) -> None:
         """Report something that the user should know, though the job continues."""
 

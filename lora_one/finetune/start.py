@@ -7,6 +7,7 @@ from lora_one import api
 from lora_one.backends import load_backend
 from lora_one.errors import InitWarning
 from lora_one.initialization import initialize_without_data
+from lora_one.progress import Counted
 from lora_one.report import Report
 
 from .encoding import TokenSequence
@@ -25,14 +26,21 @@ def start(tuner: Tuner, sequences: list[TokenSequence], recipe: Recipe, progress
         progress.say("Plain LoRA start")
         tuner.model = load_backend(recipe.backend).attach_plain(tuner.model, recipe.config)
         return None
-    progress.say("LoRA-One: reading the gradient")
+    reading = "LoRA-One: reading the gradient"
+    progress.say(reading)
     count = min(len(sequences), recipe.init_batches * recipe.batch_size)
     sample = random.Random(recipe.seed).sample(sequences, count)
     batches = tuner.batches(sample, recipe.batch_size)
+
+    def tell(number: int, done: int) -> None:
+        if number > 1 and not done:
+            progress.say(f"{reading}, pass {number}")
+        progress.part(done, len(batches))
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", InitWarning)
         tuner.model, report = api.init(
-            tuner.model, batches, tuner.loss_fn, recipe.config, recipe.backend, progress=False
+            tuner.model, Counted(batches, tell), tuner.loss_fn, recipe.config, recipe.backend, progress=False
         )
     for warning in caught:
         if issubclass(warning.category, InitWarning):

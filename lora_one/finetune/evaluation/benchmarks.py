@@ -48,7 +48,7 @@ class Benchmarks:
             scores |= run_tasks(tuner, self._tasks, self._recipe)
         for benchmark in self._visual:
             progress.say(f"Answering {benchmark.name}")
-            given = answers(tuner, benchmark.encode(tuner.tokenizer), benchmark.max_new_tokens)
+            given = answers(tuner, benchmark.encode(tuner.tokenizer), benchmark.max_new_tokens, progress)
             scores[benchmark.name] = benchmark.score(given)
             benchmark.write_log(Path(self._recipe.out), given, self._recipe.model)
         for task, metrics in scores.items():

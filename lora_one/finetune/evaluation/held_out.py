@@ -10,6 +10,7 @@ from lora_one.finetune.fit import check_questions
 from lora_one.finetune.progress import Progress
 from lora_one.finetune.recipe import Recipe
 from lora_one.finetune.tuners.interface import Tuner
+from lora_one.progress import Counted
 
 from .answering import answers
 from .scores import METRICS
@@ -37,7 +38,7 @@ class HeldOut:
             return None
         progress.say(f"Answering {len(self.tests)} test items")
         longest = max(len(question.tokens) - question.prompt_length for question in self.questions)
-        given = answers(tuner, self.questions, max_new_tokens=longest + 1)
+        given = answers(tuner, self.questions, longest + 1, progress)
         expected = [reference(tuner, *item) for item in zip(self.tests, self.questions, strict=True)]
         pairs = [(text.strip(), right.strip()) for text, right in zip(given, expected, strict=True)]
         metrics = {name: METRICS[name](pairs) for name in ("exact_match", *self.metrics)}
@@ -48,7 +49,13 @@ class HeldOut:
         """Return the mean loss of the validation batches."""
         if not self.batches:
             return None
-        loss = tuner.mean_loss(self.batches)
+        progress.say("Measuring the loss on held-out data")
+
+        def tell(number: int, done: int) -> None:
+            if number == 1:  # the pass that computes; a second one counts the tokens
+                progress.part(done, len(self.batches))
+
+        loss = tuner.mean_loss(Counted(self.batches, tell))
         progress.validation(when, loss)
         return loss
 

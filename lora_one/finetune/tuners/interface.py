@@ -1,6 +1,6 @@
 """What the command needs of a framework: a language model that it can fine-tune."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +11,10 @@ from lora_one.finetune.encoding import TokenSequence
 from lora_one.finetune.fit import Limits
 from lora_one.finetune.recipe import Recipe
 from lora_one.finetune.template import Tokenizer
+
+
+def untold(done: int) -> None:
+    """Tell nobody how many prompts are done."""
 
 
 class AfterStep(NamedTuple):
@@ -53,7 +57,7 @@ class Tuner(Protocol):
         """Return the mean cross-entropy over the tokens that count."""
         ...
 
-    def mean_loss(self, batches: Sequence[Any]) -> float:
+    def mean_loss(self, batches: Iterable[Any]) -> float:
         """Return the mean cross-entropy over the tokens of all batches, without dropout or gradients."""
         ...
 
@@ -82,8 +86,14 @@ class Tuner(Protocol):
         """Bring back what `trained_arrays` returned."""
         ...
 
-    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """Return greedy continuations of the prompts, up to and without the end-of-sequence token."""
+    def generate(
+        self, prompts: Sequence[list[int]], max_new_tokens: int, tell: Callable[[int], None] = untold
+    ) -> list[list[int]]:
+        """Return greedy continuations of the prompts, up to and without the end-of-sequence token.
+
+        Args:
+            tell: called with the number of prompts that are done, after each group of them.
+        """
         ...
 
 

@@ -1,7 +1,7 @@
 """Fine-tuning a Llama-family language model from a local Hugging Face folder, with nnx.Optimizer and optax."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lora_one.finetune.fit import Limits, check_tokenizer, pad_token
 from lora_one.finetune.recipe import Recipe
 from lora_one.finetune.template import Tokenizer
 
-from .interface import AfterStep, OnStep
+from .interface import AfterStep, OnStep, untold
 from .shared import STATE, chunks, draw_steps, padded, rounded_up, until_end
 
 WIDTH_MULTIPLE = 16  # batches are padded to a multiple of it, so that few shapes are compiled
@@ -75,7 +75,7 @@ class JaxTuner:
     def check(self, recipe: Recipe) -> None:
         """Every setting of a recipe is allowed here."""
 
-    def mean_loss(self, batches: Sequence[Batch]) -> float:
+    def mean_loss(self, batches: Iterable[Batch]) -> float:
         self.model.eval()
         losses = [np.asarray(_loss(self.model, batch)) for batch in batches]
         return float(np.average(losses, weights=[_counted(batch) for batch in batches]))
@@ -122,7 +122,9 @@ class JaxTuner:
         state = nnx.state(self.model, nnx.LoRAParam)
         nnx.update(self.model, _filled(state, arrays))
 
-    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[list[int]], max_new_tokens: int, tell: Callable[[int], None] = untold
+    ) -> list[list[int]]:
         self.model.eval()
         rows = GENERATED_AT_ONCE
         answers: list[list[int]] = []
@@ -138,6 +140,7 @@ class JaxTuner:
             for row, prompt in enumerate(group):
                 answer = tokens[row, len(prompt) : length[row]].tolist()
                 answers.append(until_end(answer, self.tokenizer.eos_token_id))
+            tell(len(answers))
         return answers
 
     def _collate(self, sequences: Sequence[TokenSequence]) -> Batch:

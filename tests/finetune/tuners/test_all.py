@@ -19,9 +19,13 @@ class Diary:
 
     def __init__(self):
         self.losses, self.validations, self.scores, self.warnings, self.benchmarks = [], {}, {}, [], {}
+        self.parts = []
 
     def say(self, text):
-        pass
+        self.parts.append([text])
+
+    def part(self, done, total):
+        self.parts[-1].append((done, total))
 
     def report(self, report):
         self.start = report
@@ -61,3 +65,8 @@ def test_a_folder_with_valid_jsonl_is_validated_before_and_after(backend, tmp_pa
     assert diary.validations["after"] < diary.validations["before"] - 1.0
     assert len(diary.losses) == 8
     assert diary.scores == {}
+    counted = {name: steps for name, *steps in diary.parts}
+    assert counted["Encoding the examples"] == [(done, 64) for done in range(1, 65)]
+    assert counted["LoRA-One: reading the gradient"][0] == (0, 1)  # one batch, which is done when the part ends
+    assert "LoRA-One: reading the gradient, pass 2" in counted
+    assert counted["Measuring the loss on held-out data"][0] == (0, 1)

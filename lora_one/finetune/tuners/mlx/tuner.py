@@ -5,7 +5,7 @@ import itertools
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from lora_one.finetune.encoding import TokenSequence
 from lora_one.finetune.fit import check_tokenizer
 from lora_one.finetune.recipe import Recipe
 from lora_one.finetune.template import Tokenizer
-from lora_one.finetune.tuners.interface import AfterStep, OnStep
+from lora_one.finetune.tuners.interface import AfterStep, OnStep, untold
 from lora_one.finetune.tuners.shared import STATE, chunks, draw_steps, padded, rounded_up, until_end
 
 from .limits import limits_of
@@ -94,7 +94,7 @@ class MlxTuner:
     def batches(self, sequences: Sequence[TokenSequence], batch_size: int) -> list[Batch]:
         return [_collate(group) for group in chunks(sequences, batch_size)]
 
-    def mean_loss(self, batches: Sequence[Batch]) -> float:
+    def mean_loss(self, batches: Iterable[Batch]) -> float:
         training = self.model.training
         self.model.eval()
         losses = [np.array(self.loss_fn(self.model, batch)) for batch in batches]
@@ -164,17 +164,22 @@ class MlxTuner:
         trained: Any = tree_flatten(self.model.trainable_parameters())
         self.model.update(tree_unflatten([(name, mx.array(arrays[name]).astype(x.dtype)) for name, x in trained]))
 
-    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[list[int]], max_new_tokens: int, tell: Callable[[int], None] = untold
+    ) -> list[list[int]]:
         self.model.eval()
         by_length: dict[int, list[int]] = defaultdict(list)  # prompts of equal length need no padding
         for index, prompt in enumerate(prompts):
             by_length[len(prompt)].append(index)
         answers: list[list[int]] = [[] for _ in prompts]
+        done = 0
         for indices in by_length.values():
             for group in chunks(indices, GENERATED_AT_ONCE):
                 rows = self._continue([prompts[index] for index in group], max_new_tokens)
                 for index, row in zip(group, rows, strict=True):
                     answers[index] = until_end(row, self.tokenizer.eos_token_id)
+                done += len(group)
+                tell(done)
         return answers
 
     def _continue(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """Fine-tuning a causal language model with transformers' own Trainer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lora_one.finetune.encoding import TokenSequence
 from lora_one.finetune.fit import pad_token
 from lora_one.finetune.recipe import Recipe
 from lora_one.finetune.template import Tokenizer
-from lora_one.finetune.tuners.interface import OnStep
+from lora_one.finetune.tuners.interface import OnStep, untold
 from lora_one.finetune.tuners.shared import chunks, padded, until_end
 
 from .checkpoints import train_with_checkpoints
@@ -62,7 +62,7 @@ class TorchTuner:
         return [self._collate(group) for group in chunks(sequences, batch_size)]
 
     @torch.no_grad()
-    def mean_loss(self, batches: Sequence[Batch]) -> float:
+    def mean_loss(self, batches: Iterable[Batch]) -> float:
         training = self.model.training
         self.model.eval()
         losses = [self.loss_fn(self.model, send_to_device(batch, self.model.device)) for batch in batches]
@@ -109,11 +109,14 @@ class TorchTuner:
         return ((name, x) for name, x in self.model.named_parameters() if x.requires_grad)
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[list[int]], max_new_tokens: int, tell: Callable[[int], None] = untold
+    ) -> list[list[int]]:
         self.model.eval()
         answers: list[list[int]] = []
         for group in chunks(prompts, self.generated_at_once):
             answers += self._continue(self._prompt_batch(group), max_new_tokens)
+            tell(len(answers))
         return answers
 
     def _prompt_batch(self, prompts: Sequence[list[int]]) -> Batch:

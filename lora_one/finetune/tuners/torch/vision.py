@@ -1,7 +1,7 @@
 """Fine-tuning an image-text model. Pictures are processed when their batch is made, so that few are in memory."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -12,6 +12,7 @@ from transformers import ProcessorMixin
 from lora_one.errors import DataError
 from lora_one.finetune.data import Pictures
 from lora_one.finetune.encoding import TokenSequence
+from lora_one.finetune.tuners.interface import untold
 from lora_one.finetune.tuners.shared import chunks
 
 from .causal import Batch, TorchTuner
@@ -38,7 +39,11 @@ class VisionTuner(TorchTuner):
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[list[int]], max_new_tokens: int, pictures: Sequence[Pictures | None] | None = None
+        self,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        tell: Callable[[int], None] = untold,
+        pictures: Sequence[Pictures | None] | None = None,
     ) -> list[list[int]]:
         self.model.eval()
         questions = [
@@ -50,6 +55,7 @@ class VisionTuner(TorchTuner):
             widened, features = self._process(group)
             batch = self._prompt_batch([sequence.tokens for sequence in widened])
             answers += self._continue({**batch, **features}, max_new_tokens)
+            tell(len(answers))
         return answers
 
     def _collate(self, sequences: Sequence[TokenSequence]) -> Batch:
