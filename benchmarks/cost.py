@@ -3,7 +3,7 @@
     export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
     python -m benchmarks.cost [--only "100M float32" [--job "init, exact"] | --recount]
 
-writes results/cost.json and docs/images/cost.png. docs/guide/estimate.md has the numbers. With --only, it
+writes results/cost.json and docs/images/cost.png. docs/evidence/estimate.md has the numbers. With --only, it
 replaces the rows of that model. With --recount, it measures nothing: it compares the rows in the file with today's
 estimates, at the rates that were measured with them.
 

@@ -127,32 +127,38 @@ def _of(rows: list[dict[str, Any]], task: str, batch: int) -> list[dict[str, Any
     return [row for row in rows if (row["task"], row["batch"]) == (task, batch)]
 
 
-def tables(result: dict[str, list[dict[str, Any]]]) -> str:
+def compared(result: dict[str, list[dict[str, Any]]], key: str) -> str:
+    """The start from batches, and what each deferred start has more; key: "score", in %, or "test_loss"."""
     rows = result.get("quality", [])
-    places = sorted({(row["batch"], row["task"]) for row in rows})
-    parts = []
-    for title, key, unit in ((f"{EXPLICIT}, %", "score", 100.0), (f"{EXPLICIT}, loss", "test_loss", 1.0)):
-        lines = [
-            [
-                task,
-                batch,
-                _mean(rows, task, batch, key, unit),
-                *(difference(rows, task, batch, name, key, unit) for name in DEFERRED),
-            ]
-            for batch, task in places
+    unit = 100.0 if key == "score" else 1.0
+    title = f"{EXPLICIT}, {'%' if key == 'score' else 'loss'}"
+    lines = [
+        [
+            task,
+            batch,
+            _mean(rows, task, batch, key, unit),
+            *(difference(rows, task, batch, name, key, unit) for name in DEFERRED),
         ]
-        parts.append(harness.table(["task", "batch", title, *DEFERRED], lines))
-    held = result.get("directions", [])
-    if held:
-        steps = (1, 2, 3, 4, 6, 8, 12, 16)
-        kinds = sorted({(row["task"], row["batch"]) for row in held})
-        parts.append(
-            harness.table(
-                ["task", "batch", *(f"step {step}" for step in steps)],
-                [[task, batch, *(_held(held, task, batch, step) for step in steps)] for task, batch in kinds],
-            )
-        )
-    return "\n\n".join(parts)
+        for batch, task in sorted({(row["batch"], row["task"]) for row in rows})
+    ]
+    return harness.table(["task", "batch", title, *DEFERRED], lines)
+
+
+def held_by_step(result: dict[str, list[dict[str, Any]]]) -> str:
+    """What the factors hold of the true gradient after each step."""
+    held = result["directions"]
+    steps = (1, 2, 3, 4, 6, 8, 12, 16)
+    kinds = sorted({(row["task"], row["batch"]) for row in held})
+    return harness.table(
+        ["task", "batch", *(f"step {step}" for step in steps)],
+        [[task, batch, *(_held(held, task, batch, step) for step in steps)] for task, batch in kinds],
+    )
+
+
+def tables(result: dict[str, list[dict[str, Any]]]) -> str:
+    """All that there are."""
+    parts = [compared(result, "score"), compared(result, "test_loss")]
+    return "\n\n".join([*parts, held_by_step(result)] if result.get("directions") else parts)
 
 
 def _mean(rows: list[dict[str, Any]], task: str, batch: int, key: str, unit: float) -> str:

@@ -195,25 +195,26 @@ def measure() -> list[dict[str, Any]]:
         return rows
 
 
-def tables(result: dict[str, Any]) -> str:
-    """What was counted, in bytes; and by the same formulas what each card of a large job sends, in gigabytes."""
+def sent(result: dict[str, Any]) -> str:
+    """What was counted, in bytes."""
+    kinds = list(dict.fromkeys(KINDS.values()))
     counted = [
-        (row["engine"], row["what"], *(row.get(kind, 0) for kind in dict.fromkeys(KINDS.values())))
+        (row["engine"], row["what"], *(row.get(kind, 0) for kind in kinds))
         for row in result["counted"]
-        if any(kind in row for kind in KINDS.values())
+        if any(kind in row for kind in kinds)
     ]
+    return harness.table(["engine", "what", *kinds], counted)
+
+
+def sent_by_cards() -> str:
+    """By the same formulas, what each card of a large job sends, in gigabytes."""
     rows = []
     for engine in ENGINES:
         processes = 8 if engine == "tensor parallel" else CARDS
         for what in (*STARTS, *STEPS):
             numbers = expected(engine, what, shapes(**LARGE), LARGE_RANK, LARGE_TOKENS)
             rows.append((engine, processes, what, f"{sent_by_one(numbers, processes) / 1e9:.2f}"))
-    return "\n\n".join(
-        (
-            harness.table(["engine", "what", *dict.fromkeys(KINDS.values())], counted),
-            harness.table(["engine", "processes", "what", "GB sent by each"], rows),
-        )
-    )
+    return harness.table(["engine", "processes", "what", "GB sent by each"], rows)
 
 
 def main() -> None:
@@ -221,7 +222,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the tables of the result, and measure nothing")
     if not parser.parse_args().table:
         harness.save(RESULT, versions=harness.versions("torch", "transformers", "peft"), counted=measure())
-    print(tables(json.loads(RESULT.read_text(encoding="utf-8"))))
+    print(sent(json.loads(RESULT.read_text(encoding="utf-8"))), sent_by_cards(), sep="\n\n")
 
 
 if __name__ == "__main__":

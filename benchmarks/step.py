@@ -261,7 +261,7 @@ def _measured(
         step()
         synchronize(device)
 
-    # A few steps alone may all fall into the quicker of the states that a machine has (docs/evidence/speed.md).
+    # A few steps alone may all fall into the quicker of the states that a machine has (benchmarks/notes/step.md).
     warm_up, repeats = (1, 2) if size == "smoke" else (10, 20) if size.startswith("7B") else (10, 40)
     if device != "cpu":
         warm_up, repeats = 5, 20

@@ -53,7 +53,7 @@ class Config:
         passes: int >= 1 or "auto", default 1. Backward passes over the batches for the sketch; each further one reads
             both sides of the gradient again and finds most of what was missing. "auto" makes a second one where, by the
             report's own estimate, some layer's factors hold less than 95 % of the best rank-r energy. The least is 2
-            for models in which the backward pass cannot see a layer's inputs: see docs/evidence/speed.md.
+            for models in which the backward pass cannot see a layer's inputs: see docs/how-it-works.md.
         oversample: int >= 0, default 16. Directions that the sketch follows beyond the largest rank.
         recompute: bool or "auto" (default). Whether the blocks of a transformers model compute their activations again
             in the backward pass, to save memory at the cost of up to one more forward pass: all blocks (True), none

@@ -1,8 +1,5 @@
 """The benchmark of what processes send: what is counted is what the formulas say."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from benchmarks import devices
@@ -29,9 +26,3 @@ def test_what_is_sent_is_what_the_formula_says(counted, engine, what):
 def test_each_process_sends_about_the_same_however_many_there_are():
     numbers = devices.expected("data parallel", "one pass", devices.shapes(**devices.LARGE), 16, 4096)
     assert devices.sent_by_one(numbers, 1024) < 1.5 * devices.sent_by_one(numbers, 2)
-
-
-def test_the_page_has_the_tables_of_the_result():
-    page = Path("docs/guide/several-devices.md").read_text(encoding="utf-8")
-    for table in devices.tables(json.loads(devices.RESULT.read_text(encoding="utf-8"))).split("\n\n"):
-        assert table in page

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.preconditioner import sweep
 from benchmarks.preconditioner.optimizer import RuleOptimizer
-from benchmarks.preconditioner.report import beating_plain, finals, pairs_table, write
+from benchmarks.preconditioner.report import DOCS, beating_plain, finals, make_page, pairs_table, write
 from benchmarks.preconditioner.rules import Rule, start, step
 from benchmarks.preconditioner.sweep import Cell, OutOfTime, Results, climb, tune
 from benchmarks.preconditioner.tasks import RANK, TASKS, make_task
@@ -186,6 +186,10 @@ def test_the_verdict_asks_for_every_task(tmp_path):
     assert "| Adam: after" + " | 0.8 (1 of 1)" * 4 + " |  |" in page
     assert "| none" + " | 0.5 (0.003)" * 5 + " |" in page
     assert "| before, absolute 0.01" + " | **0.4** (0.001)" * 4 + " | 0.6 (0.001) |" in page
+
+
+def test_the_committed_page_is_that_of_the_committed_rows():
+    assert (DOCS / "evidence" / "preconditioner.md").read_text(encoding="utf-8") == make_page(Results())
 
 
 def test_seeds_are_compared_within_task_and_seed(tmp_path):

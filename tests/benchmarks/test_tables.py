@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from benchmarks.tables import MARKED, ROOT, TABLES, names, pages, renewed
+from benchmarks.tables import MARKED, ROOT, TABLES, names, pages, renewed, speed
 
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in pages()}
 WITH_MARKS = [page for page, text in TEXTS.items() if names(text)]
@@ -24,9 +24,47 @@ def test_every_mark_is_understood():
 @pytest.mark.parametrize("page", WITH_MARKS)
 def test_an_altered_number_is_noticed(page):
     for found in MARKED.finditer(TEXTS[page]):
-        digits = list(re.finditer(r"\d", found[3]))
+        digits = list(re.finditer(r"\d", found[2]))
         if digits:
-            place = found.start(3) + digits[len(digits) // 2].start()
+            place = found.start(2) + digits[len(digits) // 2].start()
             other = str((int(TEXTS[page][place]) + 1) % 10)
             altered = TEXTS[page][:place] + other + TEXTS[page][place + 1 :]
             assert renewed(altered) == TEXTS[page] != altered
+
+
+def test_every_function_is_used_on_some_page():
+    used = {name for text in TEXTS.values() for name in names(text)}
+    assert {name for name in set(TABLES) - used if not name.startswith("readme")} == set()
+
+
+def test_the_readmes_numbers_are_those_of_the_page_on_quality():
+    page = TEXTS["docs/evidence/quality.md"]
+    rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in TABLES["readme-results"]().splitlines()[2:]]
+    assert len(rows) == 4
+    for task, (lora, ours, lead) in zip(("sort", "desc", "t5", "minilm"), rows, strict=True):
+        assert f"\n| {task}, r = 8 | {lead} |" in page
+        assert re.search(rf"\n\| LoRA \| [^|]+ \| 5 \| {re.escape(lora)} \|", page)
+        assert re.search(rf"\n\| LoRA-One \| [^|]+ \| 5 \| {re.escape(ours)} \|", page)
+
+
+def test_ratios_are_to_lora_ga_and_to_a_step(monkeypatch):
+    case = {
+        speed.STEP: {"cpu_seconds": 2.0, "peak_mib": 1000.0},
+        speed.PEER: {"cpu_seconds": 5.0, "peak_mib": 500.0, "energy": 0.0, "energy_A": 0.9},
+        "one pass": {"cpu_seconds": 4.0, "outside": 0.25, "energy": 0.5, "energy_A": 0.6},
+    }
+    monkeypatch.setattr(speed, "read", lambda name: {"cases": {"97.5M": case}})
+    assert speed.starts_on_cpu().splitlines()[2:] == [
+        "| LoRA step, r = 24 | 2.0 | 0.40 | 1.00 | 1,000 | 2.00 | 1.00 |  |  |",
+        "| PEFT LoRA-GA | 5.0 | 1.00 | 2.50 | 500 | 1.00 | 0.50 |  | 0.000 (A alone 0.900) |",
+        "| one pass | 4.0 | 0.80 | 2.00 |  |  |  | 25 % | 0.500 |",
+    ]
+
+
+def test_a_step_is_in_times_of_the_frameworks_own(monkeypatch):
+    times = {"optax.adamw": 10.0, "lora-one": 25.0, "plain loop": 470.0}
+    contenders = {name: {"median": {"ms": ms, "compile_seconds": ms / 10}} for name, ms in times.items()}
+    comparison = {"framework": "jax", "size": "0.5B", "rank": 4, "pairs": 168, "contenders": contenders}
+    monkeypatch.setattr(speed, "read", lambda name: {"comparisons": [comparison]})
+    _, *cells = speed.step_on_cpu().splitlines()[2].strip(" |").split(" | ")
+    assert cells == ["10 ms, compiled in 1.0 s", "2.5, compiled in 2.5 s", "47, compiled in 47.0 s"]
