@@ -35,6 +35,8 @@ def recipes() -> str:
     for file in sorted(RECIPES.glob("*.yaml")):
         notes = yaml.safe_load(file.read_text(encoding="utf-8"))["notes"]
         for result in notes["reported"]:
-            value = "not known to us" if result["value"] is None else f"{result['value']:g} ({result['metric']})"
+            value = (
+                "not known to us" if result["value"] is None else f"{result['value']:g} ({result['metric']}), as listed"
+            )
             lines.append(f"| `{file.name}` | {notes['about']} | {result['benchmark']} | {value} | {result['ours']} |")
     return "\n".join(lines)

@@ -14,21 +14,17 @@ TASKS = {
     "t5": "A tiny T5: the largest letter",
     "minilm": "MiniLM: the order of a text's words",
 }
-ROWS = (
-    "Start without data",
-    "Quantised base",
-    "Experts as one parameter",
-    "Embeddings",
-    "DoRA",
-    "Adaptive rank",
-    "New heads (modules_to_save)",
-    "Several processes, whole model in each",
-    "Sharded weights",
-    "Tensor parallel",
-    "PEFT opens the folder",
-    "mlx-lm opens the folder",
-    "Merge",
-)
+COLUMNS = {  # a feature of that page -> how the README calls it
+    "Start without data": "without data",
+    "Quantised base": "4-bit base",
+    "Experts as one parameter": "experts",
+    "New heads (modules_to_save)": "new heads",
+    "DoRA": "DoRA",
+    "Several processes, whole model in each": "data parallel",
+    "Sharded weights": "sharded",
+    "PEFT opens the folder": "opens in PEFT",
+    "mlx-lm opens the folder": "in mlx-lm",
+}
 
 
 def results() -> str:
@@ -41,15 +37,19 @@ def results() -> str:
         lead = paired(ours.rows, lora.rows, "score")
         scores = [with_interval(summary.score, 100) for summary in (lora, ours)]
         lines.append([title, *scores, "" if lead is None else signed(lead)])
-    return table(["% right, rank 8", "LoRA", "LoRA-One", "difference by seed"], lines).strip()
+    return _compact(table(["% right, rank 8", "LoRA", "LoRA-One", "difference by seed"], lines))
 
 
 def features() -> str:
-    """The rows of docs/features.md that people ask for first."""
+    """What people ask for first, of docs/features.md: a row for each framework."""
     page = FEATURES.read_text(encoding="utf-8").partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
     cells = {name: answers for name, *answers, _ in rows}
-    chosen = [[name, *cells[name]] for name in ROWS]
-    return "\n".join(
-        f"| {' | '.join(line)} |" for line in [["", *cells[""]], ["---", *[":-:"] * len(cells[""])], *chosen]
-    )
+    answers = zip(cells[""], *(cells[name] for name in COLUMNS), strict=True)
+    lines = [["", *COLUMNS.values()], ["---", *[":-:"] * len(COLUMNS)], *answers]
+    return _compact("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def _compact(text: str) -> str:
+    """Without the spaces beside the bars, so that the README's words are words."""
+    return text.strip().replace(" | ", "|").replace("| ", "|").replace(" |", "|")

@@ -1,4 +1,4 @@
-"""What mkdocs.yml cannot say: the README is the site's first page, and links into the repository lead to pages of the site.
+"""What mkdocs.yml cannot say: the README is the first page, and links into the repository lead to the site's pages.
 
 The pages are written for a reader of the repository, so their links are relative to it. A link to a file that the site
 has becomes a link to it, one to a file that it has not becomes the file's name, and one to nothing is a warning, which

@@ -32,6 +32,15 @@ def test_it_is_small():
     assert 0.8e6 < count < 1.2e6
 
 
+def test_token_batches_are_what_the_tokenizer_makes_of_the_texts():
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
+    lines = [json.loads(line) for line in demo.TRAIN.read_text().splitlines()]
+    expected = tokenizer("".join(line["prompt"] + line["completion"] + "<eos>" for line in lines)).input_ids
+    batches = demo.token_batches(8, 24)
+    assert batches.shape[1:] == (8, 24) and 0 <= len(expected) - batches.size < 8 * 24
+    assert batches.ravel().tolist() == expected[: batches.size]
+
+
 def test_it_is_a_plain_llama_that_old_readers_find_rope_theta_in():
     config = json.loads((demo.MODEL / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]

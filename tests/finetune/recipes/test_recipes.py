@@ -87,6 +87,7 @@ def test_every_setting_has_a_source_and_every_result_says_who_measured_it(file):
         assert set(result) == {"benchmark", "metric", "value", "source", "ours"}
         assert result["ours"] == "not run here"
         assert (result["value"] is None) == (result["source"] == "not known to us")
+        assert result["value"] is None or result["source"].startswith("as listed for the method; whose run it is")
 
 
 def test_the_reported_values_are_those_that_are_known():
