@@ -1,4 +1,4 @@
-"""Numbers on the pages that look measured: their section says what made them, a command or a file of results."""
+"""Numbers on the pages that look measured: their section names a command, a file of results or a test that shows them."""
 
 import re
 
@@ -17,8 +17,11 @@ UNIT = r"(?:%|(?:s|ms|us|µs)\b|[kKMGT]i?B\b)"
 LONG_UNIT = r"(?:(?:milli|micro)?seconds?|minutes?|hours?|points)\b"
 MEASURED = re.compile(
     rf"±|{NUMBER} ?{UNIT}|(?:{NUMBER}|{WORD}) {LONG_UNIT}|{NUMBER}(?: to {NUMBER})? (?:times|x) (?!\d)"
+    r"|(?:to|within) \d[\d.]*e-\d+"
 )
-SOURCE = re.compile(r"python -m benchmarks\.\w|benchmarks/results/\w|make demo\b|lora-one (?:estimate|conformance)\b")
+SOURCE = re.compile(
+    r"python -m benchmarks\.\w|benchmarks/results/\w|make demo\b|lora-one (?:estimate|conformance)\b|tests/[\w/]+\.py"
+)
 # What is no measurement, as it stands on the pages, and why.
 ALLOWED = {
     "95 % interval": "what ± means",
@@ -56,6 +59,7 @@ def test_measured_numbers_name_their_source(page):
         "Its peak is 512 MiB.",
         "LoRA-One is 10.6 ± 9.1 ahead.",
         "LoRA-One is two points ahead.",
+        "Losses agree within 6e-5.",
     ],
 )
 def test_a_number_without_a_source_is_noticed(claim):
