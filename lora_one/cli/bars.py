@@ -42,9 +42,12 @@ class _Time(ProgressColumn):
     """The time that is left, or the time so far where that is unknown."""
 
     def render(self, task: Task) -> Text:
-        if task.time_remaining is not None:
-            return Text(f"{clock(task.time_remaining)} left", style="progress.remaining")
-        return Text(f"{clock(task.elapsed or 0.0)} so far", style="progress.elapsed")
+        elapsed, left = task.elapsed or 0.0, task.time_remaining
+        if left is None and task.total and task.completed:  # the first part that is done
+            left = elapsed / task.completed * (task.total - task.completed)
+        if left is None:
+            return Text(f"{clock(elapsed)} so far", style="progress.elapsed")
+        return Text(f"{clock(left)} left", style="progress.remaining")
 
 
 def clock(seconds: float) -> str:

@@ -150,6 +150,19 @@ def test_bars_are_for_terminals():
     assert len(last) <= 40
 
 
+def test_the_first_part_that_is_done_says_how_long_the_rest_takes():
+    now = [0.0]
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None, get_time=lambda: now[0])
+    progress = bars(console)
+    task = progress.add_task("Answering", total=None, note="")
+    shown = []
+    for now[0], done in ((5.0, None), (20.0, 64)):
+        if done:
+            progress.update(task, completed=done, total=256)
+        shown.append(progress.columns[-1].render(progress.tasks[0]).plain)
+    assert shown == ["0:05 so far", "1:00 left"]
+
+
 def test_times():
     assert [clock(seconds) for seconds in (0, 59.6, 3599, 3723)] == ["0:00", "1:00", "59:59", "1:02:03"]
 
