@@ -1,4 +1,4 @@
-"""Numbers on the pages that look measured: their section names a command, a file of results or a test that shows them."""
+"""Numbers that look measured: their section of the page names a command, a result file or a test that shows them."""
 
 import re
 
