@@ -39,7 +39,7 @@ class LoraOnePlugin(BasePlugin):
         return f"{__name__}.LoraOneArgs"
 
     def register(self, cfg: Any) -> None:
-        """Turn off the fused kernels, which axolotl turns on by itself: they never call LoRA's layers, as the start must."""
+        """Turn off the fused kernels, which axolotl turns on by itself: they pass by the LoRA layers."""
         if asked := [name for name in KERNELS if cfg.get(name)]:
             raise ValueError(f"lora_one needs LoRA's own layers, got {', '.join(asked)}: true; leave them out")
         for name in KERNELS:
