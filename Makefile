@@ -29,7 +29,7 @@ lint: .venv/dev
 
 # The site, in build/site. A broken link or reference fails. The variable silences a notice about a later mkdocs.
 docs: .venv/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
 
 # torch first and by its version, so that nothing else can ask for another build of it.
 .venv/demo: pyproject.toml constraints.txt
