@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OLDEST := .venv-oldest/bin
 
-.PHONY: demo test test-oldest features lint docs clean
+.PHONY: demo test test-oldest features lint docs wheel clean
 
 demo: .venv/demo
 	$(BIN)/lora-one finetune
@@ -30,6 +30,14 @@ lint: .venv/dev
 # The site, in build/site. A broken link or reference fails. The variable silences a notice about a later mkdocs.
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
+
+# dist/, from a source archive, and a smoke test of the wheel in an empty environment and an empty folder.
+wheel: .venv/dev
+	rm -rf dist build/empty && mkdir -p build/empty/folder
+	$(BIN)/python -m build --no-isolation . >build/build.log || (cat build/build.log; exit 1)
+	$(PYTHON) -m venv build/empty/venv
+	build/empty/venv/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[cli]"
+	cd build/empty/folder && ../venv/bin/python -I ../../../.ci/smoke.py
 
 # torch first and by its version, so that nothing else can ask for another build of it.
 .venv/demo: pyproject.toml constraints.txt

@@ -49,7 +49,7 @@ assert lora_one.__file__.startswith({str(target)!r})
 from lora_one.finetune import initialize_only
 from lora_one.finetune.recipe import make_recipe
 class Quiet:
-    say = warn = report = step = validation = score = lambda *a: None
+    say = warn = report = part = training = step = validation = score = lambda *a: None
 outcome = initialize_only(make_recipe(dict(init_batches=1, batch_size=4, passes=2, out="adapter")), Quiet())
 print(len(outcome.report.layers))
 """

@@ -45,7 +45,10 @@ def load_pretrained(path: str | Path) -> tuple[nn.Module, Any]:
     model, _ = load_model(folder, model_config=rope_settings(config, arguments))
     check_rope(model, config)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
-    return model, load_tokenizer(folder, eos_token_ids=config.get("eos_token_id")) if has_tokenizer else None
+    if not has_tokenizer:
+        return model, None
+    own_code = {"trust_remote_code": False}  # unless it is set, transformers asks in the terminal whether to run it
+    return model, load_tokenizer(folder, own_code, eos_token_ids=config.get("eos_token_id"))
 
 
 def rope_settings(config: dict[str, Any], arguments: type) -> dict[str, Any]:

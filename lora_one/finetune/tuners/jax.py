@@ -47,7 +47,7 @@ def open_tuner(folder: Path, dtype: str, device: str | None) -> "JaxTuner":
         names = ", ".join(sorted({d.platform for d in jax.devices()}))
         raise ConfigError(f"device must be one that JAX has ({names}), got {device!r}") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} must hold a causal language model and its tokenizer: {error}") from error
     check_tokenizer(tokenizer, folder)

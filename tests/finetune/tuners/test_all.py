@@ -1,10 +1,13 @@
 """What `lora-one finetune` does with every backend: one table of frameworks, the same numbers."""
 
+import contextlib
 import json
+import shutil
 
 import pytest
 
 from lora_one import demo
+from lora_one.errors import ModelError
 from lora_one.finetune.data import read_examples
 from lora_one.finetune.encoding import encode
 from lora_one.finetune.job import finetune
@@ -70,3 +73,20 @@ def test_a_folder_with_valid_jsonl_is_validated_before_and_after(backend, tmp_pa
     assert counted["LoRA-One: reading the gradient"][0] == (0, 1)  # one batch, which is done when the part ends
     assert "LoRA-One: reading the gradient, pass 2" in counted
     assert counted["Measuring the loss on held-out data"][0] == (0, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tokenizers_own_code_is_not_run(backend, tmp_path, monkeypatch):
+    """A folder from a stranger may name code of its own; nothing asks whether to run it, and nothing runs it."""
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(demo.MODEL, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text(
+        f"import pathlib\npathlib.Path({str(ran)!r}).touch()\nfrom transformers import PreTrainedTokenizerFast as Own\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run the folder's code"))
+    with contextlib.suppress(ModelError):
+        load_tuner(backend).open_tuner(folder, "float32", None)
+    assert not ran.exists()
