@@ -1,4 +1,4 @@
-"""A smoke test of an installed lora-one: `python -I smoke.py` in an empty folder, with the frameworks that are there."""
+"""A smoke test of an installed lora-one, in an empty folder, with the frameworks that are there: `python -I smoke.py`."""
 
 import importlib.util
 import json
