@@ -1,4 +1,4 @@
-"""A smoke test of an installed lora-one, in an empty folder, with the frameworks that are there: `python -I smoke.py`."""
+"""A smoke test of an installed lora-one and of the frameworks beside it, from an empty folder: `python -I smoke.py`."""
 
 import importlib.util
 import json
