@@ -5,6 +5,7 @@ python adapters/diffusers/finetune.py --model DIR --data FILE.safetensors  # see
 """
 
 import argparse
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def main() -> None:
             step += 1
 
     lora_one.save(model, options.out / "peft", report)  # LoRA-One: a folder that PEFT opens
+    shutil.rmtree(options.out / "diffusers", ignore_errors=True)  # of an earlier run: convert wants an empty folder
     lora_one.convert(options.out / "peft", options.out / "diffusers", "diffusers", component="unet")  # LoRA-One
     print(f"for load_lora_weights: {options.out / 'diffusers'}")
 

@@ -35,6 +35,8 @@ def test_a_pipeline_opens_the_trained_adapter_with_the_outputs_of_the_trained_mo
     save_file(script["tiny_data"](), tmp_path / "data.safetensors")
     given = ["--model", str(tmp_path / "base"), "--data", str(tmp_path / "data.safetensors")]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given, "--steps", "40", "--out", str(tmp_path / "out")])
+    (tmp_path / "out" / "diffusers").mkdir(parents=True)
+    (tmp_path / "out" / "diffusers" / "left.txt").write_text("by an earlier run")
     runpy.run_path(str(SCRIPT), run_name="__main__")
     printed = capsys.readouterr().out
     losses = [float(line.rsplit(" ", 1)[1]) for line in printed.splitlines() if line.startswith("step ")]
