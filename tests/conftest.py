@@ -1,7 +1,9 @@
 """Fixtures that many tests share."""
 
 import os
+import shutil
 import sys
+import tempfile
 
 import pytest
 
@@ -20,12 +22,22 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """The table of features is of the process that sees all reports: not of xdist's workers."""
+    """What the process that sees all reports has to do, and no worker of xdist: the table of features, JAX's cache."""
     if not hasattr(config, "workerinput"):
+        _share_compiled_programs(config)
         selected = config.option.keyword or config.option.markexpr or config.option.deselect
         whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not selected
         everywhere = len(os.environ.get("LORA_ONE_BACKENDS", "").split(",")) == 4
         config.pluginmanager.register(features.FeaturePage(config.option.write_features, whole and everywhere))
+
+
+def _share_compiled_programs(config):
+    """Let JAX keep what it compiles for all processes of this run, those that tests start included."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lora-one-jax-")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items):
