@@ -55,7 +55,8 @@ def _names_of(node: ast.stmt) -> set[str]:
 @pytest.mark.parametrize("page", TEXTS)
 def test_names_on_a_page_exist(page):
     names = set(re.findall(r"\blora_one(?:\.[A-Za-z_]\w*)+", TEXTS[page])) - {"lora_one.json"}
-    for module, imported in re.findall(r"^ *from (lora_one(?:\.[\w.]+)?) import ([\w, ]+)$", TEXTS[page], flags=re.MULTILINE):
+    statement = re.compile(r"^ *from (lora_one(?:\.[\w.]+)?) import ([\w, ]+)$", flags=re.MULTILINE)
+    for module, imported in statement.findall(TEXTS[page]):
         names |= {f"{module}.{name.strip()}" for name in imported.split(",")}
     assert not {name for name in names if not defined(name)}
 
