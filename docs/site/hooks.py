@@ -17,7 +17,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[2]
 LOG = logging.getLogger("mkdocs.plugins.lora_one")
 PATTERNS = ("C*.md", "RELEASING.md", "SECURITY.md", "adapters/*/README.md", "benchmarks/**/*.md")
-RAW = ("benchmarks/results/*.json", "benchmarks/results/*.png")
+RAW = ("benchmarks/results/*.json", "benchmarks/results/*.png", "notebooks/*.ipynb")
 RENAMED = {"README.md": "index.md", "docs/README.md": "questions.md"}
 
 

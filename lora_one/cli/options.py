@@ -166,5 +166,7 @@ def _value(value: Setting, hint: Any) -> object:
     if bool in allowed and value in ("true", "false"):
         return value == "true"
     listed = any(map(_is_list, allowed))
-    alone = str in allowed and ("," not in value or any(character in value for character in "()[]{}*+?|\\"))
+    is_pattern = any(character in value for character in "()[]{}*+?|\\")
+    is_name = re.fullmatch(r"[\w.]+", value) is not None  # one name is a list of one, as "all-linear" is not
+    alone = str in allowed and (is_pattern or not ("," in value or is_name))
     return [part.strip() for part in value.split(",")] if listed and not alone else value

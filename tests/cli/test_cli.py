@@ -208,7 +208,8 @@ def test_options_become_settings_of_their_types(tmp_path):
     found = {name: getattr(recipe, name, getattr(recipe.config, name, None)) for name in expected}
     assert found == expected
     assert (recipe.learning_rate, recipe.seed) == (1.0, 0)
-    assert recipe_from(None, {"targets": "q_proj"}).config.targets == "q_proj"
+    assert recipe_from(None, {"targets": "q_proj"}).config.targets == ("q_proj",)
+    assert recipe_from(None, {"targets": "all-linear"}).config.targets == "all-linear"
     assert recipe_from(None, {"targets": r".*\.(q|v)_proj"}).config.targets == r".*\.(q|v)_proj"
     assert recipe_from(None, {"targets": "a{1,2}"}).config.targets == "a{1,2}"
 
