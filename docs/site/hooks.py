@@ -5,14 +5,18 @@ has becomes a link to it, one to a file that it has not becomes the file's name,
 the strict build turns into a failure.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
+if TYPE_CHECKING:  # the tests run without mkdocs
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 LOG = logging.getLogger("mkdocs.plugins.lora_one")
@@ -30,6 +34,8 @@ def published() -> dict[str, str]:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages from outside of docs/, and put docs/README.md under a name that leaves index.md to the README."""
+    from mkdocs.structure.files import File
+
     files.remove(files.get_file_from_path("README.md"))
     for source, target in published().items():
         files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
