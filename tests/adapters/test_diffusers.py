@@ -44,7 +44,7 @@ def test_a_pipeline_opens_the_trained_adapter_with_the_outputs_of_the_trained_mo
 
     before = noise(base)
     pipe = pipeline(base)
-    pipe.load_lora_weights(tmp_path / "out" / "diffusers")
+    pipe.load_lora_weights(tmp_path / "out" / "diffusers", weight_name="pytorch_lora_weights.safetensors")
     opened = noise(pipe.unet)
     pipe.unload_lora_weights()
     assert torch.equal(noise(pipe.unet), before)
