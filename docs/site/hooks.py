@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ RAW = ("benchmarks/results/*.json", "benchmarks/results/*.png", "notebooks/*.ipy
 RENAMED = {"README.md": "index.md", "docs/README.md": "questions.md"}
 
 
+@cache  # for every page of a build
 def published() -> dict[str, str]:
     """Path in the repository -> path in the site, of what lies outside of docs/ or has another name there."""
     paths = [path for pattern in (*PATTERNS, *RAW) for path in sorted(ROOT.glob(pattern))]

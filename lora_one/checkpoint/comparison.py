@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_one.core.factors import Factors
 
-from .inspection import Inspection
+from .inspection import Inspection, in_bases
 from .peft import read_adapter, read_folder
 
 NOISE = 1e-6  # directions of an update whose singular value, over the largest, is below this are rounding
@@ -88,9 +88,8 @@ def compare(
 
 def directions(pair: Factors) -> tuple[np.ndarray, np.ndarray]:
     """Return orthonormal bases of what B A reads, (in, k), and writes, (out, k), where k is its rank."""
-    qb, rb = np.linalg.qr(pair.lora_B)  # (out, r), (r, r)
-    qa, ra = np.linalg.qr(pair.lora_A.T)  # (in, r), (r, r)
-    u, s, vt = np.linalg.svd(rb @ ra.T)
+    qb, core, qa = in_bases(pair)
+    u, s, vt = np.linalg.svd(core)
     k = int(np.sum(s > NOISE * s[0])) if s[0] > 0 else 0
     return qa @ vt[:k].T, qb @ u[:, :k]
 

@@ -139,9 +139,15 @@ def _settings(config: dict[str, Any], report: Report | DeferredReport | None) ->
 
 def product_spectrum(pair: Factors, scaling: float) -> np.ndarray:
     """Return the singular values of s B A, (r,), from r x r matrices, without forming the product."""
-    _, rb = np.linalg.qr(pair.lora_B)  # (r, r)
-    _, ra = np.linalg.qr(pair.lora_A.T)  # (r, r)
-    return abs(scaling) * np.linalg.svd(rb @ ra.T, compute_uv=False)
+    _, core, _ = in_bases(pair)
+    return abs(scaling) * np.linalg.svd(core, compute_uv=False)
+
+
+def in_bases(pair: Factors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return orthonormal qb (out, r) and qa (in, r), and core (r, r), so that B A = qb core qa^T."""
+    qb, rb = np.linalg.qr(pair.lora_B)  # (out, r), (r, r)
+    qa, ra = np.linalg.qr(pair.lora_A.T)  # (in, r), (r, r)
+    return qb, rb @ ra.T, qa
 
 
 def _growth(
