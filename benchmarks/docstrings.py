@@ -10,12 +10,15 @@ _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2
 ORDERS = ("as written", "halves exchanged", "reversed", "shuffled")
 
 
-def disordered_docstrings(words: int = 8, seed: int = 0) -> list[tuple[int, str]]:
+STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
+
+
+def disordered_docstrings(words: int = 8, seed: int = 0, root: Path = STANDARD_LIBRARY) -> list[tuple[int, str]]:
     """(index in ORDERS, text) pairs in a seeded order: the first `words` words of each docstring, each text once.
 
-    What a docstring is and how many there are depends on Python's version.
+    What a docstring is and how many there are depends on the version of Python, or of the package below `root`.
     """
-    texts = list(beginnings(words))
+    texts = list(beginnings(words, root))
     rng = random.Random(seed)
     rng.shuffle(texts)
     found = []
@@ -39,9 +42,8 @@ def _reorder(words: list[str], order: int, rng: random.Random) -> list[str]:
 
 
 @functools.cache
-def beginnings(words: int) -> dict[str, None]:
+def beginnings(words: int, root: Path = STANDARD_LIBRARY) -> dict[str, None]:
     """The first words of all functions', classes' and modules' docstrings that have as many."""
-    root = Path(sysconfig.get_paths()["stdlib"])
     found: dict[str, None] = {}
     for file in sorted(root.rglob("*.py")):
         if _LEFT_OUT & set(file.relative_to(root).parts):

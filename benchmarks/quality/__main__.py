@@ -1,93 +1,130 @@
-"""Fine-tuning quality by contender, task, rank, learning rate and seed.
+"""Fine-tuning quality by contender, task, rank, learning rate and seed, by the protocol of benchmarks/quality/protocol.py.
 
-    python -m benchmarks.quality                                    # the full plan; hours on one core
-    python -m benchmarks.quality --tasks sort --stages sweep seeds
-    python -m benchmarks.quality --tasks sort --stages sweep seeds --ranks 4 32 --only LoRA LoRA-One
-    python -m benchmarks.quality --tasks sort --stages ablations --seeds 3
-    python -m benchmarks.quality --result mine.json --tasks t5      # rows to a file of your own, and from there
-    python -m benchmarks.quality --merge mine.json                  # to the others
+    python -m benchmarks.quality                                   # all cells that are missing; many hours on one core
+    python -m benchmarks.quality --tasks sort --ranks 32 --only LoRA-One     # one cell
+    python -m benchmarks.quality --stages ablations --tasks sort --seeds 3
+    python -m benchmarks.quality --stale                           # which cells today's code no longer reproduces
+    python -m benchmarks.quality --stale --forget                  # and take their runs out
 
-Rows go to benchmarks/results/quality.json as they are made; runs that it has are not made again, so that the plan may
-be stopped, gone on with and extended. `python -m benchmarks.page` makes docs/evidence/quality.md of it.
+A cell is a task, a rank and a contender. Rows go to benchmarks/results/quality.json as they are made, and runs that it
+has are not made again: the plan may be stopped, gone on with and extended. Several of these processes may run at once:
+each takes cells that no other one is at. `python -m benchmarks.page` makes docs/evidence/quality.md of the rows.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import platform
+import tempfile
 import time
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from .contenders import ABLATIONS, CONTENDERS, MAIN
-from .plan import ablate, repeat, sweep
-from .results import RESULT, Key, Row, key_of, merge, read_rows, write_rows
+from . import protocol, stale
+from .contenders import ABLATIONS, CONTENDERS
+from .plan import CELLS, ablate
+from .results import RESULT, Key, Row, add_row, key_of, read_rows
 from .run import run
+from .task import Task
 from .tasks import TASKS
+
+KEPT_OF_CHOICE = 10  # losses of a run that only chooses a rate: enough to see whether today's code still makes it
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--stages", nargs="*", default=["sweep", "seeds"], choices=["sweep", "seeds", "ablations"])
-    parser.add_argument("--ranks", nargs="*", type=int, default=[8])
-    parser.add_argument("--only", nargs="*", default=list(MAIN), choices=list(CONTENDERS), metavar="CONTENDER")
-    parser.add_argument("--rates", nargs="*", type=float, default=[], help="these alone, not each contender's grid")
+    parser.add_argument("--tasks", nargs="*", choices=list(TASKS))
+    parser.add_argument("--ranks", nargs="*", type=int)
+    parser.add_argument("--only", nargs="*", choices=list(CONTENDERS), metavar="CONTENDER")
+    parser.add_argument("--stages", nargs="*", default=["choice", "test"], choices=["choice", "test", "ablations"])
     parser.add_argument("--ablate", nargs="*", default=list(ABLATIONS), choices=list(ABLATIONS))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3, help="of ablations")
+    parser.add_argument("--stale", action="store_true", help="make three steps of each cell and compare")
+    parser.add_argument("--forget", action="store_true", help="take the runs of stale cells out of the file")
     parser.add_argument("--result", type=Path, default=RESULT)
-    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="take these files' rows; make no runs")
     return parser.parse_args()
 
 
-def planned(options: argparse.Namespace, rows: list[Row], task: str) -> Iterator[Key]:
-    """The keys of one task, each asked for when the rows before it are there."""
-    for stage in options.stages:
-        if stage == "ablations":
-            yield from ablate(rows, task, options.ablate, options.seeds)
-            continue
-        for rank in options.ranks:
-            if stage == "sweep":
-                yield from sweep(rows, task, options.only, rank, options.rates)
-            else:
-                yield from repeat(rows, task, options.only, rank, options.seeds)
+def cells(options: argparse.Namespace) -> list[tuple[str, int, str]]:
+    """What is asked for: the plan's cells, or every combination of what is named."""
+    if options.tasks and options.ranks and options.only:
+        return [(task, rank, name) for task in options.tasks for rank in options.ranks for name in options.only]
+    return [
+        (task, rank, name)
+        for task, rank, name in CELLS
+        if task in (options.tasks or TASKS) and name in (options.only or CONTENDERS)
+        if not options.ranks or rank in options.ranks
+    ]
+
+
+def planned(options: argparse.Namespace, rows: list[Row], cell: tuple[str, int, str]) -> Iterator[Key]:
+    """The keys of a cell, each asked for when the rows before it are there."""
+    task, rank, name = cell
+    if "choice" in options.stages:
+        yield from protocol.choice(rows, task, name, rank, CONTENDERS[name].rate)
+    if "test" in options.stages:
+        yield from protocol.test(rows, task, name, rank)
+
+
+@contextmanager
+def taken(result: Path, cell: tuple[str, int, str]) -> Iterator[bool]:
+    """Whether this process has the cell for itself, until the block ends."""
+    name = zlib.crc32(f"{result.resolve()}/{cell}".encode())
+    with (Path(tempfile.gettempdir()) / f"lora-one-cell-{name:08x}").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def make(task: Task, key: Key, result: Path) -> list[Row]:
+    """Make a run and write it down. Returns all rows."""
+    began = time.perf_counter()
+    contender = (CONTENDERS if key.group == "main" else ABLATIONS[key.group])[key.contender]
+    on = {key.seed in protocol.CHOICE_SEEDS: ["valid"], key.seed in protocol.TEST_SEEDS: ["fresh"]}
+    measured = run(task, contender, key.rank, key.rate, key.seed, ["test"] if key.group != "main" else on[True])
+    if "valid_loss" in measured:
+        measured["losses"] = measured["losses"][:KEPT_OF_CHOICE]
+    made_with = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    rows = add_row({**key._asdict(), **measured, "data": task.digest(), **made_with}, result)
+    said = {name: measured.get(name) for name in ("valid_loss", "test_loss", "score", "seconds_train")}
+    print(*key, json.dumps(said), f"{time.perf_counter() - began:.1f} s", flush=True)
+    return rows
 
 
 def main() -> None:
-    """Make the runs that are asked for and not there yet."""
+    """Make the runs that are asked for and not there yet; or tell which are stale."""
     options = arguments()
-    rows = read_rows(options.result)
-    if options.merge:
-        for file in options.merge:
-            if not file.is_file():
-                raise FileNotFoundError(file)
-            rows = merge(rows, read_rows(file))
-        write_rows(rows, options.result)
-        print(f"{len(rows)} runs in {options.result}")
+    if options.stale:
+        stale.tell(cells(options), options.result, options.forget)
         return
-    machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
-    done = {key_of(row) for row in rows}
-    for name in options.tasks:
-        task = TASKS[name]()
-        for key in planned(options, rows, name):
-            if key in done:
+    tasks: dict[str, Task] = {}
+    if "ablations" in options.stages:
+        rows = read_rows(options.result)
+        for name in options.tasks or TASKS:
+            for key in ablate(rows, name, options.ablate, options.seeds):
+                if key not in set(map(key_of, rows)):
+                    task = tasks.setdefault(name, TASKS[name]())
+                    rows[:] = make(task, key, options.result)
+    for cell in cells(options):
+        with taken(options.result, cell) as mine:
+            rows = read_rows(options.result)
+            if not mine:
                 continue
-            began = time.perf_counter()
-            contender = (CONTENDERS if key.group == "main" else ABLATIONS[key.group])[key.contender]
-            row = {
-                **key._asdict(),
-                **run(task, contender, key.rank, key.rate, key.seed, key.group == "passes"),
-                **machine,
-            }
-            rows.append(row)
-            done.add(key)
-            write_rows(rows, options.result)
-            said = {k: row[k] for k in ("valid_loss", "test_loss", "score", "seconds_init", "seconds_train")}
-            print(*key, json.dumps(said), f"{time.perf_counter() - began:.1f} s", flush=True)
+            for key in planned(options, rows, cell):
+                if key not in set(map(key_of, rows)):
+                    if cell[0] not in tasks:
+                        tasks[cell[0]] = TASKS[cell[0]]()
+                    rows[:] = make(tasks[cell[0]], key, options.result)
 
 
 if __name__ == "__main__":

@@ -25,17 +25,20 @@ class Contender:
 
     Attributes:
         start: the model as training finds it.
-        rates: the first learning rates to try; the sweep goes on where the best is at an edge.
+        rate: where the search for the best rate begins.
         optimizer: (model, learning rate) -> optimizer.
-        after_step: is called after each step of the optimizer, with the model and the step's number, 1 for the first.
+        after_step: is called after each step of the optimizer, with the model, the step's number, 1 for the first, and
+            the optimizer.
+        moves_base: the start takes what it adds off the base weight, so that the model still computes the same.
     """
 
     start: Start
-    rates: tuple[float, ...] = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
+    rate: float = 3e-3
     optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] = field(
         default=lambda model, rate: lora_one.optimizer(model, learning_rate=rate)
     )
-    after_step: Callable[[nn.Module, int], None] = lambda model, step: None
+    after_step: Callable[[nn.Module, int, torch.optim.Optimizer], None] = lambda model, step, optimizer: None
+    moves_base: bool = False
 
 
 def full(task: Task, rank: int, seed: int) -> tuple[nn.Module, None]:
@@ -105,7 +108,7 @@ def adalora(task: Task, rank: int, seed: int) -> tuple[nn.Module, None]:
     return peft.get_peft_model(task.model(), config), None
 
 
-def prune(model: Any, step: int) -> None:
+def prune(model: Any, step: int, optimizer: torch.optim.Optimizer) -> None:
     """Let AdaLoRA spread its ranks anew. Its regulariser ends with the last step: it is no part of what is measured."""
     config = model.peft_config["default"]
     model.base_model.update_and_allocate(step)
@@ -157,14 +160,14 @@ def ours(**options: Any) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
     return lambda model, rate: lora_one.optimizer(model, learning_rate=rate, **options)
 
 
-LOWER = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
+LOWER = 1e-3
 
 CONTENDERS: dict[str, Contender] = {
     "full fine-tuning": Contender(full, LOWER, adamw),
     "LoRA": Contender(lora(use_rslora=False)),
     "rsLoRA": Contender(lora(use_rslora=True)),
-    "PiSSA": Contender(pissa),
-    "LoRA-GA": Contender(lora_ga),
+    "PiSSA": Contender(pissa, moves_base=True),
+    "LoRA-GA": Contender(lora_ga, moves_base=True),
     "LoRA+": Contender(lora(use_rslora=False), LOWER, loraplus),
     "LoRA-One": Contender(lora_one_start()),
     "LoRA-One, exact gradient": Contender(lora_one_start(gradient="exact")),

@@ -1,5 +1,6 @@
 """The rows on disk, and the questions that are asked of them. Needs no framework."""
 
+import fcntl
 import json
 import math
 import statistics
@@ -41,6 +42,15 @@ def key_of(row: Row) -> Key:
 def read_rows(path: Path = RESULT) -> list[Row]:
     """All rows there are."""
     return json.loads(path.read_text()) if path.exists() else []
+
+
+def add_row(row: Row, path: Path = RESULT) -> list[Row]:
+    """Add a row to a file that other processes may add to as well. Returns all that it has then."""
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = merge(read_rows(path), [row])
+        write_rows(rows, path)
+    return rows
 
 
 def write_rows(rows: Iterable[Row], path: Path = RESULT) -> None:

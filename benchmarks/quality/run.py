@@ -1,38 +1,58 @@
 """One fine-tuning run, the same loop for every contender."""
 
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from benchmarks.energy import exact_gradients, factors_of, shares_of_best
 
 from .contenders import Contender
 from .task import Task
+from .update import Factors, factors_by_layer, moved, update_rank
 
 WARMUP = 10
+EARLY = 10  # the step after which it is told how far A has gone
 
 
-def run(
-    task: Task, contender: Contender, rank: int, rate: float, seed: int, measure_energy: bool = False
-) -> dict[str, Any]:
-    """Start, train, evaluate.
+class Trained(NamedTuple):
+    """A model after training, and what was seen on the way."""
+
+    model: nn.Module
+    report: Any  # lora_one.Report, or None
+    losses: list[float]
+    start: dict[str, Factors]  # the factors before the first step
+    early: float | None  # mean over layers of |A - A0| / |A0| after EARLY steps
+    seconds_init: float
+    seconds_train: float
+
+
+def train(
+    task: Task,
+    contender: Contender,
+    rank: int,
+    rate: float,
+    seed: int,
+    steps: int | None = None,
+    look: Callable[[nn.Module], None] = lambda model: None,
+) -> Trained:
+    """Start and train.
 
     A seed fixes the order of the data, the batches that the start reads, and what is random in the start; contenders
     with the same seed see the same data. Time is this process's processor time, so that a busy machine does not count.
 
     Args:
-        measure_energy: add "energy", the share of the best energy of the init batches' gradient that the start holds
-            in the worst layer.
-
-    Returns:
-        The row's measurements: plain data.
+        steps: stop after these; the schedule is that of the whole run all the same.
+        look: is called with the started model; its time does not count.
     """
     torch.manual_seed(seed)
     began = time.process_time()
     model, report = contender.start(task, rank, seed)
     initialised = time.process_time()
-    energy = {"energy": _digits(_least_share(task, model, seed))} if measure_energy else {}
+    look(model)
+    start, early = factors_by_layer(model), None
     resumed = time.process_time()
     optimizer = contender.optimizer(model, rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -45,17 +65,57 @@ def run(
         loss = task.loss_fn(model, batch)
         loss.backward()
         optimizer.step()
-        contender.after_step(model, step)
+        contender.after_step(model, step, optimizer)
         schedule.step()
-        losses.append(float(loss.detach()))
+        losses.append(_digits(float(loss.detach())))
+        if step == EARLY:
+            early = moved(start, factors_by_layer(model))
+        if step == steps:
+            break
     trained = time.process_time()
+    return Trained(model, report, losses, start, early, _digits(initialised - began), _digits(trained - resumed))
+
+
+def run(
+    task: Task,
+    contender: Contender,
+    rank: int,
+    rate: float,
+    seed: int,
+    on: Sequence[str] = ("valid", "test"),
+    measure_energy: bool = False,
+) -> dict[str, Any]:
+    """Start, train, evaluate.
+
+    Args:
+        on: the items to evaluate on, of "valid", "test" and "fresh". The latter two are told as "test_loss" and
+            "score"; the first only chooses a rate.
+        measure_energy: add "energy", the share of the best energy of the init batches' gradient that the start holds
+            in the worst layer.
+
+    Returns:
+        The row's measurements: plain data.
+    """
+    energy: dict[str, float] = {}
+
+    def look(model: nn.Module) -> None:
+        if measure_energy:
+            energy["energy"] = _digits(_least_share(task, model, seed))
+
+    trained = train(task, contender, rank, rate, seed, look=look)
+    model, report = trained.model, trained.report
+    measured: dict[str, Any] = {"valid_loss": _digits(task.mean_loss(model, task.valid))} if "valid" in on else {}
+    for name in ("test", "fresh"):
+        if name in on:
+            items = getattr(task, name)
+            measured |= {"test_loss": _digits(task.mean_loss(model, items)), "score": task.score(model, items)}
     return {
-        "valid_loss": _digits(task.mean_loss(model, task.valid)),
-        "test_loss": _digits(task.mean_loss(model, task.test)),
-        "score": task.score(model, task.test),
-        "losses": [_digits(loss) for loss in losses],
-        "seconds_init": _digits(initialised - began),
-        "seconds_train": _digits(trained - resumed),
+        **measured,
+        "losses": trained.losses,
+        "moved": None if trained.early is None else _digits(trained.early),
+        "update_rank": update_rank(trained.start, model, contender.moves_base),
+        "seconds_init": trained.seconds_init,
+        "seconds_train": trained.seconds_train,
         "gamma": None if report is None else report.gamma,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "passes": None if report is None else report.passes,

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ class Task:
     Attributes:
         base: the pretrained model; runs work on copies of it.
         train, valid, test: items; `valid` chooses learning rates, `test` is only reported.
+        fresh: test items that nobody had looked at when the protocol was fixed.
         collate: items -> a batch.
         loss_fn: (model, batch) -> mean loss.
         score: (model, items) -> the share that it gets right: exact match or accuracy.
@@ -31,6 +33,7 @@ class Task:
     train: Sequence[Any]
     valid: Sequence[Any]
     test: Sequence[Any]
+    fresh: Sequence[Any]
     collate: Callable[[Sequence[Any]], Any]
     loss_fn: Callable[[nn.Module, Any], Tensor]
     score: Callable[[nn.Module, Sequence[Any]], float]
@@ -39,6 +42,11 @@ class Task:
     targets: str
     init_batches: int = 8
     modules_to_save: tuple[str, ...] = ()
+
+    def digest(self) -> str:
+        """What tells that two runs had the same data: of the items in their order, and how many a step sees."""
+        items = (self.train, self.valid, self.fresh, self.steps, self.batch_size, self.init_batches)
+        return f"{zlib.crc32(repr(items).encode()):08x}"
 
     def model(self) -> nn.Module:
         """A copy of the pretrained model."""

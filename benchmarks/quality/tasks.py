@@ -1,9 +1,10 @@
 """The tasks: two for the embedded Llama, one for a tiny T5, one for a real pretrained encoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from benchmarks.minilm import Classifier, load_minilm
 from benchmarks.t5 import pretrain as t5
 from lora_one import demo
 from lora_one.demo import tasks as demo_tasks
-from lora_one.finetune.data import read_examples
+from lora_one.finetune.data import Example, read_examples
 from lora_one.finetune.encoding import TokenSequence, encode
 from lora_one.finetune.tuners.torch.opening import open_tuner
 
@@ -20,15 +21,29 @@ from .task import Task
 
 HARDER = demo.TRAIN.parent / "harder"
 VALID = 256  # of the training items' end
+FRESH, FRESH_SEED = 512, 1
 SPLITS: tuple[tuple[demo_tasks.Split, int], ...] = (("train", 2048), ("test", 256))
 
 
-def _llama(name: str, folder: Path, steps: int = 100, batch_size: int = 16) -> Task:
+NUMPY = Path(np.__file__).parent  # docstrings that no text of the standard library's is among
+
+
+def unseen(skill: demo_tasks.Task, seen: Iterable[str]) -> list[dict[str, str]]:
+    """New items of the test split, none of which has one of the prompts `seen`."""
+    seen = set(seen)
+    items = skill.items("test", FRESH + len(seen), FRESH_SEED)
+    return [item for item in items if item["prompt"] not in seen][:FRESH]
+
+
+def _llama(name: str, folder: Path, skill: str, steps: int = 100, batch_size: int = 16) -> Task:
     tuner = open_tuner(demo.MODEL, "float32", "cpu")
     train, test = (
         [encode(tuner.tokenizer, example) for example in read_examples(folder / f"{split}.jsonl")]
         for split in ("train", "test")
     )
+    seen = [example.prompt for example in read_examples(folder / "test.jsonl")]
+    new = unseen(demo_tasks.FINETUNE[skill], seen)
+    fresh = [encode(tuner.tokenizer, Example(item["prompt"], item["completion"], "fresh")) for item in new]
 
     def score(model: Any, items: Sequence[TokenSequence]) -> float:
         tuner.model = model
@@ -44,6 +59,7 @@ def _llama(name: str, folder: Path, steps: int = 100, batch_size: int = 16) -> T
         train=train[:-VALID],
         valid=train[-VALID:],
         test=test,
+        fresh=fresh,
         collate=lambda items: tuner.batches(items, len(items))[0],
         loss_fn=tuner.loss_fn,
         score=score,
@@ -55,17 +71,17 @@ def _llama(name: str, folder: Path, steps: int = 100, batch_size: int = 16) -> T
 
 def sort() -> Task:
     """The embedded Llama on its task."""
-    return _llama("sort", demo.TRAIN.parent)
+    return _llama("sort", demo.TRAIN.parent, "main")
 
 
 def sort_long() -> Task:
     """The same for longer: four times the data."""
-    return _llama("sort-long", demo.TRAIN.parent, steps=200, batch_size=32)
+    return _llama("sort-long", demo.TRAIN.parent, "main", steps=200, batch_size=32)
 
 
 def desc() -> Task:
     """The embedded Llama on the shift that is harder for it."""
-    return _llama("desc", HARDER)
+    return _llama("desc", HARDER, "harder")
 
 
 def t5_top() -> Task:
@@ -81,6 +97,7 @@ def t5_top() -> Task:
         train=train[:-VALID],
         valid=train[-VALID:],
         test=test,
+        fresh=[(item["prompt"], item["completion"]) for item in unseen(top, [prompt for prompt, _ in test])],
         collate=lambda items: t5.collate(tokenizer, list(items)),
         loss_fn=lambda model, batch: model(**batch).loss,
         score=lambda model, items: t5.exact_match(model, tokenizer, list(items)),
@@ -131,6 +148,7 @@ def word_order(fit_head_on: int) -> Task:
         train=train,
         valid=valid,
         test=test,
+        fresh=disordered_docstrings(root=NUMPY)[:FRESH],
         collate=collate,
         loss_fn=loss_fn,
         score=score,
