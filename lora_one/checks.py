@@ -45,10 +45,11 @@ def check_positive(name: str, value: object, otherwise: str = "") -> None:
         raise ConfigError(f"{name} must be a number > 0{otherwise}, got {shown(value)}")
 
 
-def check_range(name: str, value: object, low: float, high: float = math.inf) -> None:
-    """Raise ConfigError for a value that is not a finite number in [low, high)."""
-    if not is_number(value) or not low <= value < high:
-        bounds = f"a number >= {low:g}" if math.isinf(high) else f"a number in [{low:g}, {high:g})"
+def check_range(name: str, value: object, low: float, high: float = math.inf, closed: bool = False) -> None:
+    """Raise ConfigError for a value that is not a finite number in [low, high), or with `closed` in [low, high]."""
+    if not is_number(value) or not low <= value <= high or (value == high and not closed):
+        end = "]" if closed else ")"
+        bounds = f"a number >= {low:g}" if math.isinf(high) else f"a number in [{low:g}, {high:g}{end}"
         raise ConfigError(f"{name} must be {bounds}, got {shown(value)}")
 
 

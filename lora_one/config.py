@@ -39,6 +39,10 @@ class Config:
         gamma: float > 0 or "auto", default 128. Divides the step of scale="normalized": the larger, the smaller the
             step. "auto" starts from 128 and raises it as long as the initialised model's loss on the init batches is
             above the base model's.
+        balance: float from 0 to 0.5, default 0.5. How A and B share the start: with p for it, the rows of A are
+            r^(1/2 - p) (S_i / S_1)^p / sqrt(gamma) long, and B has the rest, so that B A is the same for every p. 0.5
+            is the paper's form, half to each. At 0 all rows of A are equally long, sqrt(r / gamma), and B has the
+            singular values.
         eta: float > 0, default 1. The step size of scale="gradient", in units of a learning rate.
         targets: the layers that get LoRA, default "all-linear": every linear layer except the output layer, and on
             PyTorch and MLX except gates with one output. Or a sequence of module names, or a regular expression that
@@ -83,6 +87,7 @@ class Config:
     rank_max: int | None = None
     scale: Literal["normalized", "gradient"] = "normalized"
     gamma: float | Literal["auto"] = DEFAULT_GAMMA
+    balance: float = 0.5
     eta: float = 1.0
     targets: str | Sequence[str] = "all-linear"
     modules_to_save: Sequence[str] = ()
@@ -112,6 +117,7 @@ class Config:
         check_choice("recompute", self.recompute, ("auto", True, False))
         if self.gamma != "auto":
             check_positive("gamma", self.gamma, otherwise=' or "auto"')
+        check_range("balance", self.balance, 0.0, 0.5, closed=True)
         check_range("dropout", self.dropout, 0.0, 1.0)
         check_flag("use_rslora", self.use_rslora)
         check_flag("dora", self.dora)

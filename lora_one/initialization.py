@@ -157,15 +157,15 @@ def _assign_spectral(
     """
     if config.scale == "gradient":
         for name, spectrum in spectra.items():
-            session.assign(name, gradient_factors(session.ops, spectrum, config.eta))
+            session.assign(name, gradient_factors(session.ops, spectrum, config.eta, config.balance))
         return None, []
 
     gamma = config.first_gamma
-    spectral_factors = as_one_program(session.ops, normalized_factors, ("gamma",))
+    spectral_factors = as_one_program(session.ops, normalized_factors, ("gamma", "balance"))
     trials: list[GammaTrial] = []
     while True:
         for name, spectrum in spectra.items():
-            session.assign(name, spectral_factors(spectrum, gamma=gamma))
+            session.assign(name, spectral_factors(spectrum, gamma=gamma, balance=config.balance))
         if config.gamma != "auto":
             return gamma, []
         trials.append(GammaTrial(gamma, session.mean_loss().loss))

@@ -8,9 +8,9 @@ from .results import Key, Row, select
 
 RANK = 8
 PEERS = ("LoRA", "rsLoRA", "PiSSA", "LoRA-GA", "LoRA+")
-OURS = ("LoRA-One",)
+OURS = ("LoRA-One, balance 0.5", "LoRA-One, balance 0", "LoRA-One, balance 0.25, gamma 64")
 CELLS = [
-    (task, rank, name) for rank in (32, 8, 4, 64, 16) for task in ("sort", "desc", "t5") for name in (*PEERS, *OURS)
+    (task, rank, name) for rank in (32, 8, 4, 64, 16) for task in ("sort", "desc", "t5") for name in (*OURS, *PEERS)
 ]
 
 

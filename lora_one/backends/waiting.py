@@ -23,13 +23,14 @@ class DeferredStart(NamedTuple):
 
     Attributes:
         report: to be filled in by `DeferredReport.record`.
-        gamma: of the start.
+        gamma, balance: of the start.
         least: steps that the start takes at least.
         most: steps that it takes at most. In between, `lora_one.core.deferred.settled` ends it.
     """
 
     report: DeferredReport
     gamma: float
+    balance: float
     least: int
     most: int
 
@@ -126,7 +127,7 @@ def deferred_start(
                 )
         remember(model, report)
     report.start_steps = start_steps
-    return DeferredStart(report, report.gamma, *step_limits(start_steps))
+    return DeferredStart(report, report.gamma, report.config.balance, *step_limits(start_steps))
 
 
 def step_limits(start_steps: StartSteps) -> tuple[int, int]:

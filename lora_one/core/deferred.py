@@ -22,7 +22,7 @@ import math
 from typing import NamedTuple
 
 from .arrays import diagonal, largest_entry, nonzero, sum_of_squares
-from .factors import Factors, normalized_factors
+from .factors import SYMMETRIC, Factors, lengths, normalized_factors
 from .ops import Array, Ops
 from .sides import Products
 from .spectrum import fully_seen, of_descent
@@ -30,7 +30,7 @@ from .triplets import Triplets, add_both_sides, orthonormal
 
 LEAST_STEPS, MOST_STEPS = 6, 16  # of start_steps="auto": between them `settled` decides
 NOISE = 0.125  # energy of the noise in the sum of gradients, over that of the sum itself, that "auto" accepts
-LEAST_RATIO = 1e-6  # S_i / S_1: a direction with less keeps this much, so that the next step can read it
+LEAST_LENGTH = 1e-3  # of a vector of B over the first one: a shorter one keeps this, so that the next step can read it
 
 
 class StartState(NamedTuple):
@@ -48,7 +48,7 @@ def start_state(ops: Ops, pair: Factors) -> StartState:
 
 
 def start_step(
-    ops: Ops, pair: Factors, gradient: Factors, state: StartState, gamma: float
+    ops: Ops, pair: Factors, gradient: Factors, state: StartState, gamma: float, balance: float = SYMMETRIC
 ) -> tuple[Factors, StartState]:
     """Return the pair and the state after a gradient.
 
@@ -58,7 +58,7 @@ def start_step(
         pair: the factors as the model used them: plain LoRA's, or those that the step before returned.
         gradient: of both factors.
         state: of `start_state`, or of the step before.
-        gamma: of `normalized_factors`.
+        gamma, balance: of `normalized_factors`.
 
     Returns:
         The pair, in the dtypes of the old one; and the state.
@@ -67,20 +67,20 @@ def start_step(
     read = readable(ops, gradient)  # ()
     g_a, g_b = (_where(ops, read, g, ops.zeros((), like=g)) for g in (g_a, g_b))
     started = state.s[..., 0] > 0  # ()
-    q = _weights(ops, state.s, gamma)  # (r,)
+    rows, columns = (length / math.sqrt(gamma) for length in lengths(_ratios(ops, state.s, balance), balance))  # (r,)
     length = ops.sqrt(sum_of_squares(ops, a) / a.shape[-2])[..., None]  # of A's rows, (1,)
-    right = _where(ops, started, -1.0 / q, 1.0 / nonzero(ops, length), axes=1)  # (r,): V = A^T diag(right)
+    right = _where(ops, started, -1.0 / rows, 1.0 / nonzero(ops, length), axes=1)  # (r,): V = A^T diag(right)
     v, g_v = _exactly_read(ops, ops.matrix_transpose(a) * right[..., None, :], g_b * right[..., None, :])
-    columns, g_columns = b / q[..., None, :], ops.matrix_transpose(g_a) / q[..., None, :]
+    left, g_left = b / columns[..., None, :], ops.matrix_transpose(g_a) / columns[..., None, :]
     # B = 0 has read nothing. Then U is made of G V, and all that is known of G^T U is what G V says.
-    u, g_u = _exactly_read(ops, _where(ops, started, columns, g_v), g_columns)
+    u, g_u = _exactly_read(ops, _where(ops, started, left, g_v), g_left)
     within = ops.matmul(ops.matrix_transpose(u), g_v)  # U^T G V, (r, r)
     g_u = _where(ops, started, g_u, ops.matmul(v, ops.matrix_transpose(within)))  # (in, r)
     # Decompositions see numbers near 1, so that another common factor does not even change their rounding.
     unit = nonzero(ops, largest_entry(ops, g_v) + largest_entry(ops, g_u) + state.s[..., 0])[..., None]  # (1,)
     products = Products(g_v / unit[..., None], g_u / unit[..., None])
     sum_of_all = add_both_sides(ops, Triplets(u, state.s / unit, v), products)
-    factors = _start(ops, sum_of_all, gamma)
+    factors = _start(ops, sum_of_all, gamma, balance)
     return (
         Factors(*(ops.astype(_where(ops, read, new, old), old.dtype) for new, old in zip(factors, pair, strict=True))),
         StartState(
@@ -128,22 +128,17 @@ def _exactly_read(ops: Ops, x: Array, product: Array) -> tuple[Array, Array]:
     return basis, ops.where(ops.isfinite(exact), exact, product)  # NaN where columns depend on each other
 
 
-def _start(ops: Ops, triplets: Triplets, gamma: float) -> Factors:
+def _start(ops: Ops, triplets: Triplets, gamma: float, balance: float) -> Factors:
     u, s, v = triplets
     rank = s.shape[-1]
-    spectrum = of_descent(ops, fully_seen(ops, u, _ratios(ops, s), ops.matrix_transpose(v), rank))
-    return normalized_factors(ops, spectrum, gamma)
+    spectrum = of_descent(ops, fully_seen(ops, u, _ratios(ops, s, balance), ops.matrix_transpose(v), rank))
+    return normalized_factors(ops, spectrum, gamma, balance)
 
 
-def _ratios(ops: Ops, s: Array) -> Array:
+def _ratios(ops: Ops, s: Array, balance: float) -> Array:
     """Return S_i / S_1, (r,), none of them too small to be read again."""
-    ratios = s / nonzero(ops, s[..., :1])
-    return ops.where(ratios > LEAST_RATIO, ratios, ops.zeros((), like=s) + LEAST_RATIO)
-
-
-def _weights(ops: Ops, s: Array, gamma: float) -> Array:
-    """Return the lengths of the factors' columns and rows in a start, (r,)."""
-    return ops.sqrt(_ratios(ops, s)) / math.sqrt(gamma)
+    ratios, least = s / nonzero(ops, s[..., :1]), LEAST_LENGTH ** (1.0 / (1.0 - balance))
+    return ops.where(ratios > least, ratios, ops.zeros((), like=s) + least)
 
 
 def _cosine(ops: Ops, within: Array, s: Array) -> Array:

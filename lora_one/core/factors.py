@@ -7,6 +7,9 @@ from .ops import Array, Ops
 from .spectrum import Spectrum
 
 
+SYMMETRIC = 0.5  # the paper's balance
+
+
 class Factors(NamedTuple):
     """A LoRA pair in PEFT's orientation: the layer computes W x + scaling * lora_B lora_A x."""
 
@@ -14,29 +17,54 @@ class Factors(NamedTuple):
     lora_B: Array  # (out, r)
 
 
-def normalized_factors(ops: Ops, spectrum: Spectrum, gamma: float) -> Factors:
-    """B0 = U diag(q) / sqrt(gamma), A0 = diag(q) V^T / sqrt(gamma), with q_i = sqrt(S_i / S_1).
+class Lengths(NamedTuple):
+    """How long the factors' vectors are: A0 = diag(rows) V^T, B0 = U diag(columns)."""
 
-    So scaling * B0 A0 is one step of spectral norm scaling / gamma along the best rank-r part of -G. It does not depend
-    on the scale of the gradient. (LoRA-One, arXiv 2502.01235: the initialisation of its Algorithm 1, in the form that
-    the paper's LLM experiments run.)
+    rows: Array  # of A0, (r,)
+    columns: Array  # of B0, (r,)
+
+
+def lengths(ratios: Array, balance: float) -> Lengths:
+    """Share the ratios S_i / S_1 between A0 and B0: what is in the rows is not in the columns, their product is S_i / S_1.
+
+    rows = r^(1/2 - p) (S_i / S_1)^p, columns = r^(p - 1/2) (S_i / S_1)^(1 - p), with p the balance. At p = 1/2 both are
+    sqrt(S_i / S_1), the paper's form. There the trailing rows and columns are near zero, and Adam's first steps, all
+    entries of which are about the learning rate, leave little of them. At p = 0 all rows of A0 are equally long,
+    sqrt(r): they stay, and B0, whose columns plain LoRA starts at zero, takes the singular values.
+
+    Args:
+        ratios: (r,), descending, the first of them 1.
+        balance: p, from 0 to 1/2.
+    """
+    unequal = float(ratios.shape[-1]) ** (SYMMETRIC - balance)
+    return Lengths(unequal * ratios**balance, ratios ** (1.0 - balance) / unequal)
+
+
+def normalized_factors(ops: Ops, spectrum: Spectrum, gamma: float, balance: float = SYMMETRIC) -> Factors:
+    """B0 A0 = U diag(S / S_1) V^T / gamma; by default B0 = U diag(q) / sqrt(gamma) and A0 = diag(q) V^T / sqrt(gamma).
+
+    Here q_i = sqrt(S_i / S_1). So scaling * B0 A0 is one step of spectral norm scaling / gamma along the best rank-r
+    part of -G. It does not depend on the scale of the gradient. (LoRA-One, arXiv 2502.01235: the initialisation of its
+    Algorithm 1, in the form that the paper's LLM experiments run.)
 
     Args:
         spectrum: the spectrum of -G, with S_1 > 0.
         gamma: > 0; the larger, the smaller the step.
+        balance: of `lengths`.
     """
     # The authors' README prints Diag(S) here; their code takes sqrt(S / S_1), as below. Their names are also swapped
     # against PEFT's: their A is the out side, lora_B.
-    q = ops.sqrt(spectrum.s / spectrum.s[..., :1])  # (r,)
-    return _balanced(spectrum, q / math.sqrt(gamma))
+    return _of_lengths(spectrum, lengths(spectrum.s / spectrum.s[..., :1], balance), 1.0 / math.sqrt(gamma))
 
 
-def gradient_factors(ops: Ops, spectrum: Spectrum, eta: float) -> Factors:
+def gradient_factors(ops: Ops, spectrum: Spectrum, eta: float, balance: float = SYMMETRIC) -> Factors:
     """B0 = sqrt(eta) U diag(sqrt(S)), A0 = sqrt(eta) diag(sqrt(S)) V^T: the form of the paper's theory.
 
-    Then B0 A0 = -eta * (best rank-r part of G): one step of gradient descent at learning rate eta.
+    Then B0 A0 = -eta * (best rank-r part of G): one step of gradient descent at learning rate eta. Another `balance`
+    shares S otherwise, for the same product.
     """
-    return _balanced(spectrum, ops.sqrt(spectrum.s) * math.sqrt(eta))
+    largest = spectrum.s[..., :1]
+    return _of_lengths(spectrum, lengths(spectrum.s / largest, balance), ops.sqrt(largest) * math.sqrt(eta))
 
 
 def plain_factors(ops: Ops, omega: Array, rank: int, out_features: int) -> Factors:
@@ -51,5 +79,7 @@ def plain_factors(ops: Ops, omega: Array, rank: int, out_features: int) -> Facto
     return Factors(lora_A, ops.zeros((out_features, rank), like=omega))
 
 
-def _balanced(spectrum: Spectrum, weight: Array) -> Factors:
-    return Factors(weight[..., None] * spectrum.vt, spectrum.u * weight[..., None, :])
+def _of_lengths(spectrum: Spectrum, of_vectors: Lengths, size: Array | float) -> Factors:
+    """Return the factors whose vectors have these lengths, times `size`."""
+    rows, columns = (length * size for length in of_vectors)
+    return Factors(rows[..., None] * spectrum.vt, spectrum.u * columns[..., None, :])

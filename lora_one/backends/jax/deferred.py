@@ -34,7 +34,7 @@ class Start(NamedTuple):
     """The settings of a start.
 
     Attributes:
-        gamma: of `lora_one.core.deferred.start_step`.
+        gamma, balance: of `lora_one.core.deferred.start_step`.
         least: steps that the start takes at least.
         most: steps that it takes at most. In between, `lora_one.core.deferred.settled` ends it.
         folds: path of a pair -> the number that its lora_b is over the spec's B, if that is not 1.
@@ -43,6 +43,7 @@ class Start(NamedTuple):
     """
 
     gamma: float
+    balance: float
     least: int
     most: int
     folds: Mapping[Path, float] = MappingProxyType({})
@@ -132,7 +133,7 @@ def _start_step(
         pairs = kind.stacked(params, 1.0 / kind.fold, start.mesh)
         gradients = kind.stacked(updates, kind.fold, start.mesh)
         # One after the other: batches of decompositions may wait for each other for ever on a CPU (jax 0.10.2).
-        new, after = lax.map(partial(_start_of_one, start.gamma), (pairs, gradients, before))
+        new, after = lax.map(partial(_start_of_one, start), (pairs, gradients, before))
         starts.append(after)
         read = read | jnp.any(readable(_OPS, gradients))
         for place, leaf in kind.leaves(new):
@@ -151,9 +152,9 @@ def _start_step(
     return changes, state._replace(steps=steps, done=done, starts=tuple(starts))
 
 
-def _start_of_one(gamma: float, inputs: tuple[Factors, Factors, StartState]) -> tuple[Factors, StartState]:
+def _start_of_one(start: Start, inputs: tuple[Factors, Factors, StartState]) -> tuple[Factors, StartState]:
     pair, gradient, state = inputs
-    return start_step(_OPS, pair, gradient, state, gamma)
+    return start_step(_OPS, pair, gradient, state, start.gamma, start.balance)
 
 
 class _Pair(NamedTuple):

@@ -58,7 +58,7 @@ def model_start(model: Any, start_steps: StartSteps | None) -> tuple[Start | Non
     telling = _telling(decided.report, pairs)
     shardings = [pair.leaves.b.sharding for pair in pairs.values()]
     mesh = next((sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)), None)
-    return Start(decided.gamma, decided.least, decided.most, folds, telling, mesh), layouts
+    return Start(decided.gamma, decided.balance, decided.least, decided.most, folds, telling, mesh), layouts
 
 
 def _has_magnitudes(model: nnx.Module) -> bool:

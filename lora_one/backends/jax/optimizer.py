@@ -94,6 +94,7 @@ def lora_adamw(
     stack_axes: StackAxes = None,
     start_steps: StartSteps | None = None,
     gamma: float = Config().first_gamma,
+    balance: float = Config().balance,
 ) -> optax.GradientTransformationExtraArgs:
     """Return AdamW on preconditioned gradients of LoRA factors, as one optax transformation.
 
@@ -114,7 +115,7 @@ def lora_adamw(
         start_steps: of `lora_one.optimizer`; None (default) and 0 make no start. Otherwise the factors must be plain
             LoRA's, B = 0, and the transformation must be the last of its chain, since the changes that make the start
             are no directions to be scaled: clip before it.
-        gamma: of the start, 128 by default.
+        gamma, balance: of the start, as in `lora_one.Config`.
 
     Returns:
         A transformation whose moments are float32 or wider, also for narrower factors.
@@ -138,7 +139,7 @@ def lora_adamw(
     start = None
     if start_steps is not None:
         check_start_steps(start_steps)
-        start = Start(gamma, *step_limits(start_steps)) if start_steps else None
+        start = Start(gamma, balance, *step_limits(start_steps)) if start_steps else None
     return _adamw(learning_rate, b1, b2, eps, weight_decay, reg, damping, loraplus_lr_ratio, stack_axes, start)
 
 

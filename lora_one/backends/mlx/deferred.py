@@ -61,6 +61,7 @@ class Start(NamedTuple):
 
     groups: tuple[Group, ...]
     gamma: float
+    balance: float
     least: int
     most: int
 
@@ -186,8 +187,9 @@ class DeferredAdamW(LoraOneAdamW):
             for group, *state in zip(self.start.groups, progress["s"], progress["agreement"], strict=True):
                 old = {name: child(parameters, name) for name in group.factors}
                 given = {name: gradients.get(name, mx.zeros_like(factor)) for name, factor in old.items()}
+                pairs, given_pairs = _stacked(group, old), _stacked(group, given)
                 new, state_after = start_step(
-                    _OPS, _stacked(group, old), _stacked(group, given), StartState(*state), self.start.gamma
+                    _OPS, pairs, given_pairs, StartState(*state), self.start.gamma, self.start.balance
                 )
                 states.append(state_after)
                 for index, path in enumerate(group.paths):

@@ -69,7 +69,7 @@ def optimizer(
         already_trained=lambda: _already_trained(sites("start_steps")),
     )
     groups = groups_of(_with_both_factors(lora_sites(model), names))
-    start = Start(groups, *(deferred[1:] if deferred else (0.0, 0, 0)))
+    start = Start(groups, *(deferred[1:] if deferred else (0.0, 0.0, 0, 0)))
     settings: dict[str, Any] = {"betas": list(betas), "eps": eps, "weight_decay": weight_decay}
     settings |= {"pairs": pairs, "reg": reg, "damping": damping, "loraplus_lr_ratio": loraplus_lr_ratio}
     adamw = DeferredAdamW(learning_rate, start, trainable, **settings)

@@ -73,7 +73,7 @@ class PairStarts:
                 gradient = stack_of(_OPS, [_whole(gradient_of(pair)) for pair in batch])  # (n, r, in), (n, out, r)
                 if bool(readable(_OPS, gradient).any()):
                     self._check_factors(states)
-                    _step_together(batch, gradient, states, self.plan.gamma)
+                    _step_together(batch, gradient, states, self.plan.gamma, self.plan.balance)
                     counts = True
             if counts:
                 for site in self._dora:
@@ -202,11 +202,13 @@ def _batches(pairs: Sequence[LoraPair]) -> Iterator[list[LoraPair]]:
         yield from stacks(kind, STACK_BYTES)
 
 
-def _step_together(pairs: list[LoraPair], gradient: Factors, states: States, gamma: float) -> None:
+def _step_together(
+    pairs: list[LoraPair], gradient: Factors, states: States, gamma: float, balance: float
+) -> None:
     """Take the start's step for pairs of equal shapes."""
     stack = stack_of(_OPS, [_whole(pair) for pair in pairs])  # (n, r, in), (n, out, r)
     before = stack_of(_OPS, [_state_of(states, pair) for pair in pairs])  # (n, r), (n,)
-    factors, state = start_step(_OPS, stack, gradient, before, gamma)
+    factors, state = start_step(_OPS, stack, gradient, before, gamma, balance)
     for pair, new in zip(pairs, unstacked(factors, len(pairs)), strict=True):
         for parameter, values in zip(pair, new, strict=True):
             write(parameter, as_kept(values, parameter))
