@@ -13,6 +13,7 @@ from torch import nn
 
 import lora_one
 
+from .interventions import Remembering, by_rule, clamped, restart, scaled
 from .task import Task
 
 ALPHA = 16.0
@@ -174,6 +175,26 @@ CONTENDERS: dict[str, Contender] = {
         f"LoRA-One, balance {balance:g}": Contender(lora_one_start(balance=balance)) for balance in (0.5, 0.25, 0.0)
     },
     "LoRA-One, balance 0.25, gamma 64": Contender(lora_one_start(balance=0.25, gamma=64.0)),
+    **{
+        f"LoRA-One, balance 0.5, {what}": Contender(lora_one_start(balance=0.5), optimizer=Remembering, after_step=hook)
+        for what, hook in {
+            "A kept for 20 steps": scaled(0.0),
+            "A at a tenth of the rate for 20 steps": scaled(0.1),
+            "rows of A change by a tenth for 20 steps": clamped(0.1),
+            "Adam restarted after 10 steps": restart,
+        }.items()
+    },
+    **{
+        f"LoRA-One, balance 0, P {place}, {damping} {reg:g}": Contender(
+            lora_one_start(balance=0.0), rate=rate, optimizer=by_rule(place, damping, reg)
+        )
+        for place, damping, reg, rate in (
+            ("before", "absolute", 1e-6, 2e-3),
+            ("before", "relative", 1.0, 3e-3),
+            ("after", "relative", 1.0, 5e-4),
+            ("basis", "relative", 1.0, 2e-3),
+        )
+    },
     "LoRA-One, exact gradient": Contender(lora_one_start(gradient="exact")),
     "LoRA-One, gamma auto": Contender(lora_one_start(gamma="auto")),
     "LoRA-One, preconditioned": Contender(lora_one_start(), optimizer=ours(precondition=True)),

@@ -2,15 +2,31 @@
 
 from collections.abc import Iterator, Sequence
 
-from .contenders import ABLATIONS
+from .contenders import ABLATIONS, CONTENDERS
 from .protocol import chosen_rate
 from .results import Key, Row, select
 
 RANK = 8
 PEERS = ("LoRA", "rsLoRA", "PiSSA", "LoRA-GA", "LoRA+")
 OURS = ("LoRA-One, balance 0.5", "LoRA-One, balance 0", "LoRA-One, balance 0.25, gamma 64")
+INTERVENTIONS = tuple(name for name in CONTENDERS if name.startswith("LoRA-One, balance 0.5, "))
+PRECONDITIONED = tuple(name for name in CONTENDERS if name.startswith("LoRA-One, balance 0, P "))
+LLAMA, SHORT = ("sort", "desc"), ("sort", "desc", "t5")
+
+
+def _cells(ranks: Sequence[int], tasks: Sequence[str], names: Sequence[str]) -> list[tuple[str, int, str]]:
+    return [(task, rank, name) for rank in ranks for task in tasks for name in names]
+
+
 CELLS = [
-    (task, rank, name) for rank in (32, 8, 4, 64, 16) for task in ("sort", "desc", "t5") for name in (*OURS, *PEERS)
+    *_cells([32], SHORT, (*OURS, *PEERS)),
+    *_cells([32], LLAMA, INTERVENTIONS),
+    *_cells([8, 4], SHORT, (*OURS, *PEERS)),
+    *_cells([8], LLAMA, PRECONDITIONED),
+    *_cells([32], ["minilm"], (*OURS[:2], *PEERS)),
+    *_cells([64, 16], SHORT, (*OURS[:2], *PEERS)),
+    *_cells([32, 8], ["sort-long"], (*OURS[:2], *PEERS)),
+    *_cells([8, 4], ["minilm"], (*OURS[:2], *PEERS)),
 ]
 
 
