@@ -1,4 +1,4 @@
-"""Fine-tuning quality by contender, task, rank, learning rate and seed, by the protocol of benchmarks/quality/protocol.py.
+"""Fine-tuning quality by contender, task, rank, learning rate and seed, by the protocol of protocol.py.
 
     python -m benchmarks.quality                                   # all cells that are missing; many hours on one core
     python -m benchmarks.quality --tasks sort --ranks 32 --only LoRA-One     # one cell

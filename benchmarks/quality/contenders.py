@@ -171,9 +171,7 @@ CONTENDERS: dict[str, Contender] = {
     "LoRA-GA": Contender(lora_ga, moves_base=True),
     "LoRA+": Contender(lora(use_rslora=False), LOWER, loraplus),
     "LoRA-One": Contender(lora_one_start()),
-    **{
-        f"LoRA-One, balance {balance:g}": Contender(lora_one_start(balance=balance)) for balance in (0.5, 0.25, 0.0)
-    },
+    **{f"LoRA-One, balance {balance:g}": Contender(lora_one_start(balance=balance)) for balance in (0.5, 0.25, 0.0)},
     "LoRA-One, balance 0.25, gamma 64": Contender(lora_one_start(balance=0.25, gamma=64.0)),
     **{
         f"LoRA-One, balance 0.5, {what}": Contender(lora_one_start(balance=0.5), optimizer=Remembering, after_step=hook)

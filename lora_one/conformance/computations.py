@@ -112,15 +112,15 @@ def _factors(scale: str) -> Callable[[Ops, Sequence[Array], Params], Sequence[Ar
     def run(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequence[Array]:
         spectrum = exact.exact_spectrum(ops, inputs[0], params["rank"])
         if scale == "normalized":
-            return factors.normalized_factors(ops, spectrum, params["gamma"])
-        return factors.gradient_factors(ops, spectrum, params["eta"])
+            return factors.normalized_factors(ops, spectrum, params["gamma"], params["balance"])
+        return factors.gradient_factors(ops, spectrum, params["eta"], params["balance"])
 
     return run
 
 
 def _product_view(arrays: Host, inputs: Host, params: Params) -> View:
     lora_A, lora_B = arrays
-    # The definition has two halves: the product B A, and that both factors carry the same share, sqrt(S), of it.
+    # The definition has two halves: the product B A, and the share of it that each factor carries.
     return {"B A": lora_B @ lora_A, "A A^T": lora_A @ lora_A.T, "B^T B": lora_B.T @ lora_B}
 
 

@@ -25,7 +25,7 @@ def deferred_start(ops: Ops, inputs: Sequence[Array], params: Params) -> Sequenc
         gradient = Factors(
             ops.matmul(ops.matrix_transpose(pair.lora_B), g), ops.matmul(g, ops.matrix_transpose(pair.lora_A))
         )
-        pair, state = deferred.start_step(ops, pair, gradient, state, params["gamma"])
+        pair, state = deferred.start_step(ops, pair, gradient, state, params["gamma"], params["balance"])
         steps = ops.zeros((), like=lora_A) + float(step)
         results += [*pair, *state, ops.astype(deferred.settled(ops, steps, [state]), lora_A.dtype)]
     return results

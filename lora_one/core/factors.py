@@ -6,7 +6,6 @@ from typing import NamedTuple
 from .ops import Array, Ops
 from .spectrum import Spectrum
 
-
 SYMMETRIC = 0.5  # the paper's balance
 
 
@@ -25,7 +24,7 @@ class Lengths(NamedTuple):
 
 
 def lengths(ratios: Array, balance: float) -> Lengths:
-    """Share the ratios S_i / S_1 between A0 and B0: what is in the rows is not in the columns, their product is S_i / S_1.
+    """Share the ratios S_i / S_1 between A0 and B0: what the rows have, the columns do not.
 
     rows = r^(1/2 - p) (S_i / S_1)^p, columns = r^(p - 1/2) (S_i / S_1)^(1 - p), with p the balance. At p = 1/2 both are
     sqrt(S_i / S_1), the paper's form. There the trailing rows and columns are near zero, and Adam's first steps, all

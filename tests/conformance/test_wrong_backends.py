@@ -161,9 +161,17 @@ def _swapped(pair: Factors) -> Factors:
     return Factors(pair.lora_B.T, pair.lora_A.T)
 
 
-def _power_scaled(ops, spectrum, gamma):
+def _power_scaled(ops, spectrum, gamma, balance):
     """q = S / S_1, as the authors' README prints it."""
-    return factors._balanced(spectrum, spectrum.s / spectrum.s[0] / np.sqrt(gamma))
+    return TRUE["normalized_factors"](ops, spectrum._replace(s=spectrum.s**2), gamma, balance)
+
+
+def _always_symmetric(ops, spectrum, size, balance):
+    return TRUE["normalized_factors"](ops, spectrum, size)
+
+
+def _started_symmetric(ops, pair, gradient, state, gamma, balance):
+    return TRUE["start_step"](ops, pair, gradient, state, gamma)
 
 
 def _without_reorthogonalization(ops, remainder, basis, k):
@@ -197,18 +205,18 @@ def _products_negated_on_the_left(ops, gradients, p):
     return products._replace(g_left=-products.g_left)
 
 
-def _started_again(ops, pair, gradient, state, gamma):
+def _started_again(ops, pair, gradient, state, gamma, balance):
     """Each gradient makes a start of its own: what the steps before have read is forgotten."""
-    new, after = TRUE["start_step"](ops, pair, gradient, state, gamma)
+    new, after = TRUE["start_step"](ops, pair, gradient, state, gamma, balance)
     return new, after._replace(s=after.s * np.float32(1e-3))
 
 
-def _not_of_descent(ops, pair, gradient, state, gamma):
-    return TRUE["start_step"](ops, pair, Factors(*(-g for g in gradient)), state, gamma)
+def _not_of_descent(ops, pair, gradient, state, gamma, balance):
+    return TRUE["start_step"](ops, pair, Factors(*(-g for g in gradient)), state, gamma, balance)
 
 
-def _negated_on_one_side(ops, pair, gradient, state, gamma):
-    return TRUE["start_step"](ops, pair, gradient._replace(lora_A=-gradient.lora_A), state, gamma)
+def _negated_on_one_side(ops, pair, gradient, state, gamma, balance):
+    return TRUE["start_step"](ops, pair, gradient._replace(lora_A=-gradient.lora_A), state, gamma, balance)
 
 
 def _nothing_known(ops, known, products):
@@ -279,14 +287,21 @@ WRONG_STEPS: list[tuple[str, Any, str, Callable[..., Any]]] = [
     ("fold, after each batch", fold, "merge_folds", lambda ops, s, other: s),
     ("fold, after each batch", fold, "merge_folds", _merged_but_for_the_test),
     ("factors, normalized", factors, "normalized_factors", _power_scaled),
-    ("factors, normalized", factors, "normalized_factors", lambda o, s, g: TRUE["normalized_factors"](o, s, g**0.5)),
-    ("factors, normalized", factors, "normalized_factors", lambda o, s, g: TRUE["gradient_factors"](o, s, 1 / g)),
-    ("factors, gradient", factors, "gradient_factors", lambda o, s, e: TRUE["gradient_factors"](o, s, e**2)),
+    (
+        "factors, normalized",
+        factors,
+        "normalized_factors",
+        lambda o, s, g, b: TRUE["normalized_factors"](o, s, g**0.5, b),
+    ),
+    ("factors, normalized", factors, "normalized_factors", lambda o, s, g, b: TRUE["gradient_factors"](o, s, 1 / g, b)),
+    ("factors, normalized", factors, "normalized_factors", _always_symmetric),
+    ("factors, gradient", factors, "gradient_factors", lambda o, s, e, b: TRUE["gradient_factors"](o, s, e**2, b)),
     ("factors, gradient", factors, "gradient_factors", lambda *a: _swapped(TRUE["gradient_factors"](*a))),
     ("factors, plain", factors, "plain_factors", lambda o, w, r, n: TRUE["plain_factors"](o, w * 3**0.5, r, n)),
     ("start without data", deferred, "start_step", _started_again),
     ("start without data", deferred, "start_step", _not_of_descent),
-    ("start without data", deferred, "start_step", lambda o, p, g, s, x: TRUE["start_step"](o, p, g, s, x / 2)),
+    ("start without data", deferred, "start_step", lambda o, p, g, s, x, b: TRUE["start_step"](o, p, g, s, x / 2, b)),
+    ("start without data", deferred, "start_step", _started_symmetric),
     ("start without data", deferred, "start_step", _negated_on_one_side),
     ("start without data", deferred, "add_both_sides", _one_side_added),
     ("start without data", deferred, "add_both_sides", _nothing_known),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_one.core.deferred import LEAST_RATIO, NOISE, StartState, settled, start_state, start_step
+from lora_one.core.deferred import LEAST_LENGTH, NOISE, StartState, settled, start_state, start_step
 from lora_one.core.factors import Factors
 from lora_one.core.stacking import stack_of, unstacked
 from tests.arrays import ARRAYS, Arrays
@@ -32,7 +32,9 @@ def plain_pair(shape, rank: int = 8) -> Factors:
     return Factors(a, np.zeros((shape[0], rank)))
 
 
-def run(arrays: Arrays, pair: Factors, of_weight: list[np.ndarray], factor: float = 1.0) -> tuple[Factors, StartState]:
+def run(
+    arrays: Arrays, pair: Factors, of_weight: list[np.ndarray], factor: float = 1.0, balance: float = 0.5
+) -> tuple[Factors, StartState]:
     """The pair after these gradients of the weight, by the chain rule."""
     ops = arrays.ops
     pair = Factors(*map(arrays.of, pair))
@@ -42,7 +44,7 @@ def run(arrays: Arrays, pair: Factors, of_weight: list[np.ndarray], factor: floa
         gradient = Factors(
             ops.matmul(ops.matrix_transpose(pair.lora_B), g), ops.matmul(g, ops.matrix_transpose(pair.lora_A))
         )
-        pair, state = start_step(ops, pair, gradient, state, GAMMA)
+        pair, state = start_step(ops, pair, gradient, state, GAMMA, balance)
     return pair, state
 
 
@@ -119,11 +121,32 @@ def test_a_gradient_of_lower_rank_than_the_pair_leaves_no_direction_dead(arrays)
     pair, _ = run(arrays, plain_pair((40, 24)), [g] * 3)
     for factor in pair:
         lengths = np.sort(np.linalg.norm(np.asarray(arrays.numpy(factor), np.float64), axis=1 - factor.shape.index(8)))
-        np.testing.assert_allclose(lengths[:7], np.sqrt(LEAST_RATIO / GAMMA), rtol=0.5)
+        np.testing.assert_allclose(lengths[:7], LEAST_LENGTH / np.sqrt(GAMMA), rtol=0.5)
         np.testing.assert_allclose(lengths[7], np.sqrt(1.0 / GAMMA), rtol=1e-3)
     other = gradients((40, 24), 1, 0.0, seed=3)[0]
     started, _ = run(NUMPY, plain_pair((40, 24)), [g / np.linalg.norm(g)] * 2 + [other] * 8)
     assert held(started, other) > 0.9  # and the next gradients are read in all directions
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.25])
+def test_another_balance_reads_the_same_and_starts_at_the_same_product(arrays, balance):
+    of_weight = gradients((40, 24), 6, 0.3)
+    (a, b), state = run(arrays, plain_pair((40, 24)), of_weight, balance=balance)
+    (paper_a, paper_b), paper_state = run(arrays, plain_pair((40, 24)), of_weight)
+    for x, y in zip(state, paper_state, strict=True):
+        arrays.assert_close(arrays.numpy(x), arrays.numpy(y))
+    arrays.assert_close(arrays.numpy(b) @ arrays.numpy(a), arrays.numpy(paper_b) @ arrays.numpy(paper_a))
+    ratios = np.asarray(arrays.numpy(state.s), np.float64) / float(state.s[0])
+    rows = 8 ** (1.0 - 2.0 * balance) * ratios ** (2.0 * balance) / GAMMA
+    arrays.assert_close(arrays.numpy(a) @ arrays.numpy(a).T, np.diag(rows))
+
+
+def test_a_vector_of_b_is_never_too_short_to_be_read_again_in_float16():
+    g = np.outer(np.arange(1.0, 41.0), np.arange(1.0, 25.0))
+    for balance in (0.0, 0.25, 0.5):
+        pair, _ = run(NUMPY, plain_pair((40, 24)), [g] * 3, balance=balance)
+        lengths = np.linalg.norm(pair.lora_B, axis=0)
+        np.testing.assert_allclose(lengths / lengths[0], [1.0, *[LEAST_LENGTH] * 7], rtol=1e-6)
 
 
 def test_a_stack_is_its_layers():

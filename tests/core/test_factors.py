@@ -27,6 +27,24 @@ def test_factors_are_balanced_and_hold_the_square_roots_of_the_singular_values(a
     arrays.assert_close(b.T @ b, expected)
 
 
+@pytest.mark.parametrize("balance", [0.0, 0.25])
+@pytest.mark.parametrize("scale", ["normalized", "gradient"])
+def test_another_balance_has_the_same_product_and_as_much_in_the_rows_of_a_as_it_says(arrays, balance, scale):
+    """A A^T = r^(1 - 2p) w_1 (S / S_1)^(2p) with w_1 the first weight of B A; at p = 0 all rows are equally long."""
+    make, size, first = {
+        "normalized": (normalized_factors, 128.0, 1.0 / 128.0),
+        "gradient": (gradient_factors, 0.3, 0.3 * 3.0),
+    }[scale]
+    spectrum = exact_spectrum(arrays.ops, arrays.of(G), 4)
+    a, b = (arrays.numpy(x) for x in make(arrays.ops, spectrum, size, balance))
+    paper_a, paper_b = (arrays.numpy(x) for x in make(arrays.ops, spectrum, size))
+    arrays.assert_close(b @ a, paper_b @ paper_a)
+    ratios = 1.0 / np.arange(1, 5)
+    rows = 4 ** (1.0 - 2.0 * balance) * first * ratios ** (2.0 * balance)
+    arrays.assert_close(a @ a.T, np.diag(rows))
+    arrays.assert_close(b.T @ b, np.diag((first * ratios) ** 2 / rows))
+
+
 def test_normalized_start_does_not_depend_on_the_gradients_scale(arrays):
     plain = normalized_factors(arrays.ops, exact_spectrum(arrays.ops, arrays.of(G), 4), 128.0)
     scaled = normalized_factors(arrays.ops, exact_spectrum(arrays.ops, arrays.of(G * 1e-12), 4), 128.0)

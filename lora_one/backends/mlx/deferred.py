@@ -163,7 +163,7 @@ class DeferredAdamW(LoraOneAdamW):
 
     def _next_pairs(self, gradients: Arrays, parameters: dict[str, Any]) -> Arrays:
         """Return the factors after a step of the start or of AdamW, and put what the step tells into the state."""
-        progress, (_, _, least, most) = self.progress, self.start
+        progress, least, most = self.progress, self.start.least, self.start.most
         if "clock" not in progress:
             return self._trained(gradients, parameters)
         taken = most - progress["clock"].size

@@ -202,9 +202,7 @@ def _batches(pairs: Sequence[LoraPair]) -> Iterator[list[LoraPair]]:
         yield from stacks(kind, STACK_BYTES)
 
 
-def _step_together(
-    pairs: list[LoraPair], gradient: Factors, states: States, gamma: float, balance: float
-) -> None:
+def _step_together(pairs: list[LoraPair], gradient: Factors, states: States, gamma: float, balance: float) -> None:
     """Take the start's step for pairs of equal shapes."""
     stack = stack_of(_OPS, [_whole(pair) for pair in pairs])  # (n, r, in), (n, out, r)
     before = stack_of(_OPS, [_state_of(states, pair) for pair in pairs])  # (n, r), (n,)

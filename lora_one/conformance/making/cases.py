@@ -112,8 +112,16 @@ def _spectra() -> Iterator[Case]:
             omega = _float32(draw_omega(0, "conformance", g.shape[1], params["rank"] + 4))
             yield Case("factors, plain", name, [omega], {"rank": params["rank"], "out": g.shape[0]})
         elif params["gap"]:
-            yield Case("factors, normalized", name, [g], {**params, "gamma": 128.0}, compiled=compiled)
-            yield Case("factors, gradient", name, [g], {**params, "eta": 0.25})
+            for label, balance in _balances(name):
+                shared = {**params, "balance": balance}
+                yield Case("factors, normalized", label, [g], {**shared, "gamma": 128.0}, compiled=compiled)
+                yield Case("factors, gradient", label, [g], {**shared, "eta": 0.25})
+
+
+def _balances(name: str) -> list[tuple[str, float]]:
+    """The paper's balance for every case; the others, which differ by powers of S alone, for one."""
+    others = [(f"{name}, balance {balance:g}", balance) for balance in (0.25, 0.0)] if name == "tall" else []
+    return [(name, 0.5), *others]
 
 
 def _folds() -> Iterator[Case]:
@@ -214,9 +222,11 @@ def _deferred() -> Iterator[Case]:
         broken = third.copy()
         broken[..., 0, 0] = np.nan
         arrays = [a, first, np.zeros_like(first), second, broken, third]
-        yield Case("start without data", name, arrays, {"gamma": 128.0, "unit": scale}, compiled=name == "tall")
+        for label, balance in _balances(name):
+            params = {"gamma": 128.0, "balance": balance, "unit": scale}
+            yield Case("start without data", label, arrays, params, compiled=label == "tall")
     nothing = [_normal(114, rank, 16) / 8.0, np.zeros((24, 16))]
-    yield Case("start without data", "zero", nothing, {"gamma": 128.0, "unit": 1.0})
+    yield Case("start without data", "zero", nothing, {"gamma": 128.0, "balance": 0.5, "unit": 1.0})
 
 
 def _alignment() -> Iterator[Case]:

@@ -14,17 +14,23 @@ Pair = tuple[np.ndarray, np.ndarray]  # of A and of B
 
 def normalized_factors(inputs: Inputs, params: Params, eps: float) -> View:
     u, s, vt = gesvd(inputs[0])
-    return _balanced(u, s / s[0] / params["gamma"], vt, params["rank"])
+    return _shared(u, s / s[0] / params["gamma"], vt, params)
 
 
 def gradient_factors(inputs: Inputs, params: Params, eps: float) -> View:
     u, s, vt = gesvd(inputs[0])
-    return _balanced(u, s * params["eta"], vt, params["rank"])
+    return _shared(u, s * params["eta"], vt, params)
 
 
-def _balanced(u: np.ndarray, weights: np.ndarray, vt: np.ndarray, r: int) -> View:
-    square = np.diag(weights[:r])
-    return {"B A": -(u[:, :r] * weights[:r]) @ vt[:r], "A A^T": square, "B^T B": square}
+def _shared(u: np.ndarray, weights: np.ndarray, vt: np.ndarray, params: Params) -> View:
+    r = params["rank"]
+    return {"B A": -(u[:, :r] * weights[:r]) @ vt[:r]} | _squares(weights[:r], params["balance"])
+
+
+def _squares(weights: np.ndarray, balance: float) -> View:
+    """The factors' Gram matrices. With w the weights of B A, that of A is r^(1 - 2p) w_1 (w / w_1)^(2p)."""
+    of_a = len(weights) ** (1.0 - 2.0 * balance) * weights[0] * (weights / weights[0]) ** (2.0 * balance)
+    return {"A A^T": np.diag(of_a), "B^T B": np.diag(weights**2 / of_a)}
 
 
 def plain_factors(inputs: Inputs, params: Params, eps: float) -> View:
@@ -65,12 +71,13 @@ def _deferred(a: np.ndarray, gradients: Inputs, params: Params) -> list[dict[str
         u, s, vt = gesvd(h)
         ratios = s[:r] / (s[0] or 1.0)
         start = h.any()
-        square = np.diag(ratios) / params["gamma"]
+        squares = _squares(ratios / params["gamma"], params["balance"]) if start else {}
         stages.append(
             {
                 "B A": -h / (s[0] or 1.0) / params["gamma"],
-                "A A^T": square if start else a @ a.T,
-                "B^T B": square,
+                "A A^T": a @ a.T,
+                "B^T B": np.zeros((r, r)),
+                **squares,
                 "S / S_1": ratios,
                 "S_1": s[:1] / params["unit"],
                 "agreement": np.array(agreement),
