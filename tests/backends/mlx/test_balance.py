@@ -22,6 +22,7 @@ def without_data(balance):
     gradients_of = nn.value_and_grad(model, squared_error)
     for step in range(shared.STEPS):
         optimizer.update(model, gradients_of(model, batches()[step % 2])[1])
+    assert report.to_dict()["done"]  # which asks the optimizer
     return pairs_of(model), report
 
 
