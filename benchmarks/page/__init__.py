@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from . import ablations, adaptive_rank, dora, earlier, heads, quality
+from . import ablations, adaptive_rank, balance, conclusions, dora, earlier, heads, quality
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,11 +24,14 @@ def make_page(results: Path = RESULTS) -> str:
     """
     parts = [
         INTRODUCTION,
-        quality.section(results / "quality.json", results / "heads.json"),
-        ablations.section(results / "quality.json"),
+        conclusions.section(results / "quality.json"),
+        quality.section(results / "quality.json"),
+        balance.section(results / "quality.json"),
+        quality.details(results / "quality.json", results / "heads.json"),
+        ablations.section(results / "ablations.json"),
         adaptive_rank.section(results / "adaptive_rank.json"),
         dora.section(results / "dora.json"),
-        heads.section(results / "heads.json", results / "quality.json"),
+        heads.section(results / "heads.json", results / "ablations.json"),
         earlier.energy(results / "energy.json"),
         earlier.gamma(results / "gamma.json"),
     ]

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.quality.results import Row, read_rows
-from benchmarks.quality.summary import paired, summarize
+from benchmarks.quality.summary import at_best_rate, paired
 
-from .markdown import table, with_interval
-from .quality import signed
+from .markdown import signed, table, with_interval
 
 UNIFORM = "LoRA-One"
 CONTENDERS = {
@@ -20,8 +19,8 @@ CONTENDERS = {
 }
 HOW = """## Ranks that follow the gradients
 
-`python -m benchmarks.quality --tasks sort desc --only LoRA-One "LoRA-One, adaptive rank" EVA AdaLoRA`, as the tables
-above are made: a sweep of the rate for each, then its best one on the same seeds. The budget is rank 8 everywhere;
+`python -m benchmarks.quality --tasks sort desc --only LoRA-One "LoRA-One, adaptive rank" EVA AdaLoRA`, made before the
+protocol above: a sweep of the rates 1, 2, 5, ... for each at one seed, then its best one on five. The budget is rank 8 everywhere;
 EVA counts ranks in the place of parameters, and AdaLoRA trains rank 12 and prunes it to a mean of 8. Both are PEFT's.
 The start may go by several measures of a direction's worth; the one in use is compared with two others. Differences are
 paired by seed, with 95 % intervals; **bold** where the interval leaves out 0. No way to spread the ranks is better
@@ -41,7 +40,7 @@ def section(file: Path) -> str:
 
 
 def _of_task(rows: Sequence[Row], task: str) -> list[list[str]]:
-    summaries = {name: summarize(rows, task, name, 8, None) for name in CONTENDERS}
+    summaries = {name: at_best_rate(rows, task, name, 8) for name in CONTENDERS}
     uniform = summaries[UNIFORM]
     lines = []
     for name, summary in summaries.items():

@@ -4,17 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.quality.results import Row, interval, read_rows, select
-from benchmarks.quality.summary import FIRST, paired, summarize
+from benchmarks.quality.summary import at_best_rate, first_loss, paired
 
-from .markdown import table, with_interval
-from .quality import signed
+from .markdown import signed, table, with_interval
 
 OURS = "LoRA-One, DoRA"
 CONTENDERS = {"DoRA": "DoRA, its own start", "LoRA-One": "LoRA-One", OURS: "LoRA-One's start for DoRA"}
 HOW = """## DoRA
 
-`python -m benchmarks.quality --tasks sort desc --only DoRA "LoRA-One, DoRA" LoRA-One`, as the tables above are made:
-DoRA is PEFT's, alpha 16, and has a sweep of the rate as LoRA-One's start for it has; LoRA-One has its best rate.
+`python -m benchmarks.quality --tasks sort desc --only DoRA "LoRA-One, DoRA" LoRA-One`, made before the protocol
+above, with rates 1, 2, 5, ... and the best one at one seed: DoRA is PEFT's, alpha 16, and has a sweep of the rate as LoRA-One's start for it has; LoRA-One has its best rate.
 Differences are those of LoRA-One's start for DoRA to the row, in points, paired by seed, with 95 % intervals;
 **bold** where the interval leaves out 0. *First*: the mean loss of steps 1 to 20, which is lower than DoRA's own start
 has. By intervals LoRA-One's start for DoRA is level with LoRA-One, and with DoRA. On desc the rate that is DoRA's best
@@ -36,7 +35,7 @@ def section(file: Path) -> str:
 def _of_task(rows: Sequence[Row], task: str) -> list[list[str]]:
     """A line for each contender at its best rate, and for other rates that have several seeds."""
     of_task = select(rows, task=task, rank=8)
-    best = {name: summarize(of_task, task, name, 8, None) for name in CONTENDERS}
+    best = {name: at_best_rate(of_task, task, name, 8) for name in CONTENDERS}
     ours = best[OURS]
     lines = []
     for name, summary in best.items():
@@ -55,7 +54,7 @@ def _of_task(rows: Sequence[Row], task: str) -> list[list[str]]:
                     with_interval(interval([row["score"] for row in at_rate]), 100),
                     "" if lead is None else signed(lead),
                     with_interval(interval([row["test_loss"] for row in at_rate]), 1, 3),
-                    with_interval(interval([sum(row["losses"][:FIRST]) / FIRST for row in at_rate]), 1, 2),
+                    with_interval(interval([first_loss(row) for row in at_rate]), 1, 2),
                     f"{sum(row['seconds_train'] for row in at_rate) / len(at_rate):.1f}",
                 ]
             )

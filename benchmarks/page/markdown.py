@@ -16,3 +16,14 @@ def with_interval(found: Interval, scale: float = 1.0, digits: int = 1, sign: st
     """mean ± half width; the mean alone of a single run."""
     mean = f"{scale * found.mean:{sign}.{digits}f}"
     return mean if math.isnan(found.half) else f"{mean} ± {scale * found.half:.{digits}f}"
+
+
+def signed(difference: Interval, scale: float = 100.0, digits: int = 1) -> str:
+    """A difference, in points unless another scale is given; bold where its interval leaves out 0."""
+    text = with_interval(difference, scale, digits, "+")
+    return f"**{text}**" if abs(difference.mean) > difference.half else text
+
+
+def score_name(task: str) -> str:
+    """What the score of a task is the share of."""
+    return "accuracy" if task.startswith("minilm") else "exact match"

@@ -28,6 +28,7 @@ import torch
 from . import protocol, stale
 from .contenders import ABLATIONS, CONTENDERS
 from .plan import CELLS, ablate
+from .results import ABLATIONS as ABLATED
 from .results import RESULT, Key, Row, add_row, key_of, read_rows
 from .run import run
 from .task import Task
@@ -90,8 +91,8 @@ def make(task: Task, key: Key, result: Path) -> list[Row]:
     """Make a run and write it down. Returns all rows."""
     began = time.perf_counter()
     contender = (CONTENDERS if key.group == "main" else ABLATIONS[key.group])[key.contender]
-    on = {key.seed in protocol.CHOICE_SEEDS: ["valid"], key.seed in protocol.TEST_SEEDS: ["fresh"]}
-    measured = run(task, contender, key.rank, key.rate, key.seed, ["test"] if key.group != "main" else on[True])
+    on = "fresh" if key.group != "main" or key.seed in protocol.TEST_SEEDS else "valid"
+    measured = run(task, contender, key.rank, key.rate, key.seed, [on])
     if "valid_loss" in measured:
         measured["losses"] = measured["losses"][:KEPT_OF_CHOICE]
     made_with = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
@@ -112,9 +113,8 @@ def main() -> None:
         rows = read_rows(options.result)
         for name in options.tasks or TASKS:
             for key in ablate(rows, name, options.ablate, options.seeds):
-                if key not in set(map(key_of, rows)):
-                    task = tasks.setdefault(name, TASKS[name]())
-                    rows[:] = make(task, key, options.result)
+                if key not in set(map(key_of, read_rows(ABLATED))):
+                    make(tasks.setdefault(name, TASKS[name]()), key, ABLATED)
     for cell in cells(options):
         with taken(options.result, cell) as mine:
             rows = read_rows(options.result)

@@ -210,7 +210,6 @@ MAIN = tuple(CONTENDERS)
 ATTENTION = r".*\.(q_proj|k_proj|v_proj|o_proj)"
 # One factor at a time, at LoRA-One's own best rate of the main table.
 ABLATIONS: dict[str, dict[str, Contender]] = {
-    "passes": {"one pass": CONTENDERS["LoRA-One"]},
     "init batches": {str(count): Contender(lora_one_start(count)) for count in (1, 8, 64)},
     "gamma": {f"{gamma:g}": Contender(lora_one_start(gamma=gamma)) for gamma in (4.0, 16.0, 64.0, 128.0, 512.0)},
     "reg": {

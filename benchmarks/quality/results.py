@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import scipy.stats
+
 RESULT = Path(__file__).parents[1] / "results" / "quality.json"
-LADDER = tuple(float(f"{digit}e{power}") for power in range(-6, 1) for digit in (1, 2, 5))
-# Student's t, 97.5 %, by degrees of freedom.
-T_975 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+ABLATIONS = RESULT.with_name("ablations.json")
 Row = dict[str, Any]
 
 
@@ -27,7 +27,7 @@ class Key(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A mean and the half width of its 95 % interval by Student's t; nan for a single value."""
+    """A mean and the half width of its interval by Student's t; nan for a single value."""
 
     mean: float
     half: float
@@ -83,27 +83,22 @@ def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
 
 
 def best_rate(rows: Sequence[Row]) -> float:
-    """The rate of the least validation loss among the runs of one contender with seed 0."""
+    """The rate of the least validation loss among the runs of one contender with seed 0: of the smaller comparisons."""
     first = select(rows, seed=0)
     return min(first, key=lambda row: _worst_if_nan(row["valid_loss"]))["rate"]
 
 
-def missing_edge(rows: Sequence[Row]) -> float | None:
-    """The rate to try next, if the best of a sweep is at its edge."""
-    rates = sorted(row["rate"] for row in select(rows, seed=0))
-    best = best_rate(rows)
-    index = LADDER.index(best)
-    if best == rates[0]:
-        return LADDER[index - 1]
-    return LADDER[index + 1] if best == rates[-1] else None
+def interval(values: Sequence[float], comparisons: int = 1) -> Interval:
+    """Mean and 95 % interval of some runs.
 
-
-def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % interval of some runs."""
+    Args:
+        comparisons: that are made; the interval is wide enough for all of them to hold at once (Bonferroni).
+    """
     count = len(values)
     if count < 2:
         return Interval(values[0], math.nan, count)
-    return Interval(statistics.mean(values), T_975[count - 1] * statistics.stdev(values) / math.sqrt(count), count)
+    quantile = float(scipy.stats.t.ppf(1.0 - 0.025 / comparisons, count - 1))
+    return Interval(statistics.mean(values), quantile * statistics.stdev(values) / math.sqrt(count), count)
 
 
 def trailing_mean(losses: Sequence[float], width: int = 10) -> list[float]:

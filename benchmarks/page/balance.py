@@ -1,0 +1,130 @@
+"""How A and B share the start: the comparison, its cause, and the preconditioner with A far from zero."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.quality.plan import INTERVENTIONS, OURS, PRECONDITIONED
+from benchmarks.quality.results import Row, interval, read_rows
+from benchmarks.quality.summary import Summary, by_protocol, paired
+
+from .comparisons import compare, correction, lead_table
+from .markdown import signed, table, with_interval
+
+PAPER, EVEN = OURS[:2]
+
+HOW = """## How A and B share the start
+
+`Config(balance=p)` leaves the start's product B0 A0 as it is and shares it otherwise: the rows of A0 are
+r^(1/2 - p) (S_i / S_1)^p / sqrt(gamma) long, B0 has the rest. p = 0.5 is the paper's form, half to each. At p = 0 all
+rows of A0 are equally long, sqrt(r / gamma), which at rank 32 is about what plain LoRA's are (0.50 and 0.58).
+"Balance 0.25, gamma 64" is between them with a larger step. The point of it is the trailing rows: at r = 32 S_32 / S_1
+is below .03 on these tasks, so that with p = 0.5 rows of A and columns of B start near zero.
+
+Points over the paper's form, each at its own rate:
+
+"""
+CAUSE = """### Why: the first steps, changed by hand
+
+If the trailing rows are lost because Adam's first steps are larger than they are, then keeping A from going far at
+first must bring back what the other balance brings, with the paper's start untouched. Each intervention has its own
+sweep of rates. *A moved*: |A - A0| / |A0| after 10 steps, mean over the layers. *Directions*: exp of the entropy of the
+singular values' shares in the whole update at the end, mean over the layers.
+
+"""
+PRECONDITIONER = """### The preconditioner, with A far from zero
+
+With rows of A near zero the r x r preconditioner (A A^T + reg I)^-1 has huge entries, one reason why it does harm under
+AdamW ([the preconditioner](preconditioner.md)). With balance 0 A A^T begins as a multiple of I. So the same question
+again, at balance 0: `before` Adam's moments as the paper writes it, at the end (`after`), or with the second moment in
+the coordinates in which P is 1 (`basis`); reg absolute, or relative to the Gram matrix's mean eigenvalue. Points over
+plain AdamW from the same start:
+
+"""
+
+
+def section(file: Path) -> str:
+    """All of it, as far as there are runs."""
+    rows = read_rows(file)
+    comparisons = compare(rows, EVEN, (PAPER,)) + compare(rows, OURS[2], (PAPER,))
+    if not comparisons:
+        return ""
+    return "\n".join(part for part in (_compared(rows), _causes(rows), _preconditioned(rows)) if part)
+
+
+def _compared(rows: Sequence[Row]) -> str:
+    parts = []
+    for name in OURS[1:]:
+        comparisons = compare(rows, name, (PAPER,))
+        if comparisons:
+            label = name.removeprefix("LoRA-One, ").capitalize()
+            parts.append(f"{label}: {correction(comparisons)}\n\n{lead_table(comparisons, (PAPER,))}")
+    return HOW + "\n".join(parts) + "\n" + _losses(rows)
+
+
+def _losses(rows: Sequence[Row]) -> str:
+    """Test losses of the two forms by task and rank: what the score cannot tell apart."""
+    lines = []
+    for comparison in compare(rows, EVEN, (PAPER,)):
+        found = by_protocol(rows, comparison.task, comparison.rank, OURS)
+        even, paper = found[EVEN], found[PAPER]
+        difference = paired(even.rows, paper.rows, "test_loss")
+        assert difference is not None
+        cells = [_rate_and(s, "test_loss") for s in (paper, even)]
+        ranks = [f"{_mean(s, 'update_rank'):.1f}" for s in (paper, even)]
+        moved = [f"{_mean(s, 'moved'):.2f}" for s in (paper, even)]
+        lines.append([f"{comparison.task}, r = {comparison.rank}", *cells, signed(difference, 1, 3), *moved, *ranks])
+    header = ["", "balance 0.5: rate, test loss", "balance 0: rate, test loss", "difference"]
+    header += ["A moved, 0.5", "A moved, 0", "directions, 0.5", "directions, 0"]
+    return (
+        "Test losses, with the rates; **bold** where a 95 % interval of the difference by seed leaves out 0, uncorrected. "
+        "*A moved* and *directions* are explained below.\n\n" + table(header, lines)
+    )
+
+
+def _rate_and(summary: Summary, measure: str) -> str:
+    return f"{summary.rate:g}: {with_interval(interval([row[measure] for row in summary.rows]), 1, 3)}"
+
+
+def _mean(summary: Summary, measure: str) -> float:
+    return sum(row[measure] for row in summary.rows) / len(summary.rows)
+
+
+def _causes(rows: Sequence[Row]) -> str:
+    names = {PAPER: "the paper's start", EVEN: "balance 0"}
+    names |= {name: f"the paper's start, {name.removeprefix(PAPER + ', ')}" for name in INTERVENTIONS}
+    lines = _against_first(rows, ("sort", "desc"), 32, names)
+    if len(lines) <= 4:
+        return ""
+    header = ["r = 32", "rate", "exact match, %", "points over the paper's", "test loss", "A moved", "directions"]
+    return CAUSE + table(header, lines)
+
+
+def _preconditioned(rows: Sequence[Row]) -> str:
+    names = {EVEN: "plain AdamW"} | {name: name.removeprefix(EVEN + ", ") for name in PRECONDITIONED}
+    lines = _against_first(rows, ("sort", "desc"), 8, names)
+    if len(lines) <= 2:
+        return ""
+    header = ["r = 8, balance 0", "rate", "exact match, %", "points over plain", "test loss", "A moved", "directions"]
+    return PRECONDITIONER + table(header, lines)
+
+
+def _against_first(rows: Sequence[Row], tasks: Sequence[str], rank: int, names: dict[str, str]) -> list[list[str]]:
+    """A line for each contender that is there, compared with the first one by seed."""
+    lines = []
+    for task in tasks:
+        found = by_protocol(rows, task, rank, tuple(names))
+        first = found.get(next(iter(names)))
+        for name, summary in found.items():
+            lead = None if first is None or summary is first else paired(summary.rows, first.rows, "score")
+            lines.append(
+                [
+                    f"{task}: {names[name]}",
+                    f"{summary.rate:g}",
+                    with_interval(summary.score, 100),
+                    "" if lead is None else signed(lead),
+                    with_interval(summary.test_loss, 1, 3),
+                    f"{_mean(summary, 'moved'):.2f}",
+                    f"{_mean(summary, 'update_rank'):.1f}",
+                ]
+            )
+    return lines
