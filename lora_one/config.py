@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .checks import check_choice, check_flag, check_integer, check_positive, check_range, check_texts, shown
+from .core.factors import BALANCE, SYMMETRIC
 from .errors import ConfigError
 
 DEFAULT_GAMMA = 128.0
@@ -17,9 +18,9 @@ DEFAULT_GAMMA = 128.0
 class Config:
     """The settings of `lora_one.init`: how LoRA is attached, and how it is started.
 
-    All arguments are keyword arguments with defaults, those of the paper's LLM runs (arXiv 2502.01235), so
-    `lora_one.Config(rank=16)` changes the rank alone. Values are checked on construction, and an instance cannot be
-    changed afterwards. In the formulas G = dL/dW, (out, in), is the gradient of a layer's weight and U diag(S) V^T the
+    All arguments are keyword arguments with defaults, those of the paper's LLM runs (arXiv 2502.01235) but for
+    `balance`, so `lora_one.Config(rank=16)` changes the rank alone. Values are checked on construction, and an instance
+    cannot be changed afterwards. In the formulas G = dL/dW, (out, in), is the gradient of a layer's weight and U diag(S) V^T the
     SVD of -G.
 
     Attributes:
@@ -39,10 +40,10 @@ class Config:
         gamma: float > 0 or "auto", default 128. Divides the step of scale="normalized": the larger, the smaller the
             step. "auto" starts from 128 and raises it as long as the initialised model's loss on the init batches is
             above the base model's.
-        balance: float from 0 to 0.5, default 0.5. How A and B share the start: with p for it, the rows of A are
-            r^(1/2 - p) (S_i / S_1)^p / sqrt(gamma) long, and B has the rest, so that B A is the same for every p. 0.5
-            is the paper's form, half to each. At 0 all rows of A are equally long, sqrt(r / gamma), and B has the
-            singular values.
+        balance: float from 0 to 0.5, default 0. How A and B share the start: with p for it, the rows of A are
+            r^(1/2 - p) (S_i / S_1)^p / sqrt(gamma) long, and B has the rest, so that B A is the same for every p. At 0
+            all rows of A are equally long, and B has the singular values. 0.5 is the paper's form, half to each: there
+            Adam's first steps swamp the short rows of high ranks. See docs/evidence/quality.md.
         eta: float > 0, default 1. The step size of scale="gradient", in units of a learning rate.
         targets: the layers that get LoRA, default "all-linear": every linear layer except the output layer, and on
             PyTorch and MLX except gates with one output. Or a sequence of module names, or a regular expression that
@@ -87,7 +88,7 @@ class Config:
     rank_max: int | None = None
     scale: Literal["normalized", "gradient"] = "normalized"
     gamma: float | Literal["auto"] = DEFAULT_GAMMA
-    balance: float = 0.5
+    balance: float = BALANCE
     eta: float = 1.0
     targets: str | Sequence[str] = "all-linear"
     modules_to_save: Sequence[str] = ()
@@ -165,4 +166,4 @@ class Config:
         unknown = sorted(set(values) - set(names))
         if unknown:
             raise ConfigError(f"unknown settings {', '.join(unknown)}; known are {', '.join(names)}")
-        return cls(**values)
+        return cls(**{"balance": SYMMETRIC, **values})  # what does not tell its balance is older than the setting

@@ -80,7 +80,7 @@ def test_numpy_in_float64_makes_the_same_start_of_a_frameworks_gradients(dtype, 
         state = start_state(ops, pair)
         for step in steps[:START_STEPS]:
             gradient = Factors(*(x.astype(np.float64) for x in step.gradients[name]))
-            expected, state = start_step(ops, pair, gradient, state, JOB.config.first_gamma)
+            expected, state = start_step(ops, pair, gradient, state, JOB.config.first_gamma, JOB.config.balance)
             pair = Factors(
                 *(x.astype(np.float64) for x in step.factors[name])
             )  # the gradients that follow are at these

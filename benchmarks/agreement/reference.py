@@ -43,7 +43,7 @@ def _start(record: Record, job: Job, layer: str) -> Record:
         state = read_both_sides(_OPS, state, products)
     spectrum = finish_fold(_OPS, state, config.rank)
     found[f"singular values/{layer}"] = spectrum.s
-    found[f"A0/{layer}"], found[f"B0/{layer}"] = normalized_factors(_OPS, spectrum, config.first_gamma)
+    found[f"A0/{layer}"], found[f"B0/{layer}"] = normalized_factors(_OPS, spectrum, config.first_gamma, config.balance)
     return found
 
 

@@ -76,8 +76,8 @@ def _losses(rows: Sequence[Row]) -> str:
     header = ["", "balance 0.5: rate, test loss", "balance 0: rate, test loss", "difference"]
     header += ["A moved, 0.5", "A moved, 0", "directions, 0.5", "directions, 0"]
     return (
-        "Test losses, with the rates; **bold** where a 95 % interval of the difference by seed leaves out 0, uncorrected. "
-        "*A moved* and *directions* are explained below.\n\n" + table(header, lines)
+        "Test losses, with the rates; **bold** where a 95 % interval of the difference by seed leaves out 0, "
+        "uncorrected. *A moved* and *directions* are explained below.\n\n" + table(header, lines)
     )
 
 

@@ -42,6 +42,7 @@ def _quality(rows: Sequence[Row], alone: float) -> str:
         return ""
     return (
         "\nAnd what comes of it (`python -m benchmarks.quality --tasks minilm minilm-random --only LoRA LoRA-One`), "
-        "made before the protocol above, each at its best rate of 1, 2, 5, ... at one seed. The fitted head alone, before any training of the encoder, is right in "
+        "made before the protocol above, each at its best rate of 1, 2, 5, ... at one seed, "
+        "with balance 0.5. The fitted head alone, before any training of the encoder, is right in "
         f"{100 * alone:.1f} %.\n\n" + table(["", "rate", "seeds", "accuracy, %", "test loss"], lines)
     )

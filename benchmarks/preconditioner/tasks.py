@@ -63,7 +63,7 @@ class LlamaTask(Task):
         self._train = [encode(tokenizer, example) for example in train]
         self._held_out = self._tuner.batches([encode(tokenizer, example) for example in self._test], 128)
         batches = self._tuner.batches(self._train[seed * 256 : (seed + 1) * 256], 32)
-        config = lora_one.Config(rank=rank, seed=seed)
+        config = lora_one.Config(rank=rank, seed=seed, balance=0.5)
         self.model, _ = lora_one.init(self._tuner.model, batches, self._tuner.loss_fn, config)
         self._tuner.model = self.model
         self._seed, self._batch_size = seed, batch_size
@@ -107,7 +107,7 @@ class RegressionTask(Task):
             x = torch.randn(512 + 2048, n, generator=generator)
             y = teacher(x)
         self._train, self._held_out = (x[:512], y[:512]), (x[512:], y[512:])
-        config = lora_one.Config(rank=rank, seed=seed, targets=r"0")
+        config = lora_one.Config(rank=rank, seed=seed, balance=0.5, targets=r"0")
         if name in ("linear", "relu"):
             eta = (2.0 if name == "relu" else 1.0) * rank**0.5 / config.alpha  # scaling * eta is the step
             config = replace(config, scale="gradient", eta=eta)

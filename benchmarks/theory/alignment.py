@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from lora_one.core.alignment import principal_sines
 from lora_one.core.exact import exact_spectrum
-from lora_one.core.factors import gradient_factors
+from lora_one.core.factors import SYMMETRIC, gradient_factors
 from lora_one.core.ops import Array, Ops
 
 from .arrays import Arrays
@@ -30,7 +30,7 @@ def measure(arrays: Arrays, steps: int = 1500, every: int = 10, seed: int = 0) -
     spectrum = exact_spectrum(ops, problem.gradient(arrays.of(np.zeros((N, N)))), RANK)
     directions = ops.matrix_transpose(spectrum.vt[:TARGET_RANK])  # (in, 4)
     starts = {f"LoRA, variance {v:g}": plain_pair(arrays, N, N, RANK, v, seed) for v in VARIANCES}
-    starts["LoRA-One"] = gradient_factors(ops, spectrum, 1.0)
+    starts["LoRA-One"] = gradient_factors(ops, spectrum, 1.0, SYMMETRIC)
     found: dict[str, Any] = {name: {"step": [], "risk": [], "angle": []} for name in starts}
     path = descend(ops, problem, together(ops, starts.values()), 1 / 64, None, steps)
     for step, (pairs, shifts) in enumerate(path):

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lora_one.core.exact import exact_spectrum
-from lora_one.core.factors import gradient_factors
+from lora_one.core.factors import SYMMETRIC, gradient_factors
 
 from .arrays import Arrays
 from .problem import Linear, descend, plain_pair, together
@@ -29,7 +29,7 @@ def measure(arrays: Arrays, steps: int = 1500, every: int = 10, seed: int = 1) -
     problem = Linear(arrays, BETA, 4, seed)
     spectrum = exact_spectrum(ops, problem.gradient(arrays.of(np.zeros((1, 2)))), 1)
     starts = [plain_pair(arrays, 1, 2, 1, 1.0, seed) for seed in range(STARTS)]
-    pairs = together(ops, [*starts, gradient_factors(ops, spectrum, 1.0)])
+    pairs = together(ops, [*starts, gradient_factors(ops, spectrum, 1.0, SYMMETRIC)])
     points, risks = [], []
     for step, (pair, shift) in enumerate(descend(ops, problem, pairs, 0.05, None, steps)):
         if step % every == 0:

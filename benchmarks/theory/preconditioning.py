@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lora_one.core.exact import exact_spectrum
-from lora_one.core.factors import Factors, gradient_factors, normalized_factors
+from lora_one.core.factors import SYMMETRIC, Factors, gradient_factors, normalized_factors
 
 from .arrays import Arrays
 from .problem import Linear, descend, low_rank, product
@@ -53,8 +53,8 @@ def starts(arrays: Arrays, problem: Linear) -> dict[str, tuple[Factors, Any]]:
     lora_one = Factors(more.vt[:RANK], more.u[:, :RANK])
     lora_ga = Factors(more.vt[:RANK], more.u[:, RANK:])  # its default, "ArB2r"
     return {
-        "spectral": (gradient_factors(ops, spectrum, 1.0), 0.0),
-        "LoRA-One, gamma = 128": (normalized_factors(ops, spectrum, 128.0), 0.0),
+        "spectral": (gradient_factors(ops, spectrum, 1.0, SYMMETRIC), 0.0),
+        "LoRA-One, gamma = 128": (normalized_factors(ops, spectrum, 128.0, SYMMETRIC), 0.0),
         "LoRA-One's vectors, base corrected": (lora_one, -product(ops, lora_one)),
         "LoRA-GA's vectors, base corrected": (lora_ga, -product(ops, lora_ga)),
     }
@@ -68,7 +68,7 @@ def contraction(arrays: Arrays, kappa: float, reg: float | None, seed: int, step
     target = low_rank(N, N, np.array([1.0, 1.0, 1.0 / kappa, 1.0 / kappa]), seed)
     problem = Linear(arrays, target, 1600, seed)
     spectrum = exact_spectrum(arrays.ops, problem.gradient(arrays.of(np.zeros((N, N)))), RANK)
-    start = gradient_factors(arrays.ops, spectrum, 1.0)
+    start = gradient_factors(arrays.ops, spectrum, 1.0, SYMMETRIC)
     errors: list[float] = []
     for _, shift in descend(arrays.ops, problem, start, LEARNING_RATE, reg, steps):
         errors.append(float(arrays.norm(shift - problem.target)) / float(np.linalg.norm(target)))

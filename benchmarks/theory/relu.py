@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lora_one.core.exact import exact_spectrum
-from lora_one.core.factors import gradient_factors
+from lora_one.core.factors import SYMMETRIC, gradient_factors
 
 from .arrays import Arrays
 from .problem import Relu, descend, low_rank, plain_pair
@@ -25,7 +25,7 @@ def measure(arrays: Arrays, steps: int = 150, seed: int = 0) -> dict[str, list[f
     spectrum = exact_spectrum(arrays.ops, problem.gradient(arrays.of(np.zeros((N, N)))), RANK)
     starts = {
         "LoRA": plain_pair(arrays, N, N, RANK, 1 / (3 * N), seed),
-        "LoRA-One": gradient_factors(arrays.ops, spectrum, 2.0),
+        "LoRA-One": gradient_factors(arrays.ops, spectrum, 2.0, SYMMETRIC),
     }
     return {
         name + label: [float(problem.risk(shift)) for _, shift in descend(arrays.ops, problem, pair, 1.0, reg, steps)]

@@ -5,7 +5,7 @@ With scale c and G_t = dL/dW, (out, in), of step t, the gradients of a LoRA pair
     gB = c G_t A^T        gA = c B^T G_t
 
 so a step reads G_t in whatever directions the factors have. Plain LoRA's B is zero and its A random: step 1 reads
-G_1 V, with V the directions of A's rows. LoRA-One's start of what this says, A = -diag(q) V^T and B = U diag(q), is set
+G_1 V, with V the directions of A's rows. LoRA-One's start of what this says, A = -diag(a) V^T and B = U diag(b), is set
 at once. From then on each step reads both sides, G_t V and U^T G_t. They are added to a running SVD of rank r, whose
 singular vectors make the next factors. After a few steps AdamW takes over.
 
@@ -22,7 +22,7 @@ import math
 from typing import NamedTuple
 
 from .arrays import diagonal, largest_entry, nonzero, sum_of_squares
-from .factors import SYMMETRIC, Factors, lengths, normalized_factors
+from .factors import BALANCE, Factors, lengths, normalized_factors
 from .ops import Array, Ops
 from .sides import Products
 from .spectrum import fully_seen, of_descent
@@ -48,7 +48,7 @@ def start_state(ops: Ops, pair: Factors) -> StartState:
 
 
 def start_step(
-    ops: Ops, pair: Factors, gradient: Factors, state: StartState, gamma: float, balance: float = SYMMETRIC
+    ops: Ops, pair: Factors, gradient: Factors, state: StartState, gamma: float, balance: float = BALANCE
 ) -> tuple[Factors, StartState]:
     """Return the pair and the state after a gradient.
 

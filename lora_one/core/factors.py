@@ -6,7 +6,9 @@ from typing import NamedTuple
 from .ops import Array, Ops
 from .spectrum import Spectrum
 
-SYMMETRIC = 0.5  # the paper's balance
+SYMMETRIC = 0.5  # the balance of the paper, half to each factor
+EVEN = 0.0  # all rows of A0 equally long
+BALANCE = EVEN  # the default: docs/evidence/quality.md has why it is not the paper's
 
 
 class Factors(NamedTuple):
@@ -39,12 +41,12 @@ def lengths(ratios: Array, balance: float) -> Lengths:
     return Lengths(unequal * ratios**balance, ratios ** (1.0 - balance) / unequal)
 
 
-def normalized_factors(ops: Ops, spectrum: Spectrum, gamma: float, balance: float = SYMMETRIC) -> Factors:
-    """B0 A0 = U diag(S / S_1) V^T / gamma; by default B0 = U diag(q) / sqrt(gamma) and A0 = diag(q) V^T / sqrt(gamma).
+def normalized_factors(ops: Ops, spectrum: Spectrum, gamma: float, balance: float = BALANCE) -> Factors:
+    """B0 A0 = U diag(S / S_1) V^T / gamma; at balance 1/2 B0 = U diag(q) / sqrt(gamma), A0 = diag(q) V^T / sqrt(gamma).
 
     Here q_i = sqrt(S_i / S_1). So scaling * B0 A0 is one step of spectral norm scaling / gamma along the best rank-r
     part of -G. It does not depend on the scale of the gradient. (LoRA-One, arXiv 2502.01235: the initialisation of its
-    Algorithm 1, in the form that the paper's LLM experiments run.)
+    Algorithm 1, in the form that the paper's LLM experiments run, at balance 1/2.)
 
     Args:
         spectrum: the spectrum of -G, with S_1 > 0.
@@ -56,11 +58,10 @@ def normalized_factors(ops: Ops, spectrum: Spectrum, gamma: float, balance: floa
     return _of_lengths(spectrum, lengths(spectrum.s / spectrum.s[..., :1], balance), 1.0 / math.sqrt(gamma))
 
 
-def gradient_factors(ops: Ops, spectrum: Spectrum, eta: float, balance: float = SYMMETRIC) -> Factors:
-    """B0 = sqrt(eta) U diag(sqrt(S)), A0 = sqrt(eta) diag(sqrt(S)) V^T: the form of the paper's theory.
+def gradient_factors(ops: Ops, spectrum: Spectrum, eta: float, balance: float = BALANCE) -> Factors:
+    """B0 A0 = -eta * (best rank-r part of G): one step of gradient descent at learning rate eta.
 
-    Then B0 A0 = -eta * (best rank-r part of G): one step of gradient descent at learning rate eta. Another `balance`
-    shares S otherwise, for the same product.
+    At balance 1/2 B0 = sqrt(eta) U diag(sqrt(S)) and A0 = sqrt(eta) diag(sqrt(S)) V^T, the form of the paper's theory.
     """
     largest = spectrum.s[..., :1]
     return _of_lengths(spectrum, lengths(spectrum.s / largest, balance), ops.sqrt(largest) * math.sqrt(eta))
