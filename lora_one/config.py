@@ -20,8 +20,8 @@ class Config:
 
     All arguments are keyword arguments with defaults, those of the paper's LLM runs (arXiv 2502.01235) but for
     `balance`, so `lora_one.Config(rank=16)` changes the rank alone. Values are checked on construction, and an instance
-    cannot be changed afterwards. In the formulas G = dL/dW, (out, in), is the gradient of a layer's weight and U diag(S) V^T the
-    SVD of -G.
+    cannot be changed afterwards. In the formulas G = dL/dW, (out, in), is the gradient of a layer's weight and
+    U diag(S) V^T the SVD of -G.
 
     Attributes:
         rank: int >= 1, default 8. The number r of columns of lora_B and rows of lora_A, of every LoRA pair; their mean

@@ -73,10 +73,15 @@ def lead_table(comparisons: Sequence[Comparison], others: Sequence[str]) -> str:
 
 
 def counted(comparisons: Sequence[Comparison]) -> str:
-    """How many of them are ahead, level and behind."""
-    verdicts = [c.verdict for c in comparisons]
-    parts = [f"{verdicts.count(verdict)} {verdict}" for verdict in ("ahead", "level", "behind")]
-    return f"{', '.join(parts)} (of {len(verdicts)})"
+    """In how many of them it is ahead, level and behind."""
+    verdicts = {verdict: [c for c in comparisons if c.verdict == verdict] for verdict in ("ahead", "level", "behind")}
+    parts = [f"{verdict} in {len(found)}" for verdict, found in verdicts.items()]
+    return f"{', '.join(parts)} of {len(comparisons)}"
+
+
+def named(comparisons: Sequence[Comparison], verdict: str) -> str:
+    """Where it has a verdict."""
+    return ", ".join(f"{c.task} at rank {c.rank}" for c in comparisons if c.verdict == verdict) or "nowhere"
 
 
 def correction(comparisons: Sequence[Comparison]) -> str:

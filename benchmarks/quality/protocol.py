@@ -80,5 +80,6 @@ def _around(rate: float) -> list[float]:
 
 def _begin(rows: Sequence[Row], first: float) -> float:
     """The best of what one seed has been run at, or `first`."""
-    tried = [row for row in rows if row["seed"] in CHOICE_SEEDS and math.isfinite(row["valid_loss"])]
+    tried = [row for row in rows if row["seed"] in CHOICE_SEEDS and row["rate"] in LADDER]
+    tried = [row for row in tried if math.isfinite(row["valid_loss"])]
     return min(tried, key=lambda row: row["valid_loss"])["rate"] if tried else first

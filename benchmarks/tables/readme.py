@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from benchmarks.page.markdown import table, with_interval
-from benchmarks.page.quality import signed, summaries
+from benchmarks.page.comparisons import compare
+from benchmarks.page.markdown import table
+from benchmarks.quality.plan import TODAY
 from benchmarks.quality.results import read_rows
-from benchmarks.quality.summary import paired
+from benchmarks.quality.summary import by_protocol
 
 FEATURES = Path(__file__).parents[2] / "docs" / "features.md"
 TASKS = {
@@ -27,17 +28,23 @@ COLUMNS = {  # a feature of that page -> how the README calls it
 }
 
 
+COMPARED = ("LoRA", "LoRA-One", "by seed")
+
+
 def results() -> str:
-    """LoRA and LoRA-One at rank 8, each at its best rate, and their difference by seed."""
+    """LoRA and LoRA-One at ranks 8 and 32, each at its own rate, and their difference by seed."""
     rows = read_rows()
+    comparisons = {(c.task, c.rank): c for c in compare(rows, TODAY, ("LoRA",))}
     lines = []
     for task, title in TASKS.items():
-        found = {summary.name: summary for summary in summaries(rows, task, 8)}
-        lora, ours = found["LoRA"], found["LoRA-One"]
-        lead = paired(ours.rows, lora.rows, "score")
-        scores = [with_interval(summary.score, 100) for summary in (lora, ours)]
-        lines.append([title, *scores, "" if lead is None else signed(lead)])
-    return _compact(table(["% right, rank 8", "LoRA", "LoRA-One", "difference by seed"], lines))
+        cells = []
+        for rank in (8, 32):
+            found = by_protocol(rows, task, rank, ("LoRA", TODAY))
+            scores = [f"{100 * found[name].score.mean:.1f}" if name in found else "" for name in ("LoRA", TODAY)]
+            cells += [*scores, comparisons[task, rank].cell if (task, rank) in comparisons else ""]
+        if any(cells):
+            lines.append([title, *cells])
+    return _compact(table(["% right", *(f"{name}, rank {rank}" for rank in (8, 32) for name in COMPARED)], lines))
 
 
 def features() -> str:

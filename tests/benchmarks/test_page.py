@@ -2,10 +2,16 @@
 
 import re
 
+import numpy as np
+import pytest
+import scipy.stats
+
 from benchmarks.page import PAGE, make_page
+from benchmarks.page.comparisons import compare, counted, named
 from benchmarks.page.markdown import table, with_interval
+from benchmarks.quality.plan import INTERVENTIONS, OURS, PEERS, TODAY
 from benchmarks.quality.results import Interval, write_rows
-from tests.benchmarks.test_quality import row
+from tests.benchmarks.test_quality import cell, row
 
 
 def test_the_committed_page_is_the_generated_one():
@@ -25,19 +31,57 @@ def test_without_results_there_is_an_introduction_and_nothing_else(tmp_path):
 
 def test_numbers_of_made_up_rows(tmp_path):
     """Two contenders whose table can be worked out by hand."""
-    rows = []
-    for contender, level, losses in (("LoRA", 0.4, [3.0] * 80 + [1.0] * 20), ("LoRA-One", 0.5, [1.0] * 100)):
-        for rate in (1e-3, 2e-3, 5e-3):
-            rows.append(row(rate, 0, abs(rate - 2e-3), contender, losses, score=level, test_loss=0.25))
-        rows.append(row(2e-3, 1, 0.0, contender, losses, score=level + 0.1, test_loss=0.25))
+    falls = [3.0] * 80 + [1.0] * 20
+    rows = cell("LoRA", 2e-3, (0.4, 0.5), falls, test_loss=0.25)
+    rows += cell(TODAY, 3e-3, (0.5, 0.6), [1.0] * 100, test_loss=0.25)
     write_rows(rows, tmp_path / "quality.json")
     page = make_page(tmp_path)
-    # mean of 40 and 50, t(1) 12.706 x 7.071 / sqrt(2) = 63.5
-    assert "| LoRA | 0.002 | 2 | 45.0 ± 63.5 | 0.250 ± 0.000 | 3.00 ± 0.00 | 100 | 3.0 | 1.0 + 2.0 |" in page
+    # five times 40 and 50: mean 45, standard deviation 5 sqrt(10 / 9), t(9) 2.262 x 5.27 / sqrt(10) = 3.8
+    assert "| LoRA | 0.002 | 45.0 ± 3.8 | 0.250 ± 0.000 | 3.00 ± 0.00 | 100 | 3.0 | 1.0 + 2.0 |" in page
     # LoRA-One is at LoRA's final loss of 1.0 as soon as there are ten losses to average
-    assert "| LoRA-One | 0.002 | 2 | 55.0 ± 63.5 | 0.250 ± 0.000 | 1.00 ± 0.00 | 10 (10.0x) | 1.2 | 1.0 + 2.0 |" in page
-    assert "| sort, r = 8 | **+10.0 ± 0.0** |" in page
-    assert "| LoRA-One | 3 rates, 2 seeds | not run | not run | not run | not run |" in page
+    ours = f"{TODAY} (default) | 0.003 | 55.0 ± 3.8 | 0.250 ± 0.000 | 1.00 ± 0.00 | 10 (10.0x) | 1.2 | 1.0 + 2.0 |"
+    assert ours in page
+    assert "| sort, r = 8 | **+10.0 ± 0.0** |" in page and "1 comparisons, paired by seed" in page
+    assert "LoRA-One is ahead in 1, level in 0, behind in 0 of 1 cells" in page
+    assert "| LoRA | 3.000 | 2.000 | **1.000** | 2.000 | 3.000 |  |" in page  # the sweep
+    assert f"{len(rows)} runs, " in page
+
+
+def test_a_lead_is_bold_only_if_it_holds_for_all_comparisons_of_the_table(tmp_path):
+    """Leads by seed of 1, 2, 3, ..., 10 points less a shift, over five peers: what one alone would show is italic."""
+    by_seed = [0.5 + 0.01 * i for i in range(10)]  # mean 0.545, standard deviation 0.0303: t(9) gives 2.17 points
+    rows = cell(TODAY, 2e-3, by_seed)
+    for peer, level in zip(PEERS, (0.5, 0.52, 0.544, 0.57, 0.6), strict=True):
+        rows += cell(peer, 2e-3, (level,))
+    comparisons = compare(rows, TODAY, PEERS)
+    assert [c.verdict for c in comparisons] == ["ahead", "level", "level", "level", "behind"]
+    assert [c.cell for c in comparisons] == [
+        "**+4.5 ± 2.2**",
+        "*+2.5 ± 2.2*",
+        "+0.1 ± 2.2",
+        "*-2.5 ± 2.2*",
+        "**-5.5 ± 2.2**",
+    ]
+    wide = scipy.stats.t.ppf(1 - 0.025 / 5, 9) * np.std(by_seed, ddof=1) / 10**0.5
+    assert comparisons[0].corrected.half == pytest.approx(wide)
+    assert counted(comparisons) == "ahead in 1, level in 3, behind in 1 of 5"
+    assert named(comparisons, "behind") == "sort at rank 8"
+
+
+def test_the_balances_are_compared_with_the_papers(tmp_path):
+    paper, even, between = OURS
+    rows = cell(paper, 2e-3, (0.5,), moved=4.0, update_rank=2.0) + cell(even, 2e-3, (0.6,), moved=0.5, update_rank=6.0)
+    rows += cell(between, 2e-3, (0.55,))
+    for name, score in zip(INTERVENTIONS, (0.51, 0.52, 0.53, 0.5), strict=True):
+        rows += [r | {"rank": 32} for r in cell(name, 2e-3, (score,))]
+    rows += [r | {"rank": 32} for r in cell(paper, 2e-3, (0.5,)) + cell(even, 2e-3, (0.6,))]
+    write_rows(rows, tmp_path / "quality.json")
+    page = make_page(tmp_path)
+    assert "Balance 0: 2 comparisons" in page and "Balance 0.25, gamma 64: 1 comparisons" in page
+    assert "| sort, r = 8 | **+10.0 ± 0.0** |" in page and "| sort, r = 8 | **+5.0 ± 0.0** |" in page
+    assert "| +0.000 ± 0.000 | 4.00 | 0.50 | 2.0 | 6.0 |" in page  # how far A moved, and the directions
+    kept = "| sort: the paper's start, A kept for 20 steps | 0.002 | 51.0 ± 0.0 | **+1.0 ± 0.0** |"
+    assert kept in page
 
 
 def test_ablations_are_compared_within_a_seed(tmp_path):
@@ -45,7 +89,7 @@ def test_ablations_are_compared_within_a_seed(tmp_path):
     ablated = {"group": "sketch", "energy": 0.9, "task": "minilm"}
     scores = {"passes 2, oversample 0": (0.5, 0.6), "exact": (0.55, 0.75)}
     rows = [row(seed=s, contender=n, score=x) | ablated for n, both in scores.items() for s, x in enumerate(both)]
-    write_rows(rows, tmp_path / "quality.json")
+    write_rows(rows, tmp_path / "ablations.json")
     page = make_page(tmp_path)
     assert "seeds | accuracy, % | test loss | loss of steps 1-20 | points over exact | seconds of the start |" in page
     assert "| passes 2, oversample 0 | 0.900 ± 0.000 | 2 | 55.0 ± 63.5 |" in page
@@ -75,16 +119,10 @@ def test_the_lead_of_lora_ones_start_for_dora_is_within_a_seed(tmp_path):
     )
 
 
-def test_what_gamma_auto_chose_is_in_its_name(tmp_path):
-    rows = [row(seed=s, contender="LoRA-One, gamma auto") | {"gamma": g} for s, g in enumerate((512.0, 128.0, 512.0))]
-    write_rows(rows, tmp_path / "quality.json")
-    assert "| LoRA-One, gamma auto: 128, 512 | 0.001 (edge) | 3 |" in make_page(tmp_path)
-
-
 def test_what_the_head_alone_can_do_is_beside_its_task(tmp_path):
-    write_rows([row() | {"task": "minilm"}], tmp_path / "quality.json")
+    write_rows([r | {"task": "minilm"} for r in cell()], tmp_path / "quality.json")
     (tmp_path / "heads.json").write_text('{"fitted_head_alone": 0.425, "overlap": {}, "rank": 8, "layers": 36}')
-    assert "\n\nThe fitted head alone, from which all go on, is right in 42.5 %.\n\n|" in make_page(tmp_path)
+    assert "The fitted head alone, from which all go on, is right in 42.5 % of the older" in make_page(tmp_path)
 
 
 def test_markdown():
