@@ -27,22 +27,23 @@ INTRODUCTION = """# Adaptation of a decoder to another kind of text
 domain. This page is made of its results by `python -m benchmarks.page`.
 
 """
-NOT_RUN = """**It has not been run on a GPU yet.** What is below is the small version, whose model is tiny. It shows
-that the command does what it says, and little about models that people fine-tune.
+NOT_RUN = """**It has not been run on a GPU yet.** What is below is the small version, whose model is tiny. It
+shows that the command does what it says, and next to nothing about models that people fine-tune.
 
 """
 HOW = """## What is done
 
 1. **Text.** Every machine has some: the sources and documentation of the Python packages installed on it. Only packages
    with permissive licences are read, by their metadata. The pack of text travels to the GPU in one compressed file.
-2. **Pretraining.** A Llama of 47M parameters, with a byte-level BPE, learns from random windows of Python. It never
+2. **Pretraining.** A Llama of 46M parameters, with a byte-level BPE, learns from random windows of Python. It never
    sees C++. The small version has a million parameters.
 3. **Adaptation.** *cpp* is the sources of another language, C and C++ from the same packages. Every token counts, so
    few held-out items tell small differences. *summaries* is a function without its docstring, to be followed by the
    docstring's first line. There only the line counts, and held-out functions are of packages of their own.
 4. **Contenders.** Full fine-tuning, LoRA, rsLoRA, LoRA+ and LoRA-GA are those of [the quality page](quality.md).
-   LoRA-One starts in one pass over its batches. *Deferred* reads none: the optimizer starts of the first steps'
-   gradients. *Balance 0* gives A orthonormal rows and leaves all of the start's scale to B.
+   LoRA-One starts in one pass over its batches. *Deferred* reads none: the optimizer makes the start of the first
+   steps' gradients, 6 to 16 of them, in which nothing else is learnt. That is much of a short run. *Balance 0* is
+   another setting of the start: all of its scale is B's.
 5. **Rates.** Each contender searches its own on the ladder 1, 1.5, 2, 3, 5, 7 times powers of ten, by the loss on
    validation items with a seed of its own. The search goes downhill, first in strides of three, and ends when both
    neighbours are worse. The small version makes strides of two alone.
@@ -201,9 +202,10 @@ def _texts(result: dict[str, Any]) -> str:
     named = "\n".join(f"* {licence}: {', '.join(sorted(names))}" for licence, names in sorted(packages.items()))
     return (
         "## The text\n\n"
-        f"The pack of these runs is {corpus['pack_bytes'] / 2**20:.1f} MiB, its digest `{corpus['digest']}`. Files are "
-        "put into parts by their names alone, and no text is in two of them. Tests, vendored and generated files are "
-        "left out. Of the packages of *summaries* the functions with a summary are taken. Sizes are kB of files.\n\n"
+        f"The pack of these runs is {corpus['pack_bytes'] / 2**20:.1f} MiB, its digest `{corpus['digest']}`. It is no "
+        "part of the repository.\nFiles are put into parts by their names alone, and no text is in two of them. Tests, "
+        "vendored and generated files are\nleft out. Of the packages of *summaries* the functions with a summary are "
+        "taken. Sizes are kB of files; *python* is the\nstandard library.\n\n"
         + table(["licence, by the metadata", "packages", "files", *sizes], lines)
         + f"\n<details><summary>The packages</summary>\n\n{named}\n\n</details>\n"
     )
@@ -214,7 +216,7 @@ def _draw(found: Sequence[Summary], path: Path) -> None:
     import numpy as np
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for number, s in enumerate(found):
         mean = np.mean([row["losses"] for row in s.rows], axis=0)  # (steps / THINNED)
@@ -224,7 +226,7 @@ def _draw(found: Sequence[Summary], path: Path) -> None:
         right.plot(s.seconds[0] + s.seconds[1] * steps / steps[-1], mean, **style)
     left.set(xlabel="step", ylabel=f"training loss, mean of {THINNED} steps and all seeds")
     right.set(xlabel="seconds, the start included")
-    left.legend(frameon=False, fontsize=8, title="at its own rate", title_fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8, title="at its own rate", title_fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.25)
     path.parent.mkdir(parents=True, exist_ok=True)

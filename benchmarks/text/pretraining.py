@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from .sizes import Size
 
 SAID_EVERY = 100  # steps
+WARM_UP = 100  # steps at most; of a short run a twentieth
 VALIDATION_WINDOWS = 64
 
 
@@ -54,7 +55,7 @@ def pretrain(
     began, step, lately, means = time.perf_counter(), 0, [], []
     model.train()
     while (progress := max(step / size.steps, (time.perf_counter() - began) / seconds)) < 1:
-        warm = min((step + 1) / (0.05 * size.steps), 1.0)
+        warm = min((step + 1) / min(0.05 * size.steps, WARM_UP), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = size.rate * warm * (0.5 + 0.5 * math.cos(math.pi * progress))
         starts = torch.randint(len(tokens) - size.context, (size.batch,), generator=generator)

@@ -4,7 +4,7 @@ import functools
 import math
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,27 +56,23 @@ def choose(setup: Setup, name: str, known: Sequence[Row], deadline: float) -> li
     """
     size, rows = SIZES[setup.size], {key_of(row): row for row in known}
 
-    def loss_at(rate: float) -> float:
-        losses = []
-        for seed in size.choice_seeds:
-            key = Key(setup.task, GROUP, name, size.rank, rate, seed)
+    def loss_at(index: int) -> float:
+        if not 0 <= index < len(LADDER):
+            return math.inf
+        keys = [Key(setup.task, GROUP, name, size.rank, LADDER[index], seed) for seed in size.choice_seeds]
+        for key in keys:
             if key not in rows:
                 if time.time() > deadline:
                     raise OutOfTime
-                measured = run(opened(setup), WHO[name], size.rank, rate, seed, ["valid"])
-                rows[key] = {**key._asdict(), "valid_loss": measured["valid_loss"]}
-                print(name, rate, seed, measured["valid_loss"], flush=True)
-            losses.append(rows[key]["valid_loss"])
-        mean = sum(losses) / len(losses)
+                rows[key] = {**key._asdict(), "valid_loss": _validation_loss(setup, key)}
+                print(name, key.rate, key.seed, rows[key]["valid_loss"], flush=True)
+        mean = sum(rows[key]["valid_loss"] for key in keys) / len(keys)
         return mean if math.isfinite(mean) else math.inf
 
-    best = LADDER.index(WHO[name].rate)
+    place = LADDER.index(WHO[name].rate)
     try:
         for stride in size.strides:
-            by_stride = {
-                k: LADDER[best + stride * k] for k in range(-best // stride + 1, (len(LADDER) - best) // stride)
-            }
-            best += stride * climb(lambda k, rates=by_stride: loss_at(rates[k]), 0)
+            place = _downhill(loss_at, place, stride)
     except OutOfTime:
         print(name, "the search for its rate is out of time", flush=True)
     except RuntimeError:  # one who fails on a device takes nobody along
@@ -84,8 +80,22 @@ def choose(setup: Setup, name: str, known: Sequence[Row], deadline: float) -> li
     return list(rows.values())
 
 
+def _downhill(loss_at: Callable[[int], float], place: int, stride: int) -> int:
+    """The place whose neighbours, a stride away, are worse."""
+    return place + stride * climb(lambda k: loss_at(place + stride * k), 0)
+
+
+def _validation_loss(setup: Setup, key: Key) -> float:
+    """nan if the run diverged so far that its factors have no singular values."""
+    try:
+        measured = run(opened(setup), WHO[key.contender], key.rank, key.rate, key.seed, ["valid"])
+    except torch.linalg.LinAlgError:
+        return math.nan
+    return float(measured["valid_loss"])
+
+
 def compare(setup: Setup, name: str, rate: float, seed: int, alone: bool, deadline: float = math.inf) -> Row | None:
-    """A run that is compared; None after the deadline.
+    """A run that is compared; None after the deadline, or if it failed.
 
     Args:
         alone: nothing else is at the device, so that its seconds may be told.
@@ -93,7 +103,11 @@ def compare(setup: Setup, name: str, rate: float, seed: int, alone: bool, deadli
     if time.time() > deadline:
         return None
     size = SIZES[setup.size]
-    measured = run(opened(setup), WHO[name], size.rank, rate, seed, ["test"])
+    try:
+        measured = run(opened(setup), WHO[name], size.rank, rate, seed, ["test"])
+    except RuntimeError:
+        traceback.print_exc()
+        return None
     losses = measured["losses"]
     means = [sum(losses[i : i + THINNED]) / len(losses[i : i + THINNED]) for i in range(0, len(losses), THINNED)]
     kept = {key: measured[key] for key in ("test_loss", "score", "parameters")}
@@ -104,10 +118,10 @@ def compare(setup: Setup, name: str, rate: float, seed: int, alone: bool, deadli
     return {**key._asdict(), **kept, "losses": [float(f"{mean:.4g}") for mean in means]}
 
 
-def warm_up(setup: Setup) -> None:
-    """A few steps, so that what a device loads at first is no part of anybody's time."""
+def warm_up(setup: Setup, names: Iterable[str]) -> None:
+    """Two steps of each, so that what a device loads at first is no part of anybody's time."""
     task, rank = opened(setup), SIZES[setup.size].rank
-    for name in WHO:
+    for name in names:
         train(task, WHO[name], rank, WHO[name].rate, 0, steps=2)
 
 

@@ -65,11 +65,11 @@ def sources() -> list[Source]:
 
 def permissive_licence(distribution: importlib.metadata.Distribution) -> str | None:
     """The licence that a package's metadata name; None if they name none, or one that is not permissive."""
-    metadata = distribution.metadata
-    named = [metadata.get("License-Expression") or ""]
-    named += [line.rsplit("::", 1)[1] for line in metadata.get_all("Classifier") or [] if line.startswith("License ::")]
-    named += [metadata.get("License") or ""]
-    named = [" ".join(name.split()) for name in named]
+    expression, classifiers, free = (
+        distribution.metadata.get_all(name) or [] for name in ("License-Expression", "Classifier", "License")
+    )
+    classified = [line.rsplit("::", 1)[1] for line in classifiers if line.startswith("License ::")]
+    named = [" ".join(name.split()) for name in (*expression, *classified, *free)]
     # The first statement that there is; a whole licence in the last field is no name of it.
     licence = next((name for name in named if name and name != "OSI Approved" and len(name) <= 200), "")
     parts = re.split(r"\s+AND\s+|\s+OR\s+", licence.upper().replace("(", "").replace(")", ""))

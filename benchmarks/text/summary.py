@@ -37,9 +37,10 @@ def validation(rows: Sequence[Row], choice_seeds: Sequence[int]) -> dict[float, 
 
 
 def chosen_rate(rows: Sequence[Row], choice_seeds: Sequence[int]) -> float | None:
-    """The rate of a contender's least mean validation loss; None if no rate has been run with all choice seeds."""
+    """The rate of a contender's least mean validation loss; None if no rate has one that is finite."""
     losses = validation(rows, choice_seeds)
-    return min(losses, key=lambda rate: losses[rate]) if losses else None
+    best = min(losses, key=lambda rate: losses[rate], default=None)
+    return best if best is not None and math.isfinite(losses[best]) else None
 
 
 def summarize(rows: Sequence[Row], task: str, choice_seeds: Sequence[int], stride: int) -> list[Summary]:

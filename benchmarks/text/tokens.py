@@ -60,12 +60,12 @@ def cpp_items(tokenizer: Tokenizer, texts: Sequence[str], size: Size, most: int)
 
 def summary_items(tokenizer: Tokenizer, pairs: Sequence[Sequence[str]], size: Size, most: int) -> list[TokenSequence]:
     """A function, cut where its summary needs the room; the summary and the end count."""
-    ask, end = tokenizer.encode(ASK).ids, tokenizer.token_to_id(END)
+    ask, end = tokenizer.encode(ASK).ids, tokenizer.encode(END).ids
     codes = tokenizer.encode_batch([code for code, _ in pairs])
     found = []
     for code, summary in zip(codes, tokenizer.encode_batch([summary for _, summary in pairs]), strict=True):
-        room = size.window - len(ask) - len(summary.ids) - 1
+        room = size.window - len(ask) - len(summary.ids) - len(end)
         if room > 0:
             prompt = code.ids[:room] + ask
-            found.append(TokenSequence([*prompt, *summary.ids, end], len(prompt)))
+            found.append(TokenSequence([*prompt, *summary.ids, *end], len(prompt)))
     return found[:most]

@@ -1,7 +1,6 @@
-"""Adaptation of a decoder: its text, its items and losses, its search for rates, and its page."""
+"""Adaptation of a decoder: its text, its items and losses, and its search for rates."""
 
 import importlib.metadata
-import json
 import math
 import re
 from dataclasses import replace
@@ -12,12 +11,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from benchmarks.page import text as page
 from benchmarks.text import corpus, pretraining, runs
 from benchmarks.text.adaptation import WHO, collate, loss_fn, make_task, token_accuracy
 from benchmarks.text.sizes import SIZES, SMOKE, SPLITS
 from benchmarks.text.sources import Source, permissive_licence
-from benchmarks.text.summary import chosen_rate, summarize
+from benchmarks.text.summary import chosen_rate
 from benchmarks.text.tokens import ASK, END, cpp_items, stream, summary_items, train_tokenizer
 from lora_one.finetune.encoding import TokenSequence
 
@@ -253,61 +251,19 @@ def test_the_search_ends_between_two_worse_rates_and_asks_for_no_run_twice(setup
     assert runs.choose(setup, "LoRA", [], 0.0) == []
 
 
+def test_a_rate_at_which_a_run_diverges_is_left_by_the_search(setup, monkeypatch):
+    def made_up_run(task, contender, rank, rate, seed, on):
+        if rate > 1e-3:
+            raise torch.linalg.LinAlgError("no singular values")
+        return {"valid_loss": -rate}
+
+    monkeypatch.setattr(runs, "run", made_up_run)
+    rows = runs.choose(setup, "LoRA", [], math.inf)  # whose first rate is 3e-3
+    assert chosen_rate(rows, TINY.choice_seeds) == 1e-3
+    assert chosen_rate([r for r in rows if r["rate"] > 1e-3], TINY.choice_seeds) is None
+
+
 def test_a_task_wants_a_batch_of_each_split(small, model):
     parts = small.parts | {"cpp/valid": small.parts["cpp/valid"][:0]}
     with pytest.raises(ValueError, match="too few items of cpp for valid"):
         make_task("cpp", replace(small, parts=parts), model, TINY, "cpu")
-
-
-def row(name, rate, seed, **measured):
-    key = {"task": "cpp", "group": "main", "contender": name, "rank": 8, "rate": rate, "seed": seed}
-    return key | measured
-
-
-def compared(name, rate, seed, loss):
-    times = {"seconds_init": 1.0, "seconds_train": 2.0}
-    return row(name, rate, seed, test_loss=loss, score=loss / 10, losses=[3.0, 2.0], **times)
-
-
-def made_up_rows():
-    """LoRA has a seed more; LoRA-One's best rate is at its edge."""
-    rows = [row("LoRA", rate, 0, valid_loss=loss) for rate, loss in ((1e-3, 3.0), (1.5e-3, 2.0), (2e-3, math.nan))]
-    rows += [row("LoRA-One", rate, 0, valid_loss=loss) for rate, loss in ((1e-3, 3.0), (1.5e-3, 2.0))]
-    rows += [compared("LoRA", 1.5e-3, 10 + i, loss) for i, loss in enumerate((1.0, 1.2, 9.0))]
-    return rows + [compared("LoRA-One", 1.5e-3, 10 + i, loss) for i, loss in enumerate((0.5, 0.5))]
-
-
-def test_contenders_are_compared_on_the_seeds_that_all_have():
-    lora, ours = summarize(made_up_rows(), "cpp", (0,), 1)
-    assert [r["seed"] for r in lora.rows] == [r["seed"] for r in ours.rows] == [10, 11]
-    assert lora.settled and not ours.settled and lora.rates == 3
-    assert lora.seconds == (1.0, 2.0)
-
-
-def test_numbers_of_made_up_rows(tmp_path):
-    result = json.loads((page.RESULTS / page.FILES["smoke"]).read_text())
-    result["pretraining"]["made_of"]["size"] |= {"choice_seeds": [0], "strides": [1]}
-    result |= {"rows": made_up_rows(), "before": {"cpp": {"test_loss": 4.0, "score": 0.05}}}
-    (tmp_path / page.FILES["smoke"]).write_text(json.dumps(result))
-    text = page.make_page(tmp_path)
-    # differences -0.5 and -0.7: t(1) 12.706 x 0.1414 / sqrt(2) = 1.271
-    assert "| before any adaptation |  |  | 4.000 |  | 5.0 |  |" in text
-    assert "| LoRA | 0.0015 | 2 | 1.100 ± 1.271 |  | 11.0 ± 12.7 | 1.0 + 2.0 |" in text
-    assert "| LoRA-One | 0.0015 (not settled) | 2 | 0.500 ± 0.000 | -0.600 ± 1.271 | 5.0 ± 0.0 | 1.0 + 2.0 |" in text
-    assert "| LoRA | 3.000 | **2.000** | diverged |" in text
-    assert page.NOT_RUN in text
-
-
-def test_the_page_says_that_there_was_no_gpu_until_there_was(tmp_path):
-    assert page.NOT_RUN in page.make_page(tmp_path)
-    result = (page.RESULTS / page.FILES["smoke"]).read_text()
-    (tmp_path / page.FILES["full"]).write_text(result)
-    assert page.NOT_RUN not in page.make_page(tmp_path)
-
-
-def test_the_committed_page_is_the_generated_one_and_its_pictures_are_there():
-    text = page.PAGE.read_text(encoding="utf-8")
-    assert text == page.make_page()
-    links = re.findall(r"\]\((?!http)([^)#]+)", text)
-    assert any(link.endswith(".png") for link in links)
-    assert [link for link in links if not (page.PAGE.parent / link).is_file()] == []
