@@ -23,7 +23,7 @@ from scipy import stats
 import lora_one
 from benchmarks import harness
 from benchmarks.energy import exact_gradients, factors_of, shares_of_best
-from benchmarks.quality.contenders import ALPHA, Contender, lora_one_start, ours
+from benchmarks.quality.contenders import Contender, lora_one_start, ours, without_data
 from benchmarks.quality.plan import RANK
 from benchmarks.quality.run import run
 from benchmarks.quality.task import Task
@@ -35,15 +35,6 @@ ITEMS = 128  # that the start from batches reads
 EXPLICIT = "from batches"
 DEFERRED: dict[str, int | str] = {"auto": "auto", "6 steps": 6, "16 steps": 16}
 TRUE_GRADIENT_ITEMS = 1024
-
-
-def without_data(task: Task, rank: int, seed: int) -> tuple[Any, Any]:
-    """The model with plain LoRA, for the optimizer to start."""
-    config = lora_one.Config(
-        rank=rank, alpha=ALPHA, targets=task.targets, modules_to_save=task.modules_to_save, seed=seed
-    )
-    model, _ = lora_one.init(task.model(), config=config)
-    return model, None
 
 
 def contenders(batch: int) -> dict[str, Contender]:

@@ -146,6 +146,14 @@ def lora_one_start(
     return start
 
 
+def without_data(task: Task, rank: int, seed: int) -> tuple[nn.Module, None]:
+    """The model with plain LoRA, for the optimizer to start of the first steps' gradients."""
+    config = lora_one.Config(
+        rank=rank, alpha=ALPHA, targets=task.targets, modules_to_save=task.modules_to_save, seed=seed
+    )
+    return lora_one.init(task.model(), config=config)[0], None
+
+
 def loraplus(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     """PEFT's: B at 16 times A's rate, as in arXiv 2402.12354."""
     return create_loraplus_optimizer(model, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=16.0, weight_decay=0.0)

@@ -1,6 +1,5 @@
 """One fine-tuning run, the same loop for every contender."""
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -41,19 +40,19 @@ def train(
     """Start and train.
 
     A seed fixes the order of the data, the batches that the start reads, and what is random in the start; contenders
-    with the same seed see the same data. Time is this process's processor time, so that a busy machine does not count.
+    with the same seed see the same data. Time is by the task's clock.
 
     Args:
         steps: stop after these; the schedule is that of the whole run all the same.
         look: is called with the started model; its time does not count.
     """
     torch.manual_seed(seed)
-    began = time.process_time()
+    began = task.clock()
     model, report = contender.start(task, rank, seed)
-    initialised = time.process_time()
+    initialised = task.clock()
     look(model)
     start, early = factors_by_layer(model), None
-    resumed = time.process_time()
+    resumed = task.clock()
     optimizer = contender.optimizer(model, rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / WARMUP, (task.steps - step) / (task.steps - WARMUP))
@@ -72,7 +71,7 @@ def train(
             early = moved(start, factors_by_layer(model))
         if step == steps:
             break
-    trained = time.process_time()
+    trained = task.clock()
     return Trained(model, report, losses, start, early, _digits(initialised - began), _digits(trained - resumed))
 
 
