@@ -237,7 +237,7 @@ def test_lora_that_somebody_else_attached_is_started_if_asked():
     run = Run(model, optimizer._start.plan.report, optimizer, case)
     run.train(0, 3)
     assert [layer.name for layer in run.report.layers] == ["up", "down"] and run.report.done
-    for a, b in map(
+    for a, b in map(float64, run.pairs):  # all rows of A are (r / gamma)^(1/2) long; B has the rest
         float64, run.pairs
     ):  # rows of A all of length (r / gamma)^(1/2); the first column of B has the rest
         np.testing.assert_allclose(a @ a.T, 4 / GAMMA * np.eye(4), atol=1e-5 / GAMMA)
