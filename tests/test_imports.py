@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "core": set(),
     "checks": {"errors"},
     "files": {"errors"},
-    "config": {"checks", "errors"},
+    "config": {"checks", "core", "errors"},  # core has the default of the balance
     "plots": {"errors", "files"},
     "progress": {"errors"},
     "report": {"checks", "config", "core", "errors", "plots"},

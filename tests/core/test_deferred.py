@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lora_one.core.deferred import LEAST_LENGTH, NOISE, StartState, settled, start_state, start_step
-from lora_one.core.factors import Factors
+from lora_one.core.factors import SYMMETRIC, Factors
 from lora_one.core.stacking import stack_of, unstacked
 from tests.arrays import ARRAYS, Arrays
 
@@ -33,7 +33,7 @@ def plain_pair(shape, rank: int = 8) -> Factors:
 
 
 def run(
-    arrays: Arrays, pair: Factors, of_weight: list[np.ndarray], factor: float = 1.0, balance: float = 0.5
+    arrays: Arrays, pair: Factors, of_weight: list[np.ndarray], factor: float = 1.0, balance: float = SYMMETRIC
 ) -> tuple[Factors, StartState]:
     """The pair after these gradients of the weight, by the chain rule."""
     ops = arrays.ops
@@ -156,7 +156,7 @@ def test_a_stack_is_its_layers():
     state = start_state(ops, pair)
     for g in (np.stack(x) for x in zip(*of_weight, strict=True)):
         gradient = Factors(pair.lora_B.swapaxes(-1, -2) @ g, g @ pair.lora_A.swapaxes(-1, -2))
-        pair, state = start_step(ops, pair, gradient, state, GAMMA)
+        pair, state = start_step(ops, pair, gradient, state, GAMMA, SYMMETRIC)
     for (expected, expected_state), got, got_state in zip(pairs, unstacked(pair, 2), unstacked(state, 2), strict=True):
         for x, y in zip((*expected, *expected_state), (*got, *got_state), strict=True):
             np.testing.assert_allclose(x, y, atol=1e-12)
@@ -174,7 +174,7 @@ def test_narrow_factors_start_within_their_rounding():
     for g in of_weight:
         wide = torch.tensor(g, dtype=torch.float32)
         gradient = Factors(pair.lora_B.float().T @ wide, wide @ pair.lora_A.float().T)
-        pair, state = start_step(ops, pair, Factors(*(x.bfloat16() for x in gradient)), state, GAMMA)
+        pair, state = start_step(ops, pair, Factors(*(x.bfloat16() for x in gradient)), state, GAMMA, SYMMETRIC)
     assert pair.lora_A.dtype == torch.bfloat16
     product = pair.lora_B.double().numpy() @ pair.lora_A.double().numpy()
     exact = expected.lora_B @ expected.lora_A

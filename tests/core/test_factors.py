@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lora_one.core.exact import exact_spectrum
-from lora_one.core.factors import gradient_factors, normalized_factors, plain_factors
+from lora_one.core.factors import SYMMETRIC, gradient_factors, normalized_factors, plain_factors
 from lora_one.core.omega import draw_omega
 from tests.arrays import best_rank, spectrum_matrix
 
@@ -18,9 +18,9 @@ def test_normalized_product_is_one_step_of_spectral_norm_one_over_gamma(arrays, 
     arrays.assert_close(product, -best_rank(G, 4) / np.linalg.norm(G, 2) / gamma)
 
 
-def test_factors_are_balanced_and_hold_the_square_roots_of_the_singular_values(arrays):
+def test_the_papers_factors_are_balanced_and_hold_the_square_roots_of_the_singular_values(arrays):
     """A A^T = B^T B = diag(S_i / S_1) / gamma: sqrt(S / S_1) as in the authors' code, not S as in their README."""
-    factors = normalized_factors(arrays.ops, exact_spectrum(arrays.ops, arrays.of(G), 4), 128.0)
+    factors = normalized_factors(arrays.ops, exact_spectrum(arrays.ops, arrays.of(G), 4), 128.0, SYMMETRIC)
     a, b = arrays.numpy(factors.lora_A), arrays.numpy(factors.lora_B)
     expected = np.diag(1.0 / np.arange(1, 5)) / 128
     arrays.assert_close(a @ a.T, expected)
@@ -37,7 +37,7 @@ def test_another_balance_has_the_same_product_and_as_much_in_the_rows_of_a_as_it
     }[scale]
     spectrum = exact_spectrum(arrays.ops, arrays.of(G), 4)
     a, b = (arrays.numpy(x) for x in make(arrays.ops, spectrum, size, balance))
-    paper_a, paper_b = (arrays.numpy(x) for x in make(arrays.ops, spectrum, size))
+    paper_a, paper_b = (arrays.numpy(x) for x in make(arrays.ops, spectrum, size, SYMMETRIC))
     arrays.assert_close(b @ a, paper_b @ paper_a)
     ratios = 1.0 / np.arange(1, 5)
     rows = 4 ** (1.0 - 2.0 * balance) * first * ratios ** (2.0 * balance)
