@@ -238,8 +238,6 @@ def test_lora_that_somebody_else_attached_is_started_if_asked():
     run.train(0, 3)
     assert [layer.name for layer in run.report.layers] == ["up", "down"] and run.report.done
     for a, b in map(float64, run.pairs):  # all rows of A are (r / gamma)^(1/2) long; B has the rest
-        float64, run.pairs
-    ):  # rows of A all of length (r / gamma)^(1/2); the first column of B has the rest
         np.testing.assert_allclose(a @ a.T, 4 / GAMMA * np.eye(4), atol=1e-5 / GAMMA)
         gram = b.T @ b
         assert gram[0, 0] == pytest.approx(1 / (4 * GAMMA), rel=1e-5)
