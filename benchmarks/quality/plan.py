@@ -23,10 +23,11 @@ def _cells(ranks: Sequence[int], tasks: Sequence[str], names: Sequence[str]) -> 
 
 CELLS = [
     *_cells([32], SHORT, (*OURS, *PEERS)),
-    *_cells([8, 4, 64, 16], SHORT, (*OURS[:2], "LoRA")),
+    *_cells([8, 4], SHORT, (*OURS[:2], "LoRA")),
     *_cells([32], LLAMA, INTERVENTIONS),
-    *_cells([8], SHORT, PEERS),
     *_cells([8], LLAMA, PRECONDITIONED),
+    *_cells([64, 16], SHORT, (*OURS[:2], "LoRA")),
+    *_cells([8], SHORT, PEERS),
     *_cells([32, 8], ["minilm"], (*OURS[:2], "LoRA")),
     *_cells([4, 64, 16], SHORT, PEERS),
     *_cells([32, 8], ["sort-long"], (*OURS[:2], *PEERS)),
