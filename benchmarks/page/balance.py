@@ -45,26 +45,21 @@ plain AdamW from the same start:
 def section(file: Path) -> str:
     """All of it, as far as there are runs."""
     rows = read_rows(file)
-    comparisons = compare(rows, EVEN, (PAPER,)) + compare(rows, OURS[2], (PAPER,))
-    if not comparisons:
+    if not compare(rows, OURS[1:], (PAPER,)):
         return ""
     return "\n".join(part for part in (_compared(rows), _causes(rows), _preconditioned(rows)) if part)
 
 
 def _compared(rows: Sequence[Row]) -> str:
-    parts = []
-    for name in OURS[1:]:
-        comparisons = compare(rows, name, (PAPER,))
-        if comparisons:
-            label = name.removeprefix("LoRA-One, ").capitalize()
-            parts.append(f"{label}: {correction(comparisons)}\n\n{lead_table(comparisons, (PAPER,))}")
-    return HOW + "\n".join(parts) + "\n" + _losses(rows)
+    comparisons = compare(rows, OURS[1:], (PAPER,))
+    columns = {name: name.removeprefix("LoRA-One, ") for name in OURS[1:]}
+    return HOW + f"{correction(comparisons)}\n\n{lead_table(comparisons, columns, 'name')}\n" + _losses(rows)
 
 
 def _losses(rows: Sequence[Row]) -> str:
     """Test losses of the two forms by task and rank: what the score cannot tell apart."""
     lines = []
-    for comparison in compare(rows, EVEN, (PAPER,)):
+    for comparison in compare(rows, (EVEN,), (PAPER,)):
         found = by_protocol(rows, comparison.task, comparison.rank, OURS)
         even, paper = found[EVEN], found[PAPER]
         difference = paired(even.rows, paper.rows, "test_loss")

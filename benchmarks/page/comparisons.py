@@ -1,13 +1,13 @@
 """One contender against others, by task and rank, with intervals for all comparisons of a table at once."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks.quality.results import Interval, Row
 from benchmarks.quality.summary import by_protocol, paired
 
-from .markdown import table, with_interval
+from .markdown import paragraph, table, with_interval
 
 RANKS = (4, 8, 16, 32, 64)
 # In the order of the page.
@@ -26,6 +26,7 @@ class Comparison(NamedTuple):
 
     task: str
     rank: int
+    name: str
     other: str
     alone: Interval  # 95 %
     corrected: Interval  # 95 % for all comparisons of the table at once
@@ -46,30 +47,36 @@ class Comparison(NamedTuple):
         return f"*{text}*" if abs(self.alone.mean) > self.alone.half else text
 
 
-def compare(rows: Sequence[Row], name: str, others: Sequence[str], tasks: Iterable[str] = TITLES) -> list[Comparison]:
-    """All comparisons whose runs are there."""
+def compare(rows: Sequence[Row], names: Sequence[str], others: Sequence[str]) -> list[Comparison]:
+    """All comparisons of `names` with `others` whose runs are there."""
     pairs = []
-    for task, rank in itertools.product(tasks, RANKS):
-        found = by_protocol(rows, task, rank, (name, *others))
-        if name in found:
-            pairs += [(task, rank, other, found[name].rows, found[other].rows) for other in others if other in found]
+    for task, rank in itertools.product(TITLES, RANKS):
+        found = by_protocol(rows, task, rank, (*names, *others))
+        for name, other in itertools.product(names, others):
+            if name in found and other in found:
+                pairs.append((task, rank, name, other, found[name].rows, found[other].rows))
     made = []
-    for task, rank, other, ours, theirs in pairs:
+    for task, rank, name, other, ours, theirs in pairs:
         alone, corrected = (paired(ours, theirs, "score", count) for count in (1, len(pairs)))
         assert alone is not None and corrected is not None  # ten seeds each
-        made.append(Comparison(task, rank, other, alone, corrected))
+        made.append(Comparison(task, rank, name, other, alone, corrected))
     return made
 
 
-def lead_table(comparisons: Sequence[Comparison], others: Sequence[str]) -> str:
-    """A line a task and rank, a column a contender that is compared with."""
-    cells = {(c.task, c.rank, c.other): c.cell for c in comparisons}
-    present = [other for other in others if any(c.other == other for c in comparisons)]
+def lead_table(comparisons: Sequence[Comparison], columns: Mapping[str, str], by: str = "other") -> str:
+    """A line a task and rank.
+
+    Args:
+        columns: contender -> the heading of its column.
+        by: "name" or "other": which of the two contenders has a column.
+    """
+    cells = {(c.task, c.rank, getattr(c, by)): c.cell for c in comparisons}
+    present = [name for name in columns if any(name == key[2] for key in cells)]
     lines = [
-        [f"{task}, r = {rank}", *(cells.get((task, rank, other), "") for other in present)]
+        [f"{task}, r = {rank}", *(cells.get((task, rank, name), "") for name in present)]
         for task, rank in dict.fromkeys((c.task, c.rank) for c in comparisons)
     ]
-    return table(["", *(f"over {other}" for other in present)], lines)
+    return table(["", *(columns[name] for name in present)], lines)
 
 
 def counted(comparisons: Sequence[Comparison]) -> str:
@@ -86,7 +93,7 @@ def named(comparisons: Sequence[Comparison], verdict: str) -> str:
 
 def correction(comparisons: Sequence[Comparison]) -> str:
     """What the marks of a table mean, and how many comparisons it makes."""
-    return (
+    return paragraph(
         f"{len(comparisons)} comparisons, paired by seed; ± is {ALONE}. **Bold**: 0 is outside of the interval that "
         "is wide enough for all of them at once (Bonferroni), so that a winner may be named. *Italic*: only outside of "
         "the one shown, as one in twenty would be by chance."

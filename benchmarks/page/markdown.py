@@ -1,6 +1,7 @@
 """Tables and numbers in Markdown."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 from benchmarks.quality.results import Interval
@@ -10,6 +11,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table; the first column is text, the others are numbers."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows]) + "\n"
+
+
+def paragraph(text: str) -> str:
+    """A text in lines of the pages' width."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def with_interval(found: Interval, scale: float = 1.0, digits: int = 1, sign: str = "") -> str:

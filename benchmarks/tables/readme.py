@@ -4,7 +4,7 @@ from pathlib import Path
 
 from benchmarks.page.comparisons import compare
 from benchmarks.page.markdown import table
-from benchmarks.quality.plan import TODAY
+from benchmarks.quality.plan import PEERS, TODAY
 from benchmarks.quality.results import read_rows
 from benchmarks.quality.summary import by_protocol
 
@@ -34,7 +34,7 @@ COMPARED = ("LoRA", "LoRA-One", "by seed")
 def results() -> str:
     """LoRA and LoRA-One at ranks 8 and 32, each at its own rate, and their difference by seed."""
     rows = read_rows()
-    comparisons = {(c.task, c.rank): c for c in compare(rows, TODAY, ("LoRA",))}
+    comparisons = {(c.task, c.rank): c for c in compare(rows, (TODAY,), PEERS) if c.other == "LoRA"}
     lines = []
     for task, title in TASKS.items():
         cells = []
