@@ -42,8 +42,8 @@ class Config:
             above the base model's.
         balance: float from 0 to 0.5, default 0. How A and B share the start: with p for it, the rows of A are
             r^(1/2 - p) (S_i / S_1)^p / sqrt(gamma) long, and B has the rest, so that B A is the same for every p. At 0
-            all rows of A are equally long, and B has the singular values. 0.5 is the paper's form, half to each: there
-            Adam's first steps swamp the short rows of high ranks. See docs/evidence/quality.md.
+            all rows of A are equally long, and B has the singular values. 0.5 is the paper's form, half to each, which
+            learnt less at ranks of 32 and more: its last rows are short. See docs/evidence/quality.md.
         eta: float > 0, default 1. The step size of scale="gradient", in units of a learning rate.
         targets: the layers that get LoRA, default "all-linear": every linear layer except the output layer, and on
             PyTorch and MLX except gates with one output. Or a sequence of module names, or a regular expression that

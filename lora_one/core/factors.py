@@ -29,9 +29,8 @@ def lengths(ratios: Array, balance: float) -> Lengths:
     """Share the ratios S_i / S_1 between A0 and B0: what the rows have, the columns do not.
 
     rows = r^(1/2 - p) (S_i / S_1)^p, columns = r^(p - 1/2) (S_i / S_1)^(1 - p), with p the balance. At p = 1/2 both are
-    sqrt(S_i / S_1), the paper's form. There the trailing rows and columns are near zero, and Adam's first steps, all
-    entries of which are about the learning rate, leave little of them. At p = 0 all rows of A0 are equally long,
-    sqrt(r): they stay, and B0, whose columns plain LoRA starts at zero, takes the singular values.
+    sqrt(S_i / S_1), the paper's form, whose last rows and columns are near zero at high ranks. At p = 0 all rows of A0
+    are equally long, sqrt(r), and B0, which plain LoRA starts at zero, takes the singular values.
 
     Args:
         ratios: (r,), descending, the first of them 1.
