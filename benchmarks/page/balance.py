@@ -1,9 +1,11 @@
 """How A and B share the start: the comparison, its cause, and the preconditioner with A far from zero."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.quality.plan import INTERVENTIONS, LLAMA, OURS, PRECONDITIONED
+from benchmarks.quality.contenders import RESTARTED
+from benchmarks.quality.plan import INTERVENTIONS, LLAMA, OURS, PRECONDITIONED, RESTARTS
 from benchmarks.quality.results import Row, interval, read_rows
 from benchmarks.quality.summary import Summary, by_protocol, paired
 
@@ -26,9 +28,10 @@ Points over the paper's form, each at its own rate:
 CAUSE = """### Why: the first steps, changed by hand
 
 If the trailing rows are lost because Adam's first steps are larger than they are, then keeping A from going far at
-first must bring back what the other balance brings, with the paper's start untouched. Each intervention has its own
-sweep of rates. *A moved*: |A - A0| / |A0| after 10 steps, mean over the layers. *Directions*: exp of the entropy of the
-singular values' shares in the whole update at the end, mean over the layers.
+first must bring back what the other balance brings, with the paper's start untouched; and what brings the points back
+must bring back directions as well. Each intervention has its own sweep of rates. *A moved*: |A - A0| / |A0| after 10
+steps, mean over the layers. *Directions*: exp of the entropy of the singular values' shares in the whole update at the
+end, mean over the layers.
 
 """
 PRECONDITIONER = """### The preconditioner, with A far from zero
@@ -87,6 +90,7 @@ def _mean(summary: Summary, measure: str) -> float:
 def _causes(rows: Sequence[Row]) -> str:
     names = {PAPER: "the paper's start", EVEN: "balance 0"}
     names |= {name: f"the paper's start, {name.removeprefix(PAPER + ', ')}" for name in INTERVENTIONS}
+    names |= {name: name.removeprefix("LoRA-One, ") for name in ("LoRA", *RESTARTS) if name not in names}
     lines = _against_first(rows, LLAMA, 32, names)
     if len(lines) <= 4:
         return ""
@@ -104,14 +108,27 @@ def _what_they_brought(rows: Sequence[Row]) -> str:
             if lead is not None and abs(lead.mean) > lead.half:
                 found[lead.mean > 0].append(f"{name.removeprefix(PAPER + ', ')} ({task})")
     ahead, behind = (", ".join(found[sign]) or "none" for sign in (True, False))
-    says = (
-        "So that Adam moves A too far at first is not the cause, or not all of it: as long as rows of A are short, what "
-        "their columns of B learn counts for little."
-        if not found[True]
-        else "So part of what another balance brings can be had in other ways."
-    )
     return paragraph(
-        f"By intervals of 95 %, uncorrected, ahead of the paper's start: {ahead}; behind it: {behind}. {says}"
+        f"By intervals of 95 %, uncorrected, ahead of the paper's start: {ahead}; behind it: {behind}. "
+        + _restarts(rows)
+    )
+
+
+def _restarts(rows: Sequence[Row]) -> str:
+    """What a restart of Adam brings each start over the same without it."""
+    brought = []
+    for task, base in itertools.product(LLAMA, ("LoRA", PAPER, EVEN)):
+        found = by_protocol(rows, task, 32, (base, f"{base}, {RESTARTED}"))
+        if len(found) == 2:
+            plain, restarted = (summary.rows for summary in found.values())
+            lead = paired(restarted, plain, "score")
+            assert lead is not None
+            brought.append(f"{base} {with_interval(lead, 100.0, 1, '+')} points ({task})")
+    if not brought:
+        return ""
+    return (
+        f"A restart when the warm-up ends brings {', '.join(brought)}: Adam then forgets the large gradients of the "
+        "first steps, which its second moments would carry for the whole of so short a run."
     )
 
 

@@ -170,6 +170,7 @@ def ours(**options: Any) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
 
 
 LOWER = 1e-3
+RESTARTED = "Adam restarted after 10 steps"
 
 CONTENDERS: dict[str, Contender] = {
     "full fine-tuning": Contender(full, LOWER, adamw),
@@ -187,8 +188,12 @@ CONTENDERS: dict[str, Contender] = {
             "A kept for 20 steps": scaled(0.0),
             "A at a tenth of the rate for 20 steps": scaled(0.1),
             "rows of A change by a tenth for 20 steps": clamped(0.1),
-            "Adam restarted after 10 steps": restart,
+            RESTARTED: restart,
         }.items()
+    },
+    **{  # whether a restart is a cure of the paper's start, or helps any
+        f"{name}, {RESTARTED}": Contender(start, optimizer=Remembering, after_step=restart)
+        for name, start in {"LoRA": lora(use_rslora=False), "LoRA-One, balance 0": lora_one_start(balance=0.0)}.items()
     },
     **{
         f"LoRA-One, balance 0, P {place}, {damping} {reg:g}": Contender(

@@ -13,6 +13,7 @@ PEERS = ("LoRA", "rsLoRA", "PiSSA", "LoRA-GA", "LoRA+")
 OURS = ("LoRA-One, balance 0.5", "LoRA-One, balance 0", "LoRA-One, balance 0.25, gamma 64")
 TODAY = f"LoRA-One, balance {Config().balance:g}"  # the default
 INTERVENTIONS = tuple(name for name in CONTENDERS if name.startswith("LoRA-One, balance 0.5, "))
+RESTARTS = tuple(name for name in CONTENDERS if name.endswith("Adam restarted after 10 steps"))
 PRECONDITIONED = tuple(name for name in CONTENDERS if name.startswith("LoRA-One, balance 0, P "))
 LLAMA, SHORT = ("sort", "desc"), ("sort", "desc", "t5")
 
@@ -24,7 +25,7 @@ def _cells(ranks: Sequence[int], tasks: Sequence[str], names: Sequence[str]) -> 
 CELLS = [
     *_cells([32], SHORT, (*OURS, *PEERS)),
     *_cells([8, 4], SHORT, (*OURS[:2], "LoRA")),
-    *_cells([32], LLAMA, INTERVENTIONS),
+    *_cells([32], LLAMA, (*INTERVENTIONS, *RESTARTS)),
     *_cells([8], LLAMA, PRECONDITIONED),
     *_cells([64, 16], SHORT, (*OURS[:2], "LoRA")),
     *_cells([8], SHORT, PEERS),
