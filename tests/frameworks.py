@@ -71,3 +71,8 @@ def opened_by_mlx_lm(base: Path, adapter: Path) -> Any:
     from mlx_lm.tuner.utils import load_adapters
 
     return load_adapters(mlx_model(base), str(adapter))
+
+
+def said_beside_bitsandbytes(stderr: str) -> list[str]:
+    """Return the lines but for what bitsandbytes logs as it is imported on a processor with AVX512-BF16."""
+    return [line for line in stderr.splitlines() if "Failed to load CPU gemm_4bit_forward" not in line]

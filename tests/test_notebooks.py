@@ -7,6 +7,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.frameworks import said_beside_bitsandbytes
+
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 NAMES = ["pytorch", "jax", "mlx"]
 
@@ -26,7 +28,8 @@ def numbers(notebook) -> dict[str, float]:
 def check(notebook) -> None:
     """LoRA-One is ahead at first, the energies are shares of a whole, and a loaded adapter computes the same."""
     assert pictures(notebook) == 2
-    assert not [output for cell in code(notebook) for output in cell.outputs if output.get("name") == "stderr"]
+    streams = (output for cell in code(notebook) for output in cell.outputs if output.get("name") == "stderr")
+    assert [line for output in streams for line in said_beside_bitsandbytes(output["text"])] == []
     values = numbers(notebook)
     assert values["early loss, LoRA-One"] < 0.9 * values["early loss, plain LoRA"]
     assert 0.7 < values["least energy"] < values["largest energy"] <= 1.0

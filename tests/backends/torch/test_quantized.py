@@ -86,5 +86,6 @@ def test_a_start_without_data_on_nf4_weights_is_that_of_core_and_training_goes_o
     run.optimizer.zero_grad()
     run.train(0, 5)
     assert run.backward(0).item() < at_start - 0.1
+    model.state_dict()  # in which bitsandbytes undoes the other layout that it keeps weights in on some processors
     for site in find_sites(model):
         assert torch.equal(site.module.get_base_layer().weight.data, before[f"{site.layer.name}.weight"])
