@@ -138,7 +138,15 @@ def _preconditioned(rows: Sequence[Row]) -> str:
     if len(lines) <= 2:
         return ""
     header = ["r = 8, balance 0", "rate", "exact match, %", "points over plain", "test loss", "A moved", "directions"]
-    return PRECONDITIONER + table(header, lines)
+    ahead = []
+    for name in PRECONDITIONED:
+        cells = [by_protocol(rows, task, 8, (EVEN, name)) for task in LLAMA]
+        leads = [paired(found[name].rows, found[EVEN].rows, "score") for found in cells if len(found) == 2]
+        if all(lead is not None and lead.mean > lead.half for lead in leads):
+            ahead.append(name.removeprefix(EVEN + ", "))
+    best = ", ".join(ahead) or "none, so `lora_one.optimizer` stays plain"
+    verdict = f"Ahead of plain AdamW on every task: {best}.\n"
+    return PRECONDITIONER + table(header, lines) + f"\n{verdict}"
 
 
 def _against_first(rows: Sequence[Row], tasks: Sequence[str], rank: int, names: dict[str, str]) -> list[list[str]]:

@@ -35,7 +35,7 @@ PEFT's own, alpha 16 (PiSSA: r), each with its paper's settings; LoRA-One is `lo
 with rsLoRA's scale and plain AdamW. Its name says the balance: 0.5 is the paper's, {TODAY.split()[-1]} the default.
 
 `python -m benchmarks.quality` makes what is missing; one cell is made again by
-`python -m benchmarks.quality --tasks sort --ranks 32 --only "LoRA-One, balance 0"`, after its rows are taken out.
+`python -m benchmarks.quality --tasks sort --ranks 32 --only "LoRA-One, balance 0" --again`.
 `--stale` begins a run of each cell anew and compares its first losses, its data and its passes with what is written
 down: what today's code no longer makes is computed, not remembered. Of older runs those that only chose a rate were
 kept, where they fit.

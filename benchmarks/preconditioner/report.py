@@ -38,8 +38,9 @@ damped:
 | basis | the second moment is that of P^1/2 g: the step is P^1/2 (P^1/2 m / sqrt(v)) |
 
 reg is absolute, as in the paper, or relative to the mean eigenvalue of each r x r Gram matrix. All runs start from
-`lora_one.init`, clip the gradient's norm at 1, and change the rate linearly after 10 steps of warm-up. Every rule has
-its own learning rate: a climb over half decades that ends below both neighbours, by held-out loss.
+`lora_one.init` with the paper's balance ([today's](quality.md#the-preconditioner-with-a-far-from-zero) was tried too),
+clip the gradient's norm at 1, and change the rate linearly after 10 steps of warm-up. Every rule has its own learning
+rate: a climb over half decades that ends below both neighbours, by held-out loss.
 
 Tasks: the embedded Llama's two (*main*: sort, *harder*: sort descending in upper case), and regression on a shift of
 rank 4 and condition number 100 in 64 x 64, linear and through a ReLU, {full.steps} full-batch steps. Regression starts

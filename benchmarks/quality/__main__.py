@@ -1,7 +1,8 @@
 """Fine-tuning quality by contender, task, rank, learning rate and seed, by the protocol of protocol.py.
 
     python -m benchmarks.quality                                   # all cells that are missing; many hours on one core
-    python -m benchmarks.quality --tasks sort --ranks 32 --only LoRA-One     # one cell
+    python -m benchmarks.quality --tasks sort --ranks 32 --only LoRA           # one cell
+    python -m benchmarks.quality --tasks sort --ranks 32 --only LoRA --again   # from the beginning
     python -m benchmarks.quality --stages ablations --tasks sort --seeds 3
     python -m benchmarks.quality --stale                           # which cells today's code no longer reproduces
     python -m benchmarks.quality --stale --forget                  # and take their runs out
@@ -29,7 +30,7 @@ from . import protocol, stale
 from .contenders import ABLATIONS, CONTENDERS
 from .plan import CELLS, ablate
 from .results import ABLATIONS as ABLATED
-from .results import RESULT, Key, Row, add_row, key_of, read_rows
+from .results import RESULT, Key, Row, add_row, key_of, read_rows, write_rows
 from .run import run
 from .task import Task
 from .tasks import TASKS
@@ -49,6 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="of ablations")
     parser.add_argument("--stale", action="store_true", help="make three steps of each cell and compare")
     parser.add_argument("--forget", action="store_true", help="take the runs of stale cells out of the file")
+    parser.add_argument("--again", action="store_true", help="take the runs of these cells out and make them anew")
     parser.add_argument("--result", type=Path, default=RESULT)
     return parser.parse_args()
 
@@ -72,6 +74,12 @@ def planned(options: argparse.Namespace, rows: list[Row], cell: tuple[str, int, 
         yield from protocol.choice(rows, task, name, rank, CONTENDERS[name].rate)
     if "test" in options.stages:
         yield from protocol.test(rows, task, name, rank)
+
+
+def without(named: list[tuple[str, int, str]], result: Path) -> None:
+    """Take the runs of these cells out of the file."""
+    rows = read_rows(result)
+    write_rows((row for row in rows if (row["task"], row["rank"], row["contender"]) not in named), result)
 
 
 @contextmanager
@@ -108,6 +116,8 @@ def main() -> None:
     if options.stale:
         stale.tell(cells(options), options.result, options.forget)
         return
+    if options.again:
+        without(cells(options), options.result)
     tasks: dict[str, Task] = {}
     if "ablations" in options.stages:
         rows = read_rows(options.result)

@@ -13,7 +13,7 @@ import torch
 from benchmarks.docstrings import ORDERS, beginnings, disordered_docstrings
 from benchmarks.preconditioner.rules import Rule
 from benchmarks.quality import protocol, stale
-from benchmarks.quality.__main__ import cells, taken
+from benchmarks.quality.__main__ import cells, taken, without
 from benchmarks.quality.contenders import CONTENDERS
 from benchmarks.quality.interventions import ByRule, Remembering
 from benchmarks.quality.plan import CELLS, INTERVENTIONS, PRECONDITIONED, TODAY
@@ -160,6 +160,13 @@ def test_two_processes_lose_no_row_of_each_other(tmp_path):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         pool.starmap(_add, [(tmp_path / "rows.json", range(0, 20)), (tmp_path / "rows.json", range(20, 40))])
     assert sorted(r["seed"] for r in read_rows(tmp_path / "rows.json")) == list(range(40))
+
+
+def test_a_cell_that_is_made_again_loses_its_runs_and_no_other_does(tmp_path):
+    write_rows(cell() + cell("PiSSA") + [row(seed=1) | {"rank": 4}], tmp_path / "rows.json")
+    without([("sort", 8, "LoRA")], tmp_path / "rows.json")
+    kept = read_rows(tmp_path / "rows.json")
+    assert Counter((r["contender"], r["rank"]) for r in kept) == {("PiSSA", 8): 25, ("LoRA", 4): 1}
 
 
 def test_a_cell_is_worked_on_by_one_process(tmp_path):
