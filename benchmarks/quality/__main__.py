@@ -61,7 +61,7 @@ def cells(options: argparse.Namespace) -> list[tuple[str, int, str]]:
         return [(task, rank, name) for task in options.tasks for rank in options.ranks for name in options.only]
     return [
         (task, rank, name)
-        for task, rank, name in CELLS
+        for task, rank, name in dict.fromkeys(CELLS)
         if task in (options.tasks or TASKS) and name in (options.only or CONTENDERS)
         if not options.ranks or rank in options.ranks
     ]
