@@ -42,7 +42,7 @@ def results() -> str:
             found = by_protocol(rows, task, rank, ("LoRA", TODAY))
             scores = [f"{100 * found[name].score.mean:.1f}" if name in found else "" for name in ("LoRA", TODAY)]
             cells += [*scores, comparisons[task, rank].cell if (task, rank) in comparisons else ""]
-        if any(cells):
+        if any((task, rank) in comparisons for rank in (8, 32)):
             lines.append([title, *cells])
     return _compact(table(["% right", *(f"{name}, rank {rank}" for rank in (8, 32) for name in COMPARED)], lines))
 
