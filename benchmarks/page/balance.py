@@ -5,14 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.quality.contenders import RESTARTED
-from benchmarks.quality.plan import INTERVENTIONS, LLAMA, OURS, PRECONDITIONED, RESTARTS
-from benchmarks.quality.results import Row, interval, read_rows
-from benchmarks.quality.summary import Summary, by_protocol, paired
+from benchmarks.quality.plan import EVEN, INTERVENTIONS, LLAMA, OURS, PAPER, PRECONDITIONED, RESTARTS
+from benchmarks.quality.results import Row, read_rows
+from benchmarks.quality.summary import by_protocol, mean, paired
 
 from .comparisons import compare, correction, lead_table
 from .markdown import paragraph, signed, table, with_interval
-
-PAPER, EVEN = OURS[:2]
 
 HOW = """## How A and B share the start
 
@@ -48,13 +46,13 @@ plain AdamW from the same start:
 def section(file: Path) -> str:
     """All of it, as far as there are runs."""
     rows = read_rows(file)
-    if not compare(rows, OURS[1:], (PAPER,)):
-        return ""
     return "\n".join(part for part in (_compared(rows), _causes(rows), _preconditioned(rows)) if part)
 
 
 def _compared(rows: Sequence[Row]) -> str:
     comparisons = compare(rows, OURS[1:], (PAPER,))
+    if not comparisons:
+        return ""
     columns = {name: name.removeprefix("LoRA-One, ") for name in OURS[1:]}
     return HOW + f"{correction(comparisons)}\n\n{lead_table(comparisons, columns, 'name')}\n" + _losses(rows)
 
@@ -67,9 +65,9 @@ def _losses(rows: Sequence[Row]) -> str:
         even, paper = found[EVEN], found[PAPER]
         difference = paired(even.rows, paper.rows, "test_loss")
         assert difference is not None
-        cells = [_rate_and(s, "test_loss") for s in (paper, even)]
-        ranks = [f"{_mean(s, 'update_rank'):.1f}" for s in (paper, even)]
-        moved = [f"{_mean(s, 'moved'):.2f}" for s in (paper, even)]
+        cells = [f"{s.rate:g}: {with_interval(s.test_loss, 1, 3)}" for s in (paper, even)]
+        ranks = [f"{mean(s.rows, 'update_rank'):.1f}" for s in (paper, even)]
+        moved = [f"{mean(s.rows, 'moved'):.2f}" for s in (paper, even)]
         lines.append([f"{comparison.task}, r = {comparison.rank}", *cells, signed(difference, 1, 3), *moved, *ranks])
     header = ["", "balance 0.5: rate, test loss", "balance 0: rate, test loss", "difference"]
     header += ["A moved, 0.5", "A moved, 0", "directions, 0.5", "directions, 0"]
@@ -77,14 +75,6 @@ def _losses(rows: Sequence[Row]) -> str:
         "Test losses, with the rates; **bold** where a 95 % interval of the difference by seed leaves out 0, "
         "uncorrected. *A moved* and *directions* are explained below.\n\n" + table(header, lines)
     )
-
-
-def _rate_and(summary: Summary, measure: str) -> str:
-    return f"{summary.rate:g}: {with_interval(interval([row[measure] for row in summary.rows]), 1, 3)}"
-
-
-def _mean(summary: Summary, measure: str) -> float:
-    return sum(row[measure] for row in summary.rows) / len(summary.rows)
 
 
 def _causes(rows: Sequence[Row]) -> str:
@@ -164,8 +154,8 @@ def _against_first(rows: Sequence[Row], tasks: Sequence[str], rank: int, names: 
                     with_interval(summary.score, 100),
                     "" if lead is None else signed(lead),
                     with_interval(summary.test_loss, 1, 3),
-                    f"{_mean(summary, 'moved'):.2f}",
-                    f"{_mean(summary, 'update_rank'):.1f}",
+                    f"{mean(summary.rows, 'moved'):.2f}",
+                    f"{mean(summary.rows, 'update_rank'):.1f}",
                 ]
             )
     return lines

@@ -5,13 +5,11 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.quality.plan import OURS, PEERS, TODAY
+from benchmarks.quality.plan import EVEN, OURS, PAPER, PEERS, TODAY
 from benchmarks.quality.results import Row, read_rows
 from benchmarks.quality.summary import Summary, by_protocol
 
 from .comparisons import RANKS, TITLES, compare, counted, named
-
-PAPER, EVEN = OURS[:2]
 
 
 def section(file: Path) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from benchmarks.quality.results import Interval
 
@@ -33,3 +33,19 @@ def signed(difference: Interval, scale: float = 100.0, digits: int = 1) -> str:
 def score_name(task: str) -> str:
     """What the score of a task is the share of."""
     return "accuracy" if task.startswith("minilm") else "exact match"
+
+
+def sweeps(losses: Mapping[str, Mapping[float, float]], chosen: Mapping[str, float]) -> str:
+    """A table of contenders by rate: the validation losses, that of the chosen rate in bold."""
+    rates = sorted({rate for of_one in losses.values() for rate in of_one})
+    lines = [
+        [name, *(_loss(of_one.get(rate), rate == chosen[name]) for rate in rates)] for name, of_one in losses.items()
+    ]
+    return table(["", *(f"{rate:g}" for rate in rates)], lines)
+
+
+def _loss(value: float | None, best: bool) -> str:
+    if value is None:
+        return ""
+    text = "diverged" if math.isinf(value) else f"{value:.3f}"
+    return f"**{text}**" if best else text

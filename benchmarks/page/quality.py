@@ -1,7 +1,6 @@
 """Fine-tuning quality: who leads by how much, then a table and a picture a task."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from benchmarks.quality.results import Row, read_rows, select
 from benchmarks.quality.summary import Summary, by_protocol
 
 from .comparisons import RANKS, TITLES, compare, correction, lead_table
-from .markdown import score_name, table, with_interval
+from .markdown import score_name, sweeps, table, with_interval
 
 CONTENDERS = (*PEERS, *OURS)
 SHOWN = (8, 32)  # ranks whose tables are on the page whole
@@ -154,19 +153,10 @@ def _sweeps(rows: Sequence[Row], task: str, rank: int, summaries: Sequence[Summa
     """Mean validation loss over the choice seeds by rate: what chose each rate."""
     mine = select(rows, task=task, group="main", rank=rank)
     of_each = {s.name: protocol.validation(select(mine, contender=s.name)) for s in summaries}
-    rates = sorted({rate for losses in of_each.values() for rate in losses})
-    lines = [[s.name, *(_loss(of_each[s.name].get(rate), rate == s.rate) for rate in rates)] for s in summaries]
     return (
         f"<details><summary>The sweeps at rank {rank}: validation loss by learning rate, mean of three seeds</summary>"
-        "\n\n" + table(["", *(f"{rate:g}" for rate in rates)], lines) + "\n</details>\n"
+        "\n\n" + sweeps(of_each, {s.name: s.rate for s in summaries}) + "\n</details>\n"
     )
-
-
-def _loss(value: float | None, best: bool) -> str:
-    if value is None:
-        return ""
-    text = "diverged" if math.isinf(value) else f"{value:.3f}"
-    return f"**{text}**" if best else text
 
 
 def _ranks(rows: Sequence[Row]) -> str:

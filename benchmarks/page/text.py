@@ -1,18 +1,18 @@
 """docs/evidence/text.md: adaptation of a pretrained decoder, of the results of `python -m benchmarks.text`."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.protocol import validation
 from benchmarks.quality.results import interval
 from benchmarks.quality.summary import paired
 from benchmarks.text.sizes import THINNED
-from benchmarks.text.summary import Summary, summarize, validation
+from benchmarks.text.summary import Summary, summarize
 
-from .markdown import table, with_interval
+from .markdown import signed, sweeps, table, with_interval
 
 RESULTS = Path(__file__).parents[1] / "results"
 PAGE = Path(__file__).parents[2] / "docs" / "evidence" / "text.md"
@@ -136,7 +136,7 @@ def _task(name: str, result: dict[str, Any], task: str) -> str:
                 f"{s.rate:g}{'' if s.settled else ' (not settled)'}",
                 str(len(s.rows)),
                 with_interval(interval([row["test_loss"] for row in s.rows]), 1, 3),
-                "" if difference is None else _signed(difference),
+                "" if difference is None else signed(difference, 1, 3),
                 with_interval(interval([row["score"] for row in s.rows]), 100),
                 f"{s.seconds[0]:.1f} + {s.seconds[1]:.1f}",
             ]
@@ -153,31 +153,17 @@ def _task(name: str, result: dict[str, Any], task: str) -> str:
     )
 
 
-def _signed(difference: Any) -> str:
-    text = with_interval(difference, 1, 3, "+")
-    return f"**{text}**" if abs(difference.mean) > difference.half else text
-
-
 def _sweeps(result: dict[str, Any], task: str, found: Sequence[Summary]) -> str:
     of_task = [row for row in result["rows"] if row["task"] == task]
     losses = {
         s.name: validation([row for row in of_task if row["contender"] == s.name], _size(result)["choice_seeds"])
         for s in found
     }
-    rates = sorted({rate for of_one in losses.values() for rate in of_one})
-    lines = [[s.name, *(_loss(losses[s.name].get(rate), rate == s.rate) for rate in rates)] for s in found]
     return (
         "<details><summary>The searches: validation loss by learning rate</summary>\n\n"
-        + table(["", *(f"{rate:g}" for rate in rates)], lines)
+        + sweeps(losses, {s.name: s.rate for s in found})
         + "\n</details>\n\n"
     )
-
-
-def _loss(value: float | None, best: bool) -> str:
-    if value is None:
-        return ""
-    text = "diverged" if math.isinf(value) else f"{value:.3f}"
-    return f"**{text}**" if best else text
 
 
 def _texts(result: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ from .results import ABLATIONS as ABLATED
 from .results import RESULT, Key, Row, add_row, key_of, read_rows, write_rows
 from .run import run
 from .task import Task
-from .tasks import TASKS
+from .tasks import TASKS, opened
 
 KEPT_OF_CHOICE = 10  # losses of a run that only chooses a rate: enough to see whether today's code still makes it
 
@@ -118,23 +118,29 @@ def main() -> None:
         return
     if options.again:
         without(cells(options), options.result)
-    tasks: dict[str, Task] = {}
     if "ablations" in options.stages:
-        rows = read_rows(options.result)
-        for name in options.tasks or TASKS:
-            for key in ablate(rows, name, options.ablate, options.seeds):
-                if key not in set(map(key_of, read_rows(ABLATED))):
-                    make(tasks.setdefault(name, TASKS[name]()), key, ABLATED)
+        make_ablations(options)
     for cell in cells(options):
         with taken(options.result, cell) as mine:
-            rows = read_rows(options.result)
-            if not mine:
-                continue
-            for key in planned(options, rows, cell):
-                if key not in set(map(key_of, rows)):
-                    if cell[0] not in tasks:
-                        tasks[cell[0]] = TASKS[cell[0]]()
-                    rows[:] = make(tasks[cell[0]], key, options.result)
+            if mine:
+                make_cell(options, cell)
+
+
+def make_ablations(options: argparse.Namespace) -> None:
+    """The runs of the ablations that are not there yet."""
+    rows, done = read_rows(options.result), set(map(key_of, read_rows(ABLATED)))
+    for name in options.tasks or TASKS:
+        for key in ablate(rows, name, options.ablate, options.seeds):
+            if key not in done:
+                make(opened(name), key, ABLATED)
+
+
+def make_cell(options: argparse.Namespace, cell: tuple[str, int, str]) -> None:
+    """The runs of a cell that are not there yet."""
+    rows = read_rows(options.result)
+    for key in planned(options, rows, cell):
+        if key not in set(map(key_of, rows)):
+            rows[:] = make(opened(key.task), key, options.result)
 
 
 if __name__ == "__main__":

@@ -218,7 +218,6 @@ CONTENDERS: dict[str, Contender] = {
     "DoRA": Contender(lora(use_rslora=False, use_dora=True)),
     "LoRA-One, DoRA": Contender(lora_one_start(dora=True)),
 }
-MAIN = tuple(CONTENDERS)
 
 ATTENTION = r".*\.(q_proj|k_proj|v_proj|o_proj)"
 # One factor at a time, at LoRA-One's own best rate of the main table.

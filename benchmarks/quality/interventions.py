@@ -5,7 +5,7 @@ of its first steps, whatever its size. If that is what costs quality at high ran
 must bring back what another balance brings, without changing the start.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -28,34 +28,25 @@ def limited(change: Callable[[Tensor, Tensor], Tensor]) -> Hook:
     @torch.no_grad()
     def after_step(model: nn.Module, step: int, optimizer: torch.optim.Optimizer) -> None:
         if step <= FIRST:
-            for lora_A in _rows(model):
-                before = optimizer.state[lora_A].get("rows before", _start(lora_A, optimizer))
-                lora_A.copy_(before + change(before, lora_A))
-                optimizer.state[lora_A]["rows before"] = lora_A.clone()
+            for lora_A in (pair.lora_A for pair in lora_pairs(model)):
+                before = optimizer.before[lora_A]  # type: ignore[attr-defined]  # of `Remembering`
+                before += change(before, lora_A)
+                lora_A.copy_(before)
 
     return after_step
 
 
-def _rows(model: nn.Module) -> Iterator[Tensor]:
-    return (pair.lora_A for pair in lora_pairs(model))
-
-
-def _start(lora_A: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-    """A before the first step, which `Remembering` keeps."""
-    return optimizer.starts[lora_A]  # type: ignore[attr-defined]
-
-
 class Remembering(torch.optim.AdamW):
-    """AdamW that keeps the factors as they were before its first step."""
+    """AdamW that keeps a copy of the factors, as they were before its first step until a hook renews it."""
 
     def __init__(self, model: nn.Module, rate: float):
         parameters = [p for p in model.parameters() if p.requires_grad]
         super().__init__(parameters, lr=rate, weight_decay=0.0)
-        self.starts = {p: p.detach().clone() for p in parameters}
+        self.before = {p: p.detach().clone() for p in parameters}
 
 
 def restart(model: nn.Module, step: int, optimizer: torch.optim.Optimizer) -> None:
-    """Forget Adam's moments when the warm-up is over: what they hold is of the steps in which A was swamped."""
+    """Forget Adam's moments when the warm-up is over: what they hold is of the first, large gradients."""
     if step == FIRST // 2:
         optimizer.state.clear()
 

@@ -4,17 +4,18 @@ from collections.abc import Iterator, Sequence
 
 from lora_one import Config
 
-from .contenders import ABLATIONS, CONTENDERS
+from .contenders import ABLATIONS, CONTENDERS, RESTARTED
 from .protocol import chosen_rate
 from .results import Key, Row, select
 
 RANK = 8
 PEERS = ("LoRA", "rsLoRA", "PiSSA", "LoRA-GA", "LoRA+")
-OURS = ("LoRA-One, balance 0.5", "LoRA-One, balance 0", "LoRA-One, balance 0.25, gamma 64")
+PAPER, EVEN = "LoRA-One, balance 0.5", "LoRA-One, balance 0"
+OURS = (PAPER, EVEN, "LoRA-One, balance 0.25, gamma 64")
 TODAY = f"LoRA-One, balance {Config().balance:g}"  # the default
-INTERVENTIONS = tuple(name for name in CONTENDERS if name.startswith("LoRA-One, balance 0.5, "))
-RESTARTS = tuple(name for name in CONTENDERS if name.endswith("Adam restarted after 10 steps"))
-PRECONDITIONED = tuple(name for name in CONTENDERS if name.startswith("LoRA-One, balance 0, P "))
+INTERVENTIONS = tuple(name for name in CONTENDERS if name.startswith(f"{PAPER}, "))
+RESTARTS = tuple(name for name in CONTENDERS if name.endswith(RESTARTED))
+PRECONDITIONED = tuple(name for name in CONTENDERS if name.startswith(f"{EVEN}, P "))
 LLAMA, SHORT = ("sort", "desc"), ("sort", "desc", "t5")
 
 
@@ -24,16 +25,16 @@ def _cells(ranks: Sequence[int], tasks: Sequence[str], names: Sequence[str]) -> 
 
 CELLS = [
     *_cells([32], SHORT, (*OURS, *PEERS)),
-    *_cells([8, 4], SHORT, (*OURS[:2], "LoRA")),
+    *_cells([8, 4], SHORT, (PAPER, EVEN, "LoRA")),
     *_cells([32], LLAMA, (*INTERVENTIONS, *RESTARTS)),
     *_cells([8], LLAMA, PRECONDITIONED),
-    *_cells([64, 16], SHORT, (*OURS[:2], "LoRA")),
+    *_cells([64, 16], SHORT, (PAPER, EVEN, "LoRA")),
     *_cells([8], SHORT, PEERS),
-    *_cells([32, 8], ["minilm"], (*OURS[:2], "LoRA")),
+    *_cells([32, 8], ["minilm"], (PAPER, EVEN, "LoRA")),
     *_cells([4, 64, 16], SHORT, PEERS),
-    *_cells([32, 8], ["sort-long"], (*OURS[:2], *PEERS)),
+    *_cells([32, 8], ["sort-long"], (PAPER, EVEN, *PEERS)),
     *_cells([8, 4, 64, 16], SHORT, OURS),
-    *_cells([32, 8, 4, 64, 16], ["minilm"], (*OURS[:2], *PEERS)),
+    *_cells([32, 8, 4, 64, 16], ["minilm"], (PAPER, EVEN, *PEERS)),
 ]
 
 

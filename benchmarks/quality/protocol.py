@@ -19,12 +19,12 @@ TEST_SEEDS = tuple(range(10, 20))
 REACH = 2  # rates on each side of the best
 
 
-def validation(rows: Sequence[Row]) -> dict[float, float]:
-    """Rate -> mean validation loss of a contender, of the rates that all choice seeds have run; inf if one diverged."""
+def validation(rows: Sequence[Row], seeds: Sequence[int] = CHOICE_SEEDS) -> dict[float, float]:
+    """Rate -> mean validation loss of a contender, of the rates that all these seeds have run; inf if one diverged."""
     found = {}
     for rate in sorted({row["rate"] for row in rows if row["rate"] in LADDER}):
-        losses = {row["seed"]: row["valid_loss"] for row in select(rows, rate=rate) if row["seed"] in CHOICE_SEEDS}
-        if len(losses) == len(CHOICE_SEEDS):
+        losses = {row["seed"]: row["valid_loss"] for row in select(rows, rate=rate) if row["seed"] in seeds}
+        if len(losses) == len(seeds):
             mean = sum(losses.values()) / len(losses)
             found[rate] = mean if math.isfinite(mean) else math.inf
     return found

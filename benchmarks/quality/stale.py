@@ -12,7 +12,7 @@ from .contenders import CONTENDERS
 from .results import Row, read_rows, select, write_rows
 from .run import train
 from .task import Task
-from .tasks import TASKS
+from .tasks import opened
 
 STEPS = 3  # the first step is at a tenth of the rate, the second knows of the first
 TOLERANCE = 2e-3  # of a loss: another processor rounds differently, another start is further off
@@ -20,7 +20,8 @@ TOLERANCE = 2e-3  # of a loss: another processor rounds differently, another sta
 
 def reason(row: Row, task: Task) -> str | None:
     """Why a row is stale; None if it is not."""
-    if row.get("data", task.digest()) != task.digest():
+    digest = task.digest()
+    if row.get("data", digest) != digest:
         return "other data"
     trained = train(task, CONTENDERS[row["contender"]], row["rank"], row["rate"], row["seed"], STEPS)
     passes = None if trained.report is None else trained.report.passes
@@ -34,13 +35,12 @@ def reason(row: Row, task: Task) -> str | None:
 
 def tell(cells: Sequence[tuple[str, int, str]], result: Path, forget: bool) -> None:
     """Print the stale cells, and take their runs out of the file if that is asked for."""
-    rows, tasks = read_rows(result), {}
+    rows = read_rows(result)
     for name, rank, contender in cells:
         mine = select(rows, task=name, group="main", contender=contender, rank=rank)
         for version in sorted({row.get("data", "") for row in mine}):
             of_version = [row for row in mine if row.get("data", "") == version]
-            task = tasks.setdefault(name, TASKS[name]())
-            why = reason(max(of_version, key=lambda row: row["seed"]), task)
+            why = reason(max(of_version, key=lambda row: row["seed"]), opened(name))
             print(
                 name, rank, contender, f"stale: {why}" if why else "as today", f"({len(of_version)} runs)", flush=True
             )

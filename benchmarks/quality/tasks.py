@@ -1,5 +1,6 @@
 """The tasks: two for the embedded Llama, one for a tiny T5, one for a real pretrained encoder."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,9 @@ TASKS: dict[str, Callable[[], Task]] = {
     "minilm": lambda: word_order(fit_head_on=4096),
     "minilm-random": lambda: word_order(fit_head_on=0),
 }
+
+
+@functools.cache
+def opened(name: str) -> Task:
+    """A task by its name, opened once in a process."""
+    return TASKS[name]()

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.quality.protocol import LADDER
+from benchmarks.quality.protocol import LADDER, validation
 from benchmarks.quality.results import Row, select
 
 
@@ -24,16 +24,6 @@ class Summary(NamedTuple):
     rates: int
     rows: list[Row]
     seconds: tuple[float, float]
-
-
-def validation(rows: Sequence[Row], choice_seeds: Sequence[int]) -> dict[float, float]:
-    """Rate -> mean validation loss of a contender, of the rates that all choice seeds have run; inf if one diverged."""
-    found: dict[float, list[float]] = {}
-    for row in rows:
-        if row["seed"] in choice_seeds:
-            found.setdefault(row["rate"], []).append(row["valid_loss"])
-    means = {rate: sum(losses) / len(losses) for rate, losses in found.items() if len(losses) == len(choice_seeds)}
-    return {rate: mean if math.isfinite(mean) else math.inf for rate, mean in sorted(means.items())}
 
 
 def chosen_rate(rows: Sequence[Row], choice_seeds: Sequence[int]) -> float | None:

@@ -7,8 +7,7 @@ from .ops import Array, Ops
 from .spectrum import Spectrum
 
 SYMMETRIC = 0.5  # the balance of the paper, half to each factor
-EVEN = 0.0  # all rows of A0 equally long
-BALANCE = EVEN  # the default: docs/evidence/quality.md has why it is not the paper's
+BALANCE = 0.0  # the default, all rows of A0 equally long: docs/evidence/quality.md has why it is not the paper's
 
 
 class Factors(NamedTuple):

@@ -1,9 +1,12 @@
 """What `Config.balance` must make of the net of `adaptive` on every framework, with batches and without."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+import lora_one
 from tests.arrays import best_rank
 from tests.backends import adaptive
 
@@ -15,6 +18,24 @@ Pairs = dict[str, tuple[np.ndarray, np.ndarray]]  # layer -> lora_A, (r, in), an
 def options(balance: float) -> dict:
     """Return the settings that differ from adaptive.CONFIG's."""
     return {"balance": balance, "rank_max": None}
+
+
+def config(balance: float) -> lora_one.Config:
+    """Return all settings."""
+    return replace(adaptive.CONFIG, **options(balance))
+
+
+def assert_started_without_data(run: Callable[[float], tuple[Pairs, Any]], balance: float) -> None:
+    """Check the start of the first steps.
+
+    Args:
+        run: balance -> the pairs after STEPS steps of a start, and the report of it.
+    """
+    pairs, report = run(balance)
+    for layer in report.layers:
+        if layer.name != "narrow":  # a gradient of rank 1
+            assert_shared(pairs[layer.name], layer.singular_values, balance)
+    assert_same_products(pairs, run(0.5)[0])
 
 
 def assert_started(pairs: Pairs, balance: float) -> None:

@@ -16,8 +16,7 @@ def test_the_factors_have_the_lengths_of_the_balance_and_one_product(balance):
 
 
 def without_data(balance):
-    config = lora_one.Config(**{**shared.adaptive.CONFIG.to_dict(), **shared.options(balance)})
-    model, report = lora_one.init(Net(), config=config)
+    model, report = lora_one.init(Net(), config=shared.config(balance))
     optimizer = lora_one.optimizer(model, 1e-3, start_steps=shared.STEPS)
     gradients_of = nn.value_and_grad(model, squared_error)
     for step in range(shared.STEPS):
@@ -28,8 +27,4 @@ def without_data(balance):
 
 @pytest.mark.parametrize("balance", shared.BALANCES[:-1])
 def test_the_start_of_the_first_steps_has_the_balance_too(balance):
-    pairs, report = without_data(balance)
-    for layer in report.layers:
-        if layer.name != "narrow":  # a gradient of rank 1
-            shared.assert_shared(pairs[layer.name], layer.singular_values, balance)
-    shared.assert_same_products(pairs, without_data(0.5)[0])
+    shared.assert_started_without_data(without_data, balance)

@@ -19,14 +19,13 @@ def test_the_theorys_scale_is_shared_as_well():
     products = []
     for balance in shared.BALANCES:
         model, _ = started(scale="gradient", eta=0.3, **shared.options(balance))
-        products.append({name: (a, b) for name, (a, b) in pairs_of(model).items()})
+        products.append(pairs_of(model))
     for pairs in products[1:]:
         shared.assert_same_products(pairs, products[0])
 
 
 def without_data(balance):
-    config = lora_one.Config(**{**shared.adaptive.CONFIG.to_dict(), **shared.options(balance)})
-    model, report = lora_one.init(Net(), config=config)
+    model, report = lora_one.init(Net(), config=shared.config(balance))
     optimizer = lora_one.optimizer(model, 1e-3, start_steps=shared.STEPS)
     for step in range(shared.STEPS):
         squared_error(model, batches()[step % 2]).backward()
@@ -38,8 +37,4 @@ def without_data(balance):
 
 @pytest.mark.parametrize("balance", shared.BALANCES[:-1])
 def test_the_start_of_the_first_steps_has_the_balance_too(balance):
-    pairs, report = without_data(balance)
-    for layer in report.layers:
-        if layer.name != "narrow":  # a gradient of rank 1
-            shared.assert_shared(pairs[layer.name], layer.singular_values, balance)
-    shared.assert_same_products(pairs, without_data(0.5)[0])
+    shared.assert_started_without_data(without_data, balance)
