@@ -32,6 +32,12 @@ def test_json_round_trip(report, tmp_path):
     assert Report.from_dict(json.loads((tmp_path / "report.json").read_text())) == report
 
 
+def test_a_report_that_does_not_tell_its_balance_has_the_papers(report):
+    values = json.loads(json.dumps(report.to_dict()))
+    assert values["config"].pop("balance") == 0.0
+    assert Report.from_dict(values).config.balance == 0.5
+
+
 def test_a_report_of_an_older_folder_has_a_field_that_is_gone(report):
     values = json.loads(json.dumps(report.to_dict()))
     for layer in values["layers"]:
