@@ -28,10 +28,10 @@ def make_page(results: Path = RESULTS) -> str:
         quality.section(results / "quality.json"),
         balance.section(results / "quality.json"),
         quality.details(results / "quality.json", results / "heads.json"),
-        ablations.section(results / "ablations.json"),
+        ablations.section(results / "ablations.json", results / "quality.json"),
         adaptive_rank.section(results / "adaptive_rank.json"),
         dora.section(results / "dora.json"),
-        heads.section(results / "heads.json", results / "ablations.json"),
+        heads.section(results / "heads.json", results / "quality.json"),
         earlier.energy(results / "energy.json"),
         earlier.gamma(results / "gamma.json"),
     ]

@@ -19,13 +19,12 @@ CONTENDERS = {
 }
 HOW = """## Ranks that follow the gradients
 
-`python -m benchmarks.quality --tasks sort desc --only LoRA-One "LoRA-One, adaptive rank" EVA AdaLoRA`, made before the
-protocol above: a sweep of the rates 1, 2, 5, ... for each at one seed, then its best one on five, with balance 0.5. The
-budget is rank 8 everywhere; EVA counts ranks in the place of parameters, and AdaLoRA trains rank 12 and prunes it to a
-mean of 8. Both are PEFT's. The start may go by several measures of a direction's worth; the one in use is compared
-with two others. Differences are
-paired by seed, with 95 % intervals; **bold** where the interval leaves out 0. No way to spread the ranks is better
-than uniform ones here, so these are the default.
+`python -m benchmarks.quality --tasks sort desc --ranks 8 --only "LoRA-One, adaptive rank" EVA AdaLoRA` makes such runs
+by the protocol above; these are older: a sweep of the rates 1, 2, 5, ... for each at one seed, then its best one on
+five, with balance 0.5. The budget is rank 8 everywhere; EVA counts ranks in the place of parameters, and AdaLoRA trains
+rank 12 and prunes it to a mean of 8. Both are PEFT's. The start may go by several measures of a direction's worth; the
+one in use is compared with two others. Differences are paired by seed, with 95 % intervals; **bold** where the interval
+leaves out 0. No way to spread the ranks is better than uniform ones here, so these are the default.
 
 """
 

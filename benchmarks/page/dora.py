@@ -12,13 +12,13 @@ OURS = "LoRA-One, DoRA"
 CONTENDERS = {"DoRA": "DoRA, its own start", "LoRA-One": "LoRA-One", OURS: "LoRA-One's start for DoRA"}
 HOW = """## DoRA
 
-`python -m benchmarks.quality --tasks sort desc --only DoRA "LoRA-One, DoRA" LoRA-One`, made before the protocol
-above, with rates 1, 2, 5, ..., the best one at one seed, and balance 0.5: DoRA is PEFT's, alpha 16, and has a sweep of
-the rate as LoRA-One's start for it has; LoRA-One has its best rate. Differences are those of LoRA-One's start for DoRA
-to the row, in points, paired by seed, with 95 % intervals;
-**bold** where the interval leaves out 0. *First*: the mean loss of steps 1 to 20, which is lower than DoRA's own start
-has. By intervals LoRA-One's start for DoRA is level with LoRA-One, and with DoRA. On desc the rate that is DoRA's best
-at one seed diverges at another, so the next lower one has its line too.
+`python -m benchmarks.quality --tasks sort desc --ranks 8 --only DoRA "LoRA-One, DoRA"` makes such runs by the protocol
+above; these are older: rates 1, 2, 5, ..., the best one at one seed, and balance 0.5. DoRA is PEFT's, alpha 16, and has
+a sweep of the rate as LoRA-One's start for it has; LoRA-One has its best rate. Differences are those of LoRA-One's
+start for DoRA to the row, in points, paired by seed, with 95 % intervals; **bold** where the interval leaves out 0.
+*First*: the mean loss of steps 1 to 20, which is lower than DoRA's own start has. By intervals LoRA-One's start for
+DoRA is level with LoRA-One, and with DoRA. On desc the rate that is DoRA's best at one seed diverges at another, so the
+next lower one has its line too.
 
 """
 

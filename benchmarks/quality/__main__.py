@@ -3,7 +3,7 @@
     python -m benchmarks.quality                                   # all cells that are missing; many hours on one core
     python -m benchmarks.quality --tasks sort --ranks 32 --only LoRA           # one cell
     python -m benchmarks.quality --tasks sort --ranks 32 --only LoRA --again   # from the beginning
-    python -m benchmarks.quality --stages ablations --tasks sort --seeds 3
+    python -m benchmarks.quality --stages ablations --tasks sort
     python -m benchmarks.quality --stale                           # which cells today's code no longer reproduces
     python -m benchmarks.quality --stale --forget                  # and take their runs out
 
@@ -47,7 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", choices=list(CONTENDERS), metavar="CONTENDER")
     parser.add_argument("--stages", nargs="*", default=["choice", "test"], choices=["choice", "test", "ablations"])
     parser.add_argument("--ablate", nargs="*", default=list(ABLATIONS), choices=list(ABLATIONS))
-    parser.add_argument("--seeds", type=int, default=3, help="of ablations")
+    parser.add_argument("--seeds", type=int, default=5, help="of ablations")
     parser.add_argument("--stale", action="store_true", help="make three steps of each cell and compare")
     parser.add_argument("--forget", action="store_true", help="take the runs of stale cells out of the file")
     parser.add_argument("--again", action="store_true", help="take the runs of these cells out and make them anew")

@@ -1,12 +1,10 @@
 """One fine-tuning run, the same loop for every contender."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-
-from benchmarks.energy import exact_gradients, factors_of, shares_of_best
 
 from .contenders import Contender
 from .task import Task
@@ -35,7 +33,6 @@ def train(
     rate: float,
     seed: int,
     steps: int | None = None,
-    look: Callable[[nn.Module], None] = lambda model: None,
 ) -> Trained:
     """Start and train.
 
@@ -44,13 +41,11 @@ def train(
 
     Args:
         steps: stop after these; the schedule is that of the whole run all the same.
-        look: is called with the started model; its time does not count.
     """
     torch.manual_seed(seed)
     began = task.clock()
     model, report = contender.start(task, rank, seed)
     initialised = task.clock()
-    look(model)
     start, early = factors_by_layer(model), None
     resumed = task.clock()
     optimizer = contender.optimizer(model, rate)
@@ -82,26 +77,17 @@ def run(
     rate: float,
     seed: int,
     on: Sequence[str] = ("valid", "test"),
-    measure_energy: bool = False,
 ) -> dict[str, Any]:
     """Start, train, evaluate.
 
     Args:
         on: the items to evaluate on, of "valid", "test" and "fresh". The latter two are told as "test_loss" and
             "score"; the first only chooses a rate.
-        measure_energy: add "energy", the share of the best energy of the init batches' gradient that the start holds
-            in the worst layer.
 
     Returns:
         The row's measurements: plain data.
     """
-    energy: dict[str, float] = {}
-
-    def look(model: nn.Module) -> None:
-        if measure_energy:
-            energy["energy"] = _digits(_least_share(task, model, seed))
-
-    trained = train(task, contender, rank, rate, seed, look=look)
+    trained = train(task, contender, rank, rate, seed)
     model, report = trained.model, trained.report
     measured: dict[str, Any] = {"valid_loss": _digits(task.mean_loss(model, task.valid))} if "valid" in on else {}
     for name in ("test", "fresh"):
@@ -118,13 +104,7 @@ def run(
         "gamma": None if report is None else report.gamma,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "passes": None if report is None else report.passes,
-        **energy,
     }
-
-
-def _least_share(task: Task, model: Any, seed: int) -> float:
-    gradients = exact_gradients(task.model(), task.start_batches(seed), task.loss_fn, task.targets)
-    return min(shares_of_best(gradients, {name: factors_of(model, name) for name in gradients}).values())
 
 
 def _digits(x: float) -> float:
