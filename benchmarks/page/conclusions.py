@@ -10,24 +10,26 @@ from benchmarks.quality.plan import EVEN, LLAMA, OURS, PAPER, PEERS, RESTARTS, T
 from benchmarks.quality.results import Row, read_rows
 from benchmarks.quality.summary import Summary, by_protocol, paired
 
-from .comparisons import RANKS, TITLES, compare, counted, named
+from .comparisons import RANKS, TITLES, Comparison, compare, counted, named
 from .markdown import with_interval
+
+SMALL = 16  # the largest rank that the second sentence counts as small
 
 
 def section(file: Path) -> str:
-    """The sentences; without runs nothing."""
+    """The sentences; without runs beside LoRA nothing."""
     rows = read_rows(file)
     leads = compare(rows, (TODAY,), PEERS)
-    if not leads:
-        return ""
     over_lora = [c for c in leads if c.other == "LoRA"]
+    if not over_lora:
+        return ""
     others = [c for c in leads if c.other != "LoRA"]
     sentences = [
         f"**Against plain LoRA, each at its own rate, LoRA-One is {counted(over_lora)} cells of task and rank**, by "
         "intervals that hold for all comparisons of the table at once; level means that ten seeds do not tell them "
         "apart.",
-        f"**Against rsLoRA, PiSSA, LoRA-GA and LoRA+ it is {counted(others)}**, and which of them is next differs "
-        "from task to task.",
+        f"**Against rsLoRA, PiSSA, LoRA-GA and LoRA+ it is {counted(others)}**{_by_rank(others)}; which of them is "
+        "next differs from task to task.",
         _early(rows),
         _balance(rows),
         f"**All of this is of small models and short runs with AdamW**: {_restarted(rows)}and nothing here says what a "
@@ -35,6 +37,14 @@ def section(file: Path) -> str:
     ]
     numbered = "\n".join(f"{number}. {sentence}" for number, sentence in enumerate(sentences, 1))
     return f"## What to conclude\n\n{numbered}\n"
+
+
+def _by_rank(comparisons: Sequence[Comparison]) -> str:
+    """How much of the lead is at small ranks."""
+    small, large = ([c for c in comparisons if (c.rank <= SMALL) is wanted] for wanted in (True, False))
+    if not small or not large:
+        return ""
+    return f": up to rank {SMALL} {counted(small)}, at higher ranks {counted(large)}"
 
 
 def _early(rows: Sequence[Row]) -> str:
@@ -47,7 +57,7 @@ def _early(rows: Sequence[Row]) -> str:
         sooner += _seconds_to_goal(ours) < lora.seconds_init + lora.seconds_train
         share.append(ours.seconds_init / ours.seconds_train)
     return (
-        f"**It is ahead from the first steps on**: the mean loss of steps 1 to 20 is below LoRA's in {first} of "
+        f"**The lead comes early**: the mean loss of steps 1 to 20 is below LoRA's in {first} of "
         f"{cells} cells; but the start takes {100 * min(share):.0f} to {100 * max(share):.0f} % of the time of these "
         "short runs, which a longer one does not pay again, so that in seconds it is where LoRA ends sooner than LoRA "
         f"in {sooner} of {cells}."

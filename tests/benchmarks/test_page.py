@@ -68,6 +68,15 @@ def test_a_lead_is_bold_only_if_it_holds_for_all_comparisons_of_the_table(tmp_pa
     assert named(comparisons, "behind") == "sort at rank 8"
 
 
+def test_the_counts_against_peers_are_told_apart_by_rank(tmp_path):
+    """Ahead of one and level with one at rank 8, level with one at rank 32."""
+    rows = cell(TODAY, 2e-3, (0.6,)) + cell("PiSSA", 2e-3, (0.5,)) + cell("LoRA+", 2e-3, (0.6,)) + cell()
+    rows += [r | {"rank": 32} for r in cell(TODAY, 2e-3, (0.6,)) + cell("rsLoRA", 2e-3, (0.6,))]
+    write_rows(rows, tmp_path / "quality.json")
+    counts = "ahead in 1, level in 1, behind in 0 of 2, at higher ranks ahead in 0, level in 1, behind in 0 of 1;"
+    assert f"ahead in 1, level in 2, behind in 0 of 3**: up to rank 16 {counts}" in make_page(tmp_path)
+
+
 def test_the_balances_are_compared_with_the_papers(tmp_path):
     paper, even, between = OURS
     rows = cell(paper, 2e-3, (0.5,), moved=4.0, update_rank=2.0) + cell(even, 2e-3, (0.6,), moved=0.5, update_rank=6.0)
