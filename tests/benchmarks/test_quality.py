@@ -11,6 +11,7 @@ import scipy.stats
 import torch
 
 from benchmarks.docstrings import ORDERS, beginnings, disordered_docstrings
+from benchmarks.energy import exact_gradients, factors_of, shares_of_best
 from benchmarks.preconditioner.rules import Rule
 from benchmarks.quality import protocol, stale
 from benchmarks.quality.__main__ import cells, taken, without
@@ -229,6 +230,10 @@ def test_starts_that_should_not_change_the_function_do_not_and_ours_does(task):
     ours = run(task, CONTENDERS[TODAY], 8, 1e-3, seed=0)
     assert ours["losses"][0] < 0.98 * base
     assert ours["gamma"] == 128.0 and ours["passes"] == 1
+    gradients = exact_gradients(task.model(), task.start_batches(0), task.loss_fn, task.targets)
+    started, _ = CONTENDERS[TODAY].start(task, 8, 0)
+    shares = shares_of_best(gradients, {name: factors_of(started, name) for name in gradients})
+    assert 0.98 < min(shares.values()) <= 1.0 + 1e-4
     again = run(task, CONTENDERS[TODAY], 8, 1e-3, seed=0)
     assert again["moved"] > 0 and 1.0 < again["update_rank"] <= 8.0
     assert again["losses"] == ours["losses"] and again["score"] == ours["score"]
