@@ -7,7 +7,7 @@ from benchmarks.quality.plan import FASTER_B, TODAY
 from benchmarks.quality.results import Row, interval, read_rows, select
 from benchmarks.quality.summary import first_loss, mean, paired
 
-from .comparisons import compare, correction, lead_table
+from .comparisons import compare, variants_table
 from .markdown import score_name, signed, table, with_interval
 
 # Group -> its title, and what its others are compared with.
@@ -42,10 +42,7 @@ def section(file: Path, runs: Path) -> str:
 
 def _faster_b(rows: Sequence[Row]) -> str:
     comparisons = compare(rows, FASTER_B, (TODAY,))
-    if not comparisons:
-        return ""
-    columns = {name: name.removeprefix("LoRA-One, ") for name in FASTER_B}
-    return FASTER + f"{correction(comparisons)}\n\n{lead_table(comparisons, columns, 'name')}"
+    return FASTER + variants_table(comparisons, FASTER_B) if comparisons else ""
 
 
 def _group(rows: Sequence[Row], group: str, task: str) -> str:

@@ -9,7 +9,7 @@ from benchmarks.quality.plan import EVEN, INTERVENTIONS, LLAMA, OURS, PAPER, PRE
 from benchmarks.quality.results import Row, read_rows
 from benchmarks.quality.summary import by_protocol, mean, paired
 
-from .comparisons import compare, correction, lead_table
+from .comparisons import compare, variants_table
 from .markdown import paragraph, signed, table, with_interval
 
 HOW = """## How A and B share the start
@@ -53,8 +53,7 @@ def _compared(rows: Sequence[Row]) -> str:
     comparisons = compare(rows, OURS[1:], (PAPER,))
     if not comparisons:
         return ""
-    columns = {name: name.removeprefix("LoRA-One, ") for name in OURS[1:]}
-    return HOW + f"{correction(comparisons)}\n\n{lead_table(comparisons, columns, 'name')}\n" + _losses(rows)
+    return HOW + f"{variants_table(comparisons, OURS[1:])}\n" + _losses(rows)
 
 
 def _losses(rows: Sequence[Row]) -> str:

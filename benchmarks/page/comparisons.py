@@ -79,6 +79,12 @@ def lead_table(comparisons: Sequence[Comparison], columns: Mapping[str, str], by
     return table(["", *(columns[name] for name in present)], lines)
 
 
+def variants_table(comparisons: Sequence[Comparison], names: Sequence[str]) -> str:
+    """The same for variants of LoRA-One, a column each, under what its marks mean."""
+    columns = {name: name.removeprefix("LoRA-One, ") for name in names}
+    return f"{correction(comparisons)}\n\n{lead_table(comparisons, columns, 'name')}"
+
+
 def counted(comparisons: Sequence[Comparison]) -> str:
     """In how many of them it is ahead, level and behind."""
     verdicts = {verdict: [c for c in comparisons if c.verdict == verdict] for verdict in ("ahead", "level", "behind")}
