@@ -77,6 +77,18 @@ def test_the_counts_against_peers_are_told_apart_by_rank(tmp_path):
     assert f"ahead in 1, level in 2, behind in 0 of 3**: up to rank 16 {counts}" in make_page(tmp_path)
 
 
+def test_a_loss_that_may_be_chance_is_told_as_well(tmp_path):
+    """Against two peers at two ranks; behind one of them by 2.5 +- 2.2 points, which the correction for four widens."""
+    by_seed = [0.5 + 0.01 * i for i in range(10)]  # mean 0.545
+    rows = cell(TODAY, 2e-3, by_seed) + cell("LoRA-GA", 2e-3, (0.57,)) + cell("PiSSA", 2e-3, (0.545,)) + cell()
+    rows += [r | {"rank": 64} for r in rows]
+    rows = [r for r in rows if (r["rank"], r["contender"]) != (8, "LoRA-GA")]
+    write_rows(rows, tmp_path / "quality.json")
+    page = make_page(tmp_path)
+    assert "ahead in 0, level in 3, behind in 0 of 3**" in page
+    assert "alone it is behind LoRA-GA in sort at rank 64 (-2.5 ± 2.2)." in page
+
+
 def test_the_balances_are_compared_with_the_papers(tmp_path):
     paper, even, between = OURS
     rows = cell(paper, 2e-3, (0.5,), moved=4.0, update_rank=2.0) + cell(even, 2e-3, (0.6,), moved=0.5, update_rank=6.0)
