@@ -89,14 +89,14 @@ def _causes(rows: Sequence[Row]) -> str:
 
 def _what_they_brought(rows: Sequence[Row]) -> str:
     """Which interventions are ahead of the paper's start, or behind it, in any task."""
-    found: dict[bool, list[str]] = {True: [], False: []}
+    found: dict[str, list[str]] = {"ahead": [], "behind": []}
     for task in LLAMA:
         of_task = by_protocol(rows, task, 32, (PAPER, *INTERVENTIONS))
         for name, summary in of_task.items():
             lead = paired(summary.rows, of_task[PAPER].rows, "score") if PAPER in of_task else None
-            if lead is not None and abs(lead.mean) > lead.half:
-                found[lead.mean > 0].append(f"{name.removeprefix(PAPER + ', ')} ({task})")
-    ahead, behind = (", ".join(found[sign]) or "none" for sign in (True, False))
+            if lead is not None and lead.verdict != "level":
+                found[lead.verdict].append(f"{name.removeprefix(PAPER + ', ')} ({task})")
+    ahead, behind = (", ".join(names) or "none" for names in found.values())
     return paragraph(
         f"By intervals of 95 %, uncorrected, ahead of the paper's start: {ahead}; behind it: {behind}. "
         + _restarts(rows)
@@ -131,7 +131,7 @@ def _preconditioned(rows: Sequence[Row]) -> str:
     for name in PRECONDITIONED:
         cells = [by_protocol(rows, task, 8, (EVEN, name)) for task in LLAMA]
         leads = [paired(found[name].rows, found[EVEN].rows, "score") for found in cells if len(found) == 2]
-        if all(lead is not None and lead.mean > lead.half for lead in leads):
+        if all(lead is not None and lead.verdict == "ahead" for lead in leads):
             ahead.append(name.removeprefix(EVEN + ", "))
     best = ", ".join(ahead) or "none, so `lora_one.optimizer` stays plain"
     verdict = f"Ahead of plain AdamW on every task: {best}.\n"

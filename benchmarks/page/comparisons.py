@@ -33,10 +33,13 @@ class Comparison(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """By the corrected interval; "level" where it holds 0."""
-        if abs(self.corrected.mean) <= self.corrected.half:
-            return "level"
-        return "ahead" if self.corrected.mean > 0 else "behind"
+        """By the corrected interval."""
+        return self.corrected.verdict
+
+    @property
+    def place(self) -> str:
+        """Where it was made, in words."""
+        return f"{self.task} at rank {self.rank}"
 
     @property
     def cell(self) -> str:
@@ -44,7 +47,7 @@ class Comparison(NamedTuple):
         text = with_interval(self.alone, 100.0, 1, "+")
         if self.verdict != "level":
             return f"**{text}**"
-        return f"*{text}*" if abs(self.alone.mean) > self.alone.half else text
+        return f"*{text}*" if self.alone.verdict != "level" else text
 
 
 def compare(rows: Sequence[Row], names: Sequence[str], others: Sequence[str]) -> list[Comparison]:
@@ -94,7 +97,7 @@ def counted(comparisons: Sequence[Comparison]) -> str:
 
 def named(comparisons: Sequence[Comparison], verdict: str) -> str:
     """Where it has a verdict."""
-    return ", ".join(f"{c.task} at rank {c.rank}" for c in comparisons if c.verdict == verdict) or "nowhere"
+    return ", ".join(c.place for c in comparisons if c.verdict == verdict) or "nowhere"
 
 
 def correction(comparisons: Sequence[Comparison]) -> str:

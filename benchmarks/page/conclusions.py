@@ -48,9 +48,9 @@ def _by_rank(comparisons: Sequence[Comparison]) -> str:
 
 
 def _behind(comparisons: Sequence[Comparison]) -> str:
-    """The losses that the correction for many comparisons takes for chance."""
-    found = [c for c in comparisons if c.alone.mean < -c.alone.half]
-    told = [f"{c.other} in {c.task} at rank {c.rank} ({with_interval(c.alone, 100, 1, '+')})" for c in found]
+    """Every loss by the uncorrected interval: the counts leave out those that the correction takes for chance."""
+    found = [c for c in comparisons if c.alone.verdict == "behind"]
+    told = [f"{c.other} in {c.place} ({with_interval(c.alone, 100, 1, '+')})" for c in found]
     return ", ".join(told) or "none of them"
 
 

@@ -27,7 +27,7 @@ def with_interval(found: Interval, scale: float = 1.0, digits: int = 1, sign: st
 def signed(difference: Interval, scale: float = 100.0, digits: int = 1) -> str:
     """A difference, in points unless another scale is given; bold where its interval leaves out 0."""
     text = with_interval(difference, scale, digits, "+")
-    return f"**{text}**" if abs(difference.mean) > difference.half else text
+    return f"**{text}**" if difference.verdict != "level" else text
 
 
 def score_name(task: str) -> str:

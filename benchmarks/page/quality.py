@@ -187,8 +187,8 @@ def _coverage(rows: Sequence[Row]) -> str:
     return (
         f"### What was run\n\n{len(rows)} runs, {hours:.1f} hours of one core without evaluation. "
         f"{len(complete)} of the plan's {len(planned)} cells (task, rank, contender) are complete; an incomplete "
-        "one is in no table. "
-        + (f"Cells are missing for {still}. `python -m benchmarks.quality` goes on with them.\n" if still else "\n")
+        "one is in no table."
+        + (f" Cells are missing for {still}. `python -m benchmarks.quality` goes on with them.\n" if still else "\n")
     )
 
 

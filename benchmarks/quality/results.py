@@ -33,6 +33,13 @@ class Interval(NamedTuple):
     half: float
     count: int
 
+    @property
+    def verdict(self) -> str:
+        """Of a lead: "ahead", "behind", or "level" where the interval holds 0 or there is none."""
+        if not abs(self.mean) > self.half:
+            return "level"
+        return "ahead" if self.mean > 0 else "behind"
+
 
 def key_of(row: Row) -> Key:
     """The key of a row."""

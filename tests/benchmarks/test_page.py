@@ -68,6 +68,12 @@ def test_a_lead_is_bold_only_if_it_holds_for_all_comparisons_of_the_table(tmp_pa
     assert named(comparisons, "behind") == "sort at rank 8"
 
 
+def test_the_verdict_of_an_interval():
+    leads = [(0.2, 0.1), (-0.2, 0.1), (0.1, 0.1), (-0.1, 0.2), (0.0, 0.0), (0.2, float("nan"))]
+    verdicts = [Interval(mean, half, 10).verdict for mean, half in leads]
+    assert verdicts == ["ahead", "behind", "level", "level", "level", "level"]
+
+
 def test_the_counts_against_peers_are_told_apart_by_rank(tmp_path):
     """Ahead of one and level with one at rank 8, level with one at rank 32."""
     rows = cell(TODAY, 2e-3, (0.6,)) + cell("PiSSA", 2e-3, (0.5,)) + cell("LoRA+", 2e-3, (0.6,)) + cell()
@@ -78,7 +84,7 @@ def test_the_counts_against_peers_are_told_apart_by_rank(tmp_path):
 
 
 def test_a_loss_that_may_be_chance_is_told_as_well(tmp_path):
-    """Against two peers at two ranks; behind one of them by 2.5 +- 2.2 points, which the correction for four widens."""
+    """Behind one of two peers by 2.5 +- 2.2 points at one rank, which the correction for five comparisons widens."""
     by_seed = [0.5 + 0.01 * i for i in range(10)]  # mean 0.545
     rows = cell(TODAY, 2e-3, by_seed) + cell("LoRA-GA", 2e-3, (0.57,)) + cell("PiSSA", 2e-3, (0.545,)) + cell()
     rows += [r | {"rank": 64} for r in rows]
